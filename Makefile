@@ -1,0 +1,39 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint install glyph clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/erasure demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+# Every file of the embedded checkpoint again, from nothing: hours on two cores, minutes on a GPU.
+glyph: install
+	$(BIN)/python -m pip install --quiet -e ".[glyph]"
+	$(BIN)/python -m erasure.glyph.art
+	$(BIN)/python -m erasure.glyph.train_clip
+	$(BIN)/python -m erasure.glyph.train_vae
+	$(BIN)/python -m erasure.glyph.train_classifier
+	$(BIN)/python -m erasure.glyph.train_unet
+	$(BIN)/python -m erasure.glyph.export
+	$(BIN)/python -m erasure.glyph.check
+
+clean:
+	rm -rf build $(VENV) *.egg-info

@@ -1,0 +1,41 @@
+"""Erasure: make a text-to-image diffusion model forget a concept, and prove it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from erasure.base import Base as Base
+    from erasure.concept import Concept as Concept
+    from erasure.errors import ErasureError as ErasureError
+    from erasure.evaluation import evaluate as evaluate
+    from erasure.methods import erase as erase
+    from erasure.patch import Patch as Patch
+    from erasure.pipelines import ErasedStableDiffusionPipeline as ErasedStableDiffusionPipeline
+    from erasure.pipelines import load_patch as load_patch
+
+_WHERE = {
+    "Base": "erasure.base",
+    "Concept": "erasure.concept",
+    "ErasedStableDiffusionPipeline": "erasure.pipelines",
+    "ErasureError": "erasure.errors",
+    "Patch": "erasure.patch",
+    "erase": "erasure.methods",
+    "evaluate": "erasure.evaluation",
+    "load_patch": "erasure.pipelines",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import erasure` and `erasure --help` stay quick."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'erasure' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,170 @@
+"""The checkpoint that is erased from: where it lies, its components, its modules by type.
+
+The only file that knows architectures.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import ErasureError, unknown
+
+BUNDLED = {"glyph": "the embedded checkpoint: 40 objects in 6 styles, 64x64 pixels, runs on a CPU"}
+
+
+def resolve(model: str | os.PathLike[str]) -> str:
+    """The folder, file or hub id that `model` names; `glyph` is the embedded checkpoint.
+
+    Raises:
+        ErasureError: a path that does not exist, or a folder without `model_index.json`.
+    """
+    name = os.fspath(model)
+    if name in BUNDLED:
+        from erasure.glyph import CHECKPOINT
+
+        return str(CHECKPOINT)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ErasureError(f"{name}: not a diffusers folder, it holds no model_index.json")
+        return str(path)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ErasureError(f"{name}: only .safetensors files are read, not {path.suffix or 'this file'}")
+        return str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".safetensors":
+        known = ", ".join(BUNDLED)
+        raise ErasureError(
+            f"unknown model {name!r}. Allowed: {known}, a diffusers folder, a .safetensors file, "
+            "or a hub id (owner/name)"
+        )
+    return name
+
+
+# Which modules a named variant trains, by the module's path. Only Linear and Conv2d are ever trained.
+TARGETS = {
+    "x": ("cross-attention: query, key, value and output", lambda path: "attn2" in path),
+    "x-strict": ("cross-attention: key and value", lambda path: path.endswith(("attn2.to_k", "attn2.to_v"))),
+    "selfattn": ("self-attention", lambda path: "attn1" in path),
+    "u": ("all but cross-attention", lambda path: "attn2" not in path),
+    "full": ("every Linear and Conv2d", lambda path: True),
+}
+
+
+@dataclass
+class Base:
+    """A loaded checkpoint: the components that erasing needs, in one copy.
+
+    Args:
+        name: as the user gave it.
+        pipe: the diffusers pipeline that holds the components.
+    """
+
+    name: str
+    pipe: Any
+    _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def load(cls, model: str | os.PathLike[str] = "glyph", **options: Any) -> Base:
+        """Load a checkpoint by the name of an embedded one, folder, file or hub id.
+
+        Raises:
+            ErasureError: the model is unknown or cannot be loaded.
+        """
+        from erasure.pipelines import ErasedStableDiffusionPipeline
+
+        return cls(os.fspath(model), ErasedStableDiffusionPipeline.from_pretrained(model, **options))
+
+    @classmethod
+    def of(cls, value: Base | str | os.PathLike[str] | Any) -> Base:
+        """A base from a base, a model's name, or a diffusers pipeline (whose components it shares)."""
+        if isinstance(value, Base):
+            return value
+        if isinstance(value, str | os.PathLike):
+            return cls.load(value)
+        if not hasattr(value, "unet") or not hasattr(value, "text_encoder"):
+            raise ErasureError(
+                f"{type(value).__name__} is no Stable Diffusion pipeline: it has no unet or text_encoder"
+            )
+        known = getattr(value, "model_name", None) or getattr(value.config, "_name_or_path", "") or "unknown"
+        return cls(str(known), value)
+
+    @property
+    def unet(self) -> Any:
+        """The one UNet."""
+        return self.pipe.unet
+
+    @property
+    def scheduler(self) -> Any:
+        """The checkpoint's own scheduler; its configuration makes the others."""
+        return self.pipe.scheduler
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet lies."""
+        return next(self.unet.parameters()).device
+
+    def sampler(self, kind: str = "ddim") -> Any:
+        """A fresh sampler on the checkpoint's noise schedule: `ddim` or `pndm`."""
+        from diffusers import DDIMScheduler, PNDMScheduler
+
+        classes = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
+        if kind not in classes:
+            raise unknown("sampler", kind, classes)
+        return classes[kind].from_config(self.scheduler.config)
+
+    def latent_shape(self, scale: float = 1.0) -> tuple[int, int, int]:
+        """Channels, height, width of the latents at `scale` times the native size."""
+        config = self.unet.config
+        size = config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return config.in_channels, round(height * scale), round(width * scale)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Last hidden states [n, tokens, width] of the text encoder; each prompt is encoded once.
+
+        Raises:
+            ErasureError: a prompt is longer than the text encoder reads.
+        """
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        for prompt in new:
+            ids = tokenizer(prompt, truncation=False, return_tensors="pt").input_ids
+            if ids.shape[1] > tokenizer.model_max_length:
+                raise ErasureError(
+                    f"{prompt[:40]!r}... has {ids.shape[1]} tokens; the text encoder reads {tokenizer.model_max_length}"
+                )
+            ids = tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            self._texts[prompt] = encoder(ids.to(encoder.device))[0][0]
+        return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    def targets(self, variant: str) -> dict[str, nn.Module]:
+        """The Linear and Conv2d modules of the UNet that a variant trains, by path.
+
+        Raises:
+            ErasureError: unknown variant, or no module of this checkpoint fits it.
+        """
+        if variant not in TARGETS:
+            raise unknown("variant", variant, TARGETS)
+        test = TARGETS[variant][1]
+        found: dict[str, nn.Module] = {
+            path: module
+            for path, module in self.unet.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d) and test(path)
+        }
+        if not found:
+            raise ErasureError(f"variant {variant!r} fits none of the {type(self.unet).__name__}'s modules")
+        return found

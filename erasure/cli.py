@@ -1,0 +1,303 @@
+"""The command `erasure`: parses, calls the Python API, prints. Heavy imports stay inside the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from erasure import __version__
+from erasure.errors import ErasureError
+
+EXAMPLES = """examples:
+  erasure demo
+  erasure erase cat --method esd -o cat.safetensors
+  erasure generate "a cat" "a dog" --patch cat.safetensors -o out/
+  erasure evaluate cat --patch cat.safetensors -o report/
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="erasure",
+        description="Make a text-to-image diffusion model forget a concept, and prove it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"erasure {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="glyph", help="glyph, a hub id, a diffusers folder or a .safetensors file")
+    patches = argparse.ArgumentParser(add_help=False)
+    patches.add_argument(
+        "--patch", action="append", default=[], metavar="FILE[:STRENGTH]", help="load a patch; may be repeated"
+    )
+    patches.add_argument("--force", action="store_true", help="load a patch of another base where the shapes fit")
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--steps", type=int, help="sampling steps")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
+    sampling.add_argument("--batch-size", type=int, default=16)
+
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+        made.set_defaults(run=run)
+        return made
+
+    demo = add("demo", run_demo, "erase a concept from glyph, load the patch, measure, write a report")
+    demo.add_argument("concept", nargs="?", default="cat")
+    demo.add_argument("-o", "--out", type=Path, default=Path("erasure-demo"))
+
+    erase = add("erase", run_erase, "erase a concept and write the patch", model)
+    erase.add_argument("concept")
+    erase.add_argument("--method", default="esd", help="see `erasure methods`")
+    erase.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
+    erase.add_argument("--anchor", help="what its prompts should show instead")
+    erase.add_argument("--kind", help="object, style, identity or content")
+    erase.add_argument("--keep", action="append", default=[], help="a neighbour to keep; may be repeated")
+    erase.add_argument("--config", type=Path, help="a YAML file of settings")
+    erase.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
+    erase.add_argument("--seed", type=int, default=0)
+    erase.add_argument("-o", "--out", type=Path, default=Path("patch.safetensors"))
+
+    generate = add("generate", run_generate, "make images, with patches or without", model, patches, sampling)
+    generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
+    generate.add_argument("--prompts", help="a prompt set: a name or a CSV file")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("-o", "--out", type=Path, default=Path("out"))
+
+    evaluate = add("evaluate", run_evaluate, "measure what is erased and what is kept", model, patches, sampling)
+    evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
+    evaluate.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    evaluate.add_argument("--limit", type=int, help="at most this many prompts")
+    evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
+
+    patch = add("patch", run_patch, "look into a patch")
+    patch.add_argument("action", choices=["info"])
+    patch.add_argument("file", type=Path)
+
+    methods = add("methods", run_methods, "the methods there are; with a name, its settings")
+    methods.add_argument("name", nargs="?")
+    add("models", run_models, "the models that come with the package, and what else --model takes")
+    prompts = add("prompts", run_prompts, "the prompt sets that come with the package; with a name, its rows")
+    prompts.add_argument("name", nargs="?")
+
+    bench = add("bench", run_bench, "methods x concepts on glyph, as a table")
+    bench.add_argument("--methods", nargs="+", default=["esd"])
+    bench.add_argument("--concepts", nargs="+", help="default: the reporting concepts and every style")
+    bench.add_argument("--limit", type=int, help="prompts a concept")
+    bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    given = parser().parse_args(argv)
+    _quiet()
+    try:
+        given.run(given)
+    except ErasureError as fault:
+        return _fail(given, str(fault), 2)
+    except KeyboardInterrupt:
+        return _fail(given, "interrupted; the same command goes on from here", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception as fault:
+        if given.debug:
+            raise
+        return _fail(given, f"{type(fault).__name__}: {fault} (--debug shows where)", 1)
+    return 0
+
+
+def _fail(given: argparse.Namespace, message: str, code: int) -> int:
+    if given.json:
+        print(json.dumps({"error": message}))
+    print(f"erasure: {message}", file=sys.stderr)
+    return code
+
+
+def _quiet() -> None:
+    """Libraries' banners hide our own messages: only their errors are shown."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _say(given: argparse.Namespace, data: Any, text: str) -> None:
+    print(json.dumps(data, indent=1) if given.json else text)
+
+
+def _pipeline(given: argparse.Namespace) -> Any:
+    """The model with the patches of the command line."""
+    from erasure.pipelines import ErasedStableDiffusionPipeline
+
+    files = [_strength(item) for item in given.patch]
+    pipe = ErasedStableDiffusionPipeline.from_pretrained(given.model)
+    pipe.set_progress_bar_config(disable=True)
+    for path, strength in files:
+        pipe.load_patch(path, strength=strength, force=given.force)
+    return pipe
+
+
+def _strength(item: str) -> tuple[str, float]:
+    """`file` or `file:0.5`."""
+    path, sign, number = item.rpartition(":")
+    if not sign or Path(item).is_file():
+        return item, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        return item, 1.0
+
+
+def run_demo(given: argparse.Namespace) -> None:
+    """`erasure demo`."""
+    from erasure.demo import demo
+
+    found = demo(given.concept, given.out, progress=not given.json)
+    _say(given, found.to_json(), "")
+
+
+def run_erase(given: argparse.Namespace) -> None:
+    """`erasure erase`."""
+    from erasure.concept import Concept
+    from erasure.config import parse_overrides
+    from erasure.methods import erase
+
+    entry = {"name": given.concept, "aliases": given.alias, "anchor": given.anchor, "keep": given.keep}
+    concept = Concept.of({**entry, **({"kind": given.kind} if given.kind else {})})
+    patch = erase(
+        given.model,
+        concept,
+        given.method,
+        out=given.out,
+        config=given.config,
+        seed=given.seed,
+        progress=False if given.json else None,
+        **parse_overrides(given.set),
+    )
+    costs = patch.costs
+    text = f"{given.out}: {given.method} erases {concept.name!r}, {costs['F']} F + {costs['B']} B, {costs['seconds']} s"
+    _say(given, {"patch": str(given.out), **patch.info()}, text)
+
+
+def run_generate(given: argparse.Namespace) -> None:
+    """`erasure generate`."""
+    from erasure.evaluation.generate import GUIDANCE, STEPS, generate
+    from erasure.evaluation.promptset import Prompt, PromptSet
+
+    if bool(given.prompt) == bool(given.prompts):
+        raise ErasureError("give prompts, or a prompt set with --prompts, and not both")
+    if given.prompts:
+        rows = PromptSet.read(given.prompts)
+    else:
+        rows = PromptSet(
+            "command", [Prompt(f"{i:04d}", text, given.seed + i, None, {}) for i, text in enumerate(given.prompt)]
+        )
+    made = generate(
+        _pipeline(given),
+        rows,
+        given.out,
+        steps=given.steps or STEPS,
+        guidance=GUIDANCE if given.guidance is None else given.guidance,
+        batch_size=given.batch_size,
+        progress=not given.json,
+    )
+    _say(given, {"folder": str(given.out), "images": len(made)}, f"{given.out}: {len(made)} images")
+
+
+def run_evaluate(given: argparse.Namespace) -> None:
+    """`erasure evaluate`."""
+    from erasure.evaluation import evaluate
+    from erasure.patch import read_header
+
+    concept: Any = given.concept
+    if concept is None:
+        if not given.patch:
+            raise ErasureError("say which concept should be gone, or give --patch")
+        concepts = [
+            entry for item in given.patch for entry in json.loads(read_header(_strength(item)[0])["erasure.concepts"])
+        ]
+        concept = [entry["name"] for entry in concepts]
+    options = {"prompts": given.prompts} if given.prompts else {}
+    report = evaluate(
+        _pipeline(given),
+        concept,
+        folder=given.out,
+        limit=given.limit,
+        steps=given.steps,
+        guidance=given.guidance,
+        batch_size=given.batch_size,
+        progress=not given.json,
+        **options,
+    )
+    _say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
+
+
+def run_patch(given: argparse.Namespace) -> None:
+    """`erasure patch info`."""
+    from erasure.patch import Patch
+
+    found = Patch.load(given.file).info()
+    width = max(map(len, found))
+    lines = [f"{key:{width}}  {value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
+    _say(given, found, "\n".join(lines))
+
+
+def run_methods(given: argparse.Namespace) -> None:
+    """`erasure methods`."""
+    import dataclasses
+    import inspect
+
+    from erasure import methods
+
+    if given.name:
+        cls = methods.find(given.name)
+        fields = {f.name: {"default": f.default, "type": str(f.type)} for f in dataclasses.fields(cls)}
+        _say(given, fields, f"{inspect.getdoc(inspect.getmodule(cls))}\n\n{inspect.getdoc(cls)}")
+        return
+    rows = {
+        name: (inspect.getdoc(inspect.getmodule(methods.find(name))) or "").split("\n")[0] for name in methods.names()
+    }
+    _say(given, rows, "\n".join(rows.values()))
+
+
+def run_models(given: argparse.Namespace) -> None:
+    """`erasure models`."""
+    from erasure.base import BUNDLED
+
+    also = "also: a hub id (owner/name), a diffusers folder, a .safetensors file"
+    _say(given, BUNDLED, "\n".join([*(f"{name}: {text}" for name, text in BUNDLED.items()), also]))
+
+
+def run_prompts(given: argparse.Namespace) -> None:
+    """`erasure prompts`."""
+    from erasure.evaluation.promptset import PromptSet, names
+
+    if given.name:
+        rows = PromptSet.read(given.name).rows
+        found = [{"id": row.id, "prompt": row.prompt, "seed": row.seed, **row.labels} for row in rows]
+        _say(given, found, "\n".join(f"{row.id}  {row.prompt}" for row in rows))
+        return
+    sizes = {name: len(PromptSet.read(name).rows) for name in names()}
+    _say(given, sizes, "\n".join(f"{name}: {count} prompts" for name, count in sizes.items()))
+
+
+def run_bench(given: argparse.Namespace) -> None:
+    """`erasure bench`."""
+    from erasure.bench import bench
+
+    table = bench(given.methods, given.concepts, given.out, limit=given.limit, progress=not given.json)
+    _say(given, table.to_json(), table.markdown())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What is erased: a concept's names, the anchor it gives way to, the neighbours to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from erasure.errors import ErasureError, unknown
+
+KINDS = ("object", "style", "identity", "content")
+LONGEST = 200  # characters; CLIP reads 77 tokens and cuts the rest off silently
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept to erase.
+
+    Args:
+        name: what users write, such as "Van Gogh" or "cat".
+        aliases: other names that are erased with it.
+        anchor: what its prompts should show instead; None leaves the choice to the method.
+        keep: neighbours that must stay as they are.
+        kind: object, style, identity (a person or character) or content (nudity, weapons).
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    anchor: str | None = None
+    keep: tuple[str, ...] = ()
+    kind: str = "object"
+
+    def __post_init__(self) -> None:
+        """Check every field; raises ErasureError."""
+        object.__setattr__(self, "aliases", tuple(self.aliases))
+        object.__setattr__(self, "keep", tuple(self.keep))
+        for text in (self.name, *self.aliases, *self.keep, *([self.anchor] if self.anchor else [])):
+            if not isinstance(text, str) or not text.strip():
+                raise ErasureError("a concept's name is empty: give a word or a phrase, such as 'cat' or 'Van Gogh'")
+            if len(text) > LONGEST:
+                raise ErasureError(
+                    f"a concept's name has {len(text):,} characters ({text[:30]!r}...); "
+                    f"at most {LONGEST} are allowed: the text encoder would cut the rest off"
+                )
+        if self.kind not in KINDS:
+            raise unknown("kind", self.kind, KINDS)
+        lower = {name.lower().strip() for name in self.names}
+        if self.anchor and self.anchor.lower().strip() in lower:
+            raise ErasureError(f"the anchor {self.anchor!r} is the concept itself: erasing would change nothing")
+        for name in self.keep:
+            if name.lower().strip() in lower:
+                raise ErasureError(f"{name!r} is to be erased and to be kept: take it out of one of the lists")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and its aliases."""
+        return (self.name, *self.aliases)
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | Concept) -> Concept:
+        """A concept from a bare name, a mapping (a YAML entry) or a concept.
+
+        A bare name that the embedded checkpoint's vocabulary knows gets its kind; anything else is an object.
+        """
+        if isinstance(value, Concept):
+            return value
+        if isinstance(value, str):
+            return cls(value, kind=known_kind(value))
+        if not isinstance(value, Mapping):
+            raise ErasureError(f"a concept is a name or a mapping with a name, not {type(value).__name__}")
+        allowed = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in allowed:
+                raise unknown("concept field", key, allowed)
+        if "name" not in value:
+            raise ErasureError("a concept needs a name")
+        given = cls(**value)
+        return given if "kind" in value else replace(given, kind=known_kind(given.name))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the patch's header; `Concept.of` reads it back."""
+        return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
+
+    def prompt_pairs(self, carriers: Iterable[str] = ()) -> list[tuple[str, str]]:
+        """Pairs (prompt that shows the concept, the same prompt without it).
+
+        An object leaves the empty prompt (or the anchor). A style is said of carriers, "a dog in ink style"
+        against "a dog": away from the EMPTY prompt, the dog would be erased with the style.
+        """
+        instead = self.anchor or ""
+        if self.kind != "style":
+            return [(name, instead) for name in self.names]
+        pairs = [(f"{name} style", instead) for name in self.names]
+        for name in self.names:
+            for carrier in carriers:
+                pairs.append((f"{carrier} in {name} style", f"{carrier} in {instead}" if instead else carrier))
+        return pairs
+
+
+def known_kind(name: str) -> str:
+    """The kind of a name in the embedded checkpoint's vocabulary, else "object"."""
+    from erasure.glyph import vocabulary
+
+    words = vocabulary()
+    for style, entry in words["styles"].items():
+        if name in (style, *entry["words"]):
+            return "style"
+    for obj, entry in words["objects"].items():
+        if name in (obj, *entry["synonyms"]):
+            return str(words["families"][entry["family"]]["kind"])
+    for entry in words["families"].values():
+        if name in entry["words"]:
+            return str(entry["kind"])
+    return "object"

@@ -1,0 +1,30 @@
+"""Glyph: the embedded Stable Diffusion checkpoint, its judges, and the scripts that made them."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent
+CHECKPOINT = ROOT / "checkpoint"  # an ordinary diffusers folder
+JUDGES = ROOT / "judges"
+ART = ROOT / "art"  # one sheet of rasters an art set
+
+
+@cache
+def vocabulary() -> dict[str, Any]:
+    """The objects, styles, backgrounds and art sources of `vocabulary.yaml`."""
+    return yaml.safe_load((ROOT / "vocabulary.yaml").read_text(encoding="utf-8"))
+
+
+def objects() -> list[str]:
+    """Names of the objects, in the order of the classifier's object head."""
+    return list(vocabulary()["objects"])
+
+
+def styles() -> list[str]:
+    """Names of the styles, in the order of the classifier's style head."""
+    return list(vocabulary()["styles"])

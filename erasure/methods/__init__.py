@@ -1,0 +1,147 @@
+"""Methods of erasing: one file each, found by name. `erase` runs one and returns its patch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasure.errors import ErasureError, unknown
+
+if TYPE_CHECKING:
+    from erasure.base import Base
+    from erasure.concept import Concept
+    from erasure.patch import Patch
+
+GROUP = "erasure.methods"  # entry points of other packages
+
+
+def names() -> list[str]:
+    """Every method there is: the files of this folder, and other packages' entry points."""
+    own = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
+    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find(name: str) -> type[Any]:
+    """The dataclass of a method.
+
+    Raises:
+        ErasureError: no such method; the message lists them.
+    """
+    if name not in names():
+        raise unknown("method", name, names())
+    for point in entry_points(group=GROUP):
+        if point.name == name:
+            return point.load()
+    module = importlib.import_module(f"{__name__}.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and getattr(value, "method", None) == name
+    )
+
+
+def configure(name: str, kind: str, *layers: Mapping[str, Any]) -> Any:
+    """A method with its settings: defaults, preset of the concept's kind, then `layers`."""
+    from erasure import config
+
+    cls = find(name)
+    given = {key: value for layer in layers for key, value in layer.items()}
+    published = cls.PARITY if given.get("parity") else config.preset(name, kind)
+    return config.build(cls, published, *layers)
+
+
+def erase(
+    model: Any,
+    concept: str | Mapping[str, Any] | Concept,
+    method: str = "esd",
+    *,
+    out: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> Patch:
+    """Erase a concept and return the patch. The model is given back as it was.
+
+    Args:
+        model: a pipeline, a `Base`, or a model's name.
+        concept: a name, a mapping of `Concept`'s fields, or a `Concept`.
+        method: file name in `erasure/methods`.
+        out: where to save the patch; the run then keeps its state in `<out>.run` and resumes after a kill.
+        config: a YAML file of settings, over the method's preset.
+        seed: of everything random in the run.
+        progress: show a bar; None does so on a terminal.
+        overrides: single settings, over everything else.
+
+    Raises:
+        ErasureError: an unknown method, setting, model or concept, an output that cannot be written, NaN.
+    """
+    from erasure import config as configuration
+    from erasure.base import Base
+    from erasure.concept import Concept
+    from erasure.train import Run
+
+    wanted = Concept.of(concept)
+    file = configuration.read_yaml(Path(config)) if config is not None else {}
+    built = configure(method, wanted.kind, file, overrides)
+    target = Path(out) if out is not None else None
+    if target is not None:
+        check_writable(target)
+    base = Base.of(model)
+    run = Run(
+        seed=seed,
+        folder=target.with_name(target.name + ".run") if target else None,
+        progress=sys.stderr.isatty() if progress is None else progress,
+    )
+    settings = {"method": method, **dataclasses.asdict(built)}
+    run.open({"settings": settings, "concept": wanted.to_json(), "base": base.name, "seed": seed})
+    patch = assemble(built.fit(base, [wanted], run), settings, base, [wanted], run)
+    if target is not None:
+        patch.save(target)
+    run.close()
+    return patch
+
+
+def assemble(payload: Any, settings: dict[str, Any], base: Base, concepts: list[Concept], run: Any) -> Patch:
+    """A patch from what was learnt, with everything that its reader wants to know."""
+    from erasure.patch import Patch, fingerprint
+
+    components = {}
+    for component in payload.components:
+        components[component] = fingerprint(getattr(base.pipe, component), payload.names(component))
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")}
+    return Patch(
+        payload=payload,
+        method=settings["method"],
+        concepts=tuple(concept.to_json() for concept in concepts),
+        base=base.name,
+        base_fingerprint=components,
+        config={key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
+        gate={"kind": "always"},
+        versions=libraries,
+        seed=run.seed,
+        costs=run.costs.to_json(),
+    )
+
+
+def check_writable(target: Path) -> None:
+    """Refuse an output before the work, not after it.
+
+    Raises:
+        ErasureError: the path is a folder, or its folder cannot be made or written.
+    """
+    if target.is_dir():
+        raise ErasureError(f"{target} is a folder: give the patch a file name, such as {target / 'patch.safetensors'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ErasureError(f"{target}: its folder cannot be made: {fault.strerror or fault}") from None
+    if not os.access(target.parent, os.W_OK):
+        raise ErasureError(f"{target}: its folder cannot be written")

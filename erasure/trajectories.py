@@ -1,0 +1,132 @@
+"""TrajectoryPool: partially denoised latents with the teacher's outputs met on the way.
+
+The sampler evaluates the base at every state (x_k, t_k) for the concept and for the neutral prompt: exactly
+the pair that ESD's target needs. One trajectory of S steps so gives S training tuples for 2S forwards, where
+the published loop runs about S/2 steps for one tuple and evaluates the pair again (methods.md, 6.1).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from erasure.base import Base
+from erasure.diffusion import guide
+
+
+@dataclass
+class TrajectoryPool:
+    """n tuples of base states.
+
+    Args:
+        x: latents, as the sampler holds them scaled for the UNet, [n, c, h, w].
+        t: the sampler's own timesteps, [n].
+        pair: which prompt pair each tuple belongs to, [n].
+        neutral: the base's output for the neutral prompt, [n, c, h, w].
+        concept: the base's output for the concept's prompt, [n, c, h, w].
+    """
+
+    x: Tensor
+    t: Tensor
+    pair: Tensor
+    neutral: Tensor
+    concept: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def draw(self, count: int, step: int, seed: int) -> Tensor:
+        """Indices of step `step`: walks through permutations of the pool, so that every tuple is met equally often."""
+        at = torch.arange(step * count, (step + 1) * count)
+        return torch.stack([self._order(int(i) // len(self), seed)[int(i) % len(self)] for i in at])
+
+    def _order(self, epoch: int, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+    def save(self, path: Path) -> None:
+        """Keep the pool for a resumed run."""
+        temporary = path.with_suffix(".tmp")
+        save_file({key: value.contiguous() for key, value in vars(self).items()}, temporary)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> TrajectoryPool:
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+@torch.no_grad()
+def walk(
+    base: Base,
+    pairs: list[tuple[str, str]],
+    *,
+    seeds: list[int],
+    steps: int,
+    guidance: float,
+    sampler: str = "ddim",
+    scale: float = 1.0,
+    stop: int | None = None,
+) -> TrajectoryPool:
+    """Sample one trajectory a pair with the base, guided from "" towards the concept, recording every state.
+
+    Args:
+        pairs: (concept prompt, neutral prompt), one a trajectory; all run as one batch.
+        seeds: one a trajectory, for its initial noise.
+        stop: record only the state with this index and end there (the published loop).
+    """
+    schedule = base.sampler(sampler)
+    schedule.set_timesteps(steps, device=base.device)
+    shape = base.latent_shape(scale)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    x = torch.stack(noise).to(base.device, base.unet.dtype) * schedule.init_noise_sigma
+    concept, neutral, empty = (
+        base.encode([c for c, _ in pairs]),
+        base.encode([n for _, n in pairs]),
+        base.encode([""] * len(pairs)),
+    )
+    # The neutral prompt is mostly the empty one: then two forwards a state are enough.
+    same = all(n == "" for _, n in pairs)
+    states = torch.cat([concept, neutral] if same else [concept, neutral, empty])
+    found: list[tuple[Tensor, ...]] = []
+    n = len(pairs)
+    for index, t in enumerate(schedule.timesteps):
+        scaled = schedule.scale_model_input(x, t)
+        out = base.unet(scaled.repeat(len(states) // n, 1, 1, 1), t, states).sample
+        if stop is None or index == stop:
+            at = torch.full((n,), float(t))
+            found.append(
+                (scaled.float().cpu(), at, torch.arange(n), out[n : 2 * n].float().cpu(), out[:n].float().cpu())
+            )
+        if index == stop:
+            break
+        x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
+    parts = [torch.cat(column) for column in zip(*found, strict=True)]
+    return TrajectoryPool(parts[0], parts[1], parts[2], parts[3], parts[4])
+
+
+def build_pool(
+    base: Base,
+    pairs: list[tuple[str, str]],
+    *,
+    trajectories: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch: int = 8,
+    sampler: str = "ddim",
+) -> TrajectoryPool:
+    """A pool of `trajectories` walks, dealt over the prompt pairs in turn, run in batches."""
+    dealt = [i % len(pairs) for i in range(trajectories)]
+    pools = []
+    for start in range(0, trajectories, batch):
+        part = dealt[start : start + batch]
+        seeds = [seed * 10_007 + start + i for i in range(len(part))]
+        pool = walk(base, [pairs[i] for i in part], seeds=seeds, steps=steps, guidance=guidance, sampler=sampler)
+        pool.pair = torch.tensor(part)[pool.pair]
+        pools.append(pool)
+    return TrajectoryPool(*(torch.cat([getattr(pool, key) for pool in pools]) for key in vars(pools[0])))
