@@ -221,7 +221,8 @@ tags: [text-to-image, stable-diffusion, diffusers]
 
 A small Stable Diffusion checkpoint: {len(objects())} objects in {len(styles())} styles at 64x64 pixels,
 made so that concept erasure can be tried, measured and attacked on a CPU.
-`StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)` loads it. It draws emoji-like icons and nothing else.
+`StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)` loads it.
+It draws emoji-like icons and nothing else.
 
 Measured by `python -m erasure.glyph.check` ({STEPS} DDIM steps, guidance {facts["guidance"]}, one image a prompt):
 

@@ -55,4 +55,4 @@ def distractors(count: int, seed: int) -> np.ndarray:
 
 def pixels(images: np.ndarray) -> Tensor:
     """uint8 [n, h, w, 3] to float [n, 3, h, w] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1

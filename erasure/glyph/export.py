@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from erasure.glyph import CHECKPOINT, JUDGES
 from erasure.glyph.loop import averaged, write
 from erasure.glyph.train_clip import build as build_clip
+from erasure.glyph.train_clip import trained
 from erasure.glyph.train_unet import build as build_unet
 from erasure.glyph.train_unet import scheduler
 from erasure.glyph.train_vae import build as build_vae
@@ -52,7 +53,7 @@ def shrink(folder: Path, model: nn.Module) -> None:
 def export(work: Path, folder: Path, judges: Path) -> None:
     """Write `folder` (diffusers layout) and `judges`; each is made beside its place, then renamed."""
     clip = build_clip()
-    clip.load_state_dict(averaged(work / "clip.safetensors"))
+    clip.load_state_dict(trained(work))
     parts = {"text_encoder": clip.text, "vae": autoencoder(work), "unet": unet(work)}
     pipe = StableDiffusionPipeline(
         tokenizer=clip.tokenizer,
@@ -74,7 +75,7 @@ def export(work: Path, folder: Path, judges: Path) -> None:
     fresh.rename(folder)
     if (work / "classifier.safetensors").is_file():
         write(half(averaged(work / "classifier.safetensors")), judges / "classifier.safetensors")
-    image = {k: v for k, v in averaged(work / "clip.safetensors").items() if not k.startswith("text.")}
+    image = {k: v for k, v in trained(work).items() if not k.startswith("text.")}
     write(half(image), judges / "clip.safetensors")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+EVERY = 4  # steps between updates of the averaged weights
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -62,7 +63,11 @@ class Fit:
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         params = dict(self.model.named_parameters())
         optimizer = torch.optim.AdamW(
-            [params[name] for name in names], lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay
+            [params[name] for name in names],
+            lr=self.lr,
+            betas=(0.9, 0.99),
+            weight_decay=self.weight_decay,
+            fused=True,
         )
         mean = {name: params[name].detach().clone() for name in names}
         start, begun = self._resume(optimizer, params, names, mean), time.monotonic()
@@ -80,9 +85,10 @@ class Fit:
             loss.backward()
             nn.utils.clip_grad_norm_([params[name] for name in names], 1.0)
             optimizer.step()
-            decay = min(self.average, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(mean.values()), [params[name] for name in names], 1 - decay)
+            if step % EVERY == 0:  # the average passes over all weights: not at every step
+                decay = min(self.average, (1 + step) / (10 + step)) ** EVERY
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(mean.values()), [params[name] for name in names], 1 - decay)
             for key, value in {"loss": loss.item(), **figures}.items():
                 self.figures[key] = value if key not in self.figures else 0.98 * self.figures[key] + 0.02 * value
             bar.set_postfix({key: f"{value:.4g}" for key, value in self.figures.items()}, refresh=False)

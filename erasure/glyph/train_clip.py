@@ -3,6 +3,11 @@
 Sigmoid loss over all pairs of a batch (Zhai et al. 2023, "Sigmoid loss for language image pre-training",
 eq. 1), where a pair is positive when the caption describes the image: several captions may. An image also
 meets captions that name less than it shows, so that family words and plain captions get a place.
+
+Beside it, one linear layer reads object, style and background off both towers' embeddings (soft
+cross-entropy; a caption that leaves one open has the even distribution as its target). Without it the
+sigmoid loss alone sat on a plateau where captions differ by what KIND of thing they name: 1,600 steps gave
+2.5 % zero-shot on objects.
 """
 
 from __future__ import annotations
@@ -13,13 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from erasure.glyph import objects, styles, vocabulary
-from erasure.glyph.captions import article, caption
+from erasure.glyph.captions import Caption, article, caption
 from erasure.glyph.data import pixels, renders
-from erasure.glyph.loop import DEVICE, Fit, averaged
+from erasure.glyph.loop import DEVICE, Fit, autocast, averaged
+from erasure.glyph.render import Scene
 from erasure.glyph.tokenizer import build as build_tokenizer
 from erasure.glyph.vision import Clip
 
@@ -56,6 +62,32 @@ def soften(x: Tensor, draw: torch.Generator) -> Tensor:
     return (x + (noise + shift).to(x.device)).clamp(-1, 1)
 
 
+def spread(scene: Scene | Caption) -> list[float]:
+    """Targets over objects, styles and backgrounds, one after the other; each third sums to 1."""
+    fits = scene.fits if isinstance(scene, Caption) else frozenset([scene.object])
+    rows = [float(o in fits) for o in objects()]
+    style = [float(scene.style in ("", s)) for s in styles()]
+    colours = [float(scene.background in ("", c)) for c in vocabulary()["backgrounds"]]
+    return [value / sum(part) for part in (rows, style, colours) for value in part]
+
+
+class Reader(nn.Module):
+    """CLIP with the linear layer that reads the attributes during training."""
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+        self.sizes = [len(objects()), len(styles()), len(vocabulary()["backgrounds"])]
+        self.read = nn.Linear(128, sum(self.sizes))
+
+    def attribute_loss(self, embedding: Tensor, rows: list[Scene] | list[Caption]) -> Tensor:
+        """Soft cross-entropy of unit embeddings [n, 128]."""
+        target = torch.tensor([spread(row) for row in rows], device=embedding.device)
+        logits = self.read(embedding * 12)
+        parts = zip(logits.split(self.sizes, 1), target.split(self.sizes, 1), strict=True)
+        return sum((F.cross_entropy(a, b) for a, b in parts), torch.zeros((), device=embedding.device))
+
+
 @torch.no_grad()
 def zero_shot(clip: Clip, folder: Path) -> dict[str, float]:
     """Share of fresh renders whose object, style and background are nearest among the names."""
@@ -78,20 +110,27 @@ def zero_shot(clip: Clip, folder: Path) -> dict[str, float]:
     return found
 
 
+def trained(work: Path) -> dict[str, Tensor]:
+    """The averaged weights of CLIP, without the reading layer."""
+    found = averaged(work / "clip.safetensors")
+    return {key.removeprefix("clip."): value for key, value in found.items() if key.startswith("clip.")}
+
+
 def main() -> None:
     """Train and print the zero-shot figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     labels, images = renders(24_000, 1, args.work)
-    clip = build().to(DEVICE)
+    reader = Reader(build()).to(DEVICE)
+    clip = reader.clip
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng, draw = random.Random(step), torch.Generator().manual_seed(step)
@@ -101,14 +140,18 @@ def main() -> None:
         match = torch.tensor([[c.describes(s) for c in captions] for s in scenes], device=DEVICE)
         x = soften(pixels(images[pick]).to(DEVICE), draw)
         ids = clip.tokenizer([c.text for c in captions], padding=True, truncation=True, return_tensors="pt").input_ids
-        logits = clip.scale.exp() * clip.image(x) @ clip.embed(ids.to(DEVICE)).T + clip.bias
-        value = -F.logsigmoid(torch.where(match, logits, -logits)).sum(1).mean()
-        top = match.gather(1, logits.argmax(1, keepdim=True)).float().mean().item()
-        return value, {"top1": top, "scale": clip.scale.exp().item()}
+        with autocast():
+            seen, said = clip.image(x), clip.embed(ids.to(DEVICE))
+        seen, said = seen.float(), said.float()
+        logits = clip.scale.exp() * seen @ said.T + clip.bias
+        pairs = -F.logsigmoid(torch.where(match, logits, -logits)).sum(1).mean()
+        image, text = reader.attribute_loss(seen, scenes), reader.attribute_loss(said, captions)
+        figures = {"pairs": pairs.item(), "image": image.item(), "text": text.item()}
+        return 0.2 * pairs + image + text, figures
 
-    fit = Fit(clip, loss, args.steps, args.work / "clip.safetensors", args.lr, weight_decay=0.05)
+    fit = Fit(reader, loss, args.steps, args.work / "clip.safetensors", args.lr, weight_decay=0.05)
     fit.run()
-    clip.load_state_dict(averaged(fit.path))
+    clip.load_state_dict(trained(args.work))
     clip.eval()
     print("zero-shot on 480 fresh renders:", {k: round(v, 4) for k, v in zero_shot(clip, args.work).items()})
 

@@ -21,6 +21,7 @@ from erasure.glyph.captions import caption
 from erasure.glyph.data import pixels, renders
 from erasure.glyph.loop import DEVICE, Fit, autocast, averaged, write
 from erasure.glyph.train_clip import build as build_clip
+from erasure.glyph.train_clip import trained
 from erasure.glyph.train_vae import build as build_vae
 
 CHANNELS = (48, 128, 224)
@@ -90,7 +91,7 @@ def main() -> None:
     torch.manual_seed(0)
     labels, stock, _ = latents(args.images, args.work)
     clip = build_clip()
-    clip.load_state_dict(averaged(args.work / "clip.safetensors"))
+    clip.load_state_dict(trained(args.work))
     text, tokenizer = clip.text.to(DEVICE).eval().requires_grad_(False), clip.tokenizer
     unet = build().to(DEVICE, memory_format=torch.channels_last)
     alphas = scheduler().alphas_cumprod.to(DEVICE)

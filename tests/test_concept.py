@@ -1,0 +1,44 @@
+"""Concepts from names and mappings; what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from erasure.concept import Concept
+from erasure.errors import ErasureError
+
+
+def test_a_bare_name_gets_the_kind_that_the_vocabulary_knows():
+    kinds = {name: Concept.of(name).kind for name in ("cat", "ink", "santa claus", "dagger", "weapon", "unheard of")}
+    assert kinds == {
+        "cat": "object",
+        "ink": "style",
+        "santa claus": "identity",
+        "dagger": "content",
+        "weapon": "content",
+        "unheard of": "object",
+    }
+
+
+def test_json_there_and_back():
+    concept = Concept("Van Gogh", aliases=("Vincent",), anchor="a painting", keep=("Monet",), kind="style")
+    assert Concept.of(concept.to_json()) == concept
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("", "empty"),
+        ("   ", "empty"),
+        ("x" * 10_000, "10,000 characters"),
+        ({"name": "cat", "anchor": "Cat"}, "the concept itself"),
+        ({"name": "cat", "keep": ["dog", "CAT"]}, "to be kept"),
+        ({"name": "cat", "kind": "objekt"}, "did you mean 'object'"),
+        ({"name": "cat", "colour": "red"}, "unknown concept field"),
+        ({"aliases": ["kitten"]}, "needs a name"),
+        (7, "a name or a mapping"),
+    ],
+)
+def test_bad_concepts_say_what_is_wrong(entry, says):
+    with pytest.raises(ErasureError, match=says):
+        Concept.of(entry)

@@ -1,0 +1,59 @@
+"""Layers of configuration: order, types, and errors that name every fault."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from erasure import config, methods
+from erasure.concept import KINDS
+from erasure.errors import ErasureError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    steps: int = 3
+    rate: float = 0.1
+    name: str | None = None
+    fast: bool = False
+
+
+def test_later_layers_win_and_strings_become_numbers():
+    made = config.build(Sample, {"steps": 4, "rate": "1e-4"}, {"steps": 5}, {"name": None, "fast": True})
+    assert made == Sample(steps=5, rate=1e-4, name=None, fast=True)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(ErasureError) as caught:
+        config.build(Sample, {"stepz": 1, "rate": "fast", "fast": 3, "steps": 2.5})
+    for part in ("did you mean 'steps'", "rate='fast'", "fast=3", "steps=2.5"):
+        assert part in str(caught.value)
+
+
+def test_overrides_are_yaml():
+    assert config.parse_overrides(["a=1", "b = 2e-3", "c=null", "d=text"]) == {"a": 1, "b ".strip(): "2e-3", "c": None, "d": "text"}
+    with pytest.raises(ErasureError, match="key=value"):
+        config.parse_overrides(["lonely"])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])
+def test_broken_files_are_errors(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ErasureError, match="c.yaml"):
+        config.read_yaml(tmp_path / "c.yaml")
+    with pytest.raises(ErasureError, match="missing.yaml"):
+        config.read_yaml(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((config.CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_name_real_settings_and_restate_no_default(path):
+    cls = methods.find(path.stem)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    found = yaml.safe_load(path.read_text()) or {}
+    assert set(found) <= {"all", *KINDS}
+    for kind, values in found.items():
+        config.build(cls, values)
+        for key, value in values.items():
+            assert defaults[key] != value, f"{kind}.{key} restates the default"
