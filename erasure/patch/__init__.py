@@ -1,0 +1,8 @@
+"""The patch: what erasing leaves. One safetensors file of low-rank factors or weight differences, with its header."""
+
+from erasure.patch.fingerprint import fingerprint, same_base
+from erasure.patch.header import read_header
+from erasure.patch.patch import Patch
+from erasure.patch.payload import Delta, LowRank
+
+__all__ = ["Delta", "LowRank", "Patch", "fingerprint", "read_header", "same_base"]

@@ -1,0 +1,228 @@
+"""safetensors files: a strict reader that checks sizes before it allocates, and an atomic, deterministic writer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from torch import Tensor
+
+from erasure.errors import ErasureError
+from erasure.patch.fingerprint import tensor_bytes
+
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_DIMENSIONS = 8
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: `begin` and `end` are byte offsets from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checked safetensors file: path, size in bytes, header strings, and where each tensor lies."""
+
+    path: Path
+    size: int
+    metadata: dict[str, str]
+    entries: dict[str, Entry]
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, in the dtype of the file.
+
+        Raises:
+            ErasureError: the file changed or became unreadable since the layout was checked.
+        """
+        with reading(self.path) as handle:
+            return {name: self._tensor(handle, name, entry) for name, entry in self.entries.items()}
+
+    def _tensor(self, handle: BinaryIO, name: str, entry: Entry) -> Tensor:
+        length = entry.end - entry.begin
+        if length == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        handle.seek(entry.begin)
+        buffer = bytearray(length)
+        if handle.readinto(buffer) != length:  # type: ignore[attr-defined]
+            raise ErasureError(f"{self.path}: truncated inside {name!r}")
+        return torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading; what the system refuses becomes an ErasureError."""
+    try:
+        with path.open("rb") as handle:
+            yield handle
+    except OSError as error:
+        raise ErasureError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_layout(path: str | os.PathLike[str]) -> Layout:
+    """Check the structure of a safetensors file without reading a tensor.
+
+    Raises:
+        ErasureError: missing, unreadable, not safetensors, truncated, or with sizes that do not agree.
+    """
+    path = Path(path).expanduser()
+    with reading(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        start = handle.read(8)
+        if start.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
+            raise ErasureError(f"{path}: a pickle, not safetensors; pickles can run code and are never opened")
+        if len(start) < 8:
+            raise ErasureError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER or length > size - 8 or length < 2:
+            raise ErasureError(
+                f"{path}: truncated or not a safetensors file (claims a header of {length} bytes in a file of {size})"
+            )
+        text = handle.read(length)
+    header = _parse(path, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ErasureError(f"{path}: the header's __metadata__ is not a table of strings")
+    data = 8 + length
+    entries = {name: _entry(path, name, value, data) for name, value in header.items()}
+    _contiguous(path, entries, data, size)
+    return Layout(path, size, metadata, entries)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins)
+    except (ValueError, RecursionError) as error:
+        raise ErasureError(f"{path}: the header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ErasureError(f"{path}: the header is not a JSON object")
+    return header
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
+    def refuse(fault: str) -> NoReturn:
+        raise ErasureError(f"{path}: tensor {name!r}: {fault}")
+
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        refuse("its header entry is not dtype, shape and data_offsets")
+    kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        refuse(f"unknown dtype {str(kind)[:40]!r}")
+    if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        refuse("its shape is not a short list of whole numbers")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        refuse("its data_offsets are not two rising whole numbers")
+    dtype = DTYPES[kind]
+    count = math.prod(shape)
+    if count * dtype.itemsize != offsets[1] - offsets[0]:
+        refuse(f"{offsets[1] - offsets[0]} bytes for shape {shape} of {kind}")
+    if count == 0 and shape != [0]:
+        refuse(f"shape {shape} holds nothing")
+    return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _contiguous(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
+    position = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise ErasureError(f"{path}: tensor {name!r} overlaps another or leaves a gap")
+        position = entry.end
+    if position > size:
+        raise ErasureError(f"{path}: truncated, {size} of {position} bytes are there")
+    if position < size:
+        raise ErasureError(f"{path}: {size - position} bytes stand behind the last tensor")
+
+
+def write_file(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str], overwrite: bool = True
+) -> Path:
+    """Write a safetensors file whole or not at all: a temporary file in the same folder takes the name at the end.
+
+    Equal input gives equal bytes.
+
+    Raises:
+        ErasureError: the path cannot be written, or exists and `overwrite` is off. What stood there is untouched.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ErasureError(f"{path}: cannot be written, it is a folder")
+    if path.exists() and not overwrite:
+        raise ErasureError(f"{path}: exists already and overwriting is off")
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header(tensors, order, metadata)
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as handle:
+            handle.write(struct.pack("<Q", len(header)) + header)
+            for name in order:
+                handle.write(tensor_bytes(tensors[name]))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ErasureError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        _discard(temporary)
+    return path
+
+
+def _discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        # Where its folder is a file or closed to us, nothing was written and nothing is to be removed.
+        return
+
+
+def _header(tensors: dict[str, Tensor], order: list[str], metadata: dict[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        table[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    # Blanks up to a multiple of 8 keep the tensors aligned, as the safetensors library does.
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ErasureError(f"the header would take {len(text)} bytes; safetensors readers stop at {MAX_HEADER}")
+    return text

@@ -1,0 +1,182 @@
+"""The header of a patch file: strings under `erasure.*`, and the modelspec and ss_ keys that LoRA loaders look for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import Any, NoReturn
+
+from erasure.errors import ErasureError
+from erasure.patch.encode import DTYPES, cross_width, two_encoders
+from erasure.patch.file import read_layout
+from erasure.patch.keys import COMPONENTS, DOWN
+from erasure.patch.payload import Delta, LowRank
+
+FORMAT = 1
+KINDS = (LowRank.kind, Delta.kind)
+# Field -> type of its JSON; the fields that are plain strings stand in TEXTS.
+JSON: dict[str, type] = {
+    "concepts": list,
+    "base_fingerprint": dict,
+    "config": dict,
+    "gate": dict,
+    "versions": dict,
+    "costs": dict,
+    "results": dict,
+    "modules": dict,
+    "sparse": dict,
+}
+OPTIONAL = ("results", "modules", "sparse")
+TEXTS = ("method", "base", "kind", "dtype")
+# Width of the text embedding -> names of the architecture for other loaders.
+ARCHITECTURES = {
+    768: ("stable-diffusion-v1/lora", "sd_v1", "512x512"),
+    1024: ("stable-diffusion-v2-512/lora", "sd_v2", "512x512"),
+    2048: ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "1024x1024"),
+}
+
+
+def to_json(label: str, value: Any) -> str:
+    """`value` as JSON text.
+
+    Raises:
+        ErasureError: not JSON: other types, NaN, infinity.
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ErasureError(f"{label} cannot be written as JSON: {error}") from error
+
+
+def from_json(label: str, text: str, kind: type | tuple[type, ...]) -> Any:
+    """The value of a JSON text whose outermost type is `kind`.
+
+    Raises:
+        ErasureError: not JSON, of another type, or with NaN or infinity.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ErasureError(f"{label} is not valid JSON ({error})") from error
+    if not isinstance(value, kind):
+        wanted = "a number" if isinstance(kind, tuple) else kind.__name__
+        raise ErasureError(f"{label} is a JSON {type(value).__name__}, expected {wanted}")
+    return value
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def check_fields(fields: dict[str, Any]) -> None:
+    """Check the types inside the JSON fields.
+
+    Raises:
+        ErasureError: naming the field.
+    """
+    if not fields["concepts"] or not all(isinstance(concept, dict) for concept in fields["concepts"]):
+        raise ErasureError("concepts must be a list of at least one JSON object")
+    for component, digest in fields["base_fingerprint"].items():
+        if component not in COMPONENTS or not isinstance(digest, str):
+            raise ErasureError(f"base_fingerprint: {component!r} must be one of {', '.join(COMPONENTS)}, with a string")
+    if not isinstance(fields["gate"].get("kind"), str):
+        raise ErasureError('gate must hold a \'kind\', such as {"kind": "always"}')
+    for component, paths in (fields.get("modules") or {}).items():
+        good = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        if component not in COMPONENTS or not good or len(set(paths)) != len(paths):
+            raise ErasureError(f"modules: {component!r} must be a component with a list of distinct module paths")
+    for key, shape in (fields.get("sparse") or {}).items():
+        if not isinstance(shape, list) or not 0 < len(shape) <= 8 or not all(type(n) is int and n > 0 for n in shape):
+            raise ErasureError(f"sparse: {key!r} must have a shape of whole numbers above 0")
+
+
+def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
+    """The `erasure.*` fields of a file's header, decoded and checked.
+
+    Raises:
+        ErasureError: another or newer format, a field missing, or of the wrong type.
+    """
+    version = metadata.get("erasure.format", "")
+    if re.fullmatch(r"[0-9]{1,9}", version) and int(version) > FORMAT:
+        raise ErasureError(
+            f"format {version} is newer than this Erasure, which reads {FORMAT}; upgrade erasure-diffusion"
+        )
+    if version != str(FORMAT):
+        raise ErasureError(f"unknown patch format {version[:40]!r}, expected '{FORMAT}'")
+    wanted = [*TEXTS, "seed", "dtype_error", *(name for name in JSON if name not in OPTIONAL)]
+    missing = [f"erasure.{name}" for name in wanted if f"erasure.{name}" not in metadata]
+    if missing:
+        raise ErasureError(f"the header lacks {', '.join(missing)}")
+    fields: dict[str, Any] = {name: metadata[f"erasure.{name}"] for name in TEXTS}
+    for name, kind in JSON.items():
+        text = metadata.get(f"erasure.{name}")
+        fields[name] = None if text is None else from_json(f"erasure.{name}", text, kind)
+    if fields["kind"] not in KINDS:
+        raise ErasureError(f"erasure.kind is {fields['kind'][:40]!r}, expected {' or '.join(KINDS)}")
+    if fields["dtype"] not in DTYPES:
+        raise ErasureError(f"erasure.dtype is {fields['dtype'][:40]!r}, expected {', '.join(DTYPES)}")
+    if not re.fullmatch(r"-?[0-9]{1,20}", metadata["erasure.seed"]):
+        raise ErasureError("erasure.seed is not a whole number")
+    fields["seed"] = int(metadata["erasure.seed"])
+    fields["dtype_error"] = from_json("erasure.dtype_error", metadata["erasure.dtype_error"], (int, float))
+    needed = "modules" if fields["kind"] == LowRank.kind else "sparse"
+    if fields[needed] is None:
+        raise ErasureError(f"the header lacks erasure.{needed}")
+    check_fields(fields)
+    return fields
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The header strings of a patch file, checked, without reading its tensors; `decode_header` decodes them.
+
+    Returns:
+        `erasure.method`, `erasure.concepts` (JSON) and so on, as they stand in the file.
+
+    Raises:
+        ErasureError: not a patch file, or one that is damaged or too new.
+    """
+    layout = read_layout(path)
+    refuse_plain(layout.path, layout.metadata, list(layout.entries))
+    try:
+        decode_header(layout.metadata)
+    except ErasureError as error:
+        raise ErasureError(f"{layout.path}: {error}") from error
+    return layout.metadata
+
+
+def refuse_plain(path: os.PathLike[str], metadata: dict[str, str], keys: list[str]) -> None:
+    """Raise an ErasureError that says what a file without our header is instead."""
+    if "erasure.format" in metadata:
+        return
+    if any(key.endswith((DOWN, "lora_A.weight", "lora.down.weight")) for key in keys):
+        raise ErasureError(
+            f"{path}: a plain LoRA, not a patch: its header lacks erasure.format, erasure.method, erasure.concepts, "
+            "erasure.base_fingerprint and the rest. pipe.load_lora_weights loads it as it is"
+        )
+    raise ErasureError(f"{path}: a safetensors file but not a patch, its header lacks erasure.format")
+
+
+def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
+    """What kohya, ComfyUI and A1111 read in the header of a LoRA."""
+    width = 2048 if two_encoders(payload) else cross_width(payload)
+    architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
+    ranks = payload.ranks
+    alphas = {alpha for layers in payload.layers.values() for _, _, alpha in layers.values()}
+    keys = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "ss_base_model_version": base,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    return {**keys, "modelspec.resolution": resolution} if resolution else keys

@@ -1,0 +1,69 @@
+"""Names of what a patch touches: components, module paths, parameter names, and their kohya keys.
+
+transformers 4 nests a CLIP text encoder in `text_model.`, transformers 5 does not (and CLIPTextModelWithProjection
+does in both). A patch names modules without that prefix; `find_module` and `find_parameter` try both spellings.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from erasure.errors import ErasureError, unknown
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+NESTED = "text_model."
+DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+
+
+def check_component(component: object) -> str:
+    """`component` if a patch may touch it; ErasureError otherwise."""
+    if not isinstance(component, str) or component not in COMPONENTS:
+        raise unknown("component", component, COMPONENTS)
+    return component
+
+
+def canonical(component: str, path: object) -> str:
+    """The module path or parameter name as patches write it: no `text_model.` in front.
+
+    Raises:
+        ErasureError: not words joined by dots.
+    """
+    if not isinstance(path, str) or not _PATH.fullmatch(path):
+        raise ErasureError(f"{component}: {path!r} is not a module path (words joined by dots)")
+    return path.removeprefix(NESTED) if component != "unet" else path
+
+
+def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
+    """The key in front of `.lora_down.weight` that kohya, ComfyUI and A1111 use for the module at `path`.
+
+    >>> kohya_prefix("text_encoder", "encoder.layers.0.mlp.fc1", two_encoders=False)
+    'lora_te_text_model_encoder_layers_0_mlp_fc1'
+    """
+    if component == "unet":
+        return "lora_unet_" + path.replace(".", "_")
+    nested = path if path.startswith("text_projection") else NESTED + path
+    start = {"text_encoder": "lora_te1_" if two_encoders else "lora_te_", "text_encoder_2": "lora_te2_"}[component]
+    return start + nested.replace(".", "_")
+
+
+def find_module(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at `path`, seen through peft's wrapper where a user's LoRA has put one; None if there is none."""
+    for spelling in (path, NESTED + path):
+        try:
+            module = root.get_submodule(spelling)
+        except AttributeError:
+            continue
+        inner = getattr(module, "base_layer", None)
+        return inner if isinstance(inner, nn.Module) else module
+    return None
+
+
+def find_parameter(root: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter called `name`, seen through peft's wrapper; None if there is none."""
+    path, _, leaf = name.rpartition(".")
+    module = find_module(root, path) if path else root
+    value = getattr(module, leaf, None) if module is not None else None
+    return value if isinstance(value, nn.Parameter) else None

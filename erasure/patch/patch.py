@@ -1,0 +1,192 @@
+"""The Patch: tensors and header, immutable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from erasure.errors import ErasureError
+from erasure.patch.encode import cast_error, decode, encode
+from erasure.patch.file import read_layout, write_file
+from erasure.patch.header import FORMAT, JSON, check_fields, decode_header, loader_keys, refuse_plain, to_json
+from erasure.patch.keys import check_component
+from erasure.patch.payload import Delta, LowRank
+
+ALWAYS = {"kind": "always"}
+FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What erasing leaves: the change of the weights, and where it comes from.
+
+    Args:
+        payload: the change, `LowRank` or `Delta`.
+        method: name of the method that made it.
+        concepts: what it erases, as JSON objects (or objects with `to_json()`); `name` is the one key relied upon.
+        base: the checkpoint it was made from, as the user named it.
+        base_fingerprint: component -> `fingerprint(module, names)` over the base parameters the payload touches.
+        config: the complete config of the method.
+        gate: how strongly it acts on one prompt; `{"kind": "always"}`, or `{"kind": "text", ...}`.
+        versions: library versions.
+        seed: of the run.
+        costs: F and B counts, seconds, peak memory.
+        results: what verification measured, or None.
+        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error; empty otherwise.
+
+    Raises:
+        ErasureError: a field of the wrong type, or that cannot be written as JSON.
+    """
+
+    payload: LowRank | Delta
+    method: str
+    concepts: Sequence[Any]
+    base: str = ""
+    base_fingerprint: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=lambda: dict(ALWAYS))
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, Any] | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.payload, LowRank | Delta):
+            raise ErasureError(f"payload must be LowRank or Delta, not {type(self.payload).__name__}")
+        if not isinstance(self.method, str) or not self.method or not isinstance(self.base, str):
+            raise ErasureError("method and base must be strings, and method not an empty one")
+        if type(self.seed) is not int:
+            raise ErasureError(f"seed must be a whole number, not {self.seed!r}")
+        if isinstance(self.concepts, str | bytes | Mapping):
+            raise ErasureError("concepts must be a list of JSON objects")
+        plain = [one.to_json() if hasattr(one, "to_json") else one for one in self.concepts]
+        values = {name: getattr(self, name) for name in FIELDS} | {"concepts": plain}
+        for name, value in values.items():
+            if not isinstance(value, list if JSON[name] is list else Mapping):
+                raise ErasureError(f"{name} must be a JSON {JSON[name].__name__}, not {type(value).__name__}")
+        # Through JSON and back: what is in memory is what the file will say, and nobody else's object.
+        values = {name: json.loads(to_json(name, value)) for name, value in values.items()}
+        check_fields(values)
+        for name, value in values.items():
+            object.__setattr__(self, name, tuple(value) if name == "concepts" else value)
+        if self.results is not None:
+            object.__setattr__(self, "results", json.loads(to_json("results", dict(self.results))))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the erased concepts."""
+        return [str(concept.get("name", "?")) for concept in self.concepts]
+
+    @property
+    def components(self) -> list[str]:
+        """The components touched, sorted."""
+        return self.payload.components
+
+    def deltas(self, component: str) -> dict[str, Tensor]:
+        """Parameter name -> dense fp32 change of the weight; empty for a component that is not touched.
+
+        Raises:
+            ErasureError: not a component that patches may touch.
+        """
+        check_component(component)
+        return {name: self.payload.change(component, name).clone() for name in self.payload.names(component)}
+
+    def scale(self, factor: float) -> Patch:
+        """The patch with every change times `factor`; results no longer hold and are dropped.
+
+        Raises:
+            ErasureError: `factor` is no finite number.
+        """
+        if not isinstance(factor, int | float) or not math.isfinite(factor):
+            raise ErasureError(f"cannot scale a patch by {factor!r}")
+        return dataclasses.replace(self, payload=self.payload.scaled(float(factor)), results=None, stored={})
+
+    def info(self) -> dict[str, Any]:
+        """What the patch is, as plain JSON values: `bytes` are those of the file, or of the fp32 tensors in memory."""
+        low_rank = isinstance(self.payload, LowRank)
+        tensors = self.payload.tensors()
+        return {
+            "method": self.method,
+            "concepts": self.names,
+            "base": self.base,
+            "base_fingerprint": dict(self.base_fingerprint),
+            "gate": self.gate["kind"],
+            "kind": self.payload.kind,
+            "components": {name: len(self.payload.names(name)) for name in self.components},
+            "rank": self.payload.ranks if isinstance(self.payload, LowRank) else None,
+            "tensors": len(tensors),
+            "parameters": sum(tensor.numel() for tensor in tensors),
+            "bytes": self.stored.get("bytes", sum(tensor.numel() * tensor.element_size() for tensor in tensors)),
+            "dtype": self.stored.get("dtype", "fp32"),
+            "dtype_error": self.stored.get("dtype_error", 0.0),
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "costs": dict(self.costs),
+            "results": None if self.results is None else dict(self.results),
+            # Other loaders know no gate: there the patch acts on every prompt.
+            "loaders": ["erasure", "diffusers", "ComfyUI", "A1111"] if low_rank else ["erasure"],
+        }
+
+    def save(self, path: str | os.PathLike[str], dtype: str = "fp32", overwrite: bool = True) -> Path:
+        """Write the patch, whole or not at all; folders on the way are made.
+
+        Args:
+            path: the file, by convention `.safetensors`.
+            dtype: of the tensors: fp32, bf16 or fp16. The relative error it makes goes into the header.
+            overwrite: whether a file that is there may be replaced.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ErasureError: unknown dtype, a value that overflows in it, or a path that cannot be written.
+        """
+        tensors, modules, shapes = encode(self.payload, dtype)
+        fields: dict[str, str] = {
+            "format": str(FORMAT),
+            "kind": self.payload.kind,
+            "method": self.method,
+            "base": self.base,
+            "seed": str(self.seed),
+            "dtype": dtype,
+            "dtype_error": to_json("dtype_error", cast_error(self.payload, dtype)),
+        }
+        fields |= {name: to_json(name, getattr(self, name)) for name in FIELDS}
+        if self.results is not None:
+            fields["results"] = to_json("results", self.results)
+        metadata: dict[str, str] = {}
+        if isinstance(self.payload, LowRank):
+            fields["modules"] = to_json("modules", modules)
+            metadata |= loader_keys(self.payload, f"{', '.join(self.names)} erased by {self.method}")
+        else:
+            fields["sparse"] = to_json("sparse", shapes)
+        metadata |= {f"erasure.{name}": text for name, text in fields.items()}
+        return write_file(path, tensors, metadata, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
+        """Read a patch file; never a pickle, and nothing is allocated before sizes are checked.
+
+        Raises:
+            ErasureError: naming the file and what is wrong with it.
+        """
+        layout = read_layout(path)
+        refuse_plain(layout.path, layout.metadata, list(layout.entries))
+        try:
+            fields = decode_header(layout.metadata)
+            kind, dtype = fields.pop("kind"), fields.pop("dtype")
+            modules, shapes = fields.pop("modules") or {}, fields.pop("sparse") or {}
+            stored = {"path": str(layout.path), "bytes": layout.size, "dtype": dtype}
+            stored["dtype_error"] = fields.pop("dtype_error")
+            return cls(payload=decode(layout.read(), kind, dtype, modules, shapes), stored=stored, **fields)
+        except ErasureError as error:
+            raise ErasureError(f"{layout.path}: {str(error).removeprefix(f'{layout.path}: ')}") from error

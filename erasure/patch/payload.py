@@ -1,0 +1,206 @@
+"""The two payloads of a patch: low-rank factors and dense weight differences. Both live on the CPU in fp32."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from erasure.errors import ErasureError
+from erasure.patch.fingerprint import tensor_bytes
+from erasure.patch.keys import canonical, check_component
+
+Layer = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """Factors whose product is the change of a layer's weight: (alpha / rank) * up @ down.
+
+    Args:
+        layers: component -> module path -> (down, up, alpha). A linear layer has down [rank, in] and up [out, rank];
+            a convolution has down [rank, in, height, width] and up [out, rank, 1, 1]. Tensors are copied to fp32 on
+            the CPU; alpha is rounded to fp32, as the file holds it.
+
+    Raises:
+        ErasureError: no layers, unknown component, a bad path, shapes that do not agree, NaN or infinity.
+    """
+
+    layers: Mapping[str, Mapping[str, Layer]]
+    kind: ClassVar[str] = "low-rank"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _tidy(self.layers, "layers", _layer))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LowRank, (self.layers,)
+
+    @property
+    def components(self) -> list[str]:
+        """The components touched, sorted."""
+        return list(self.layers)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The distinct ranks, rising."""
+        return sorted({down.shape[0] for layers in self.layers.values() for down, _, _ in layers.values()})
+
+    def names(self, component: str) -> list[str]:
+        """The parameters of `component` that change, sorted."""
+        return [f"{path}.weight" for path in self.layers.get(component, {})]
+
+    def shape(self, component: str, name: str) -> tuple[int, ...]:
+        """The shape of the parameter `name`."""
+        down, up, _ = self.layers[component][name.removesuffix(".weight")]
+        return (up.shape[0], *down.shape[1:])
+
+    def change(self, component: str, name: str) -> Tensor:
+        """The dense fp32 change of the parameter `name`."""
+        down, up, alpha = self.layers[component][name.removesuffix(".weight")]
+        product = up.flatten(1) @ down.flatten(1)
+        return (product * (alpha / down.shape[0])).reshape(self.shape(component, name))
+
+    def scaled(self, factor: float) -> LowRank:
+        """The same with every change times `factor`. It goes into up: A1111 reads an alpha of 0 as 'not given'."""
+        return LowRank(
+            {
+                component: {path: (down, up * factor, alpha) for path, (down, up, alpha) in layers.items()}
+                for component, layers in self.layers.items()
+            }
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All factors, in file order."""
+        return [factor for layers in self.layers.values() for down, up, _ in layers.values() for factor in (down, up)]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names and values: the identity of the payload."""
+        digest = hashlib.sha256(self.kind.encode())
+        for component, layers in self.layers.items():
+            for path, (down, up, alpha) in layers.items():
+                digest.update(f"{component}.{path}{list(down.shape)}{list(up.shape)}{alpha!r}".encode())
+                digest.update(tensor_bytes(down))
+                digest.update(tensor_bytes(up))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """Differences to be added to parameters.
+
+    Args:
+        changes: component -> parameter name -> difference, of the parameter's shape. Copied to fp32 on the CPU.
+
+    Raises:
+        ErasureError: no changes, unknown component, a bad name, an empty tensor, NaN or infinity.
+    """
+
+    changes: Mapping[str, Mapping[str, Tensor]]
+    kind: ClassVar[str] = "delta"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes", _tidy(self.changes, "changes", _difference))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Delta, (self.changes,)
+
+    @property
+    def components(self) -> list[str]:
+        """The components touched, sorted."""
+        return list(self.changes)
+
+    def names(self, component: str) -> list[str]:
+        """The parameters of `component` that change, sorted."""
+        return list(self.changes.get(component, {}))
+
+    def shape(self, component: str, name: str) -> tuple[int, ...]:
+        """The shape of the parameter `name`."""
+        return tuple(self.changes[component][name].shape)
+
+    def change(self, component: str, name: str) -> Tensor:
+        """The fp32 change of the parameter `name`; not a copy."""
+        return self.changes[component][name]
+
+    def scaled(self, factor: float) -> Delta:
+        """The same with every change times `factor`."""
+        return Delta(
+            {
+                component: {name: change * factor for name, change in changes.items()}
+                for component, changes in self.changes.items()
+            }
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All differences, in file order."""
+        return [change for changes in self.changes.values() for change in changes.values()]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over names and values: the identity of the payload."""
+        digest = hashlib.sha256(self.kind.encode())
+        for component, changes in self.changes.items():
+            for name, change in changes.items():
+                digest.update(f"{component}.{name}{list(change.shape)}".encode())
+                digest.update(tensor_bytes(change))
+        return digest.hexdigest()
+
+
+def _tidy(tables: Any, noun: str, one: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
+    """The payload sorted, with canonical names and each value passed through `one`."""
+    if not isinstance(tables, Mapping):
+        raise ErasureError(f"{noun} must map component -> name -> tensors, not {type(tables).__name__}")
+    tidy: dict[str, dict[str, Any]] = {}
+    for component in sorted(tables, key=str):
+        table = tables[check_component(component)]
+        if not isinstance(table, Mapping):
+            raise ErasureError(f"{noun} of {component} must be a mapping, not {type(table).__name__}")
+        names = {canonical(component, name): name for name in table}
+        if len(names) != len(table):
+            raise ErasureError(f"{component}: the same name stands twice, with and without 'text_model.'")
+        if names:
+            tidy[component] = {name: one(f"{component}.{name}", table[names[name]]) for name in sorted(names)}
+    if not tidy:
+        raise ErasureError(f"a patch without {noun} erases nothing; was any target found?")
+    return tidy
+
+
+def _layer(label: str, value: Any) -> Layer:
+    try:
+        down, up, alpha = value
+        alpha = float(torch.tensor(float(alpha), dtype=torch.float32))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ErasureError(f"{label}: expected (down, up, alpha), {error}") from error
+    down, up = _copy(f"{label} down", down), _copy(f"{label} up", up)
+    if down.dim() != up.dim() or down.dim() not in (2, 4) or tuple(up.shape[2:]) not in ((), (1, 1)):
+        raise ErasureError(
+            f"{label}: down {list(down.shape)} and up {list(up.shape)} are neither a linear layer's [r, in], [out, r] "
+            "nor a convolution's [r, in, h, w], [out, r, 1, 1]"
+        )
+    if down.shape[0] != up.shape[1]:
+        raise ErasureError(f"{label}: down has rank {down.shape[0]}, up has rank {up.shape[1]}")
+    if not math.isfinite(alpha):
+        raise ErasureError(f"{label}: alpha is {alpha}")
+    return down, up, alpha
+
+
+def _difference(label: str, value: Any) -> Tensor:
+    return _copy(label, value)
+
+
+def _copy(label: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise ErasureError(f"{label}: expected a tensor of floating-point numbers")
+    if tensor.numel() == 0:
+        raise ErasureError(f"{label}: an empty tensor of shape {list(tensor.shape)}")
+    # A copy always: a patch is immutable, also when the trainer goes on with its own tensors.
+    value = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
+    if not torch.isfinite(value).all():
+        raise ErasureError(f"{label}: holds NaN or infinity")
+    return value

@@ -1,0 +1,21 @@
+"""Patches in diffusers pipelines: classes that load them, gate them by prompt, and give the base back bit for bit."""
+
+from erasure.pipelines.classes import (
+    ErasedStableDiffusionImg2ImgPipeline,
+    ErasedStableDiffusionInpaintPipeline,
+    ErasedStableDiffusionPipeline,
+    ErasedStableDiffusionXLPipeline,
+)
+from erasure.pipelines.mixin import PatchMixin, load_patch
+from erasure.pipelines.stack import PatchStack, patch_stack
+
+__all__ = [
+    "ErasedStableDiffusionImg2ImgPipeline",
+    "ErasedStableDiffusionInpaintPipeline",
+    "ErasedStableDiffusionPipeline",
+    "ErasedStableDiffusionXLPipeline",
+    "PatchMixin",
+    "PatchStack",
+    "load_patch",
+    "patch_stack",
+]

@@ -1,0 +1,153 @@
+"""Patches on a diffusers pipeline: the mixin that gives a class the verbs, and `load_patch` for any pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from erasure.base import resolve
+from erasure.errors import ErasureError
+from erasure.patch import Patch
+from erasure.pipelines.membranes import Membrane
+from erasure.pipelines.stack import patch_stack
+
+PatchSource = str | os.PathLike[str] | Patch
+
+
+def load_patch(
+    pipe: Any, path_or_patch: PatchSource, name: str | None = None, strength: float = 1.0, force: bool = False
+) -> str:
+    """Load a patch into any diffusers pipeline; `patch_stack(pipe)` has the other verbs.
+
+    Args:
+        pipe: the pipeline. A patch gated by text needs one of the Erased classes (a `PatchMixin`).
+        path_or_patch: the file, or the patch itself.
+        name: what to call it; by default its concept.
+        strength: factor on its change; may be negative or above 1.
+        force: load also onto another base than it was made from, where all shapes fit.
+
+    Returns:
+        The name.
+
+    Raises:
+        ErasureError: a damaged file, a taken name, a wrong base, shapes that do not fit. Nothing is changed then.
+    """
+    patch = path_or_patch if isinstance(path_or_patch, Patch) else Patch.load(path_or_patch)
+    return patch_stack(pipe).load(patch, name, strength, force)
+
+
+class PatchMixin:
+    """Verbs for patches, in front of a diffusers pipeline class that has `encode_prompt`."""
+
+    _erasure_open: list[tuple[Membrane, RemovableHandle]] | None = None  # a list during a call
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """The pipeline of a checkpoint: `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
+
+        Stable Diffusion 1 and 2 come without safety checker unless one is passed: it would blacken images that an
+        evaluation is to judge. All other arguments are those of diffusers.
+
+        Raises:
+            ErasureError: `model` names nothing.
+        """
+        where = resolve(model)
+        if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in kwargs:
+            kwargs["safety_checker"] = None
+            kwargs.setdefault("requires_safety_checker", False)
+        if Path(where).is_file():
+            return cls.from_single_file(where, **kwargs)  # type: ignore[attr-defined]
+        return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
+
+    def load_patch(
+        self, path_or_patch: PatchSource, name: str | None = None, strength: float = 1.0, force: bool = False
+    ) -> str:
+        """As `erasure.load_patch`, on this pipeline."""
+        return load_patch(self, path_or_patch, name, strength, force)
+
+    def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
+        """Let exactly these patches act: `{name: strength}`, or a name or names for strength 1. All others get 0."""
+        patch_stack(self).set_patches(patches)
+
+    def get_list_patches(self) -> dict[str, dict[str, Any]]:
+        """Name -> strength, method, concepts, gate, kind and components of each patch loaded."""
+        return patch_stack(self).get_list_patches()
+
+    def delete_patches(self, names: Iterable[str] | str) -> None:
+        """Take patches off."""
+        patch_stack(self).delete_patches(names)
+
+    def unload_patches(self) -> None:
+        """Take all patches off: every weight is the base's again, bit for bit."""
+        patch_stack(self).unload_patches()
+
+    def fuse_patches(self) -> None:
+        """Fold gated patches into the weights too, so that they act on every prompt alike."""
+        patch_stack(self).fuse_patches()
+
+    def unfuse_patches(self) -> None:
+        """Undo `fuse_patches`."""
+        patch_stack(self).unfuse_patches()
+
+    @property
+    def gate_log(self) -> list[dict[str, float]]:
+        """For each prompt of the last call, patch name -> the strength it acted with."""
+        return patch_stack(self).gate_log
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers; within a call, the gates see the prompts here."""
+        encode = super().encode_prompt  # type: ignore[misc]
+        if self._erasure_open is not None:
+            given = inspect.signature(encode).bind(*args, **kwargs)
+            given.apply_defaults()
+            self._close()
+            rows, prompts = _prompts(given.arguments)
+            images = given.arguments.get("num_images_per_prompt") or 1
+            self._erasure_open = patch_stack(self).open(prompts, rows, images)
+        return encode(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, with the loaded patches at work."""
+        stack = patch_stack(self)
+        stack.gate_log = []
+        self._erasure_open = []
+        try:
+            result = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            idle = sum(membrane.calls == 0 for membrane, _ in self._erasure_open)
+            if idle and not getattr(self, "interrupt", False):
+                raise ErasureError(
+                    f"{idle} of {len(self._erasure_open)} gated layers never ran: something has taken their place "
+                    "(fuse_qkv_projections, torch.compile). Load patches first, or use fuse_patches()"
+                )
+        finally:
+            self._close()
+            self._erasure_open = None
+        return result
+
+    def _close(self) -> None:
+        for _, handle in self._erasure_open or []:
+            handle.remove()
+
+    def to_json_string(self) -> str:
+        """The config that `save_pretrained` writes; it names the diffusers class, so that anybody can load it."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        plain = next(cls for cls in type(self).__mro__ if not issubclass(cls, PatchMixin) and cls is not object)
+        config["_class_name"] = plain.__name__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _prompts(given: Mapping[str, Any]) -> tuple[int, list[list[str]] | None]:
+    """Number of prompts, and the texts of each (a pipeline with two encoders takes two)."""
+    texts = [given.get(name) for name in ("prompt", "prompt_2")]
+    columns = [[text] if isinstance(text, str) else list(text) for text in texts if text is not None]
+    if texts[0] is None:
+        embeds = given.get("prompt_embeds")
+        return (0 if embeds is None else int(embeds.shape[0])), None
+    rows = len(columns[0])
+    return rows, [[column[row] for column in columns if row < len(column)] for row in range(rows)]

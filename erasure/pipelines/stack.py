@@ -1,0 +1,268 @@
+"""The stack of patches on one diffusers pipeline."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from erasure.errors import ErasureError, unknown
+from erasure.patch import Patch
+from erasure.patch.keys import find_module
+from erasure.patch.payload import LowRank
+from erasure.pipelines.checks import check_base, check_shapes
+from erasure.pipelines.gates import TextGate, parse_gate, similarities
+from erasure.pipelines.membranes import Membrane
+from erasure.pipelines.weights import FoldedWeights, Share
+
+ATTRIBUTE = "_erasure_stack"
+# Which stack has changed a module's weights: pipelines may share components.
+_OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A patch on the stack; `gate` is None where it acts on every prompt alike."""
+
+    patch: Patch
+    strength: float
+    gate: TextGate | None
+
+
+def patch_stack(pipe: Any) -> PatchStack:
+    """The one stack of a diffusers pipeline, made on first use.
+
+    Raises:
+        ErasureError: `pipe` is no pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ErasureError(f"patches go onto a diffusers pipeline, not onto {type(pipe).__name__}")
+    stack = vars(pipe).get(ATTRIBUTE)
+    if stack is None:
+        stack = PatchStack(pipe)
+        setattr(pipe, ATTRIBUTE, stack)
+    return stack
+
+
+class PatchStack:
+    """Patches by name, on one pipeline.
+
+    Patches that act on every prompt alike are folded into the weights; those with a gate become membranes for the
+    time of a call. `gate_log` tells for each prompt of the last call how strongly each patch acted.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.gate_log: list[dict[str, float]] = []
+        self._loaded: dict[str, Loaded] = {}
+        self._fused = False
+        self._modules: dict[str, nn.Module] = {}
+        self._weights = FoldedWeights(self.component)
+
+    def component(self, name: str) -> nn.Module:
+        """The pipeline's component, seen through `torch.compile`.
+
+        Raises:
+            ErasureError: there is none, or it was replaced while patches were loaded.
+        """
+        module = getattr(self.pipe, name, None)
+        module = getattr(module, "_orig_mod", module)
+        if not isinstance(module, nn.Module):
+            raise ErasureError(f"the patch touches {name}, and {type(self.pipe).__name__} has none")
+        if self._modules.get(name, module) is not module:
+            raise ErasureError(f"{name} was replaced while patches were loaded; unload them before you replace it")
+        return module
+
+    def load(self, patch: Patch, name: str | None = None, strength: float = 1.0, force: bool = False) -> str:
+        """Check `patch` against the pipeline and put it on the stack; returns its name.
+
+        Args:
+            patch: the patch.
+            name: what to call it; by default its concept, with a number where that is taken.
+            strength: factor on its change.
+            force: load also onto another base than it was made from, where all shapes fit.
+
+        Raises:
+            ErasureError: taken name, wrong base, shapes that do not fit, a gate that this pipeline cannot run. Nothing
+                is changed then.
+        """
+        name = self._name(patch, name)
+        strength = _number(strength)
+        gate = parse_gate(patch)
+        if gate is not None and not hasattr(self.pipe, "gate_log"):
+            raise ErasureError(
+                f"{name!r} has a text gate, and {type(self.pipe).__name__} does not show it the prompts. "
+                "Make an erased pipeline of it: ErasedStableDiffusionPipeline(**pipe.components), or, for others, "
+                f"class Mine(PatchMixin, {type(self.pipe).__name__})"
+            )
+        for component in patch.components:
+            self._check_owner(component)
+            check_shapes(name, patch, component, self.component(component))
+        if not force:
+            check_base(name, patch, self.pipe, self._weights.base)
+        self._change({**self._loaded, name: Loaded(patch, strength, gate)})
+        return name
+
+    def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
+        """Let exactly these patches act: `{name: strength}`, or a name or names for strength 1. All others get 0.
+
+        Raises:
+            ErasureError: a name that is not loaded, a strength that is no finite number. Nothing is changed then.
+        """
+        if isinstance(patches, Mapping):
+            wanted = {name: _number(strength) for name, strength in patches.items()}
+        else:
+            wanted = dict.fromkeys([patches] if isinstance(patches, str) else patches, 1.0)
+        self._known(wanted)
+        self._change({name: replace(one, strength=wanted.get(name, 0.0)) for name, one in self._loaded.items()})
+
+    def get_list_patches(self) -> dict[str, dict[str, Any]]:
+        """Name -> strength, method, concepts, gate, kind and components of each patch, in order of loading."""
+        return {
+            name: {
+                "strength": one.strength,
+                "method": one.patch.method,
+                "concepts": one.patch.names,
+                "gate": one.patch.gate["kind"],
+                "kind": one.patch.payload.kind,
+                "components": one.patch.components,
+            }
+            for name, one in self._loaded.items()
+        }
+
+    def delete_patches(self, names: Iterable[str] | str) -> None:
+        """Take patches off; weights that no other patch touches are the base's again, bit for bit.
+
+        Raises:
+            ErasureError: a name that is not loaded. Nothing is changed then.
+        """
+        gone = [names] if isinstance(names, str) else list(names)
+        self._known(gone)
+        self._change({name: one for name, one in self._loaded.items() if name not in gone})
+
+    def unload_patches(self) -> None:
+        """Take all patches off: every weight is the base's again, bit for bit."""
+        self._change({})
+        self._fused = False
+
+    def fuse_patches(self) -> None:
+        """Fold gated patches into the weights too: they act on every prompt, and a call runs no extra layers."""
+        self._change(self._loaded, fused=True)
+
+    def unfuse_patches(self) -> None:
+        """Undo `fuse_patches`."""
+        self._change(self._loaded, fused=False)
+
+    @property
+    def gated(self) -> dict[str, Loaded]:
+        """The patches whose strength depends on the prompt now."""
+        return {name: one for name, one in self._loaded.items() if one.gate and one.strength and not self._fused}
+
+    def open(self, prompts: list[list[str]] | None, rows: int, images: int) -> list[tuple[Membrane, RemovableHandle]]:
+        """Attach the membranes for one call, and write the gate log.
+
+        Args:
+            prompts: for each row, the texts that it is asked for (two on XL); None where only embeddings are known.
+            rows: number of prompts.
+            images: images per prompt.
+
+        Raises:
+            ErasureError: embeddings without a prompt, and a patch gated by text.
+        """
+        gated = self.gated
+        if gated and prompts is None:
+            raise ErasureError(
+                f"{', '.join(map(repr, gated))}: gated by the text of the prompt, and only prompt_embeds were given. "
+                "Give the prompt, switch the gate off with fuse_patches(), or the patch with set_patches()"
+            )
+        strengths = {name: [one.strength] * rows for name, one in self._loaded.items()}
+        strengths |= {name: _gate(self.pipe, one, prompts or []) for name, one in gated.items()}
+        self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
+        found: list[tuple[Membrane, nn.Module]] = []
+        # In order of content, as in the weights: the order of loading changes no bit.
+        for name, one in sorted(gated.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
+            if any(strengths[name]):
+                found += self._membranes(one.patch, torch.tensor(strengths[name]), images)
+        return [(membrane, membrane.attach(module)) for membrane, module in found]
+
+    def _membranes(self, patch: Patch, strengths: torch.Tensor, images: int) -> list[tuple[Membrane, nn.Module]]:
+        found: list[tuple[Membrane, nn.Module]] = []
+        layers = patch.payload.layers if isinstance(patch.payload, LowRank) else {}
+        for component, factors in layers.items():
+            # Text encoders see a row per prompt, the UNet one per image.
+            rows = strengths.repeat_interleave(images) if component == "unet" else strengths
+            for path, (down, up, alpha) in factors.items():
+                module = find_module(self.component(component), path)
+                if module is None:
+                    raise ErasureError(f"{component} has lost its layer {path} while patches were loaded")
+                found.append((Membrane(down, up, alpha / down.shape[0], rows), module))
+        return found
+
+    def _change(self, loaded: dict[str, Loaded], fused: bool | None = None) -> None:
+        fused = self._fused if fused is None else fused
+        before = self._shares(self._loaded, self._fused)
+        try:
+            self._weights.fold(self._shares(loaded, fused))
+        except BaseException:
+            self._weights.fold(before)
+            raise
+        self._loaded, self._fused = loaded, fused
+        self._modules = {
+            component: self.component(component) for one in loaded.values() for component in one.patch.components
+        }
+        for module in self._modules.values():
+            _OWNERS[module] = weakref.ref(self)
+
+    def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
+        return [
+            Share(one.patch.payload, one.strength)
+            for one in loaded.values()
+            if one.strength and (one.gate is None or fused)
+        ]
+
+    def _check_owner(self, component: str) -> None:
+        owner = _OWNERS.get(self.component(component))
+        stack = owner() if owner is not None else None
+        if stack is not None and stack is not self and component in stack._modules:
+            raise ErasureError(
+                f"{component} is shared with another pipeline, which has patches on it: "
+                f"{', '.join(stack._loaded)}. Unload them there first"
+            )
+
+    def _name(self, patch: Patch, name: str | None) -> str:
+        if name is None:
+            stem = "+".join(patch.names)
+            tries = [stem, *(f"{stem}-{number}" for number in range(2, len(self._loaded) + 2))]
+            return next(each for each in tries if each not in self._loaded)
+        if not isinstance(name, str) or not name:
+            raise ErasureError(f"a patch's name is a word, not {name!r}")
+        if name in self._loaded:
+            raise ErasureError(f"the name {name!r} is taken. Loaded: {', '.join(self._loaded)}")
+        return name
+
+    def _known(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._loaded:
+                raise unknown("patch", name, self._loaded)
+
+
+def _gate(pipe: Any, one: Loaded, prompts: list[list[str]]) -> list[float]:
+    """Strength of one gated patch for each prompt: the largest over the prompt's texts and the gate's."""
+    if one.gate is None:
+        return [one.strength] * len(prompts)
+    flat = [text for texts in prompts for text in texts]
+    best = dict(zip(flat, map(max, similarities(pipe, flat, list(one.gate.texts))), strict=True))
+    return [one.strength * max(one.gate.strength(best[text]) for text in texts) for texts in prompts]
+
+
+def _number(strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise ErasureError(f"a strength is a finite number, not {strength!r}")
+    return float(strength)

@@ -1,0 +1,83 @@
+"""Random patches that fit the tiny pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.patch import Delta, LowRank, Patch, fingerprint
+
+
+def low_rank_patch(
+    pipe: Any,
+    seed: int = 1,
+    rank: int = 2,
+    alpha: float = 3.0,
+    part: str = "attn2",
+    components: tuple[str, ...] = ("unet",),
+    size: float = 0.1,
+    **fields: Any,
+) -> Patch:
+    """A low-rank patch on each Linear and Conv2d of `components` whose path contains `part`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * size
+
+    layers: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
+    for component in components:
+        for path, module in getattr(pipe, component).named_modules():
+            if component == "unet" and part not in path:
+                continue
+            if isinstance(module, nn.Linear):
+                pair = draw(rank, module.in_features), draw(module.out_features, rank)
+            elif isinstance(module, nn.Conv2d):
+                pair = draw(rank, module.in_channels, *module.kernel_size), draw(module.out_channels, rank, 1, 1)
+            else:
+                continue
+            layers.setdefault(component, {})[path] = (*pair, alpha)
+    return made(pipe, LowRank(layers), **fields)
+
+
+def delta_patch(
+    pipe: Any, seed: int = 1, part: str = "attn2.to_k", component: str = "unet", size: float = 0.1, **fields: Any
+) -> Patch:
+    """Differences on each parameter of `component` whose name contains `part`; every second one mostly zero."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    names = [name for name, _ in getattr(pipe, component).named_parameters() if part in name]
+    for number, name in enumerate(names):
+        shape = getattr(pipe, component).get_parameter(name).shape
+        change = torch.randn(shape, generator=generator) * size
+        if number % 2:
+            change = change * (torch.rand(shape, generator=generator) < 0.2)
+        changes[name] = change
+    return made(pipe, Delta({component: changes}), **fields)
+
+
+def made(pipe: Any, payload: LowRank | Delta, **fields: Any) -> Patch:
+    """A patch of `payload` with the fingerprint of `pipe`."""
+    prints = {name: fingerprint(getattr(pipe, name), payload.names(name)) for name in payload.components}
+    given = {"method": "random", "concepts": [{"name": "van gogh"}], "base": "tiny", "base_fingerprint": prints}
+    return Patch(payload, **(given | fields))
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def weights(pipe: Any) -> dict[str, Tensor]:
+    """A copy of all weights of the UNet and the text encoder."""
+    return {
+        f"{component}.{name}": value.detach().clone()
+        for component in ("unet", "text_encoder")
+        for name, value in getattr(pipe, component).named_parameters()
+    }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two sets of weights agree bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

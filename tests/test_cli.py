@@ -1,0 +1,71 @@
+"""The command: exit codes, errors without tracebacks, JSON; what it makes on glyph is in test_glyph_end_to_end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from erasure.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["erase", "cat", "--method", "edd"], "did you mean 'esd'"),
+        (["erase", "cat", "--model", "glpyh"], "glyph"),
+        (["erase", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["erase", "cat", "--set", "variant=xattn"], "x-strict"),
+        (["erase", "cat", "--set", "rank=0"], "at least 1"),
+        (["erase", "", "-o", "x.safetensors"], "empty"),
+        (["erase", "x" * 10_000], "10,000 characters"),
+        (["erase", "cat", "--anchor", "cat"], "the concept itself"),
+        (["erase", "cat", "--kind", "stile"], "did you mean 'style'"),
+        (["erase", "cat", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["generate"], "give prompts"),
+        (["methods", "esdd"], "did you mean 'esd'"),
+        (["prompts", "glyph-objectz"], "glyph-objects"),
+        (["demo", "zebra"], "zebra"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_is_allowed(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and says in err and "Traceback" not in err
+    assert out == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "p.safetensors"):
+        code, _, err = run(capsys, "erase", "cat", "-o", str(target))
+        assert code == 2 and str(target) in err
+
+
+def test_errors_in_json(capsys):
+    code, out, _ = run(capsys, "methods", "esdd", "--json")
+    assert code == 2 and "esd" in json.loads(out)["error"]
+
+
+def test_what_there_is(capsys):
+    assert json.loads(run(capsys, "methods", "--json")[1])["esd"].startswith("ESD")
+    assert "negative_guidance" in run(capsys, "methods", "esd")[1]
+    assert "glyph" in run(capsys, "models")[1]
+    assert json.loads(run(capsys, "prompts", "--json")[1])["glyph-objects"] == 240
+    assert "a cat" in run(capsys, "prompts", "glyph-objects")[1]
+
+
+def test_version_and_wrong_options_are_argparses(capsys):
+    for arguments, code in ((["--version"], 0), (["--nonsense"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == code

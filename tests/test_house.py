@@ -1,0 +1,117 @@
+"""The house: sizes, the direction of imports, no pickles, no machine paths."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import erasure
+from erasure import methods
+
+ROOT = Path(erasure.__file__).resolve().parent
+FILES = sorted(ROOT.rglob("*.py"))
+# Who may import whom (design, section 1): a package may import what stands in its row.
+LOW = {"errors", "glyph", "config"}
+CORE = {*LOW, "concept", "base", "diffusion"}
+MAY = {
+    "errors": set(),
+    "config": {"errors"},
+    "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
+    "concept": LOW,
+    "diffusion": {"errors"},
+    "base": {*CORE, "pipelines"},  # Base.load opens the erased pipeline
+    "patch": CORE,
+    "pipelines": {*CORE, "patch"},
+    "prompts": {"errors", "glyph", "evaluation"},
+    "evaluation": {*CORE, "patch", "pipelines", "prompts"},
+    "trajectories": CORE,
+    "adapters": {*CORE, "patch"},
+    "train": {*CORE, "adapters", "patch"},
+    "methods": {*CORE, "patch", "trajectories", "adapters", "train"},
+    "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
+    "bench": {*CORE, "patch", "pipelines", "evaluation", "methods"},
+    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench"},
+}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" if node.module == "erasure" else node.module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name and name.startswith("erasure.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    own = part(path)
+    if own == "__init__":
+        return
+    assert imports(path) <= MAY[own] | {own}
+
+
+def test_methods_do_not_import_each_other():
+    for name in methods.names():
+        tree = (ROOT / "methods" / f"{name}.py").read_text()
+        assert not re.search(r"erasure\.methods\.", tree)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno <= 80, f"{node.name} is long"
+
+
+def test_no_method_is_named_by_pipelines_and_evaluation():
+    words = re.compile(rf"\b({'|'.join(methods.names())})\b", re.IGNORECASE)
+    for path in FILES:
+        if part(path) in ("pipelines", "evaluation", "patch"):
+            assert not words.search(path.read_text(encoding="utf-8")), path
+
+
+def test_nothing_reads_pickles():
+    for path in FILES:
+        assert "torch.load(" not in path.read_text(encoding="utf-8"), path
+        assert "import pickle" not in path.read_text(encoding="utf-8"), path
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in erasure.__all__:
+        assert getattr(erasure, name).__doc__, name
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_help_is_quick_to_import():
+    """`erasure --help` must not wait for torch."""
+    code = "import sys, erasure.cli as c; c.parser(); sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_shortcuts_lead_into_the_package():
+    top = ROOT.parent
+    for name in ("pipelines", "evaluation", "prompts", "configs"):
+        if (top / name).is_symlink():
+            assert (top / name).resolve() == ROOT / name
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        importlib.import_module("erasure").nothing
