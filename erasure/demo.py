@@ -44,10 +44,9 @@ def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[st
     Raises:
         ErasureError: glyph does not know the concept, or the folder cannot be written.
     """
-    from erasure.evaluation import evaluate
-    from erasure.evaluation.promptset import PromptSet
-    from erasure.glyph import objects, styles
     from erasure.errors import unknown
+    from erasure.evaluation import evaluate
+    from erasure.glyph import objects, styles
     from erasure.methods import erase
     from erasure.patch import Patch
     from erasure.pipelines import ErasedStableDiffusionPipeline
@@ -59,7 +58,9 @@ def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[st
     target = folder / f"{slug}.safetensors"
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    say(f"1. erase {concept!r} from glyph, a {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.0f}M UNet, with ESD")
+    say(
+        f"1. erase {concept!r} from glyph, a {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.0f}M UNet, with ESD"
+    )
     if target.is_file():
         patch = Patch.load(target)
         say(f"   {target} is there already")

@@ -33,7 +33,12 @@ def test_all_faults_are_told_at_once():
 
 
 def test_overrides_are_yaml():
-    assert config.parse_overrides(["a=1", "b = 2e-3", "c=null", "d=text"]) == {"a": 1, "b ".strip(): "2e-3", "c": None, "d": "text"}
+    assert config.parse_overrides(["a=1", "b = 2e-3", "c=null", "d=text"]) == {
+        "a": 1,
+        "b ".strip(): "2e-3",
+        "c": None,
+        "d": "text",
+    }
     with pytest.raises(ErasureError, match="key=value"):
         config.parse_overrides(["lonely"])
 

@@ -1,0 +1,134 @@
+"""The report as one self-contained HTML page: no script, no outside reference."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from erasure.evaluation.metrics import Metric
+
+if TYPE_CHECKING:
+    from erasure.evaluation.report import Report, Shown
+
+STYLE = """
+:root{--ink:#1c1c22;--soft:#6a6a76;--line:#dcdce2;--page:#fcfcfd;--bar:#4a6fd4;--before:#b9bfcc;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--ink:#e9e9ee;--soft:#9a9aa6;--line:#34343c;--page:#16161a;--bar:#7d9bf0;
+--before:#565b68;--bad:#f2857d}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:66rem;margin:0 auto;
+padding:1.2rem}
+h1{font-size:1.5rem;line-height:1.25;margin:.6rem 0}h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
+p,td,th,figcaption{overflow-wrap:anywhere}.soft{color:var(--soft)}.wide{overflow-x:auto}
+table{border-collapse:collapse;width:100%}
+th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right}
+th:first-child,td:first-child{text-align:left}td b{font-weight:650}td small{display:block;color:var(--soft)}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+figure{margin:0}figure div{display:flex;gap:.4rem}
+figure img,.none{width:calc(50% - .2rem);aspect-ratio:1;image-rendering:pixelated;border-radius:4px}
+.none{background:var(--line);display:flex;align-items:center;justify-content:center;color:var(--soft)}
+figcaption{font-size:.85rem;color:var(--soft)}.target figcaption{color:var(--bad)}
+.bars{columns:18rem;column-gap:2rem}
+.row{break-inside:avoid;display:grid;grid-template-columns:8rem 1fr 6.5rem;gap:.5rem;
+align-items:center;font-size:.85rem;padding:.15rem 0}.row.target span:first-child{color:var(--bad)}
+.track i{display:block;height:.4rem;border-radius:.2rem;min-width:1px;margin:.1rem 0}
+.was{background:var(--before)}.now{background:var(--bar)}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem;background:none;
+border:1px solid var(--line);padding:.8rem;border-radius:6px}
+"""
+
+
+def page(report: Report, images: list[Shown]) -> str:
+    """The whole page."""
+    title = f"Erased: {', '.join(report.concept)}"
+    targets = [shown for shown in images if shown[1]]
+    kept = [shown for shown in images if not shown[1]]
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{escape(title)}</h1><p>{escape(report.summary())}.</p>",
+        f'<div class="wide">{table(report)}</div>',
+        faults(report),
+        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets) if targets else "",
+        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept) if kept else "",
+        *(
+            f"<h2>Each {escape(head)}: share drawn right</h2>{bars(report, head)}"
+            for head in report.accuracies["patched"]
+        ),
+        f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def table(report: Report) -> str:
+    """Base and patched row of every metric."""
+    from erasure.evaluation.report import ARROWS, figure
+
+    rows = ["<tr><th>metric<th>base<th>patched<th>95 % interval<th>n</tr>"]
+
+    def cell(metric: Metric | None) -> str:
+        return "" if metric is None else figure(metric, metric.value)
+
+    for metric in report.rows["patched"]:
+        base = report.metric(metric.name, "base")
+        rows.append(
+            f"<tr><td>{escape(metric.name)} {ARROWS[metric.higher_is_better]}<small>{escape(metric.meaning)}</small>"
+            f"<td>{cell(base)}<td><b>{cell(metric)}</b>"
+            f"<td>{figure(metric, metric.low)} to {figure(metric, metric.high)}<td>{metric.n}</tr>"
+        )
+    for head, pair in report.paired.items():
+        rows.append(
+            f"<tr><td>kept prompts, {escape(head)}<small>right with the base only / patched only; exact McNemar</small>"
+            f"<td>{pair['only_base']:.0f}<td>{pair['only_patched']:.0f}<td>p = {pair['p']:.3g}<td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def faults(report: Report) -> str:
+    """What could not be judged, if anything."""
+    if not report.faults:
+        return ""
+    return (
+        f'<p class="soft">{len(report.faults)} images count as failures of the erasure: {escape(report.faults[0])}</p>'
+    )
+
+
+def gallery(images: list[Shown]) -> str:
+    """Pairs of pictures."""
+    figures = []
+    for record, hit, before, after in images:
+        pair = "".join(
+            picture(image, f"{name}: {record.prompt}") for name, image in (("base", before), ("patched", after))
+        )
+        kind = ' class="target"' if hit else ""
+        figures.append(f"<figure{kind}><div>{pair}</div><figcaption>{escape(record.prompt)}</figcaption></figure>")
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def picture(image: Image.Image | None, text: str) -> str:
+    """An image inside the page."""
+    if image is None:
+        return '<span class="none">missing</span>'
+    data = io.BytesIO()
+    image.save(data, format="PNG", optimize=True)
+    return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def bars(report: Report, head: str) -> str:
+    """A bar a label, the base's above."""
+    rows = []
+    for label, (right, n) in report.accuracies["patched"][head].items():
+        was, of = report.accuracies["base"][head].get(label, (0, 1))
+        kind = "row target" if head == report.domain and label in report.concept else "row"
+        rows.append(
+            f'<div class="{kind}"><span>{escape(label)}</span><span class="track">'
+            f'<i class="was" style="width:{100 * was / of:.0f}%"></i>'
+            f'<i class="now" style="width:{100 * right / n:.0f}%"></i></span>'
+            f'<span class="soft">{was}/{of} → {right}/{n}</span></div>'
+        )
+    return f'<div class="bars">{"".join(rows)}</div>'

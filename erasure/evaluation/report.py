@@ -1,0 +1,150 @@
+"""The report: numbers as JSON, the before/after grid as PNG, and both in one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from erasure.errors import ErasureError
+from erasure.evaluation.generate import Record, read_image
+from erasure.evaluation.metrics import Metric
+
+SCHEMA = 1
+ARROWS = {True: "↑", False: "↓"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run measured, the base row beside the patched one.
+
+    Args:
+        concept: the labels that should be gone.
+        domain: the head that judges them.
+        rows: "base" and "patched" -> metrics.
+        accuracies: "base" and "patched" -> head -> label -> (right, n).
+        paired: head -> images that only the base, only the patched pipeline drew right, and McNemar's p-value,
+            over the kept prompts.
+        provenance: settings, versions, hashes, patches.
+        faults: images that could not be judged, and why.
+    """
+
+    concept: tuple[str, ...]
+    domain: str
+    rows: dict[str, list[Metric]]
+    accuracies: dict[str, dict[str, dict[str, tuple[int, int]]]]
+    paired: dict[str, dict[str, float]]
+    provenance: dict[str, Any]
+    faults: list[str] = field(default_factory=list)
+
+    def metric(self, name: str, row: str = "patched") -> Metric | None:
+        """A metric by name, None where it was not measured."""
+        return next((metric for metric in self.rows[row] if metric.name == name), None)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every metric with the base's value beside it."""
+        return [
+            {**m.to_json(), "base": None if (b := self.metric(m.name, "base")) is None else b.value}
+            for m in self.rows["patched"]
+        ]
+
+    def summary(self) -> str:
+        """One sentence: what is gone, never without what is kept."""
+        gone, kept, base = self.metric("UA"), self.metric("IRA"), self.metric("IRA", "base")
+        text = f"{', '.join(self.concept)}: "
+        text += "no target prompt" if gone is None else f"not seen in {gone.value:.0%} of {gone.n} target images"
+        if kept is not None and base is not None:
+            text += f"; other {self.domain}s drawn right in {kept.value:.0%} of {kept.n} images (base {base.value:.0%})"
+        return text
+
+    def text(self) -> str:
+        """The table as plain text."""
+        lines = [self.summary(), f"{'':12}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
+        for metric in self.rows["patched"]:
+            base = self.metric(metric.name, "base")
+            interval = f"{figure(metric, metric.low)} to {figure(metric, metric.high)}"
+            before = "" if base is None else figure(base, base.value)
+            name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
+            lines.append(f"{name:12}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
+        if self.faults:
+            lines.append(f"{len(self.faults)} images count as failures: {self.faults[0]}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data, schema 1."""
+        return {
+            "schema": SCHEMA,
+            "concept": list(self.concept),
+            "domain": self.domain,
+            "rows": {row: [metric.to_json() for metric in metrics] for row, metrics in self.rows.items()},
+            "accuracies": self.accuracies,
+            "paired": self.paired,
+            "provenance": self.provenance,
+            "faults": self.faults,
+        }
+
+    def write(self, folder: Path, pairs: list[tuple[Record, bool]], base_folder: Path) -> None:
+        """Write report.json, grid.png and report.html.
+
+        Args:
+            folder: holds the run `patched`.
+            pairs: records to show, and whether each is a target.
+            base_folder: holds the base's run.
+
+        Raises:
+            ErasureError: the folder cannot be written.
+        """
+        from erasure.evaluation.html import page
+
+        try:
+            images = [
+                (record, hit, read_image(base_folder, record), read_image(folder / "patched", record))
+                for record, hit in pairs
+            ]
+            grid(images).save(folder / "grid.tmp", format="PNG", optimize=True)
+            os.replace(folder / "grid.tmp", folder / "grid.png")
+            _put(folder / "report.json", json.dumps(self.to_json(), indent=1))
+            _put(folder / "report.html", page(self, images))
+        except OSError as fault:
+            raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
+
+
+Shown = tuple[Record, bool, Image.Image | None, Image.Image | None]
+
+
+def figure(metric: Metric, value: float) -> str:
+    """Shares as percentages, scores as they are."""
+    return f"{value:.1f}" if metric.name.startswith("CLIP") else f"{value:.1%}"
+
+
+def grid(images: list[Shown], columns: int = 4) -> Image.Image:
+    """Pairs of base and patched pictures of the same seed, with their prompts."""
+    side, gap, line, head = 128, 8, 18, 20
+    width, height = 2 * side + 3 * gap, side + line + gap
+    rows = -(-len(images) // columns) or 1
+    page = Image.new("RGB", (columns * width + gap, rows * height + head + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for column in range(min(columns, len(images))):
+        pen.text((column * width + gap, 4), "base", fill="#666")
+        pen.text((column * width + side + 2 * gap, 4), "patched", fill="#666")
+    for index, (record, hit, before, after) in enumerate(images):
+        x, y = index % columns * width + gap, index // columns * height + head
+        for step, image in enumerate((before, after)):
+            if image is not None:
+                shown = image.resize(
+                    (side, side), Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+                )
+                page.paste(shown, (x + step * (side + gap), y))
+        label = record.prompt.encode("latin-1", "replace").decode("latin-1")
+        pen.text((x, y + side + 2), label[:44], fill="#b00020" if hit else "black")
+    return page
+
+
+def _put(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

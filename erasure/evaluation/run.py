@@ -1,0 +1,207 @@
+"""`evaluate`: draw the prompts with the patches and without, judge, measure, report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasure.errors import ErasureError
+from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, read_image
+from erasure.evaluation.intervals import mcnemar
+from erasure.evaluation.metrics import Judged, Target, accuracies, measure
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.evaluation.report import Report
+
+if TYPE_CHECKING:
+    from erasure.concept import Concept
+    from erasure.evaluation.judges import Judge
+
+TARGET_IMAGES = 36  # of the concept: six images an object would leave an interval of half the scale
+SHOWN = 12  # pairs of each kind in the report
+
+
+def evaluate(
+    pipe: Any,
+    concept: str | list[str] | Concept,
+    *,
+    folder: str | os.PathLike[str],
+    prompts: str | PromptSet = "glyph-objects",
+    base_folder: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    judge: Judge | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Report:
+    """Measure what the loaded patches erase and what they keep.
+
+    The base row comes from the same pipeline with every patch at strength 0, from the same seeds; the strengths
+    are put back afterwards. Writes report.json, report.html, grid.png and both runs' images into `folder`; a
+    second call makes only what is missing.
+
+    Args:
+        pipe: a pipeline with patches loaded (without any, base and patched row agree).
+        concept: what should be gone: labels of the prompt set, or names that the judge knows them by.
+        folder: for everything that is written.
+        prompts: a prompt set with labels, by name, file or value.
+        base_folder: where the base's images lie or go; shared by runs over the same model.
+        limit: at most this many prompts, a third of them the target's, the others spread over all labels.
+        judge: default: glyph's.
+
+    Raises:
+        ErasureError: a concept that the prompt set has no label for, a bad prompt set, an unwritable folder.
+    """
+    target_folder = Path(folder)
+    rows = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
+    if judge is None:
+        from erasure.evaluation.judges.glyph import GlyphJudge
+
+        judge = GlyphJudge()
+    target = find_target(concept, rows, judge)
+    chosen = select(rows, target, limit)
+    options: dict[str, Any] = {
+        "steps": STEPS if steps is None else steps,
+        "guidance": GUIDANCE if guidance is None else guidance,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    patches = acting(pipe)
+    base_at = Path(base_folder) if base_folder else target_folder / "base"
+    patched = generate(pipe, chosen, target_folder / "patched", **options)
+    with switched_off(pipe):
+        base = generate(pipe, chosen, base_at, **options)
+    faults: list[str] = []
+    runs = {
+        "base": judge_run(judge, base_at, base, faults),
+        "patched": judge_run(judge, target_folder / "patched", patched, faults),
+    }
+    report = Report(
+        concept=target.labels,
+        domain=target.domain,
+        rows={name: measure(run, target) for name, run in runs.items()},
+        accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
+        paired={head: paired(runs, target, head) for head in judge.heads},
+        provenance={
+            "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
+            "patches": patches,
+            "scheduler": type(pipe.scheduler).__name__,
+            "steps": options["steps"],
+            "guidance": options["guidance"],
+            "judge": {"name": judge.name, **judge.versions()},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        },
+        faults=faults,
+    )
+    report.write(target_folder, _show(patched, target), base_at)
+    return report
+
+
+def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judge) -> Target:
+    """The labels of the prompt set that a concept stands for.
+
+    Raises:
+        ErasureError: a name that is no label, or names of two domains.
+    """
+    named: Any = concept
+    names = [named] if isinstance(named, str) else list(getattr(named, "names", named))
+    domains: dict[str, list[str]] = {}
+    for name in names:
+        head, labels = judge.find(name)
+        domains.setdefault(head, []).extend(labels)
+    if len(domains) != 1:
+        raise ErasureError(f"{', '.join(names)}: one domain at a time, not {' and '.join(domains) or 'none'}")
+    domain, labels = next(iter(domains.items()))
+    there = rows.label_values(domain)
+    if not set(labels) & set(there):
+        raise ErasureError(
+            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there) or 'none'}"
+        )
+    others = [head for head in judge.heads if head != domain and rows.label_values(head)]
+    return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None)
+
+
+def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
+    """The rows to draw: the target's, repeated with other seeds up to TARGET_IMAGES, and the others spread evenly.
+
+    Deterministic: a row's place depends on its id alone, so that runs over other concepts share the base's images.
+    """
+    if limit is not None and limit < 6:
+        raise ErasureError(f"limit={limit}: at least 6 prompts are needed to measure anything")
+    hits = [row for row in rows.rows if row.labels.get(target.domain) in target.labels]
+    others = [row for row in rows.rows if row.labels.get(target.domain) not in target.labels]
+    want = TARGET_IMAGES if limit is None else min(TARGET_IMAGES, limit // 3)
+    copies = -(-want // len(hits))
+    repeated = [_again(row, copy) for copy in range(copies) for row in _mixed(hits)][
+        : max(want, len(hits) if limit is None else 0)
+    ]
+    by_label: dict[str, list[Prompt]] = {}
+    for row in _mixed(others):
+        by_label.setdefault(row.labels.get(target.domain, ""), []).append(row)
+    turns = [row for turn in range(len(others)) for group in by_label.values() for row in group[turn : turn + 1]]
+    kept = turns if limit is None else turns[: limit - len(repeated)]
+    return PromptSet(rows.name, [*repeated, *kept])
+
+
+def _mixed(rows: list[Prompt]) -> list[Prompt]:
+    return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
+
+
+def _again(row: Prompt, copy: int) -> Prompt:
+    return row if copy == 0 else replace(row, id=f"{row.id}-{copy}", seed=row.seed + 1_000_003 * copy)
+
+
+@contextmanager
+def switched_off(pipe: Any) -> Iterator[None]:
+    """The pipeline with every patch at strength 0; the strengths are put back whatever happens."""
+    if not hasattr(pipe, "get_list_patches") or not pipe.get_list_patches():
+        yield
+        return
+    before = {name: entry["strength"] for name, entry in pipe.get_list_patches().items()}
+    pipe.set_patches({})
+    try:
+        yield
+    finally:
+        pipe.set_patches(before)
+
+
+def judge_run(judge: Judge, folder: Path, records: list[Record], faults: list[str]) -> list[Judged]:
+    """What the judge says of every picture; a picture it cannot read or judge is kept as a failure."""
+    images = [read_image(folder, record) for record in records]
+    found: list[Judged] = []
+    for record, image in zip(records, images, strict=True):
+        if image is None:
+            faults.append(f"{record.id}: the image is missing or broken")
+            found.append(Judged(record, None, None))
+            continue
+        try:
+            verdict, clip = judge.judge([image])[0], judge.clip_scores([image], [record.prompt])[0]
+        except Exception as fault:
+            faults.append(f"{record.id}: {judge.name} failed: {type(fault).__name__}: {fault}")
+            found.append(Judged(record, None, None))
+            continue
+        found.append(Judged(record, verdict, clip))
+    return found
+
+
+def paired(runs: dict[str, list[Judged]], target: Target, head: str) -> dict[str, float]:
+    """Kept prompts that one of the two rows draws right and the other does not; exact McNemar."""
+    before = {
+        j.record.id: j.right(head) for j in runs["base"] if not target.hits(j.record) and j.record.labels.get(head)
+    }
+    after = {j.record.id: j.right(head) for j in runs["patched"] if j.record.id in before}
+    lost = sum(before[key] and not after[key] for key in after)
+    won = sum(after[key] and not before[key] for key in after)
+    return {"only_base": lost, "only_patched": won, "p": mcnemar(lost, won)}
+
+
+def _show(records: list[Record], target: Target) -> list[tuple[Record, bool]]:
+    hits = [(record, True) for record in records if target.hits(record)]
+    kept = [(record, False) for record in records if not target.hits(record)]
+    return [*hits[:SHOWN], *kept[:SHOWN]]
