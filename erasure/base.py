@@ -57,6 +57,16 @@ TARGETS = {
 }
 
 
+def quiet() -> None:
+    """No bars and no advice from diffusers and transformers while they load: our own messages would drown."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 @dataclass
 class Base:
     """A loaded checkpoint: the components that erasing needs, in one copy.

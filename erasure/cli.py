@@ -136,14 +136,17 @@ def _say(given: argparse.Namespace, data: Any, text: str) -> None:
 
 
 def _pipeline(given: argparse.Namespace) -> Any:
-    """The model with the patches of the command line."""
+    """The model with the patches of the command line, which are read first: they fail quicker."""
+    from erasure.base import quiet
+    from erasure.patch import Patch
     from erasure.pipelines import ErasedStableDiffusionPipeline
 
-    files = [_strength(item) for item in given.patch]
+    files = [(Patch.load(path), strength) for path, strength in map(_strength, given.patch)]
+    quiet()
     pipe = ErasedStableDiffusionPipeline.from_pretrained(given.model)
     pipe.set_progress_bar_config(disable=True)
-    for path, strength in files:
-        pipe.load_patch(path, strength=strength, force=given.force)
+    for patch, strength in files:
+        pipe.load_patch(patch, strength=strength, force=given.force)
     return pipe
 
 
@@ -160,20 +163,25 @@ def _strength(item: str) -> tuple[str, float]:
 
 def run_demo(given: argparse.Namespace) -> None:
     """`erasure demo`."""
+    from erasure.base import quiet
     from erasure.demo import demo
 
-    found = demo(given.concept, given.out, progress=not given.json)
-    _say(given, found.to_json(), "")
+    quiet()
+    say = (lambda _: None) if given.json else print
+    found = demo(given.concept, given.out, progress=not given.json, say=say)
+    _say(given, found.to_json(), f"{found.summary}\n4. {found.seconds:.0f} s; the report: {found.report}")
 
 
 def run_erase(given: argparse.Namespace) -> None:
     """`erasure erase`."""
+    from erasure.base import quiet
     from erasure.concept import Concept
     from erasure.config import parse_overrides
     from erasure.methods import erase
 
     entry = {"name": given.concept, "aliases": given.alias, "anchor": given.anchor, "keep": given.keep}
     concept = Concept.of({**entry, **({"kind": given.kind} if given.kind else {})})
+    quiet()
     patch = erase(
         given.model,
         concept,
@@ -293,8 +301,10 @@ def run_prompts(given: argparse.Namespace) -> None:
 
 def run_bench(given: argparse.Namespace) -> None:
     """`erasure bench`."""
+    from erasure.base import quiet
     from erasure.bench import bench
 
+    quiet()
     table = bench(given.methods, given.concepts, given.out, limit=given.limit, progress=not given.json)
     _say(given, table.to_json(), table.markdown())
 

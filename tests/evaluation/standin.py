@@ -1,0 +1,42 @@
+"""A judge with a known confusion, for the tiny pipeline: it reads brightness, not content."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from erasure.errors import unknown
+
+
+class BrightnessJudge:
+    """Object: what the average brightness says; style: always 'flat'. Fails on request for some images."""
+
+    name = "brightness"
+    heads = {"object": ["cat", "dog", "none"], "style": ["flat", "round"]}
+
+    def __init__(self, fail_above: float = 1e9) -> None:
+        self.fail_above = fail_above
+        self.seen = 0
+
+    def find(self, name: str) -> tuple[str, list[str]]:
+        for head, labels in self.heads.items():
+            if name in labels:
+                return head, [name]
+        raise unknown("concept", name, ["cat", "dog", "flat", "round"])
+
+    def judge(self, images: list[Image.Image]) -> list[dict]:
+        found = []
+        for image in images:
+            self.seen += 1
+            light = float(np.asarray(image).mean())
+            if light > self.fail_above:
+                raise RuntimeError("too bright")
+            cat = 1 / (1 + np.exp((light - 127) / 4))
+            found.append({"object": {"cat": cat, "dog": 1 - cat, "none": 0.0}, "style": {"flat": 0.9, "round": 0.1}})
+        return found
+
+    def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
+        return [float(np.asarray(image).mean()) / 10 for image in images]
+
+    def versions(self) -> dict[str, str]:
+        return {"brightness": "1"}

@@ -1,0 +1,72 @@
+"""Prompt sets: there and back, the package's own, and errors that name row and column."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from erasure.errors import ErasureError
+from erasure.evaluation.promptset import Prompt, PromptSet, names
+from erasure.glyph import objects, styles
+from erasure.glyph.captions import caption
+from erasure.glyph.render import scenes
+from erasure.prompts.make import SETS, build
+
+
+def test_there_and_back(tmp_path):
+    rows = [
+        Prompt("a", 'a "cat", with\na newline', 1, None, {"object": "cat"}),
+        Prompt("b", "a dög", 2, 7.5, {"object": "dog", "style": "ink"}),
+    ]
+    PromptSet("some", rows).write(tmp_path / "some.csv")
+    read = PromptSet.read(tmp_path / "some.csv")
+    assert list(read.rows) == rows and read.name == "some"
+    assert read.sha256 == PromptSet("some", rows).sha256
+    assert read.label_values("object") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_packages_sets_are_what_the_script_writes(name):
+    assert PromptSet.read(f"glyph-{name}") == build(name)
+
+
+def test_every_object_and_style_is_asked_for():
+    rows = PromptSet.read("glyph-objects").rows
+    assert {(row.labels["object"], row.labels["style"]) for row in rows} == {
+        (o, s) for o in objects() for s in styles()
+    }
+    seeds = [row.seed for name in names() for row in PromptSet.read(name).rows]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_plain_prompts_are_no_training_captions():
+    rng = random.Random(0)
+    trained = {caption(scene, rng).text for scene in scenes() for _ in range(20)}
+    for name in ("glyph-plain", "glyph-styles"):
+        assert not trained & {row.prompt for row in PromptSet.read(name).rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'id' is missing"),
+        ("id,prompt\na,b\n", "'seed' is missing"),
+        ("id,prompt,seed\n", "no rows"),
+        ("id,prompt,seed\na,b,1\na,c,2\n", "row 3, column 'id': 'a' stands twice"),
+        ("id,prompt,seed\na,b,one\n", "row 2, column 'seed': 'one'"),
+        ("id,prompt,seed\n,b,1\n", "row 2, column 'id'"),
+        ("id,prompt,seed,guidance\na,b,1,high\n", "row 2, column 'guidance'"),
+        ("id,prompt,seed\na,b\n", "row 2"),
+        ('id,prompt,seed\na,"b,1\n', "line"),
+    ],
+)
+def test_bad_files_name_row_and_column(tmp_path, text, says):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ErasureError, match=says):
+        PromptSet.read(tmp_path / "bad.csv")
+
+
+def test_an_unknown_set_lists_the_known():
+    with pytest.raises(ErasureError, match="did you mean 'glyph-objects'"):
+        PromptSet.read("glyph-objetcs")

@@ -1,0 +1,176 @@
+"""Generation and evaluation with a tiny real pipeline and a judge whose confusion is known."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure.errors import ErasureError
+from erasure.evaluation import evaluate
+from erasure.evaluation.generate import Record, generate
+from erasure.evaluation.metrics import Judged, Target, measure
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.standin import BrightnessJudge
+from tests.patch.making import delta_patch
+from tests.tiny import tiny_pipeline
+
+ROWS = PromptSet(
+    "tiny",
+    [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": "flat"}) for i, o in enumerate(["cat", "dog"] * 4)],
+)
+QUICK = {"steps": 2, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+def pictures(folder):
+    found = {}
+    for path in sorted((folder / "images").glob("*.png")):
+        with Image.open(path) as image:
+            found[path.stem] = np.asarray(image).astype(int)
+    return found
+
+
+def test_a_picture_does_not_depend_on_batch_size(pipe, tmp_path):
+    for size in (1, 3):
+        generate(pipe, ROWS, tmp_path / str(size), steps=2, batch_size=size, progress=False)
+    one, three = pictures(tmp_path / "1"), pictures(tmp_path / "3")
+    assert one.keys() == three.keys() and len(one) == 8
+    assert all(np.abs(one[key] - three[key]).max() <= 1 for key in one)
+    assert np.abs(one["r0"] - one["r2"]).max() > 1
+
+
+def test_a_killed_run_makes_only_what_is_missing(pipe, tmp_path):
+    drawn = []
+
+    class Killed(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            drawn.append(len(kwargs["prompt"]))
+            if len(drawn) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **kwargs)
+
+    killed = tiny_pipeline(Killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(killed, ROWS, tmp_path, steps=2, batch_size=2, progress=False)
+    (tmp_path / "images" / "r1.png").write_bytes(b"half")  # and one picture is half-written
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"id": "r7", "pro')
+    assert len(generate(killed, ROWS, tmp_path, steps=2, batch_size=2, progress=False)) == 8
+    assert sum(drawn[3:]) == 5
+    drawn.clear()
+    generate(killed, ROWS, tmp_path, steps=2, batch_size=2, progress=False)
+    assert not drawn
+
+
+def test_pictures_of_other_settings_are_not_mixed(pipe, tmp_path):
+    generate(pipe, ROWS, tmp_path, steps=2, progress=False)
+    with pytest.raises(ErasureError, match="steps differ"):
+        generate(pipe, ROWS, tmp_path, steps=3, progress=False)
+    pipe.load_patch(delta_patch(pipe), name="p")
+    with pytest.raises(ErasureError, match="other settings"):
+        generate(pipe, ROWS, tmp_path, steps=2, progress=False)
+
+
+def test_base_against_itself_is_the_same(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert report.rows["base"] == report.rows["patched"]
+    assert all(pair["only_base"] == pair["only_patched"] == 0 for pair in report.paired.values())
+
+
+def test_patches_are_off_for_the_base_and_back_afterwards(pipe, tmp_path):
+    generate(pipe, ROWS, tmp_path / "clean", steps=2, progress=False)
+    pipe.load_patch(delta_patch(pipe), name="p", strength=0.7)
+    evaluate(pipe, "cat", folder=tmp_path / "r", prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert pipe.get_list_patches()["p"]["strength"] == 0.7
+    clean, base, patched = (pictures(tmp_path / name) for name in ("clean", "r/base", "r/patched"))
+    assert all(np.abs(clean[key] - base[key]).max() <= 1 for key in clean)
+    assert any(np.abs(clean[key] - patched[key]).max() > 1 for key in clean)
+
+
+def judged(labels, tops, style=None):
+    found = []
+    for i, (label, top) in enumerate(zip(labels, tops, strict=True)):
+        record = Record(str(i), "", i, 1, 1.0, "", {"object": label, "style": "flat"})
+        verdict = None if top is None else {"object": {top: 1.0}, "style": {(style or ["flat"] * 99)[i]: 1.0}}
+        found.append(Judged(record, verdict, 20.0 + i))
+    return found
+
+
+def test_metrics_by_hand():
+    rows = judged(
+        ["cat", "cat", "cat", "cat", "dog", "dog", "dog", "cow"],
+        ["dog", "none", "cat", "dog", "dog", "cat", "dog", "cow"],
+        ["flat", "flat", "flat", "round", "flat", "round", "flat", "flat"],
+    )
+    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"))}
+    assert found["UA"] == (0.75, 4) and found["IRA"] == (0.75, 4)
+    assert found["CRA"] == (0.75, 4) and found["CRA_target"] == (0.75, 4)
+    assert found["CLIP_target"] == (21.5, 4) and found["CLIP_kept"] == (25.5, 4)
+
+
+def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
+    rows = judged(["cat", "cat", "dog", "dog"], ["none", None, "dog", None])
+    found = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"))}
+    assert found == {**found, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
+
+
+def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(fail_above=-1), **QUICK)
+    assert report.metric("UA").value == 0 and report.metric("IRA").value == 0
+    assert len(report.faults) == 16 * 0 + 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
+
+
+def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
+    rows = PromptSet("x", [*ROWS.rows, Prompt("evil", "<script>alert(1)</script> a cat", 9, None, {"object": "cat"})])
+    evaluate(pipe, "cat", folder=tmp_path, prompts=rows, judge=BrightnessJudge(), **QUICK)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http:" not in page and "https:" not in page
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["schema"] == 1 and {m["name"] for m in data["rows"]["base"]} >= {"UA", "IRA", "CRA", "CLIP_kept"}
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 500
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_limit_spreads_and_shares_the_bases_pictures(pipe, tmp_path):
+    base = tmp_path / "base"
+    for concept in ("cat", "dog"):
+        options = {**QUICK, "limit": 6, "base_folder": base, "judge": BrightnessJudge()}
+        report = evaluate(pipe, concept, folder=tmp_path / concept, prompts=ROWS, **options)
+        assert report.metric("UA").n == 2 and report.metric("IRA").n == 4
+    assert len(pictures(base)) <= 8
+
+
+def test_targets_are_repeated_from_other_seeds(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert report.metric("UA").n == 36 and report.metric("IRA").n == 4
+
+
+@pytest.mark.parametrize(
+    ("concept", "says"), [("catt", "did you mean 'cat'"), (["cat", "flat"], "one domain"), ("round", "never names")]
+)
+def test_concepts_that_cannot_be_measured(pipe, tmp_path, concept, says):
+    with pytest.raises(ErasureError, match=says):
+        evaluate(pipe, concept, folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+
+
+def test_bad_folders_ids_and_limits(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ErasureError, match="cannot be written"):
+        generate(pipe, ROWS, tmp_path / "file", steps=2, progress=False)
+    with pytest.raises(ErasureError, match="no file name"):
+        generate(pipe, PromptSet("x", [Prompt("../up", "a", 1)]), tmp_path / "x", steps=2, progress=False)
+    with pytest.raises(ErasureError, match="at least 6"):
+        evaluate(pipe, "cat", folder=tmp_path / "y", prompts=ROWS, judge=BrightnessJudge(), **{**QUICK, "limit": 2})
