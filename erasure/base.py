@@ -102,8 +102,14 @@ class Base:
             raise ErasureError(
                 f"{type(value).__name__} is no Stable Diffusion pipeline: it has no unet or text_encoder"
             )
-        known = getattr(value, "model_name", None) or getattr(value.config, "_name_or_path", "") or "unknown"
-        return cls(str(known), value)
+        listed = value.get_list_patches() if hasattr(value, "get_list_patches") else {}
+        if acting := [name for name, entry in listed.items() if entry["strength"]]:
+            raise ErasureError(
+                f"patches act on this pipeline ({', '.join(acting)}): what is erased next would lean on them. "
+                "Unload them, or set_patches({}), first; nothing was changed"
+            )
+        known = str(getattr(value.config, "_name_or_path", None) or "unknown")
+        return cls(next((name for name in BUNDLED if known == resolve(name)), known), value)
 
     @property
     def unet(self) -> Any:

@@ -11,6 +11,8 @@ from diffusers import UNet2DConditionModel
 from erasure.base import Base, resolve
 from erasure.errors import ErasureError
 from erasure.glyph import CHECKPOINT
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.patch.making import delta_patch
 from tests.tiny import tiny_pipeline, write_tiny
 
 SD1 = {"cross_attention_dim": 768, "sample_size": 64}
@@ -71,6 +73,15 @@ def test_prompts_are_encoded_once_and_never_cut():
     assert len(calls) == 2
     with pytest.raises(ErasureError, match="tokens"):
         base.encode(["cat " * 40])
+
+
+def test_a_patched_pipeline_is_no_base():
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipe.load_patch(delta_patch(pipe), name="first")
+    with pytest.raises(ErasureError, match="patches act .first."):
+        Base.of(pipe)
+    pipe.set_patches({})
+    assert Base.of(pipe).pipe is pipe
 
 
 def test_something_else_is_no_base():
