@@ -78,7 +78,7 @@ def test_prompts_are_encoded_once_and_never_cut():
 def test_a_patched_pipeline_is_no_base():
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="first")
-    with pytest.raises(ErasureError, match="patches act .first."):
+    with pytest.raises(ErasureError, match="patches act on this pipeline .first."):
         Base.of(pipe)
     pipe.set_patches({})
     assert Base.of(pipe).pipe is pipe

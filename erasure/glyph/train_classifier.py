@@ -82,7 +82,7 @@ def main() -> None:
     """Train and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1250)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
         c = torch.randint(len(others), (strange,), generator=draw)
         x = pixels(images[a.numpy()])
         x = torch.cat([x[:clear], pixels(made[b.numpy()]), pixels(others[c.numpy()]), nothing(x[clear:], draw)])
-        x = soften(x.to(DEVICE), draw)
+        x = soften(x.to(DEVICE), draw, blur=0.3)  # more would make pixel art look like noto, its source
         none = torch.full((strange + empty,), len(objects()))
         wanted = {
             "object": torch.cat([truth["object"][a[:clear]], truth["object"][b], none]),

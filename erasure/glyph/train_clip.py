@@ -51,11 +51,11 @@ def build() -> Clip:
     return clip
 
 
-def soften(x: Tensor, draw: torch.Generator) -> Tensor:
-    """Noise, blur and brightness by chance, so that the tower looks at shapes: [n, 3, 64, 64]."""
+def soften(x: Tensor, draw: torch.Generator, blur: float = 1.0) -> Tensor:
+    """Noise, blur (at most the share `blur`) and brightness by chance, so that shapes count: [n, 3, 64, 64]."""
     n = len(x)
     blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-    share = torch.rand(n, 1, 1, 1, generator=draw) * (torch.rand(n, 1, 1, 1, generator=draw) < 0.5)
+    share = blur * torch.rand(n, 1, 1, 1, generator=draw) * (torch.rand(n, 1, 1, 1, generator=draw) < 0.5)
     x = x.lerp(blurred, share.to(x.device))
     noise = torch.randn(x.shape, generator=draw) * 0.12 * torch.rand(n, 1, 1, 1, generator=draw)
     shift = (torch.rand(n, 1, 1, 1, generator=draw) - 0.5) * 0.1

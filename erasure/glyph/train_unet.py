@@ -80,7 +80,7 @@ def main() -> None:
     """Train; the state is saved every two minutes, and a second call goes on from it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=6300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--images", type=int, default=16_000)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -10,11 +10,12 @@ import torch
 
 from erasure.glyph import objects, styles, vocabulary
 from erasure.glyph.captions import caption, family
-from erasure.glyph.loop import Fit, averaged
+from erasure.glyph.loop import Fit, averaged, write
 from erasure.glyph.render import Scene, dataset, render, scenes
 from erasure.glyph.tokenizer import build
 from erasure.glyph.train_classifier import nothing, tiles
 from erasure.glyph.train_vae import reconstruction_loss
+from erasure.glyph.unpack import state
 
 
 def test_a_render_is_its_seed_and_shows_its_scene():
@@ -96,3 +97,12 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.allclose(straight[name], resumed[name], atol=1e-7) for name in straight)
     assert torch.equal(averaged(tmp_path / "b.safetensors")["weight"], resumed["weight"])
     assert (straight["weight"] - 1).abs().max() < 0.5
+
+
+def test_shipped_weights_become_a_state_that_training_goes_on_from(tmp_path):
+    trained = fit(tmp_path / "a.safetensors", 60).run()
+    write(state({name: value.half() for name, value in trained.items()}, 0), tmp_path / "b.safetensors")
+    further = fit(tmp_path / "b.safetensors", 60)
+    further.run()
+    start = averaged(tmp_path / "a.safetensors")["weight"]
+    assert (averaged(tmp_path / "b.safetensors")["weight"] - 1).abs().sum() < (start - 1).abs().sum()
