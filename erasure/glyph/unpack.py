@@ -16,6 +16,7 @@ from torch import Tensor
 
 from erasure.glyph import CHECKPOINT, JUDGES
 from erasure.glyph.loop import write
+from erasure.glyph.train_clip import Reader, build
 
 
 def state(weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -38,6 +39,7 @@ def main() -> None:
     image = load_file(JUDGES / "clip.safetensors")
     clip = {f"clip.text.{key}": value for key, value in text.items()}
     clip |= {f"clip.{key}": value for key, value in image.items()}
+    clip |= {f"read.{key}": value for key, value in Reader(build()).read.state_dict().items()}  # not shipped
     parts = {
         "clip": clip,
         "vae": load_file(CHECKPOINT / "vae" / "diffusion_pytorch_model.safetensors"),
