@@ -10,7 +10,7 @@ from typing import Any
 
 from erasure.errors import ErasureError, unknown
 
-LIMIT = 117  # prompts a concept: 36 or 39 of the target, the others two or three a label
+LIMIT = 96  # prompts a concept: 32 of the target, the others spread over all labels
 SHOWN = ("UA", "IRA", "CRA")
 
 

@@ -52,13 +52,22 @@ def test_broken_files_are_errors(tmp_path, text):
         config.read_yaml(tmp_path / "missing.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((config.CONFIGS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_name_real_settings_and_restate_no_default(path):
-    cls = methods.find(path.stem)
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    found = yaml.safe_load(path.read_text()) or {}
-    assert set(found) <= {"all", *KINDS}
-    for kind, values in found.items():
-        config.build(cls, values)
-        for key, value in values.items():
-            assert defaults[key] != value, f"{kind}.{key} restates the default"
+def test_presets_name_real_settings_and_restate_no_default():
+    files = sorted((config.CONFIGS / "methods").glob("*.yaml"))
+    assert {path.stem for path in files} <= set(methods.names())
+    for path in files:
+        cls = methods.find(path.stem)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        found = yaml.safe_load(path.read_text()) or {}
+        assert set(found) <= {"all", *KINDS}
+        for kind, values in found.items():
+            config.build(cls, values)
+            for key, value in values.items():
+                assert defaults[key] != value, f"{path.stem}: {kind}.{key} restates the default"
+
+
+def test_parity_settings_are_real_and_differ_from_the_defaults():
+    for name in methods.names():
+        cls = methods.find(name)
+        made = config.build(cls, cls.PARITY)
+        assert all(getattr(made, key) != getattr(cls(), key) for key in cls.PARITY)
