@@ -82,7 +82,7 @@ def main() -> None:
     """Train and print the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=1250)
+    parser.add_argument("--steps", type=int, default=1900)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
