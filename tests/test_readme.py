@@ -14,7 +14,9 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    # Fences alternate: every second piece lies inside one, and begins with its language.
+    inside = re.split(r"^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE)[1::2]
+    return [block.partition("\n")[2] for block in inside if block.partition("\n")[0] == language]
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
