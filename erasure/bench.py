@@ -79,11 +79,11 @@ class Table:
     def markdown(self) -> str:
         """The table for people: means first, then every concept."""
         lines = [
-            "| method | concepts | UA ↑ | IRA ↑ (base) | CRA ↑ (base) | F | B | seconds |",
+            "| method | concepts | UA ↑ (base) | IRA ↑ (base) | CRA ↑ (base) | F | B | seconds |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for entry in self.means():
-            cells = [spread(entry["UA"])] + [f"{spread(entry[k])} ({entry[k]['base']:.0%})" for k in ("IRA", "CRA")]
+            cells = [f"{spread(entry[k])} ({entry[k]['base']:.0%})" for k in SHOWN]
             costs = f"{entry['F']:.0f} | {entry['B']:.0f} | {entry['seconds']:.0f}"
             lines.append(
                 f"| {entry['method']} | {entry['concepts']} {entry['domain']} | {' | '.join(cells)} | {costs} |"

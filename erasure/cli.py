@@ -60,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
     erase.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
     erase.add_argument("--anchor", help="what its prompts should show instead")
     erase.add_argument("--kind", help="object, style, identity or content")
-    erase.add_argument("--keep", action="append", default=[], help="a neighbour to keep; may be repeated")
+    erase.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        help="a neighbour to keep, recorded in the patch (esd has no retain term); may be repeated",
+    )
     erase.add_argument("--config", type=Path, help="a YAML file of settings")
     erase.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     erase.add_argument("--seed", type=int, default=0)

@@ -63,8 +63,7 @@ def test_the_main_job_erases_and_keeps(tmp_path):
     figures = {metric["name"]: metric for metric in found["metrics"]}
     assert figures["UA"]["value"] >= 0.8 > 0.4 > figures["UA"]["base"]
     assert figures["IRA"]["value"] >= figures["IRA"]["base"] - 0.3
-    page = Path(found["report"])
-    stamp = page.stat().st_mtime
+    assert Path(found["report"]).is_file()
     again = json.loads(run(f"erasure demo --json -o {tmp_path}/demo", tmp_path).stdout)
-    assert again["metrics"] == found["metrics"] and page.stat().st_mtime >= stamp
+    assert again["metrics"] == found["metrics"]
     assert again["seconds"] < found["seconds"] / 2

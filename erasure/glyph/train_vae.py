@@ -45,7 +45,7 @@ def main() -> None:
     """Train, then print the PSNR on fresh renders."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--threads", type=int)

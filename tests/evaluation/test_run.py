@@ -126,7 +126,7 @@ def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
 def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path):
     report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(fail_above=-1), **QUICK)
     assert report.metric("UA").value == 0 and report.metric("IRA").value == 0
-    assert len(report.faults) == 16 * 0 + 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
+    assert len(report.faults) == 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
 
 
 def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
