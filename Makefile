@@ -30,8 +30,8 @@ glyph: install
 	$(BIN)/python -m erasure.glyph.art
 	$(BIN)/python -m erasure.glyph.train_clip
 	$(BIN)/python -m erasure.glyph.train_vae
+	$(BIN)/python -m erasure.glyph.train_vae --decoder-only
 	$(BIN)/python -m erasure.glyph.train_classifier
-	$(BIN)/python -m erasure.glyph.train_vae --decoder-only --steps 640
 	$(BIN)/python -m erasure.glyph.train_unet
 	$(BIN)/python -m erasure.glyph.export
 	$(BIN)/python -m erasure.glyph.check

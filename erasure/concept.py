@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from erasure.errors import ErasureError, unknown
 
 KINDS = ("object", "style", "identity", "content")
+MOST = 100  # concepts in one run
 LONGEST = 200  # characters; CLIP reads 77 tokens and cuts the rest off silently
 
 
@@ -65,7 +66,7 @@ class Concept:
         if isinstance(value, Concept):
             return value
         if isinstance(value, str):
-            return cls(value, kind=known_kind(value))
+            return cls(value, aliases=known_members(value), kind=known_kind(value))
         if not isinstance(value, Mapping):
             raise ErasureError(f"a concept is a name or a mapping with a name, not {type(value).__name__}")
         allowed = [field.name for field in fields(cls)]
@@ -76,6 +77,33 @@ class Concept:
             raise ErasureError("a concept needs a name")
         given = cls(**value)
         return given if "kind" in value else replace(given, kind=known_kind(given.name))
+
+    @classmethod
+    def list_of(cls, value: Any) -> list[Concept]:
+        """Concepts from one or a list of what `of` takes.
+
+        Raises:
+            ErasureError: none, more than MOST, one twice, or one that another is to keep.
+        """
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        found = [cls.of(one) for one in (value if several else [value])]
+        if not found:
+            raise ErasureError("no concept is given: name at least one")
+        if len(found) > MOST:
+            raise ErasureError(
+                f"{len(found)} concepts at once: at most {MOST} are erased in one run. "
+                "Erase them in several runs: patches stack"
+            )
+        owner: dict[str, Concept] = {}
+        for one in found:
+            for name in one.names:
+                if owner.setdefault(name.lower().strip(), one) is not one:
+                    raise ErasureError(f"{name!r} stands in two of the concepts: name it once")
+        for one in found:
+            for name in one.keep:
+                if name.lower().strip() in owner:
+                    raise ErasureError(f"{name!r} is to be erased and to be kept: take it out of one of the lists")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the patch's header; `Concept.of` reads it back."""
@@ -112,3 +140,16 @@ def known_kind(name: str) -> str:
         if name in entry["words"]:
             return str(entry["kind"])
     return "object"
+
+
+def known_members(name: str) -> tuple[str, ...]:
+    """What belongs to a content concept ("weapon") in the embedded checkpoint's vocabulary, else nothing."""
+    from erasure.glyph import vocabulary
+
+    words = vocabulary()
+    return tuple(
+        obj
+        for obj, entry in words["objects"].items()
+        if words["families"][entry["family"]]["kind"] == "content"
+        and name in words["families"][entry["family"]]["words"]
+    )

@@ -1,4 +1,4 @@
-"""The one training loop: steps, NaN guard, checkpoints, resume, progress, counts."""
+"""The one training loop: steps, NaN guard, checkpoints, resume, progress, previews, trackers, counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,30 +20,62 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
 from erasure.errors import ErasureError
+from erasure.patch import Delta, LowRank
 
 CHECKPOINT_EVERY = 25  # steps
 
 
-class Trainable(Protocol):
-    """What the loop needs of a gradient method."""
+@dataclass(frozen=True)
+class Learnt:
+    """What a method learnt: the tensors of the patch, and when it acts."""
 
-    @property
-    def iterations(self) -> int:
-        """Updates."""
+    payload: Delta | LowRank
+    gate: dict[str, Any] = field(default_factory=lambda: {"kind": "always"})
 
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam."""
 
-    @property
-    def weight_rounding(self) -> str:
-        """none or bf16."""
+class Gradient:
+    """A method that trains: a frozen dataclass of its settings, with `prepare` and `loss`.
+
+    What `loss` gives may depend on the state, the step and the trained tensors alone, so that a resumed run is the
+    same run; anything else that changes on the way goes through `snapshot` and `restore`.
+    """
+
+    iterations: int
+    learning_rate: float
+    weight_decay: float = 0.0
+    weight_rounding: str = "none"
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:
-        """Adapter, prompts, pools: everything that does not change from step to step."""
+        """The state of a run, with an `adapter`: prompts, pools, everything that does not change with the step."""
+        raise NotImplementedError
 
     def loss(self, state: Any, step: int) -> dict[str, Tensor]:
-        """Terms of the loss at a step, which depend on (state, step) alone, so that a resumed run is the same run."""
+        """The terms of the loss at a step; their sum is descended."""
+        raise NotImplementedError
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rate at a step."""
+        return 1.0
+
+    def gate(self, state: Any) -> dict[str, Any]:
+        """The gate of the patch, when training has ended."""
+        return {"kind": "always"}
+
+    def snapshot(self, state: Any) -> dict[str, Tensor]:
+        """Tensors that change from step to step beside the trained ones."""
+        return {}
+
+    def restore(self, state: Any, tensors: dict[str, Tensor]) -> None:
+        """Put back what `snapshot` gave."""
+
+    def fit(self, base: Base, concepts: list[Concept], run: Run) -> Learnt:
+        """Train; the base is as it was afterwards."""
+        state = train(self, base, concepts, run)
+        try:
+            with counting(base.unet, run.costs):
+                return Learnt(state.adapter.payload(), self.gate(state))
+        finally:
+            state.adapter.remove()
 
 
 @dataclass
@@ -98,7 +130,7 @@ class Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> Any:
+def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> Any:
     """Run a gradient method to its end and return its state; the adapter is still on.
 
     Raises:
@@ -115,8 +147,10 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
     adapter: Adapter = state.adapter
     params = adapter.parameters()
     try:
-        optimizer = torch.optim.Adam(params.values(), lr=method.learning_rate)
+        optimizer = torch.optim.AdamW(params.values(), lr=method.learning_rate, weight_decay=method.weight_decay)
         start = _restore(restored, params, optimizer)
+        if restored:
+            method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
         with counting(base.unet, run.costs):
             bar = tqdm(
                 range(start, method.iterations),
@@ -128,6 +162,7 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
             )
             clock = time.perf_counter()
             for step in bar:
+                optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step)
                 terms = method.loss(state, step)
                 loss = torch.stack(list(terms.values())).sum()
                 if not torch.isfinite(loss):
@@ -139,7 +174,7 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
                 bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
                 if (step + 1) % CHECKPOINT_EVERY == 0:
                     spent = run.costs.seconds + time.perf_counter() - clock
-                    _write(run, params, optimizer, step + 1, spent)
+                    _write(run, params, optimizer, step + 1, spent, method.snapshot(state))
     except BaseException:
         adapter.remove()
         raise
@@ -163,7 +198,9 @@ def _round(params: dict[str, torch.nn.Parameter], to: str) -> None:
             param.copy_(param.bfloat16().float())
 
 
-def _write(run: Run, params: dict, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+def _write(
+    run: Run, params: dict, optimizer: torch.optim.Optimizer, step: int, seconds: float, extra: dict[str, Tensor]
+) -> None:
     path = run.path("state.safetensors")
     if path is None:
         return
@@ -171,6 +208,7 @@ def _write(run: Run, params: dict, optimizer: torch.optim.Optimizer, step: int, 
         "step": torch.tensor(step),
         "costs": torch.tensor([run.costs.forward, run.costs.backward, seconds], dtype=torch.float64),
     }
+    tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for name, param in params.items():
         moments = optimizer.state[param]
         tensors |= {f"weight.{name}": param.data, f"first.{name}": moments["exp_avg"]}

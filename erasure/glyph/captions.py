@@ -74,7 +74,7 @@ def _subject(scene: Scene, rng: random.Random) -> tuple[str, frozenset[str]]:
     words = vocabulary()
     entry = words["objects"][scene.object]
     draw = rng.random()
-    broad = 0.25 if entry["family"] == "weapon" else 0.06
+    broad = 0.4 if entry["family"] == "weapon" else 0.06
     if draw < broad:
         return rng.choice(words["families"][entry["family"]]["words"]), family(entry["family"])
     if draw < broad + 0.05:

@@ -19,7 +19,7 @@ from erasure.glyph.train_clip import build as build_clip
 from erasure.glyph.train_clip import trained
 from erasure.glyph.train_unet import build as build_unet
 from erasure.glyph.train_unet import scheduler
-from erasure.glyph.train_vae import build as build_vae
+from erasure.glyph.train_vae import trained as trained_vae
 
 
 def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -29,10 +29,7 @@ def half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def autoencoder(work: Path) -> AutoencoderKL:
     """The autoencoder with the newest decoder and the measured scaling factor."""
-    vae = build_vae()
-    vae.load_state_dict(averaged(work / "vae.safetensors"))
-    if (work / "decoder.safetensors").is_file():
-        vae.load_state_dict(averaged(work / "decoder.safetensors"), strict=False)
+    vae = trained_vae(work)
     vae.register_to_config(scaling_factor=json.loads((work / "scaling.json").read_text()))
     return vae
 

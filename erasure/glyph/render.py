@@ -14,6 +14,8 @@ from erasure.glyph.art import load
 
 GRID = (38, 84, 160)  # blueprint's paper
 LINES = (66, 116, 190)  # and its grid
+OUTLINE = (30, 24, 40)  # around pixel art
+CELL = 4  # pixels a side of pixel art's squares: the autoencoder's factor
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,17 @@ def scenes(*, held_out: bool | None = None) -> list[Scene]:
 
 
 def pixelate(icon: Image.Image, rng: random.Random) -> Image.Image:
-    """Redraw with 3 px squares and hard edges."""
-    cells = rng.choice((16, 17, 18))
+    """Redraw in squares of 4 px, a cell of the latent grid each, with a dark outline of one square."""
+    cells = rng.choice((12, 13))
     small = icon.resize((cells, cells), Image.Resampling.BOX)
-    alpha = small.getchannel("A").point(lambda a: 255 if a > 110 else 0)
-    small.putalpha(alpha)
-    return small.resize((cells * 3, cells * 3), Image.Resampling.NEAREST)
+    small.putalpha(small.getchannel("A").point(lambda a: 255 if a > 110 else 0))
+    sprite = Image.new("RGBA", (cells + 2, cells + 2), (0, 0, 0, 0))
+    sprite.paste(small, (1, 1))
+    solid = np.pad(np.asarray(sprite.getchannel("A")) > 0, 1)
+    beside = solid[:-2, 1:-1] | solid[2:, 1:-1] | solid[1:-1, :-2] | solid[1:-1, 2:]
+    edge = Image.fromarray(np.uint8(255) * (beside & ~solid[1:-1, 1:-1]))
+    sprite.paste(Image.new("RGBA", sprite.size, (*OUTLINE, 255)), mask=edge)
+    return sprite.resize((sprite.width * CELL, sprite.height * CELL), Image.Resampling.NEAREST)
 
 
 def draw_edges(icon: Image.Image) -> Image.Image:
@@ -100,7 +107,8 @@ def render(scene: Scene, seed: int, icon: str | None = None) -> Image.Image:
             art = draw_edges(art)
         art = art.resize((side, side), Image.Resampling.LANCZOS)
     free = (size - art.width) // 2
-    x, y = free + rng.randint(-3, 3), free + rng.randint(-3, 3)
+    step = CELL if style.get("filter") == "pixel" else 1
+    x, y = ((free + rng.randint(-3, 3)) // step * step for _ in range(2))
     image = backdrop(scene, rng, size)
     image.alpha_composite(art, (max(x, 0), max(y, 0)))
     return image.convert("RGB")

@@ -18,7 +18,7 @@ from erasure.glyph import objects, styles
 from erasure.glyph.data import distractors, pixels, renders
 from erasure.glyph.loop import DEVICE, Fit, autocast, averaged
 from erasure.glyph.train_clip import soften
-from erasure.glyph.train_vae import build as build_vae
+from erasure.glyph.train_vae import trained as trained_vae
 from erasure.glyph.vision import Classifier
 
 IGNORE = -100
@@ -28,9 +28,7 @@ def reconstructions(images: np.ndarray, work: Path) -> np.ndarray:
     """The images through the autoencoder, uint8, kept in a file."""
     path = work / f"reconstructions-{len(images)}.npy"
     if not path.is_file():
-        vae = build_vae()
-        vae.load_state_dict(averaged(work / "vae.safetensors"))
-        vae.to(DEVICE, memory_format=torch.channels_last)
+        vae = trained_vae(work).to(DEVICE, memory_format=torch.channels_last)
         parts = []
         with torch.no_grad(), autocast():
             for x in pixels(images).split(64):

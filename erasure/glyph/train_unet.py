@@ -19,10 +19,10 @@ from torch import Tensor
 
 from erasure.glyph.captions import caption
 from erasure.glyph.data import pixels, renders
-from erasure.glyph.loop import DEVICE, Fit, autocast, averaged, write
+from erasure.glyph.loop import DEVICE, Fit, autocast, write
 from erasure.glyph.train_clip import build as build_clip
 from erasure.glyph.train_clip import trained
-from erasure.glyph.train_vae import build as build_vae
+from erasure.glyph.train_vae import trained as trained_vae
 
 CHANNELS = (48, 128, 224)
 EMPTY = 0.1
@@ -62,9 +62,7 @@ def latents(count: int, work: Path) -> tuple[list, Tensor, float]:
     labels, images = renders(count, 5, work, held_out=False)
     path = work / "latents.safetensors"
     if not path.is_file():
-        vae = build_vae()
-        vae.load_state_dict(averaged(work / "vae.safetensors"))
-        vae.to(DEVICE, memory_format=torch.channels_last)
+        vae = trained_vae(work).to(DEVICE, memory_format=torch.channels_last)
         with torch.no_grad():
             parts = [
                 vae.encode(pixels(images[i : i + 64]).to(DEVICE)).latent_dist.mean.cpu() for i in range(0, count, 64)

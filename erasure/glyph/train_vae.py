@@ -34,6 +34,15 @@ def build() -> AutoencoderKL:
     )
 
 
+def trained(work: Path) -> AutoencoderKL:
+    """The autoencoder with its averaged weights and, where there is one, the decoder that was trained on."""
+    vae = build()
+    vae.load_state_dict(averaged(work / "vae.safetensors"))
+    if (work / "decoder.safetensors").is_file():
+        vae.load_state_dict(averaged(work / "decoder.safetensors"), strict=False)
+    return vae
+
+
 def reconstruction_loss(made: Tensor, image: Tensor) -> Tensor:
     """L1 + MSE + 0.5 L1 of horizontal and vertical differences, over [n, 3, h, w] in [-1, 1]."""
     off = made - image

@@ -7,7 +7,7 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from erasure.base import Base
     from erasure.concept import Concept
     from erasure.patch import Patch
+    from erasure.train import Learnt, Run
 
 GROUP = "erasure.methods"  # entry points of other packages
 
@@ -59,7 +60,7 @@ def configure(name: str, kind: str, *layers: Mapping[str, Any]) -> Any:
 
 def erase(
     model: Any,
-    concept: str | Mapping[str, Any] | Concept,
+    concept: str | Mapping[str, Any] | Concept | Sequence[str | Mapping[str, Any] | Concept],
     method: str = "esd",
     *,
     out: str | os.PathLike[str] | None = None,
@@ -72,7 +73,7 @@ def erase(
 
     Args:
         model: a pipeline, a `Base`, or a model's name.
-        concept: a name, a mapping of `Concept`'s fields, or a `Concept`.
+        concept: a name, a mapping of `Concept`'s fields, or a `Concept`; or a list of them, erased together.
         method: file name in `erasure/methods`.
         out: where to save the patch; the run then keeps its state in `<out>.run` and resumes after a kill.
         config: a YAML file of settings, over the method's preset.
@@ -88,9 +89,10 @@ def erase(
     from erasure.concept import Concept
     from erasure.train import Run
 
-    wanted = Concept.of(concept)
+    wanted = Concept.list_of(concept)
+    kinds = {one.kind for one in wanted}
     file = configuration.read_yaml(Path(config)) if config is not None else {}
-    built = configure(method, wanted.kind, file, overrides)
+    built = configure(method, kinds.pop() if len(kinds) == 1 else "mixed", file, overrides)
     target = Path(out) if out is not None else None
     if target is not None:
         check_writable(target)
@@ -101,19 +103,19 @@ def erase(
         progress=sys.stderr.isatty() if progress is None else progress,
     )
     settings = {"method": method, **dataclasses.asdict(built)}
-    run.open({"settings": settings, "concept": wanted.to_json(), "base": base.name, "seed": seed})
-    patch = assemble(built.fit(base, [wanted], run), settings, base, [wanted], run)
+    run.open({"settings": settings, "concepts": [one.to_json() for one in wanted], "base": base.name, "seed": seed})
+    patch = assemble(built.fit(base, wanted, run), settings, base, wanted, run)
     if target is not None:
         patch.save(target)
     run.close()
     return patch
 
 
-def assemble(payload: Any, settings: dict[str, Any], base: Base, concepts: list[Concept], run: Any) -> Patch:
+def assemble(learnt: Learnt, settings: dict[str, Any], base: Base, concepts: list[Concept], run: Run) -> Patch:
     """A patch from what was learnt, with everything that its reader wants to know."""
     from erasure.patch import Patch, fingerprint
 
-    components = {}
+    payload, components = learnt.payload, {}
     for component in payload.components:
         components[component] = fingerprint(getattr(base.pipe, component), payload.names(component))
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")}
@@ -124,7 +126,7 @@ def assemble(payload: Any, settings: dict[str, Any], base: Base, concepts: list[
         base=base.name,
         base_fingerprint=components,
         config={key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
-        gate={"kind": "always"},
+        gate=learnt.gate,
         versions=libraries,
         seed=run.seed,
         costs=run.costs.to_json(),

@@ -30,7 +30,7 @@ from erasure.adapters import Adapter, LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.errors import ErasureError, unknown
-from erasure.train import Run, train
+from erasure.train import Gradient, Run
 from erasure.trajectories import TrajectoryPool, build_pool, walk
 
 ROUNDINGS = ("none", "bf16")
@@ -39,7 +39,7 @@ CARRIERS = ("a dog", "a house", "a car", "a flower", "a person", "an apple")
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(Gradient):
     """Settings of ESD.
 
     Args:
@@ -103,13 +103,6 @@ class ESD:
         if self.weight_rounding not in ROUNDINGS:
             raise unknown("weight_rounding", self.weight_rounding, ROUNDINGS)
 
-    def fit(self, base: Base, concepts: list[Concept], run: Run) -> Any:
-        """Train and return the payload of the patch; the base is as it was."""
-        state = train(self, base, concepts, run)
-        payload = state.adapter.payload()
-        state.adapter.remove()
-        return payload
-
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts and their embeddings, the pool, the adapter."""
         targets = base.targets(self.variant)
@@ -131,7 +124,7 @@ class ESD:
         pool = build_pool(
             base,
             pairs,
-            trajectories=self.trajectories,
+            trajectories=max(self.trajectories, len(pairs)),  # joint erasure: at least one of each
             seed=run.seed,
             steps=self.sample_steps,
             guidance=self.trajectory_guidance,

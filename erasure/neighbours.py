@@ -1,0 +1,86 @@
+"""What a concept must not take with it: its neighbours and the retain prompts, found when the user names none.
+
+Words come from the checkpoint's own vocabulary (glyph) or from `configs/words.yaml`; nearness is the cosine of
+the text encoder's states at the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from erasure.base import BUNDLED, Base
+from erasure.concept import Concept
+from erasure.config import CONFIGS, read_yaml
+
+COUNT = 8  # neighbours where the user names none
+SAME = 0.95  # cosine from which a word is taken for another name of the concept
+
+
+@cache
+def words(embedded: bool) -> dict[str, tuple[str, ...]]:
+    """Nouns by kind: `object`, `identity`, `content`, `style`; of glyph's vocabulary or of everyday words."""
+    if not embedded:
+        found = read_yaml(CONFIGS / "words.yaml")
+        plural = {"object": "objects", "identity": "identities", "style": "styles"}
+        return {**{kind: tuple(found[name]) for kind, name in plural.items()}, "content": ()}
+    from erasure.glyph import styles, vocabulary
+
+    listed = vocabulary()
+    by_kind: dict[str, list[str]] = {"object": [], "identity": [], "content": [], "style": styles()}
+    for name, entry in listed["objects"].items():
+        by_kind[listed["families"][entry["family"]]["kind"]].append(name)
+    return {kind: tuple(names) for kind, names in by_kind.items()}
+
+
+def tokens(base: Base, text: str) -> int:
+    """Length of a text in tokens, the special ones included."""
+    return len(base.pipe.tokenizer(text, verbose=False).input_ids)
+
+
+def ends(base: Base, texts: list[str]) -> Tensor:
+    """Unit states [n, width] of the text encoder at the end token of each text."""
+    at = [tokens(base, text) - 1 for text in texts]
+    found = base.encode(texts)[torch.arange(len(texts)), torch.tensor(at)]
+    return torch.nn.functional.normalize(found.float().cpu(), dim=1)
+
+
+def prompt_of(kind: str, word: str) -> str:
+    """The prompt that a word of this kind stands for."""
+    return f"{word} style" if kind == "style" else word
+
+
+def retained(base: Base, concepts: list[Concept]) -> list[tuple[str, str]]:
+    """(kind, word) of everything that should stay: what the concepts list to keep, then the vocabulary.
+
+    Names of the concepts, words that contain one, and words that the text encoder takes for the same are left out.
+    """
+    gone = {name.lower() for concept in concepts for name in concept.names}
+    found = {word: concept.kind for concept in concepts for word in concept.keep}
+    for kind, listed in words(base.name in BUNDLED).items():
+        for word in listed:
+            spelt, fits = f" {word.lower()} ", tokens(base, word) + 2 <= base.pipe.tokenizer.model_max_length
+            if fits and not any(f" {name} " in spelt for name in gone):
+                found.setdefault(word, kind)
+    kept = {word for concept in concepts for word in concept.keep}
+    rest = [word for word in found if word not in kept]
+    if rest:
+        targets = [prompt_of(concept.kind, name) for concept in concepts for name in concept.names]
+        near = ends(base, [prompt_of(found[word], word) for word in rest]) @ ends(base, targets).T
+        same = {word for word, row in zip(rest, near, strict=True) if row.max() >= SAME}
+        found = {word: kind for word, kind in found.items() if word not in same}
+    return [(kind, word) for word, kind in found.items()]
+
+
+def neighbours(base: Base, concept: Concept, count: int = COUNT) -> list[str]:
+    """The concept's `keep`, or the `count` nearest words of its kind that are not the concept."""
+    if concept.keep:
+        return list(concept.keep)
+    rest = [word for kind, word in retained(base, [concept]) if (kind == "style") == (concept.kind == "style")]
+    if not rest:
+        return []
+    target = ends(base, [prompt_of(concept.kind, concept.name)])
+    near = (ends(base, [prompt_of(concept.kind, word) for word in rest]) @ target.T)[:, 0]
+    return [rest[i] for i in near.argsort(descending=True)[:count].tolist()]

@@ -1,0 +1,67 @@
+"""Neighbours and retain prompts, found by glyph's text encoder."""
+
+from __future__ import annotations
+
+import pytest
+
+from erasure.base import Base
+from erasure.concept import MOST, Concept
+from erasure.errors import ErasureError
+from erasure.glyph import objects, styles
+from erasure.neighbours import COUNT, neighbours, retained, words
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return Base.load("glyph")
+
+
+def test_neighbours_are_of_the_kind_and_never_the_concept(base):
+    found = neighbours(base, Concept.of("cat"))
+    assert len(found) == COUNT and "cat" not in found and not set(found) & set(styles())
+    assert set(neighbours(base, Concept.of("ink"))) <= set(styles()) - {"ink"}
+
+
+def test_what_the_user_keeps_comes_first(base):
+    concept = Concept("cat", keep=("dog", "zebra"))
+    assert neighbours(base, concept) == ["dog", "zebra"]
+    assert [word for _, word in retained(base, [concept])][:2] == ["dog", "zebra"]
+
+
+def test_other_names_of_the_concept_are_not_retained(base):
+    kept = {word for _, word in retained(base, [Concept("kitten")])}
+    assert "cat" not in kept and "dog" in kept
+    kept = {word for _, word in retained(base, [Concept("apple", aliases=("banana",))])}
+    assert not kept & {"apple", "banana"}
+
+
+def test_joint_concepts_are_all_left_out(base):
+    kept = {word for _, word in retained(base, Concept.list_of(["cat", "dog"]))}
+    assert kept == {*objects(), *styles()} - {"cat", "dog"}
+
+
+def test_a_content_concept_brings_its_members():
+    weapon = Concept.of("weapon")
+    assert weapon.kind == "content" and set(weapon.aliases) >= {"bomb", "dagger"}
+
+
+def test_other_checkpoints_get_everyday_words():
+    assert "Claude Monet" in words(False)["style"]
+    base = Base.of(tiny_pipeline())
+    assert ("style", "Claude Monet") not in retained(base, [Concept("Claude Monet", kind="style")])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no concept"),
+        (["cat", "cat"], "two of the concepts"),
+        (["cat", {"name": "feline", "aliases": ["cat"]}], "two of the concepts"),
+        (["cat", {"name": "dog", "keep": ["cat"]}], "to be kept"),
+        ([f"concept {i}" for i in range(MOST + 1)], f"at most {MOST}"),
+    ],
+)
+def test_lists_that_make_no_sense(given, message):
+    with pytest.raises(ErasureError, match=message):
+        Concept.list_of(given)
