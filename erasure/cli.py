@@ -54,22 +54,28 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("concept", nargs="?", default="cat")
     demo.add_argument("-o", "--out", type=Path, default=Path("erasure-demo"))
 
-    erase = add("erase", run_erase, "erase a concept and write the patch", model)
-    erase.add_argument("concept")
-    erase.add_argument("--method", default="esd", help="see `erasure methods`")
-    erase.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
-    erase.add_argument("--anchor", help="what its prompts should show instead")
-    erase.add_argument("--kind", help="object, style, identity or content")
-    erase.add_argument(
+    what = argparse.ArgumentParser(add_help=False)
+    what.add_argument("concept", nargs="+", help="a name; several are erased together")
+    what.add_argument("--method", default="esd", help="see `erasure methods`")
+    what.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
+    what.add_argument("--anchor", help="what its prompts should show instead")
+    what.add_argument("--kind", help="object, style, identity or content")
+    what.add_argument(
         "--keep",
         action="append",
         default=[],
-        help="a neighbour to keep, recorded in the patch (esd has no retain term); may be repeated",
+        help="a neighbour to keep; may be repeated (esd has no retain term: there it is only recorded)",
     )
-    erase.add_argument("--config", type=Path, help="a YAML file of settings")
-    erase.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
-    erase.add_argument("--seed", type=int, default=0)
+    what.add_argument("--config", type=Path, help="a YAML file of settings")
+    what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
+    what.add_argument("--seed", type=int, default=0)
+
+    erase = add("erase", run_erase, "erase concepts and write the patch", model, what)
+    erase.add_argument("--preview-every", type=int, metavar="STEPS", help="draw pictures on the way: FILE.previews")
+    erase.add_argument("--log", action="append", default=[], help="tensorboard or wandb: FILE.logs; may be repeated")
     erase.add_argument("-o", "--out", type=Path, default=Path("patch.safetensors"))
+
+    add("plan", run_plan, "forecast an erasure's cost: UNet calls, seconds, memory", model, what)
 
     generate = add("generate", run_generate, "make images, with patches or without", model, patches, sampling)
     generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
@@ -177,29 +183,61 @@ def run_demo(given: argparse.Namespace) -> None:
     _say(given, found.to_json(), f"{found.summary}\n4. {found.seconds:.0f} s; the report: {found.report}")
 
 
+def _concepts(given: argparse.Namespace) -> list[Any]:
+    """The concepts of the command line.
+
+    Raises:
+        ErasureError: an alias, an anchor or a neighbour for several concepts at once.
+    """
+    from erasure.concept import Concept
+
+    details = {"aliases": given.alias, "anchor": given.anchor, "keep": given.keep, "kind": given.kind}
+    details = {key: value for key, value in details.items() if value}
+    if len(given.concept) > 1 and details.keys() - {"kind"}:
+        raise ErasureError(
+            "--alias, --anchor and --keep belong to one concept: erase several from Python, "
+            "erase(model, [{'name': .., 'anchor': ..}, ..])"
+        )
+    return Concept.list_of([{"name": name, **details} if details else name for name in given.concept])
+
+
 def run_erase(given: argparse.Namespace) -> None:
     """`erasure erase`."""
     from erasure.base import quiet
-    from erasure.concept import Concept
     from erasure.config import parse_overrides
     from erasure.methods import erase
 
-    entry = {"name": given.concept, "aliases": given.alias, "anchor": given.anchor, "keep": given.keep}
-    concept = Concept.of({**entry, **({"kind": given.kind} if given.kind else {})})
+    concepts = _concepts(given)
     quiet()
     patch = erase(
         given.model,
-        concept,
+        concepts,
         given.method,
         out=given.out,
         config=given.config,
         seed=given.seed,
         progress=False if given.json else None,
+        preview_every=given.preview_every,
+        trackers=given.log,
         **parse_overrides(given.set),
     )
+    names = ", ".join(repr(one.name) for one in concepts)
     costs = patch.costs
-    text = f"{given.out}: {given.method} erases {concept.name!r}, {costs['F']} F + {costs['B']} B, {costs['seconds']} s"
+    text = f"{given.out}: {given.method} erases {names}, {costs['F']} F + {costs['B']} B, {costs['seconds']} s"
     _say(given, {"patch": str(given.out), **patch.info()}, text)
+
+
+def run_plan(given: argparse.Namespace) -> None:
+    """`erasure plan`."""
+    from erasure.base import quiet
+    from erasure.config import parse_overrides, read_yaml
+    from erasure.plan import plan
+
+    concepts = _concepts(given)
+    settings = read_yaml(given.config) if given.config else {}
+    quiet()
+    found = plan(given.model, concepts, given.method, seed=given.seed, **{**settings, **parse_overrides(given.set)})
+    _say(given, found.to_json(), found.text())
 
 
 def run_generate(given: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
 from erasure.errors import ErasureError
+from erasure.monitor import Previews, Trackers
 from erasure.patch import Delta, LowRank
 
 CHECKPOINT_EVERY = 25  # steps
@@ -86,11 +87,15 @@ class Run:
         seed: of everything random in the run.
         folder: for checkpoints and pools; None keeps nothing.
         progress: show a bar.
+        previews: draws pictures on the way; None draws none.
+        trackers: take the losses; None keeps them to the bar.
     """
 
     seed: int = 0
     folder: Path | None = None
     progress: bool = True
+    previews: Previews | None = None
+    trackers: Trackers | None = None
     costs: Counts = field(default_factory=Counts)
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -120,6 +125,16 @@ class Run:
         except json.JSONDecodeError:
             raise ErasureError(f"{note}: unreadable; delete {self.folder} to start again") from None
 
+    def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
+        """Log the losses of a step and draw its preview; what the pictures cost is not counted."""
+        if self.trackers is not None:
+            values = {f"loss/{name}": value.item() for name, value in terms.items()}
+            self.trackers.log({**values, "learning_rate": rate}, step)
+        if self.previews is not None and self.previews.due(step):
+            forward = self.costs.forward
+            self.previews.draw(step)
+            self.costs.forward = forward
+
     def path(self, name: str) -> Path | None:
         """A file of the run, or None when nothing is kept."""
         return None if self.folder is None else self.folder / name
@@ -142,6 +157,8 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
     if restored:
         run.costs.forward, run.costs.backward = int(restored["costs"][0]), int(restored["costs"][1])
         run.costs.seconds = float(restored["costs"][2])
+    if run.previews is not None and not restored:
+        run.previews.draw(0)
     with counting(base.unet, Counts() if restored else run.costs):
         state = method.prepare(base, concepts, run)
     adapter: Adapter = state.adapter
@@ -171,6 +188,7 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
                 loss.backward()
                 optimizer.step()
                 _round(params, method.weight_rounding)
+                run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
                 bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
                 if (step + 1) % CHECKPOINT_EVERY == 0:
                     spent = run.costs.seconds + time.perf_counter() - clock

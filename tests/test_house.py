@@ -19,6 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Who may import whom (design, section 1): a package may import what stands in its row.
 LOW = {"errors", "glyph", "config"}
 CORE = {*LOW, "concept", "base", "diffusion"}
+SHARED = {"neighbours", "softprompt", "saliency", "images"}  # what methods build on
 MAY = {
     "errors": set(),
     "config": {"errors"},
@@ -32,15 +33,27 @@ MAY = {
     "evaluation": {*CORE, "patch", "pipelines", "prompts"},
     "trajectories": CORE,
     "adapters": {*CORE, "patch"},
-    "train": {*CORE, "adapters", "patch"},
+    "train": {*CORE, "adapters", "patch", "monitor"},
+    "monitor": {*CORE, "neighbours"},
     "neighbours": CORE,
     "softprompt": CORE,
     "saliency": CORE,
     "images": {*CORE, "neighbours"},
-    "methods": {*CORE, "patch", "trajectories", "adapters", "train", "neighbours", "softprompt", "saliency", "images"},
+    "methods": {
+        *CORE,
+        "patch",
+        "trajectories",
+        "adapters",
+        "train",
+        "neighbours",
+        "softprompt",
+        "saliency",
+        "images",
+        "monitor",
+    },
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods"},
-    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench"},
+    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan"},
 }
 
 

@@ -67,6 +67,8 @@ def erase(
     config: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool | None = None,
+    preview_every: int | None = None,
+    trackers: Sequence[str] = (),
     **overrides: Any,
 ) -> Patch:
     """Erase a concept and return the patch. The model is given back as it was.
@@ -79,6 +81,8 @@ def erase(
         config: a YAML file of settings, over the method's preset.
         seed: of everything random in the run.
         progress: show a bar; None does so on a terminal.
+        preview_every: draw the concept and its neighbours every so many steps, into `<out>.previews`.
+        trackers: log the losses with accelerate, into `<out>.logs`: tensorboard, wandb.
         overrides: single settings, over everything else.
 
     Raises:
@@ -87,6 +91,7 @@ def erase(
     from erasure import config as configuration
     from erasure.base import Base
     from erasure.concept import Concept
+    from erasure.monitor import Previews, Trackers
     from erasure.train import Run
 
     wanted = Concept.list_of(concept)
@@ -96,15 +101,26 @@ def erase(
     target = Path(out) if out is not None else None
     if target is not None:
         check_writable(target)
+    elif preview_every is not None or trackers:
+        raise ErasureError("previews and logs lie beside the patch: say where with `out` (-o)")
     base = Base.of(model)
     run = Run(
         seed=seed,
-        folder=target.with_name(target.name + ".run") if target else None,
+        folder=target.with_name(f"{target.name}.run") if target else None,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
     settings = {"method": method, **dataclasses.asdict(built)}
     run.open({"settings": settings, "concepts": [one.to_json() for one in wanted], "base": base.name, "seed": seed})
-    patch = assemble(built.fit(base, wanted, run), settings, base, wanted, run)
+    if target is not None and preview_every is not None:
+        run.previews = Previews(base, wanted, target.with_name(f"{target.name}.previews"), preview_every)
+    if target is not None and trackers:
+        run.trackers = Trackers(trackers, target.with_name(f"{target.name}.logs"), settings)
+    try:
+        learnt = built.fit(base, wanted, run)
+    finally:
+        if run.trackers is not None:
+            run.trackers.close()
+    patch = assemble(learnt, settings, base, wanted, run)
     if target is not None:
         patch.save(target)
     run.close()

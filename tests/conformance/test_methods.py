@@ -9,6 +9,7 @@ from erasure import train as training
 from erasure.methods import erase, names
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.plan import plan
 from tests.tiny import tiny_pipeline
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
@@ -132,3 +133,27 @@ def test_wrong_base_is_refused(method):
     with pytest.raises(ValueError, match="was made from"):
         other.load_patch(patch)
     assert same(before, weights(other))
+
+
+def test_the_forecast_is_what_the_run_counts(method):
+    pipe = tiny_pipeline()
+    before = weights(pipe)
+    forecast = plan(pipe, "cat", method, **QUICK[method])
+    assert same(before, weights(pipe))
+    costs = erase(pipe, "cat", method, progress=False, **QUICK[method]).costs
+    assert (forecast.F, forecast.B) == (costs["F"], costs["B"])
+    assert forecast.seconds > 0 and forecast.training_bytes > 0 and forecast.activation_bytes > 0
+
+
+def test_several_concepts_make_one_patch(method):
+    patch = erase(tiny_pipeline(), ["cat", "dog"], method, progress=False, **QUICK[method])
+    assert patch.names == ["cat", "dog"]
+
+
+def test_previews_are_drawn_and_change_nothing(method, tmp_path):
+    plain = erase(tiny_pipeline(), "cat", method, progress=False, **QUICK[method])
+    out = tmp_path / "p.safetensors"
+    watched = erase(tiny_pipeline(), "cat", method, out=out, progress=False, preview_every=2, **QUICK[method])
+    drawn = sorted(path.name for path in (tmp_path / "p.safetensors.previews").iterdir())
+    assert drawn[:2] == ["step-000000.png", "step-000002.png"]
+    assert same(changes(plain), changes(watched)) and plain.costs["F"] == watched.costs["F"]
