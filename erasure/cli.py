@@ -8,103 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from erasure import __version__
+from erasure.arguments import parser
 from erasure.errors import ErasureError
-
-EXAMPLES = """examples:
-  erasure demo
-  erasure erase cat --method esd -o cat.safetensors
-  erasure generate "a cat" "a dog" --patch cat.safetensors -o out/
-  erasure evaluate cat --patch cat.safetensors -o report/
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    top = argparse.ArgumentParser(
-        prog="erasure",
-        description="Make a text-to-image diffusion model forget a concept, and prove it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--version", action="version", version=f"erasure {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
-    common.add_argument("--debug", action="store_true", help="show tracebacks")
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", default="glyph", help="glyph, a hub id, a diffusers folder or a .safetensors file")
-    patches = argparse.ArgumentParser(add_help=False)
-    patches.add_argument(
-        "--patch", action="append", default=[], metavar="FILE[:STRENGTH]", help="load a patch; may be repeated"
-    )
-    patches.add_argument("--force", action="store_true", help="load a patch of another base where the shapes fit")
-    sampling = argparse.ArgumentParser(add_help=False)
-    sampling.add_argument("--steps", type=int, help="sampling steps")
-    sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
-    sampling.add_argument("--batch-size", type=int, default=16)
-
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def add(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, parents=[common, *parents])
-        made.set_defaults(run=run)
-        return made
-
-    demo = add("demo", run_demo, "erase a concept from glyph, load the patch, measure, write a report")
-    demo.add_argument("concept", nargs="?", default="cat")
-    demo.add_argument("-o", "--out", type=Path, default=Path("erasure-demo"))
-
-    what = argparse.ArgumentParser(add_help=False)
-    what.add_argument("concept", nargs="+", help="a name; several are erased together")
-    what.add_argument("--method", default="esd", help="see `erasure methods`")
-    what.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
-    what.add_argument("--anchor", help="what its prompts should show instead")
-    what.add_argument("--kind", help="object, style, identity or content")
-    what.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        help="a neighbour to keep; may be repeated (esd has no retain term: there it is only recorded)",
-    )
-    what.add_argument("--config", type=Path, help="a YAML file of settings")
-    what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
-    what.add_argument("--seed", type=int, default=0)
-
-    erase = add("erase", run_erase, "erase concepts and write the patch", model, what)
-    erase.add_argument("--preview-every", type=int, metavar="STEPS", help="draw pictures on the way: FILE.previews")
-    erase.add_argument("--log", action="append", default=[], help="tensorboard or wandb: FILE.logs; may be repeated")
-    erase.add_argument("-o", "--out", type=Path, default=Path("patch.safetensors"))
-
-    add("plan", run_plan, "forecast an erasure's cost: UNet calls, seconds, memory", model, what)
-
-    generate = add("generate", run_generate, "make images, with patches or without", model, patches, sampling)
-    generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
-    generate.add_argument("--prompts", help="a prompt set: a name or a CSV file")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("-o", "--out", type=Path, default=Path("out"))
-
-    evaluate = add("evaluate", run_evaluate, "measure what is erased and what is kept", model, patches, sampling)
-    evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
-    evaluate.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
-    evaluate.add_argument("--limit", type=int, help="at most this many prompts")
-    evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
-
-    patch = add("patch", run_patch, "look into a patch")
-    patch.add_argument("action", choices=["info"])
-    patch.add_argument("file", type=Path)
-
-    methods = add("methods", run_methods, "the methods there are; with a name, its settings")
-    methods.add_argument("name", nargs="?")
-    add("models", run_models, "the models that come with the package, and what else --model takes")
-    prompts = add("prompts", run_prompts, "the prompt sets that come with the package; with a name, its rows")
-    prompts.add_argument("name", nargs="?")
-
-    bench = add("bench", run_bench, "methods x concepts on glyph, as a table")
-    bench.add_argument("--methods", nargs="+", default=["esd"])
-    bench.add_argument("--concepts", nargs="+", help="default: the reporting concepts and every style")
-    bench.add_argument("--limit", type=int, help="prompts a concept")
-    bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
-    return top
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parser().parse_args(argv)
     _quiet()
     try:
-        given.run(given)
+        RUN[given.command](given)
     except ErasureError as fault:
         return _fail(given, str(fault), 2)
     except KeyboardInterrupt:
@@ -351,6 +256,19 @@ def run_bench(given: argparse.Namespace) -> None:
     table = bench(given.methods, given.concepts, given.out, limit=given.limit, progress=not given.json)
     _say(given, table.to_json(), table.markdown())
 
+
+RUN = {
+    "demo": run_demo,
+    "erase": run_erase,
+    "plan": run_plan,
+    "generate": run_generate,
+    "evaluate": run_evaluate,
+    "patch": run_patch,
+    "methods": run_methods,
+    "models": run_models,
+    "prompts": run_prompts,
+    "bench": run_bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,7 +43,8 @@ MAY = {
     "plan": {*CORE, "methods", "train"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods"},
-    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan"},
+    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "arguments"},
+    "arguments": set(),
 }
 
 

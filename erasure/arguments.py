@@ -1,0 +1,113 @@
+"""The arguments of the command `erasure`; what each subcommand does stands in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from erasure import __version__
+
+EXAMPLES = """examples:
+  erasure demo
+  erasure erase cat --method esd -o cat.safetensors
+  erasure generate "a cat" "a dog" --patch cat.safetensors -o out/
+  erasure evaluate cat --patch cat.safetensors -o report/
+"""
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="erasure",
+        description="Make a text-to-image diffusion model forget a concept, and prove it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"erasure {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common, *parents])
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", default="glyph", help="glyph, a hub id, a diffusers folder or a .safetensors file")
+    _erasing(add, model)
+    _drawing(add, model)
+    _listing(add)
+    return top
+
+
+def _erasing(add: Add, model: argparse.ArgumentParser) -> None:
+    demo = add("demo", "erase a concept from glyph, load the patch, measure, write a report")
+    demo.add_argument("concept", nargs="?", default="cat")
+    demo.add_argument("-o", "--out", type=Path, default=Path("erasure-demo"))
+
+    what = argparse.ArgumentParser(add_help=False)
+    what.add_argument("concept", nargs="+", help="a name; several are erased together")
+    what.add_argument("--method", default="esd", help="see `erasure methods`")
+    what.add_argument("--alias", action="append", default=[], help="another name of the concept; may be repeated")
+    what.add_argument("--anchor", help="what its prompts should show instead")
+    what.add_argument("--kind", help="object, style, identity or content")
+    what.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        help="a neighbour to keep; may be repeated (esd has no retain term: there it is only recorded)",
+    )
+    what.add_argument("--config", type=Path, help="a YAML file of settings")
+    what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
+    what.add_argument("--seed", type=int, default=0)
+
+    erase = add("erase", "erase concepts and write the patch", model, what)
+    erase.add_argument("--preview-every", type=int, metavar="STEPS", help="draw pictures on the way: FILE.previews")
+    erase.add_argument("--log", action="append", default=[], help="tensorboard or wandb: FILE.logs; may be repeated")
+    erase.add_argument("-o", "--out", type=Path, default=Path("patch.safetensors"))
+
+    add("plan", "forecast an erasure's cost: UNet calls, seconds, memory", model, what)
+
+
+def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
+    patches = argparse.ArgumentParser(add_help=False)
+    patches.add_argument(
+        "--patch", action="append", default=[], metavar="FILE[:STRENGTH]", help="load a patch; may be repeated"
+    )
+    patches.add_argument("--force", action="store_true", help="load a patch of another base where the shapes fit")
+    sampling = argparse.ArgumentParser(add_help=False)
+    sampling.add_argument("--steps", type=int, help="sampling steps")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
+    sampling.add_argument("--batch-size", type=int, default=16)
+
+    generate = add("generate", "make images, with patches or without", model, patches, sampling)
+    generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
+    generate.add_argument("--prompts", help="a prompt set: a name or a CSV file")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("-o", "--out", type=Path, default=Path("out"))
+
+    evaluate = add("evaluate", "measure what is erased and what is kept", model, patches, sampling)
+    evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
+    evaluate.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    evaluate.add_argument("--limit", type=int, help="at most this many prompts")
+    evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
+
+    bench = add("bench", "methods x concepts on glyph, as a table")
+    bench.add_argument("--methods", nargs="+", default=["esd"])
+    bench.add_argument("--concepts", nargs="+", help="default: the reporting concepts and every style")
+    bench.add_argument("--limit", type=int, help="prompts a concept")
+    bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
+
+
+def _listing(add: Add) -> None:
+    patch = add("patch", "look into a patch")
+    patch.add_argument("action", choices=["info"])
+    patch.add_argument("file", type=Path)
+
+    methods = add("methods", "the methods there are; with a name, its settings")
+    methods.add_argument("name", nargs="?")
+    add("models", "the models that come with the package, and what else --model takes")
+    prompts = add("prompts", "the prompt sets that come with the package; with a name, its rows")
+    prompts.add_argument("name", nargs="?")
