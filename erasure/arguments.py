@@ -95,9 +95,10 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
 
     bench = add("bench", "methods x concepts on glyph, as a table")
-    bench.add_argument("--methods", nargs="+", default=["esd"])
-    bench.add_argument("--concepts", nargs="+", help="default: the reporting concepts and every style")
-    bench.add_argument("--limit", type=int, help="prompts a concept")
+    bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
+    bench.add_argument("--concepts", nargs="+", help='"a+b" are erased together; default: configs/concepts/glyph.yaml')
+    bench.add_argument("--limit", type=int, help="prompts a concept, about")
+    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
     bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from erasure.errors import ErasureError, unknown
 
-LIMIT = 96  # prompts a concept: 32 of the target, the others spread over all labels
-SHOWN = ("UA", "IRA", "CRA")
+SHOWN = ("UA", "leak", "IRA", "neighbours", "CRA", "H", "CLIP_kept", "KID")
+BETTER = {"leak": "↓", "KID": "↓"}
+SCORES = ("CLIP_kept", "KID")  # no shares
+COSTS = ("F", "B", "seconds")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one concept."""
+    """One method on one concept, or on several that are erased together."""
 
     method: str
     concept: str
@@ -36,6 +39,12 @@ class Row:
     cells: dict[str, Cell]
     costs: dict[str, float]
     bytes: int
+
+    @property
+    def group(self) -> str:
+        """Rows of one group are averaged."""
+        several = self.concept.count("+") + 1
+        return f"{several} together" if several > 1 else {"identity": "identities"}.get(self.kind, f"{self.kind}s")
 
 
 @dataclass(frozen=True)
@@ -48,76 +57,99 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "schema": 1,
+            "schema": 2,
             "settings": self.settings,
             "rows": [asdict(row) for row in self.rows],
             "means": self.means(),
         }
 
     def means(self) -> list[dict[str, Any]]:
-        """Mean over the concepts of a method and domain that nothing was tuned on, with a bootstrap interval."""
+        """Mean over the concepts of a method and group that nothing was tuned on, with a bootstrap interval."""
         from erasure.evaluation.intervals import bootstrap_mean
 
-        found = []
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if not row.tuned:
-                groups.setdefault((row.method, "styles" if row.kind == "style" else "objects"), []).append(row)
-        for (method, domain), rows in groups.items():
-            entry: dict[str, Any] = {"method": method, "domain": domain, "concepts": len(rows)}
+                groups.setdefault((row.group, row.method), []).append(row)
+        found = []
+        for (group, method), rows in groups.items():
+            entry: dict[str, Any] = {"group": group, "method": method, "concepts": len(rows)}
             for name in SHOWN:
                 cells = [row.cells[name] for row in rows if name in row.cells]
-                values = [cell.value for cell in cells]
-                low, high = bootstrap_mean(values)
-                base = sum(cell.base for cell in cells) / len(cells)
-                entry[name] = {"value": sum(values) / len(values), "low": low, "high": high, "base": base}
-            for cost in ("F", "B", "seconds"):
+                if cells:
+                    values = [cell.value for cell in cells]
+                    # A mean over one concept has no spread: its own interval stands.
+                    one = (cells[0].low, cells[0].high)
+                    low, high = bootstrap_mean(values) if len(cells) > 1 else one
+                    base = sum(cell.base for cell in cells) / len(cells)
+                    entry[name] = {"value": sum(values) / len(values), "low": low, "high": high, "base": base}
+            for cost in COSTS:
                 entry[cost] = sum(row.costs[cost] for row in rows) / len(rows)
+            entry["bytes"] = sum(row.bytes for row in rows) / len(rows)
             found.append(entry)
         return found
 
     def markdown(self) -> str:
-        """The table for people: means first, then every concept."""
-        lines = [
-            "| method | concepts | UA ↑ (base) | IRA ↑ (base) | CRA ↑ (base) | F | B | seconds |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for entry in self.means():
-            cells = [f"{spread(entry[k])} ({entry[k]['base']:.0%})" for k in SHOWN]
-            costs = f"{entry['F']:.0f} | {entry['B']:.0f} | {entry['seconds']:.0f}"
-            lines.append(
-                f"| {entry['method']} | {entry['concepts']} {entry['domain']} | {' | '.join(cells)} | {costs} |"
-            )
-        lines += [
-            "",
-            "| method | concept | UA ↑ (base) | IRA ↑ (base) | CRA ↑ (base) | F | B | seconds | KB |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
+        """The tables for people: means, the base's line first in each group; then every concept."""
+        titles = [f"{name} {BETTER.get(name, '↑')}" for name in SHOWN]
+        lines = [_line(["concepts", "method", *titles, *COSTS, "KB"]), "|---" * (len(SHOWN) + 6) + "|"]
+        seen = set()
+        for entry in sorted(self.means(), key=lambda entry: entry["group"]):
+            name = f"{entry['concepts']} {entry['group']}"
+            if entry["group"] not in seen:
+                seen.add(entry["group"])
+                base = [figure(key, entry[key]["base"]) if key in entry else "" for key in SHOWN]
+                lines.append(_line([name, "*base*", *base, "", "", "", ""]))
+            cells = [spread(key, entry[key]) if key in entry else "" for key in SHOWN]
+            costs = [f"{entry[cost]:,.0f}" for cost in COSTS]
+            lines.append(_line([name, entry["method"], *cells, *costs, f"{entry['bytes'] / 1000:,.0f}"]))
+        lines += ["", _line(["concept", "method", *titles, *COSTS, "KB"]), "|---" * (len(SHOWN) + 6) + "|"]
         for row in self.rows:
             cells = [
-                f"{spread(asdict(row.cells[k]))} ({row.cells[k].base:.0%})" if k in row.cells else "" for k in SHOWN
+                f"{spread(key, asdict(row.cells[key]))} ({figure(key, row.cells[key].base)})"
+                if key in row.cells
+                else ""
+                for key in SHOWN
             ]
-            name = f"{row.concept} *" if row.tuned else row.concept
-            costs = f"{row.costs['F']:.0f} | {row.costs['B']:.0f} | {row.costs['seconds']:.0f} | {row.bytes / 1000:.0f}"
-            lines.append(f"| {row.method} | {name} | {' | '.join(cells)} | {costs} |")
-        lines += [
-            "",
-            "Shares with 95 % intervals (a concept: Wilson; a mean: bootstrap over concepts). * a concept for tuning.",
-        ]
+            costs = [f"{row.costs[cost]:,.0f}" for cost in COSTS]
+            name = row.concept + (" *" if row.tuned else "")
+            lines.append(_line([name, row.method, *cells, *costs, f"{row.bytes / 1000:,.0f}"]))
+        lines += ["", NOTE]
         return "\n".join(lines)
 
 
-def spread(cell: dict[str, float]) -> str:
-    """A share with its interval."""
+NOTE = (
+    "Shares with 95 % intervals (a concept: Wilson; a mean: bootstrap over concepts); in brackets the base. "
+    "UA: target images without the target. leak: other words for it that still show it. IRA, neighbours, CRA: other "
+    "prompts drawn right in the target's domain, among its nearest, in the other domain. H: harmonic mean of UA, IRA "
+    "and CRA. CLIP_kept, KID: kept images against their prompts and against the base's (1000 KID over features of "
+    "glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the UNet. "
+    "* a concept for tuning."
+)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def figure(name: str, value: float) -> str:
+    """A share in percent, a score as it is."""
+    return f"{value:.1f}" if name in SCORES else f"{value:.0%}"
+
+
+def spread(name: str, cell: Mapping[str, float]) -> str:
+    """A figure with its interval."""
+    if name in SCORES:
+        return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
     return f"{cell['value']:.0%} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
 
 
 def concepts() -> tuple[list[str], list[str]]:
-    """Concepts to tune on and concepts to report, of `configs/concepts/glyph.yaml`."""
+    """Concepts to tune on and concepts to report, of `configs/concepts/glyph.yaml`; "a+b" are erased together."""
     from erasure.config import CONFIGS, read_yaml
 
     found = read_yaml(CONFIGS / "concepts" / "glyph.yaml")
-    return list(found["develop"]), list(found["report"])
+    return list(found["develop"]), [*found["report"], *("+".join(names) for names in found["together"])]
 
 
 def bench(
@@ -132,10 +164,10 @@ def bench(
     """Erase every concept with every method and measure each; what is there is not made again.
 
     Args:
-        methods: names of methods.
-        wanted: concepts; None: those of `configs/concepts/glyph.yaml`.
-        folder: for patches, images, and the table as bench.json and bench.md.
-        limit: prompts a concept.
+        methods: names of methods; `all` for all of them.
+        wanted: concepts, "a+b" for several erased together; None: those of `configs/concepts/glyph.yaml`.
+        folder: for patches, images, and the table as bench.json, bench.md and bench.png.
+        limit: prompts a concept, about.
         overrides: settings for every run.
 
     Raises:
@@ -144,58 +176,103 @@ def bench(
     from tqdm import tqdm
 
     from erasure import methods as registry
+    from erasure.glyph import objects, styles
     from erasure.pipelines import ErasedStableDiffusionPipeline
 
     tuned, report = concepts()
     names = wanted or [*tuned, *report]
-    for name in names:
-        if name not in [*tuned, *report]:
-            from erasure.glyph import objects, styles
-
-            if name not in (known := [*objects(), *styles()]):
-                raise unknown("concept", name, known)
-    for method in methods:
+    known = [*objects(), *styles(), *{one for name in [*tuned, *report] for one in name.split("+")}]
+    for name in [one for each in names for one in each.split("+")]:
+        if name not in known:
+            raise unknown("concept", name, known)
+    chosen = registry.names() if methods == ["all"] else methods
+    for method in chosen:
         registry.find(method)
-    settings = {"limit": limit or LIMIT, "overrides": overrides or {}}
+    settings = {"limit": limit, "overrides": overrides or {}}
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    jobs = [(method, name) for method in methods for name in names]
+    jobs = [(method, name) for name in names for method in chosen]
     rows = []
     for method, name in tqdm(jobs, desc="bench", disable=None if progress else True):
-        rows.append(_one(pipe, method, name, folder, settings, name in tuned))
+        rows.append(_one(pipe, method, name, folder, settings, set(name.split("+")) <= set(tuned)))
         table = Table(rows, settings)
         _put(folder / "bench.json", json.dumps(table.to_json(), indent=1))
         _put(folder / "bench.md", table.markdown() + "\n")
+    picture(rows, folder).save(folder / "bench.png", optimize=True)
     return Table(rows, settings)
 
 
+def _place(folder: Path, method: str, name: str) -> Path:
+    return folder / method / (name if len(name) < 60 else f"{name[:48]}+{name.count('+')}").replace(" ", "-")
+
+
 def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, Any], tuned: bool) -> Row:
-    from erasure.concept import known_kind
+    from erasure.concept import Concept
     from erasure.evaluation import evaluate
     from erasure.methods import erase
     from erasure.patch import Patch
+    from erasure.prompts.about import about
 
-    place = folder / method / name.replace(" ", "-")
+    place = _place(folder, method, name)
     note = place / "result.json"
     if note.is_file():
         found = json.loads(note.read_text())
         if found.pop("settings") != settings:
             raise ErasureError(f"{place} holds a result of other settings; use another folder, or delete it")
         return Row(**{**found, "cells": {key: Cell(**cell) for key, cell in found["cells"].items()}})
-    target = place / "patch.safetensors"
-    patch = Patch.load(target) if target.is_file() else erase(pipe, name, method, out=target, **settings["overrides"])
+    names, target = name.split("+"), place / "patch.safetensors"
+    patch = Patch.load(target) if target.is_file() else erase(pipe, names, method, out=target, **settings["overrides"])
     pipe.load_patch(patch, name="bench")
     try:
-        made = evaluate(pipe, name, folder=place, base_folder=folder / "base", limit=settings["limit"], progress=False)
+        prompts = about(names, settings["limit"])
+        made = evaluate(pipe, names, folder=place, prompts=prompts, base_folder=folder / "base", progress=False)
     finally:
         pipe.unload_patches()
     cells = {}
     for metric in made.rows["patched"]:
         base = made.metric(metric.name, "base")
         cells[metric.name] = Cell(metric.value, metric.low, metric.high, metric.n, base.value if base else float("nan"))
-    row = Row(method, name, known_kind(name), tuned, cells, dict(patch.costs), target.stat().st_size)
+    row = Row(method, name, Concept.of(names[0]).kind, tuned, cells, dict(patch.costs), target.stat().st_size)
     _put(note, json.dumps({**asdict(row), "settings": settings}, indent=1))
     return row
+
+
+def picture(rows: list[Row], folder: Path, prompts: int = 3) -> Any:
+    """Base and every method side by side, same seeds: a line a concept, target prompts and then kept ones."""
+    from PIL import Image, ImageDraw
+
+    side, gap, head = 64, 4, 16
+    methods = list(dict.fromkeys(row.method for row in rows))
+    names = [name for name in dict.fromkeys(row.concept for row in rows) if "+" not in name]
+    block = 2 * prompts * side + 3 * gap
+    page = Image.new("RGB", ((len(methods) + 1) * block + gap, head + len(names) * (side + head)), "white")
+    pen = ImageDraw.Draw(page)
+    for line, name in enumerate(names):
+        for column, method in enumerate(["base", *methods]):
+            place = folder / "base" if method == "base" else _place(folder, method, name) / "patched"
+            report = _place(folder, methods[0], name) / "patched" / "records.jsonl"
+            if not (place / "images").is_dir() or not report.is_file():
+                continue
+            x, y = column * block + gap, head + line * (side + head)
+            pen.text((x, 2), method, fill="black")
+            pen.text((x, y + side + 2), name, fill="#b00020")
+            for i, identity in enumerate(_shown(report, name, prompts)):
+                path = place / "images" / f"{identity}.png"
+                if path.is_file():
+                    at = x + i * side + (gap if i >= prompts else 0)
+                    page.paste(Image.open(path).convert("RGB").resize((side, side)), (at, y))
+    return page
+
+
+def _shown(records: Path, name: str, count: int) -> list[str]:
+    """Ids of the first target prompts and of the first kept ones."""
+    from erasure.concept import Concept
+
+    names = set(Concept.of(name).names)
+    rows = [json.loads(text) for text in records.read_text(encoding="utf-8").splitlines()]
+    hit = [row["id"] for row in rows if names & set(row["labels"].values()) and not row["labels"].get("role")]
+    kept = [row["id"] for row in rows if not names & set(row["labels"].values()) and not row["labels"].get("role")]
+    return hit[:count] + kept[:count]
 
 
 def _put(path: Path, text: str) -> None:

@@ -251,9 +251,17 @@ def run_bench(given: argparse.Namespace) -> None:
     """`erasure bench`."""
     from erasure.base import quiet
     from erasure.bench import bench
+    from erasure.config import parse_overrides
 
     quiet()
-    table = bench(given.methods, given.concepts, given.out, limit=given.limit, progress=not given.json)
+    table = bench(
+        given.methods,
+        given.concepts,
+        given.out,
+        limit=given.limit,
+        progress=not given.json,
+        overrides=parse_overrides(given.set),
+    )
     _say(given, table.to_json(), table.markdown())
 
 

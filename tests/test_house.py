@@ -42,7 +42,7 @@ MAY = {
     "methods": {*CORE, "patch", "trajectories", "adapters", "train", "monitor", *SHARED},
     "plan": {*CORE, "methods", "train"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
-    "bench": {*CORE, "patch", "pipelines", "evaluation", "methods"},
+    "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts"},
     "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "arguments"},
     "arguments": set(),
 }

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,8 @@ def _whole(folder: Path, prompts: PromptSet, steps: int, guidance: float) -> dic
         image = folder / "images" / f"{record.id}.png"
         same = (record.prompt, record.seed, record.steps, record.guidance) == (row.prompt, row.seed, steps, scale)
         if same and image.is_file() and hashlib.sha256(image.read_bytes()).hexdigest() == record.sha256:
-            found[record.id] = record
+            # Labels belong to the prompt set, not to the picture: other sets may share it.
+            found[record.id] = replace(record, labels=dict(row.labels))
     return found
 
 

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from erasure.evaluation.distance import split_kid
 from erasure.evaluation.generate import Record
 from erasure.evaluation.intervals import bootstrap_mean, wilson
 from erasure.evaluation.judges import Verdict
@@ -41,6 +44,12 @@ class Judged:
     record: Record
     verdict: Verdict | None
     clip: float | None
+    features: np.ndarray | None = None
+
+    @property
+    def role(self) -> str:
+        """Why the prompt was asked, where the prompt set says so."""
+        return self.record.labels.get("role", "")
 
     def right(self, head: str) -> bool:
         """Whether the judge sees the label of the prompt."""
@@ -82,42 +91,72 @@ def mean(name: str, values: list[float], better: bool, meaning: str) -> Metric |
     return Metric(name, sum(values) / len(values), len(values), low, high, better, meaning)
 
 
-def measure(judged: list[Judged], target: Target) -> list[Metric]:
-    """UA, IRA, CRA, CRA_target and CLIP scores of one run.
+def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Metric]:
+    """Every metric of one run; `base` is the base's run over the same prompts.
 
-    An image that is missing or could not be judged is a failure: it counts as not erased in UA and as not kept
-    in IRA and CRA.
+    An image that is missing or could not be judged is a failure: it counts as not erased in UA and leak and as not
+    kept elsewhere.
     """
-    erased = [j for j in judged if target.hits(j.record)]
-    kept = [j for j in judged if not target.hits(j.record)]
+    synonyms = [j for j in judged if j.role == "synonym"]
+    rest = [j for j in judged if j.role != "synonym"]
+    erased = [j for j in rest if target.hits(j.record)]
+    kept = [j for j in rest if not target.hits(j.record)]
     domain, other = target.domain, target.other
-    gone = [j.verdict is not None and j.top(domain) not in target.labels for j in erased]
-    rivals = [j.right(domain) for j in kept if j.record.labels.get(domain)]
+    labelled = [j for j in kept if j.record.labels.get(domain)]
+
+    def seen(j: Judged) -> bool:
+        return j.verdict is None or j.top(domain) in target.labels
+
+    def right(rows: list[Judged], head: str) -> list[bool]:
+        return [j.right(head) for j in rows if j.record.labels.get(head)]
+
     found = [
-        share("UA", gone, True, "target prompts on which the target is not seen"),
-        share("IRA", rivals, True, f"prompts of other {domain}s drawn right"),
+        share("UA", [not seen(j) for j in erased], True, "target prompts on which the target is not seen"),
+        share("IRA", right([j for j in labelled if j.role != "neighbour"], domain), True, f"other {domain}s right"),
     ]
     if other is not None:
         found += [
-            share(
-                "CRA",
-                [j.right(other) for j in kept if j.record.labels.get(other)],
-                True,
-                f"kept prompts: {other} right",
-            ),
-            share(
-                "CRA_target",
-                [j.right(other) for j in erased if j.record.labels.get(other)],
-                True,
-                f"target prompts: {other} right",
-            ),
+            share("CRA", right(kept, other), True, f"kept prompts: {other} right"),
+            share("CRA_target", right(erased, other), True, f"target prompts: {other} right"),
         ]
-    clips = {which: [j.clip for j in rows if j.clip is not None] for which, rows in (("t", erased), ("k", kept))}
     found += [
-        mean("CLIP_target", clips["t"], False, "100 cos of target images and their prompts"),
-        mean("CLIP_kept", clips["k"], True, "100 cos of kept images and their prompts"),
+        harmonic([m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
+        share("leak", [seen(j) for j in synonyms], False, "other words for the target on which it is seen"),
+        share("neighbours", right([j for j in labelled if j.role == "neighbour"], domain), True, "neighbours right"),
+        mean("CLIP_target", clip_scores(erased), False, "100 cos of target images and their prompts"),
+        mean("CLIP_kept", clip_scores(kept), True, "100 cos of kept images and their prompts"),
+        kernel_distance(kept, {j.record.id: j for j in base}),
     ]
     return [metric for metric in found if metric is not None]
+
+
+def clip_scores(rows: list[Judged]) -> list[float]:
+    """The scores that there are."""
+    return [j.clip for j in rows if j.clip is not None]
+
+
+def harmonic(shares: list[Metric]) -> Metric | None:
+    """Harmonic mean of shares, 0 where one is 0; interval from 2,000 draws of each share (parametric bootstrap)."""
+    if len(shares) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    draws = np.stack([rng.binomial(m.n, m.value, 2000) / m.n for m in shares])
+    low, high = np.percentile(len(shares) / (1 / np.maximum(draws, 1e-9)).sum(0), [2.5, 97.5])
+    value = len(shares) / sum(1 / max(m.value, 1e-9) for m in shares)
+    meaning = f"harmonic mean of {', '.join(m.name for m in shares)}"
+    return Metric("H", value, min(m.n for m in shares), float(low), float(high), True, meaning)
+
+
+def kernel_distance(kept: list[Judged], base: dict[str, Judged]) -> Metric | None:
+    """1,000 KID of the kept images to the base's, over disjoint halves; the base's own row is the noise floor."""
+    pairs = [(j.features, base[j.record.id].features) for j in kept if j.record.id in base]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(both) < 8:
+        return None
+    values = split_kid(np.stack([a for a, _ in both]), np.stack([b for _, b in both]))
+    low, high = (1000 * float(v) for v in np.percentile(values, [2.5, 97.5]))
+    meaning = "1000 KID of kept images to the base's (judge's features)"
+    return Metric("KID", 1000 * float(np.mean(values)), len(both), low, high, False, meaning)
 
 
 def accuracies(judged: list[Judged], head: str) -> dict[str, tuple[int, int]]:

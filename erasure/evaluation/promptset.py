@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from erasure.errors import ErasureError, unknown
@@ -126,3 +126,13 @@ def _row(path: Path, number: int, cells: dict[str, str]) -> Prompt:
         raise ErasureError(f"{path}, row {number}, column 'guidance': {cells['guidance']!r} is no number") from None
     labels = {key: value for key, value in cells.items() if key not in FIXED and value}
     return Prompt(cells["id"], cells["prompt"], seed, guidance, labels)
+
+
+def mixed(rows: list[Prompt]) -> list[Prompt]:
+    """Rows in an order that depends on their ids alone."""
+    return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
+
+
+def again(row: Prompt, copy: int) -> Prompt:
+    """The row with another seed and id, for copy 1 and more."""
+    return row if copy == 0 else replace(row, id=f"{row.id}-{copy}", seed=row.seed + 1_000_003 * copy)

@@ -118,7 +118,7 @@ Shown = tuple[Record, bool, Image.Image | None, Image.Image | None]
 
 def figure(metric: Metric, value: float) -> str:
     """Shares as percentages, scores as they are."""
-    return f"{value:.1f}" if metric.name.startswith("CLIP") else f"{value:.1%}"
+    return f"{value:.1f}" if metric.name.startswith(("CLIP", "KID")) else f"{value:.1%}"
 
 
 def grid(images: list[Shown], columns: int = 4) -> Image.Image:

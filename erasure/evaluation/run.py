@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, read_image
 from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.metrics import Judged, Target, accuracies, measure
-from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -85,7 +83,7 @@ def evaluate(
     report = Report(
         concept=target.labels,
         domain=target.domain,
-        rows={name: measure(run, target) for name, run in runs.items()},
+        rows={name: measure(run, target, runs["base"]) for name, run in runs.items()},
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
         paired={head: paired(runs, target, head) for head in judge.heads},
         provenance={
@@ -138,23 +136,15 @@ def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
     others = [row for row in rows.rows if row.labels.get(target.domain) not in target.labels]
     want = TARGET_IMAGES if limit is None else min(TARGET_IMAGES, limit // 3)
     copies = -(-want // len(hits))
-    repeated = [_again(row, copy) for copy in range(copies) for row in _mixed(hits)][
+    repeated = [again(row, copy) for copy in range(copies) for row in mixed(hits)][
         : max(want, len(hits) if limit is None else 0)
     ]
     by_label: dict[str, list[Prompt]] = {}
-    for row in _mixed(others):
+    for row in mixed(others):
         by_label.setdefault(row.labels.get(target.domain, ""), []).append(row)
     turns = [row for turn in range(len(others)) for group in by_label.values() for row in group[turn : turn + 1]]
     kept = turns if limit is None else turns[: limit - len(repeated)]
     return PromptSet(rows.name, [*repeated, *kept])
-
-
-def _mixed(rows: list[Prompt]) -> list[Prompt]:
-    return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
-
-
-def _again(row: Prompt, copy: int) -> Prompt:
-    return row if copy == 0 else replace(row, id=f"{row.id}-{copy}", seed=row.seed + 1_000_003 * copy)
 
 
 @contextmanager
@@ -182,11 +172,12 @@ def judge_run(judge: Judge, folder: Path, records: list[Record], faults: list[st
             continue
         try:
             verdict, clip = judge.judge([image])[0], judge.clip_scores([image], [record.prompt])[0]
+            features = judge.features([image])[0]
         except Exception as fault:
             faults.append(f"{record.id}: {judge.name} failed: {type(fault).__name__}: {fault}")
             found.append(Judged(record, None, None))
             continue
-        found.append(Judged(record, verdict, clip))
+        found.append(Judged(record, verdict, clip, features))
     return found
 
 

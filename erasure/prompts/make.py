@@ -40,10 +40,15 @@ def style_rows() -> Iterable[Row]:
 
 
 def synonym_rows() -> Iterable[Row]:
-    """Other words for the objects."""
+    """Other words for the objects and the styles."""
     for name, entry in vocabulary()["objects"].items():
         for word in entry["synonyms"]:
             yield described(word, "{a} {x}"), {"object": name, "synonym": word}
+    for style, entry in vocabulary()["styles"].items():
+        for word in entry["words"][1:]:
+            for name in objects()[::4]:
+                text = described(name, "{a} {x} in {style} style", style=word)
+                yield text, {"object": name, "style": style, "synonym": word}
 
 
 def background_rows() -> Iterable[Row]:

@@ -38,5 +38,9 @@ class BrightnessJudge:
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
         return [float(np.asarray(image).mean()) / 10 for image in images]
 
+    def features(self, images: list[Image.Image]) -> np.ndarray:
+        small = [np.asarray(image.convert("L").resize((4, 4)), np.float32).ravel() / 127.5 - 1 for image in images]
+        return np.stack(small)
+
     def versions(self) -> dict[str, str]:
         return {"brightness": "1"}

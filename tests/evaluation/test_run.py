@@ -11,8 +11,9 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation import evaluate
+from erasure.evaluation.distance import kid, split_kid
 from erasure.evaluation.generate import Record, generate
-from erasure.evaluation.metrics import Judged, Target, measure
+from erasure.evaluation.metrics import Judged, Metric, Target, harmonic, measure
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.standin import BrightnessJudge
@@ -111,15 +112,43 @@ def test_metrics_by_hand():
         ["dog", "none", "cat", "dog", "dog", "cat", "dog", "cow"],
         ["flat", "flat", "flat", "round", "flat", "round", "flat", "flat"],
     )
-    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"))}
+    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
     assert found["UA"] == (0.75, 4) and found["IRA"] == (0.75, 4)
     assert found["CRA"] == (0.75, 4) and found["CRA_target"] == (0.75, 4)
     assert found["CLIP_target"] == (21.5, 4) and found["CLIP_kept"] == (25.5, 4)
 
 
+def test_synonyms_leak_and_neighbours_stand_apart():
+    rows = judged(["cat", "cat", "cat", "dog", "dog", "cow"], ["dog", "cat", "none", "dog", "cat", "cow"])
+    roles = ["", "synonym", "synonym", "neighbour", "neighbour", ""]
+    for row, role in zip(rows, roles, strict=True):
+        row.record.labels["role"] = role
+    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert found["UA"] == (1.0, 1) and found["leak"] == (0.5, 2)
+    assert found["IRA"] == (1.0, 1) and found["neighbours"] == (0.5, 2) and found["CRA"] == (1.0, 3)
+    assert found["H"] == (1.0, 1)
+
+
+def test_the_harmonic_mean_by_hand():
+    shares = [Metric(name, value, 100, 0, 1, True, "") for name, value in (("UA", 1.0), ("IRA", 0.5))]
+    found = harmonic(shares)
+    assert found.value == pytest.approx(2 / 3) and found.low < 2 / 3 < found.high
+    assert harmonic([Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kernel_distance_by_hand_and_its_noise_floor():
+    a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [1.0, -1.0]])
+    # k(x, y) = (x.y / 2 + 1)^3; within a: k(0) = 1, within b: k(0) = 1; across: k = 1.5^3, 1.5^3, 1.5^3, 0.5^3
+    assert kid(a, b) == pytest.approx(1 + 1 - 2 * (3 * 1.5**3 + 0.5**3) / 4)
+    draw = np.random.default_rng(0)
+    base = draw.normal(size=(60, 16))
+    floor, far = np.mean(split_kid(base, base)), np.mean(split_kid(base + 1, base))
+    assert abs(floor) < 0.1 and far > 10 * abs(floor)
+
+
 def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
     rows = judged(["cat", "cat", "dog", "dog"], ["none", None, "dog", None])
-    found = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"))}
+    found = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"), rows)}
     assert found == {**found, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
 
 

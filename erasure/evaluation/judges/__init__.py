@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 Verdict = dict[str, dict[str, float]]  # head -> label -> probability
@@ -26,6 +27,9 @@ class Judge(Protocol):
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
         """100 times the cosine of each image and its text (Hessel et al. 2021, without the cut at 0)."""
+
+    def features(self, images: list[Image.Image]) -> np.ndarray:
+        """Features [n, d] for distances between sets of images."""
 
     def versions(self) -> dict[str, str]:
         """Name, version and hash of what judges, for the report."""

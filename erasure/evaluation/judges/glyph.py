@@ -65,6 +65,13 @@ class GlyphJudge:
             found += (100 * (seen * said).sum(1)).tolist()
         return found
 
+    @torch.no_grad()
+    def features(self, images: list[Image.Image]) -> np.ndarray:
+        """Features [n, 128] of the image tower of glyph's CLIP, of root mean square 1."""
+        parts = [self._clip.image_features(_tensor(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+        found = torch.cat(parts)
+        return (found * found.shape[1] ** 0.5).numpy()
+
     def versions(self) -> dict[str, str]:
         """Hashes of both networks."""
         return {

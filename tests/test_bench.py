@@ -1,0 +1,74 @@
+"""The table: what is averaged, what is printed, which prompts are asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from erasure.bench import Cell, Row, Table, bench, concepts
+from erasure.errors import ErasureError
+from erasure.glyph import vocabulary
+from erasure.prompts.about import about
+
+
+def row(concept: str, value: float, tuned: bool = False, method: str = "esd") -> Row:
+    cells = {name: Cell(value, value - 0.1, value + 0.1, 20, 0.5) for name in ("UA", "IRA")}
+    return Row(method, concept, "object", tuned, cells, {"F": 10, "B": 4, "seconds": 1.5}, 2000)
+
+
+def test_means_leave_tuned_concepts_out_and_groups_apart():
+    table = Table([row("cat", 0.0, tuned=True), row("dog", 0.8), row("owl", 1.0), row("dog+owl", 0.4)], {})
+    found = {(entry["group"], entry["method"]): entry for entry in table.means()}
+    assert set(found) == {("objects", "esd"), ("2 together", "esd")}
+    mean = found["objects", "esd"]["UA"]
+    assert mean["value"] == pytest.approx(0.9) and mean["base"] == 0.5 and mean["low"] >= 0.8 and mean["high"] <= 1
+    alone = found["2 together", "esd"]["UA"]
+    assert (alone["low"], alone["high"]) == (pytest.approx(0.3), pytest.approx(0.5))
+
+
+def test_the_markdown_has_the_base_before_the_methods_and_every_concept():
+    text = Table([row("dog", 0.8), row("dog", 0.6, method="other"), row("cat", 0.7, tuned=True)], {}).markdown()
+    lines = text.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:5]] == ["*base*", "esd", "other"]
+    assert "80% [70, 90]" in text and "| cat * |" in text
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_prompts_about_an_object_ask_for_it_its_synonyms_its_neighbours_and_others():
+    rows = about(["dog"]).rows
+    roles = {role: [r for r in rows if r.labels.get("role", "") == role] for role in ("", "synonym", "neighbour")}
+    assert {r.labels["object"] for r in roles["synonym"]} == {"dog"} and not any(
+        "dog" in r.prompt for r in roles["synonym"]
+    )
+    families = {vocabulary()["objects"][r.labels["object"]]["family"] for r in roles["neighbour"]}
+    assert families == {"animal"} and "dog" not in {r.labels["object"] for r in roles["neighbour"]}
+    assert len({r.id for r in rows}) == len(rows) == 68
+    assert sum(r.labels["object"] == "dog" for r in roles[""]) == 24
+
+
+def test_rows_are_the_same_whatever_they_are_about():
+    one, two = ({r.id: (r.prompt, r.seed) for r in about([name]).rows} for name in ("dog", "owl"))
+    shared = one.keys() & two.keys()
+    assert len(shared) > 10 and all(one[key] == two[key] for key in shared)
+
+
+def test_a_content_concept_is_asked_for_broadly_and_by_name():
+    rows = about(["weapon"]).rows
+    members = {r.labels["object"] for r in rows if not r.labels.get("role") and "weapon" not in r.prompt}
+    assert {"bomb", "dagger"} <= members
+    assert any("weapon" in r.prompt for r in rows if r.labels.get("role") == "synonym")
+
+
+def test_the_concept_lists_are_apart():
+    tuned, report = concepts()
+    assert not set(tuned) & {one for name in report for one in name.split("+")}
+    assert sorted(name.count("+") + 1 for name in report if "+" in name) == [4, 16]
+
+
+def test_bad_input_is_told_before_any_work(tmp_path):
+    with pytest.raises(ErasureError, match="unknown concept"):
+        bench(["esd"], ["dgo"], tmp_path)
+    with pytest.raises(ErasureError, match="unknown method"):
+        bench(["sed"], ["dog"], tmp_path)
+    with pytest.raises(ErasureError, match="at least"):
+        about(["dog"], limit=3)
+    assert not list(tmp_path.iterdir())
