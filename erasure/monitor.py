@@ -65,18 +65,24 @@ class Previews:
         return path
 
 
+def available() -> dict[str, bool]:
+    """The trackers that can be asked for, and whether they are installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+
+
 class Trackers:
     """Losses, step by step, to the trackers that accelerate knows."""
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import LoggerType, is_tensorboard_available, is_wandb_available
 
-        there = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+        there = available()
         for name in names:
-            if name not in [str(kind.value) for kind in LoggerType]:
+            if name not in there:
                 raise unknown("tracker", name, there)
-            if not there.get(name, True):
+            if not there[name]:
                 raise ErasureError(f"{name} is not installed: pip install {name}; nothing was started")
         self._accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
