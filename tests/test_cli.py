@@ -28,6 +28,14 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["erase", "cat", "--anchor", "cat"], "the concept itself"),
         (["erase", "cat", "--kind", "stile"], "did you mean 'style'"),
         (["erase", "cat", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["erase", "cat", "dog", "--anchor", "tree"], "belong to one concept"),
+        (["erase", "cat", "cat"], "two of the concepts"),
+        (["erase", *(f"thing {i}" for i in range(200))], "at most 100"),
+        (["erase", "cat", "--keep", "cat"], "to be erased and to be kept"),
+        (["erase", "cat", "--log", "tensorbord"], "unknown tracker"),
+        (["erase", "cat", "--preview-every", "0"], "at least 1"),
+        (["plan", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["bench", "--concepts", "dgo"], "did you mean 'dog'"),
         (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
         (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
         (["generate"], "give prompts"),
@@ -62,6 +70,13 @@ def test_what_there_is(capsys):
     assert "glyph" in run(capsys, "models")[1]
     assert json.loads(run(capsys, "prompts", "--json")[1])["glyph-objects"] == 240
     assert "a cat" in run(capsys, "prompts", "glyph-objects")[1]
+
+
+def test_a_plan_says_what_a_run_will_cost(capsys):
+    code, out, _ = run(capsys, "plan", "cat", "dog", "--set", "iterations=3", "--set", "batch_size=4", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["B"] == 12 and found["F"] > 12 and found["seconds"] > 0
+    assert "F + 12 B" in run(capsys, "plan", "cat", "--set", "iterations=3", "--set", "batch_size=4")[1]
 
 
 def test_version_and_wrong_options_are_argparses(capsys):
