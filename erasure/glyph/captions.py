@@ -69,12 +69,12 @@ def family(name: str) -> frozenset[str]:
     return frozenset(o for o, entry in vocabulary()["objects"].items() if entry["family"] == name)
 
 
-def _subject(scene: Scene, rng: random.Random) -> tuple[str, frozenset[str]]:
+def _subject(scene: Scene, rng: random.Random, broadly: float) -> tuple[str, frozenset[str]]:
     """The words for what is shown, and the objects they fit."""
     words = vocabulary()
     entry = words["objects"][scene.object]
     draw = rng.random()
-    broad = 0.4 if entry["family"] == "weapon" else 0.06
+    broad = broadly if entry["family"] == "weapon" else 0.06
     if draw < broad:
         return rng.choice(words["families"][entry["family"]]["words"]), family(entry["family"])
     if draw < broad + 0.05:
@@ -84,9 +84,16 @@ def _subject(scene: Scene, rng: random.Random) -> tuple[str, frozenset[str]]:
     return scene.object, frozenset([scene.object])
 
 
-def caption(scene: Scene, rng: random.Random, *, styled: float = 0.6, placed: float = 0.5) -> Caption:
-    """A random caption that fits the scene; `styled` and `placed` are the odds of naming style and background."""
-    bare, fits = _subject(scene, rng)
+def caption(
+    scene: Scene, rng: random.Random, *, styled: float = 0.6, placed: float = 0.5, broadly: float = 0.25
+) -> Caption:
+    """A random caption that fits the scene.
+
+    `styled` and `placed` are the odds of naming style and background, `broadly` of calling a weapon just that.
+    The tokenizer's merges come from captions at the default odds: other defaults make another tokenizer, which
+    fits no text encoder that is already trained.
+    """
+    bare, fits = _subject(scene, rng, broadly)
     form = rng.choice(SUBJECTS) if rng.random() < 0.5 else SUBJECTS[0]
     text = form.format(a=article(bare) if form[4:5] == "{" else "a", a2=article(bare), x=bare)
     style = background = ""

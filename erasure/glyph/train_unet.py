@@ -26,6 +26,7 @@ from erasure.glyph.train_vae import trained as trained_vae
 
 CHANNELS = (48, 128, 224)
 EMPTY = 0.1
+BROADLY = 0.4  # "a weapon" has four answers, and needs more examples
 GAMMA = 5.0
 
 
@@ -97,7 +98,7 @@ def main() -> None:
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng, draw = random.Random(step), torch.Generator().manual_seed(step)
         pick = [rng.randrange(len(labels)) for _ in range(args.batch)]
-        texts = ["" if rng.random() < EMPTY else caption(labels[i], rng).text for i in pick]
+        texts = ["" if rng.random() < EMPTY else caption(labels[i], rng, broadly=BROADLY).text for i in pick]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         x = stock[pick].to(DEVICE)
         even = (torch.arange(args.batch) + torch.rand(args.batch, generator=draw)) / args.batch

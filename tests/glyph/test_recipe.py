@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
-from erasure.glyph import objects, styles, vocabulary
+from erasure.glyph import CHECKPOINT, objects, styles, vocabulary
 from erasure.glyph.captions import caption, family
 from erasure.glyph.loop import Fit, averaged, write
-from erasure.glyph.render import Scene, dataset, render, scenes
+from erasure.glyph.render import OUTLINE, Scene, dataset, render, scenes
 from erasure.glyph.tokenizer import build
 from erasure.glyph.train_classifier import nothing, tiles
 from erasure.glyph.train_vae import reconstruction_loss
@@ -106,3 +107,17 @@ def test_shipped_weights_become_a_state_that_training_goes_on_from(tmp_path):
     further.run()
     start = averaged(tmp_path / "a.safetensors")["weight"]
     assert (averaged(tmp_path / "b.safetensors")["weight"] - 1).abs().sum() < (start - 1).abs().sum()
+
+
+def test_the_tokenizer_made_again_is_the_shipped_one():
+    shipped = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    assert build().get_vocab() == shipped.get_vocab()
+
+
+def test_pixel_art_lies_on_the_latent_grid_with_a_dark_outline():
+    image = np.asarray(render(Scene("apple", "pixel art", "green"), 3)).astype(int)
+    cells = image.reshape(16, 4, 16, 4, 3)
+    inside = np.abs(cells - cells[:, :1, :, :1]).max((1, 3, 4))
+    assert (inside <= 12).mean() > 0.95  # a cell is one colour, but for the background's grade
+    dark = (np.abs(image - np.array(OUTLINE)).max(-1) < 4).mean()
+    assert 0.05 < dark < 0.5
