@@ -85,7 +85,8 @@ class Weights:
 class LowRankTerm:
     """y = Wx + (alpha / rank) up(down(x)) on Linear and Conv2d modules (Hu et al. 2021, eq. 3).
 
-    down starts uniform (Kaiming, a = sqrt 5), up at zero: at step 0 the output is the base's, bit for bit.
+    down starts uniform (Kaiming, a = sqrt 5) or, `normal`, as N(0, 1 / rank); up starts at zero: at step 0 the output
+    is the base's, bit for bit.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class LowRankTerm:
         alpha: float | None = None,
         generator: torch.Generator,
         component: str = "unet",
+        normal: bool = False,
     ) -> None:
         if rank < 1:
             raise ErasureError(f"rank={rank}: a low-rank patch needs a rank of at least 1")
@@ -109,6 +111,8 @@ class LowRankTerm:
             down, up = self._shapes(target, rank)
             bound = 1 / math.sqrt(math.prod(down[1:]))
             start = torch.rand(down, generator=generator) * 2 * bound - bound
+            if normal:
+                start = torch.randn(down, generator=generator) / math.sqrt(rank)
             weight = next(target.parameters())
             self._params[f"{path}.down"] = nn.Parameter(start.to(weight.device))
             self._params[f"{path}.up"] = nn.Parameter(torch.zeros(up, device=weight.device))

@@ -53,6 +53,7 @@ TARGETS = {
     "x-strict": ("cross-attention: key and value", lambda path: path.endswith(("attn2.to_k", "attn2.to_v"))),
     "selfattn": ("self-attention", lambda path: "attn1" in path),
     "u": ("all but cross-attention", lambda path: "attn2" not in path),
+    "transformer": ("every layer of the transformer blocks", lambda path: ".attentions." in path),
     "full": ("every Linear and Conv2d", lambda path: True),
 }
 
@@ -135,12 +136,13 @@ class Base:
             raise unknown("sampler", kind, classes)
         return classes[kind].from_config(self.scheduler.config)
 
-    def latent_shape(self, scale: float = 1.0) -> tuple[int, int, int]:
-        """Channels, height, width of the latents at `scale` times the native size."""
+    def latent_shape(self, scale: float | tuple[float, float] = 1.0) -> tuple[int, int, int]:
+        """Channels, height, width of the latents at `scale` (of both, or of height and width) times the native size."""
         config = self.unet.config
         size = config.sample_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return config.in_channels, round(height * scale), round(width * scale)
+        tall, wide = scale if isinstance(scale, tuple) else (scale, scale)
+        return config.in_channels, round(height * tall), round(width * wide)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from erasure.errors import ErasureError, unknown
 
 KINDS = ("object", "style", "identity", "content")
 MOST = 100  # concepts in one run
+# Subjects that carry a style: common words, so that any checkpoint has them.
+CARRIERS = ("a dog", "a house", "a car", "a flower", "a person", "an apple")
 LONGEST = 200  # characters; CLIP reads 77 tokens and cuts the rest off silently
 
 
@@ -109,10 +111,10 @@ class Concept:
         """Plain data for the patch's header; `Concept.of` reads it back."""
         return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
 
-    def prompt_pairs(self, carriers: Iterable[str] = ()) -> list[tuple[str, str]]:
+    def prompt_pairs(self) -> list[tuple[str, str]]:
         """Pairs (prompt that shows the concept, the same prompt without it).
 
-        An object leaves the empty prompt (or the anchor). A style is said of carriers, "a dog in ink style"
+        An object leaves the empty prompt (or the anchor). A style is said of CARRIERS too, "a dog in ink style"
         against "a dog": away from the EMPTY prompt, the dog would be erased with the style.
         """
         instead = self.anchor or ""
@@ -120,7 +122,7 @@ class Concept:
             return [(name, instead) for name in self.names]
         pairs = [(f"{name} style", instead) for name in self.names]
         for name in self.names:
-            for carrier in carriers:
+            for carrier in CARRIERS:
                 pairs.append((f"{carrier} in {name} style", f"{carrier} in {instead}" if instead else carrier))
         return pairs
 

@@ -87,3 +87,8 @@ def to_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: e_u + s (e_c - e_u) (Ho & Salimans 2022)."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def away(neutral: Tensor, concept: Tensor, eta: float) -> Tensor:
+    """e(n) - eta (e(c) - e(n)): guided away from a concept (ESD, eq. 7; SPM, eq. 5), over outputs [n, c, h, w]."""
+    return neutral - eta * (concept - neutral)

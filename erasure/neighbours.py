@@ -1,19 +1,17 @@
 """What a concept must not take with it: its neighbours and the retain prompts, found when the user names none.
 
-Words come from the checkpoint's own vocabulary (glyph) or from `configs/words.yaml`; nearness is the cosine of
-the text encoder's states at the end of the prompt.
+Words come from the checkpoint's own vocabulary (glyph) or from `configs/words.yaml`; nearness is that
+of similarity.py.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-import torch
-from torch import Tensor
-
 from erasure.base import BUNDLED, Base
 from erasure.concept import Concept
 from erasure.config import CONFIGS, read_yaml
+from erasure.similarity import cosines, tokens
 
 COUNT = 8  # neighbours where the user names none
 SAME = 0.95  # cosine from which a word is taken for another name of the concept
@@ -33,18 +31,6 @@ def words(embedded: bool) -> dict[str, tuple[str, ...]]:
     for name, entry in listed["objects"].items():
         by_kind[listed["families"][entry["family"]]["kind"]].append(name)
     return {kind: tuple(names) for kind, names in by_kind.items()}
-
-
-def tokens(base: Base, text: str) -> int:
-    """Length of a text in tokens, the special ones included."""
-    return len(base.pipe.tokenizer(text, verbose=False).input_ids)
-
-
-def ends(base: Base, texts: list[str]) -> Tensor:
-    """Unit states [n, width] of the text encoder at the end token of each text."""
-    at = [tokens(base, text) - 1 for text in texts]
-    found = base.encode(texts)[torch.arange(len(texts)), torch.tensor(at)]
-    return torch.nn.functional.normalize(found.float().cpu(), dim=1)
 
 
 def prompt_of(kind: str, word: str) -> str:
@@ -68,7 +54,7 @@ def retained(base: Base, concepts: list[Concept]) -> list[tuple[str, str]]:
     rest = [word for word in found if word not in kept]
     if rest:
         targets = [prompt_of(concept.kind, name) for concept in concepts for name in concept.names]
-        near = ends(base, [prompt_of(found[word], word) for word in rest]) @ ends(base, targets).T
+        near = cosines(base, [prompt_of(found[word], word) for word in rest], targets)
         same = {word for word, row in zip(rest, near, strict=True) if row.max() >= SAME}
         found = {word: kind for word, kind in found.items() if word not in same}
     return [(kind, word) for word, kind in found.items()]
@@ -81,6 +67,5 @@ def neighbours(base: Base, concept: Concept, count: int = COUNT) -> list[str]:
     rest = [word for kind, word in retained(base, [concept]) if (kind == "style") == (concept.kind == "style")]
     if not rest:
         return []
-    target = ends(base, [prompt_of(concept.kind, concept.name)])
-    near = (ends(base, [prompt_of(concept.kind, word) for word in rest]) @ target.T)[:, 0]
-    return [rest[i] for i in near.argsort(descending=True)[:count].tolist()]
+    near = cosines(base, [prompt_of(concept.kind, word) for word in rest], [prompt_of(concept.kind, concept.name)])
+    return [rest[i] for i in near[:, 0].argsort(descending=True)[:count].tolist()]

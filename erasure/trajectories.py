@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +41,11 @@ class TrajectoryPool:
     def __len__(self) -> int:
         return len(self.t)
 
+    def batch(self, count: int, step: int, seed: int) -> TrajectoryPool:
+        """The tuples of step `step`, as a pool of their own."""
+        index = self.draw(count, step, seed)
+        return TrajectoryPool(*(value[index] for value in vars(self).values()))
+
     def draw(self, count: int, step: int, seed: int) -> Tensor:
         """Indices of step `step`: walks through permutations of the pool, so that every tuple is met equally often."""
         at = torch.arange(step * count, (step + 1) * count)
@@ -69,15 +75,17 @@ def walk(
     steps: int,
     guidance: float,
     sampler: str = "ddim",
-    scale: float = 1.0,
+    scale: float | tuple[float, float] = 1.0,
     stop: int | None = None,
+    judged: bool = True,
 ) -> TrajectoryPool:
-    """Sample one trajectory a pair with the base, guided from "" towards the concept, recording every state.
+    """Sample one trajectory a pair with the UNet as it is, guided from "" towards the concept, recording every state.
 
     Args:
         pairs: (concept prompt, neutral prompt), one a trajectory; all run as one batch.
         seeds: one a trajectory, for its initial noise.
-        stop: record only the state with this index and end there (the published loop).
+        stop: record only the state with this index and end there (the published loops).
+        judged: record the outputs at that state too; without, `neutral` and `concept` are empty.
     """
     schedule = base.sampler(sampler)
     schedule.set_timesteps(steps, device=base.device)
@@ -96,6 +104,10 @@ def walk(
     n = len(pairs)
     for index, t in enumerate(schedule.timesteps):
         scaled = schedule.scale_model_input(x, t)
+        if index == stop and not judged:
+            nothing = torch.empty(n, 0)
+            found.append((scaled.float().cpu(), torch.full((n,), float(t)), torch.arange(n), nothing, nothing))
+            break
         out = base.unet(scaled.repeat(len(states) // n, 1, 1, 1), t, states).sample
         if stop is None or index == stop:
             at = torch.full((n,), float(t))
@@ -130,3 +142,13 @@ def build_pool(
         pool.pair = torch.tensor(part)[pool.pair]
         pools.append(pool)
     return TrajectoryPool(*(torch.cat([getattr(pool, key) for pool in pools]) for key in vars(pools[0])))
+
+
+def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **options: Any) -> TrajectoryPool:
+    """`build_pool`, from `path` where a run that was killed has left it."""
+    if path is not None and path.is_file():
+        return TrajectoryPool.load(path)
+    pool = build_pool(base, pairs, **options)
+    if path is not None:
+        pool.save(path)
+    return pool

@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Who may import whom (design, section 1): a package may import what stands in its row.
 LOW = {"errors", "glyph", "config"}
 CORE = {*LOW, "concept", "base", "diffusion"}
-SHARED = {"neighbours", "softprompt", "saliency", "images"}  # what methods build on
+SHARED = {"neighbours", "similarity", "softprompt", "saliency", "images"}  # what methods build on
 MAY = {
     "errors": set(),
     "config": {"errors"},
@@ -28,14 +28,15 @@ MAY = {
     "diffusion": {"errors"},
     "base": {*CORE, "pipelines"},  # Base.load opens the erased pipeline
     "patch": CORE,
-    "pipelines": {*CORE, "patch"},
+    "similarity": CORE,
+    "pipelines": {*CORE, "patch", "similarity"},
     "prompts": {"errors", "glyph", "evaluation"},
     "evaluation": {*CORE, "patch", "pipelines", "prompts"},
     "trajectories": CORE,
     "adapters": {*CORE, "patch"},
     "train": {*CORE, "adapters", "patch", "monitor"},
     "monitor": {*CORE, "neighbours"},
-    "neighbours": CORE,
+    "neighbours": {*CORE, "similarity"},
     "softprompt": CORE,
     "saliency": CORE,
     "images": {*CORE, "neighbours"},

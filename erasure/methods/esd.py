@@ -29,13 +29,12 @@ from torch import Tensor
 from erasure.adapters import Adapter, LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.train import Gradient, Run
-from erasure.trajectories import TrajectoryPool, build_pool, walk
+from erasure.trajectories import TrajectoryPool, kept_pool, walk
 
 ROUNDINGS = ("none", "bf16")
-# Subjects that carry a style: common words, so that any checkpoint has them.
-CARRIERS = ("a dog", "a house", "a car", "a flower", "a person", "an apple")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class ESD(Gradient):
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts and their embeddings, the pool, the adapter."""
         targets = base.targets(self.variant)
-        pairs = [pair for concept in concepts for pair in concept.prompt_pairs(CARRIERS)]
+        pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
         sources = base.encode([self.erase_from or prompt for prompt, _ in pairs])
         pool = self._pool(base, pairs, run) if self.pool else None
         adapter: Adapter
@@ -118,10 +117,8 @@ class ESD(Gradient):
         return State(base, pairs, sources, pool, adapter, run.seed)
 
     def _pool(self, base: Base, pairs: list[tuple[str, str]], run: Run) -> TrajectoryPool:
-        path = run.path("pool.safetensors")
-        if path is not None and path.is_file():
-            return TrajectoryPool.load(path)
-        pool = build_pool(
+        return kept_pool(
+            run.path("pool.safetensors"),
             base,
             pairs,
             trajectories=max(self.trajectories, len(pairs)),  # joint erasure: at least one of each
@@ -130,15 +127,11 @@ class ESD(Gradient):
             guidance=self.trajectory_guidance,
             sampler=self.sampler,
         )
-        if path is not None:
-            pool.save(path)
-        return pool
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
         """The batch of base states of a step."""
         if state.pool is not None:
-            index = state.pool.draw(self.batch_size, step, state.seed)
-            return TrajectoryPool(*(value[index] for value in vars(state.pool).values()))
+            return state.pool.batch(self.batch_size, step, state.seed)
         draw = torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         chosen = torch.randint(len(state.pairs), (self.batch_size,), generator=draw).tolist()
         stop = int(torch.randint(self.sample_steps, (1,), generator=draw))
@@ -161,7 +154,7 @@ class ESD(Gradient):
         """The objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
         made = state.base.unet(batch.x.to(device), batch.t.to(device), state.sources[batch.pair]).sample
-        wanted = esd_target(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
+        wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {"esd": F.mse_loss(made.float(), wanted)}
 
 
@@ -175,8 +168,3 @@ class State:
     pool: TrajectoryPool | None
     adapter: Adapter
     seed: int
-
-
-def esd_target(neutral: Tensor, concept: Tensor, eta: float) -> Tensor:
-    """e_0(n) - eta (e_0(c) - e_0(n)): eq. 7 of the paper, over base outputs [n, c, h, w]."""
-    return neutral - eta * (concept - neutral)

@@ -16,9 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from erasure.errors import ErasureError, unknown
 from erasure.patch import LowRank, Patch
 
@@ -80,31 +77,3 @@ def _list(texts: Any) -> list[Any]:
     if texts is not None and not isinstance(texts, list):
         raise ErasureError(f"a text gate's texts and a concept's aliases are lists, not {texts!r}")
     return texts or []
-
-
-def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[float]]:
-    """Similarity gamma of each prompt (rows) with each text (columns), by the pipeline's first text encoder.
-
-    A pipeline with two encoders (XL) is asked for the first one it has.
-    """
-    pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
-    tokenizer, encoder = next((pair for pair in pairs if None not in pair), (None, None))
-    if tokenizer is None or encoder is None:
-        raise ErasureError("a text gate needs the pipeline's tokenizer and text encoder, and there is none")
-    distinct = list(dict.fromkeys([*prompts, *texts]))
-    ids = tokenizer(
-        distinct, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    with torch.no_grad():
-        states = encoder(ids.to(pipe._execution_device)).last_hidden_state
-    flat = torch.nn.functional.normalize(states.flatten(1).cpu().double(), dim=1)
-    special = set(tokenizer.all_special_ids)
-    tokens = [set(row) - special for row in ids.tolist()]
-    row = {text: number for number, text in enumerate(distinct)}
-    return [[_gamma(flat, tokens, row[prompt], row[text]) for text in texts] for prompt in prompts]
-
-
-def _gamma(flat: Tensor, tokens: list[set[int]], prompt: int, text: int) -> float:
-    cosine = 1.0 if prompt == text else float(flat[prompt] @ flat[text])
-    shared = len(tokens[prompt] & tokens[text]) / len(tokens[text]) if tokens[text] else 0.0
-    return min(1.0, max(cosine, shared))

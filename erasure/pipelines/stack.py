@@ -18,9 +18,10 @@ from erasure.patch import Patch
 from erasure.patch.keys import find_module
 from erasure.patch.payload import LowRank
 from erasure.pipelines.checks import check_base, check_shapes
-from erasure.pipelines.gates import TextGate, parse_gate, similarities
+from erasure.pipelines.gates import TextGate, parse_gate
 from erasure.pipelines.membranes import Membrane
 from erasure.pipelines.weights import FoldedWeights, Share
+from erasure.similarity import similarities
 
 ATTRIBUTE = "_erasure_stack"
 # Which stack has changed a module's weights: pipelines may share components.

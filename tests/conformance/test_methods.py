@@ -13,7 +13,11 @@ from erasure.plan import plan
 from tests.tiny import tiny_pipeline
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
-QUICK = {"esd": {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3, "learning_rate": 1e-3}}
+SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
+QUICK = {
+    "esd": {**SMALL, "learning_rate": 1e-3},
+    "spm": {**SMALL, "learning_rate": 1e-2},
+}
 
 
 def test_the_methods_are_the_written_list():

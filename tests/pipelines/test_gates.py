@@ -9,8 +9,8 @@ from diffusers import StableDiffusionXLPipeline
 from erasure.errors import ErasureError
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline, load_patch
-from erasure.pipelines.gates import similarities
 from erasure.pipelines.membranes import Membrane
+from erasure.similarity import similarities
 from tests.patch.making import delta_patch, gap, low_rank_patch, same, weights
 from tests.tiny import WIDTH, latents, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_vae
 
