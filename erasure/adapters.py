@@ -43,6 +43,7 @@ class Weights:
         self.component = component
         self._params: dict[str, nn.Parameter] = {}
         self._base: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
         module.requires_grad_(False)
         for path, target in targets.items():
             for name, param in target.named_parameters(recurse=False):
@@ -55,6 +56,18 @@ class Weights:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name, fp32."""
         return self._params
+
+    def mask(self, masks: dict[str, Tensor]) -> None:
+        """Let only the marked places train: gradients elsewhere are zero, so that Adam leaves them bit for bit.
+
+        Raises:
+            ErasureError: a trained tensor has no mask.
+        """
+        for key, param in self._params.items():
+            if key not in masks:
+                raise ErasureError(f"the mask says nothing of {key}")
+            marks = masks[key].to(param.device)
+            self._handles.append(param.register_hook(lambda grad, marks=marks: grad * marks))
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -76,6 +89,9 @@ class Weights:
 
     def remove(self) -> None:
         """Put the base's own tensors back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         for key, param in self._params.items():
             param.requires_grad_(False)
             param.grad = None

@@ -16,6 +16,14 @@ from tests.tiny import tiny_pipeline
 SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
 QUICK = {
     "esd": {**SMALL, "learning_rate": 1e-3},
+    "salun": {
+        "iterations": 4,
+        "batch_size": 2,
+        "forget_count": 3,
+        "retain_count": 3,
+        "sample_steps": 2,
+        "learning_rate": 1e-3,
+    },
     "spm": {**SMALL, "learning_rate": 1e-2},
 }
 
