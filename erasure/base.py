@@ -54,6 +54,10 @@ TARGETS = {
     "selfattn": ("self-attention", lambda path: "attn1" in path),
     "u": ("all but cross-attention", lambda path: "attn2" not in path),
     "transformer": ("every layer of the transformer blocks", lambda path: ".attentions." in path),
+    "linear": (
+        "linear layers of self-attention, feed-forward and time projections",
+        lambda path: "attn1" in path or ".ff." in path or "time_emb_proj" in path,
+    ),
     "full": ("every Linear and Conv2d", lambda path: True),
 }
 

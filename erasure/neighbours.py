@@ -6,11 +6,13 @@ of similarity.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 from erasure.base import BUNDLED, Base
 from erasure.concept import Concept
 from erasure.config import CONFIGS, read_yaml
+from erasure.errors import ErasureError
 from erasure.similarity import cosines, tokens
 
 COUNT = 8  # neighbours where the user names none
@@ -69,3 +71,26 @@ def neighbours(base: Base, concept: Concept, count: int = COUNT) -> list[str]:
         return []
     near = cosines(base, [prompt_of(concept.kind, word) for word in rest], [prompt_of(concept.kind, concept.name)])
     return [rest[i] for i in near[:, 0].argsort(descending=True)[:count].tolist()]
+
+
+def anchored(base: Base, concept: Concept, concepts: list[Concept], *, first: bool = False) -> Concept:
+    """The concept with an anchor that its prompts are to show: its own, else the nearest other word of its kind.
+
+    Args:
+        concepts: all that are erased together: none of them is an anchor.
+        first: take the first word of the vocabulary, not the nearest.
+
+    Raises:
+        ErasureError: there is no other word.
+    """
+    if concept.anchor is not None:
+        return concept
+    left = retained(base, concepts)
+    if first:
+        near = [word for kind, word in left if (kind == "style") == (concept.kind == "style")]
+    else:
+        kept = {word for _, word in left} | set(concept.keep)
+        near = [word for word in neighbours(base, concept) if word in kept]
+    if not near:
+        raise ErasureError(f"{concept.name!r}: no other word to lead it to; give an anchor")
+    return replace(concept, anchor=prompt_of(concept.kind, near[0]))

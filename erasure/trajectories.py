@@ -43,8 +43,7 @@ class TrajectoryPool:
 
     def batch(self, count: int, step: int, seed: int) -> TrajectoryPool:
         """The tuples of step `step`, as a pool of their own."""
-        index = self.draw(count, step, seed)
-        return TrajectoryPool(*(value[index] for value in vars(self).values()))
+        return self.take(self.draw(count, step, seed))
 
     def draw(self, count: int, step: int, seed: int) -> Tensor:
         """Indices of step `step`: walks through permutations of the pool, so that every tuple is met equally often."""
@@ -53,6 +52,10 @@ class TrajectoryPool:
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+    def take(self, index: Tensor) -> TrajectoryPool:
+        """The tuples `index` [b], as a pool of their own."""
+        return TrajectoryPool(*(value[index] for value in vars(self).values()))
 
     def save(self, path: Path) -> None:
         """Keep the pool for a resumed run."""
@@ -78,6 +81,7 @@ def walk(
     scale: float | tuple[float, float] = 1.0,
     stop: int | None = None,
     judged: bool = True,
+    skip: int = 0,
 ) -> TrajectoryPool:
     """Sample one trajectory a pair with the UNet as it is, guided from "" towards the concept, recording every state.
 
@@ -85,6 +89,7 @@ def walk(
         pairs: (concept prompt, neutral prompt), one a trajectory; all run as one batch.
         seeds: one a trajectory, for its initial noise.
         stop: record only the state with this index and end there (the published loops).
+        skip: leave out so many of the first timesteps: the walk starts later, from the same noise (published quirk).
         judged: record the outputs at that state too; without, `neutral` and `concept` are empty.
     """
     schedule = base.sampler(sampler)
@@ -97,12 +102,13 @@ def walk(
         base.encode([n for _, n in pairs]),
         base.encode([""] * len(pairs)),
     )
-    # The neutral prompt is mostly the empty one: then two forwards a state are enough.
+    # The neutral prompt is mostly the empty one: then two forwards a state are enough, and one where nothing is named.
     same = all(n == "" for _, n in pairs)
-    states = torch.cat([concept, neutral] if same else [concept, neutral, empty])
+    nothing_named = same and all(c == "" for c, _ in pairs)
+    states = concept if nothing_named else torch.cat([concept, neutral] if same else [concept, neutral, empty])
     found: list[tuple[Tensor, ...]] = []
     n = len(pairs)
-    for index, t in enumerate(schedule.timesteps):
+    for index, t in enumerate(schedule.timesteps[skip:]):
         scaled = schedule.scale_model_input(x, t)
         if index == stop and not judged:
             nothing = torch.empty(n, 0)
@@ -111,9 +117,8 @@ def walk(
         out = base.unet(scaled.repeat(len(states) // n, 1, 1, 1), t, states).sample
         if stop is None or index == stop:
             at = torch.full((n,), float(t))
-            found.append(
-                (scaled.float().cpu(), at, torch.arange(n), out[n : 2 * n].float().cpu(), out[:n].float().cpu())
-            )
+            second = out[:n] if nothing_named else out[n : 2 * n]
+            found.append((scaled.float().cpu(), at, torch.arange(n), second.float().cpu(), out[:n].float().cpu()))
         if index == stop:
             break
         x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
@@ -151,4 +156,29 @@ def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **opt
     pool = build_pool(base, pairs, **options)
     if path is not None:
         pool.save(path)
+    return pool
+
+
+def late_states(
+    base: Base, pairs: list[tuple[str, str]], draw: torch.Generator, *, steps: int, guidance: float
+) -> TrajectoryPool:
+    """One state a pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide get it, for their parity modes.
+
+    The walk leaves out the first timestep and stops after `steps` - k of them, k uniform; t is then drawn 39 to 58
+    above the latents' own (methods' quirk). k = 0, their last noise level, is left out. Outputs are empty.
+    """
+    k = int(torch.randint(1, steps, (1,), generator=draw))
+    seeds = torch.randint(2**31, (len(pairs),), generator=draw).tolist()
+    found = walk(base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - k, judged=False, skip=1)
+    width = base.scheduler.config.num_train_timesteps // steps
+    found.t = (width * k + torch.randint(width, (len(pairs),), generator=draw)).float()
+    return found
+
+
+@torch.no_grad()
+def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> TrajectoryPool:
+    """Fill in the outputs of a pool of one state a pair, by the UNet as it is."""
+    texts = base.encode([n for _, n in pairs] + [c for c, _ in pairs])
+    x, t = pool.x.to(base.device), pool.t.to(base.device)
+    pool.neutral, pool.concept = base.unet(x.repeat(2, 1, 1, 1), t.repeat(2), texts).sample.float().cpu().chunk(2)
     return pool

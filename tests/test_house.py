@@ -29,7 +29,7 @@ MAY = {
     "base": {*CORE, "pipelines"},  # Base.load opens the erased pipeline
     "patch": CORE,
     "similarity": CORE,
-    "pipelines": {*CORE, "patch", "similarity"},
+    "pipelines": {*CORE, "patch", "similarity", "trajectories"},
     "prompts": {"errors", "glyph", "evaluation"},
     "evaluation": {*CORE, "patch", "pipelines", "prompts"},
     "trajectories": CORE,

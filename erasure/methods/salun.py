@@ -21,7 +21,7 @@ photographs, which cost no F; here the base draws them unless a folder is given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ from erasure.concept import Concept
 from erasure.diffusion import add_noise, guide, to_eps
 from erasure.errors import ErasureError, unknown
 from erasure.images import Images, drawn, read_folder
-from erasure.neighbours import neighbours, prompt_of, retained
+from erasure.neighbours import anchored, prompt_of, retained
 from erasure.saliency import read_mask, top, write_mask
 from erasure.train import Gradient, Run
 
@@ -111,7 +111,7 @@ class SalUn(Gradient):
         kept = retained(base, concepts)
         if not kept and self.retain_images is None:
             raise ErasureError("no retain images: every word of the vocabulary is the concept; name others with keep")
-        pairs = [pair for one in concepts for pair in self.relabelled(base, one, concepts).prompt_pairs()]
+        pairs = [pair for one in concepts for pair in anchored(base, one, concepts, first=self.parity).prompt_pairs()]
         pseudo = dict(pairs)
         options: dict[str, Any] = {"steps": self.sample_steps, "guidance": self.sample_guidance}
         forget_prompts = [c for c, _ in pairs]
@@ -136,23 +136,6 @@ class SalUn(Gradient):
             adapter.remove()
             raise
         return state
-
-    def relabelled(self, base: Base, concept: Concept, concepts: list[Concept]) -> Concept:
-        """The concept with the anchor that its prompts are to show: its own, else the nearest other word.
-
-        Raises:
-            ErasureError: there is no other word.
-        """
-        if concept.anchor is not None:
-            return concept
-        gone = {name for one in concepts for name in one.names}
-        near = [word for word in neighbours(base, concept) if word not in gone]
-        if self.parity:  # the next of the list, around its end
-            listed = [word for kind, word in retained(base, concepts) if (kind == "style") == (concept.kind == "style")]
-            near = listed[:1] or near
-        if not near:
-            raise ErasureError(f"{concept.name!r}: no other word to relabel it to; give an anchor")
-        return replace(concept, anchor=prompt_of(concept.kind, near[0]))
 
     def trained(self, base: Base) -> dict[str, nn.Module]:
         """The modules that may train, by path."""

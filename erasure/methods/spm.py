@@ -36,7 +36,7 @@ from erasure.errors import ErasureError
 from erasure.neighbours import neighbours, prompt_of, retained
 from erasure.similarity import cosines, similarities
 from erasure.train import Gradient, Run
-from erasure.trajectories import TrajectoryPool, kept_pool, walk
+from erasure.trajectories import TrajectoryPool, judge, kept_pool, walk
 
 GRID = 1000  # timesteps of training
 SIZES = (0.5, 0.625, 0.75, 0.875)  # parity: sides drawn in native sizes, never the native size itself
@@ -198,12 +198,9 @@ class SPM(Gradient):
             judged=False,
         )
         found.t = torch.full_like(found.t, GRID - 1 - GRID * k // self.sample_steps)
-        found.pair, x, t = torch.tensor(chosen), found.x.to(state.base.device), found.t.to(state.base.device)
-        texts = state.base.encode([n for _, n in pairs] + [c for c, _ in pairs])
-        with torch.no_grad(), state.adapter.off():
-            both = state.base.unet(x.repeat(2, 1, 1, 1), t.repeat(2), texts).sample.float().cpu()
-        found.neutral, found.concept = both.chunk(2)
-        return found
+        found.pair = torch.tensor(chosen)
+        with state.adapter.off():
+            return judge(state.base, found, pairs)
 
     def gate(self, state: State) -> dict[str, Any]:
         """Facilitated transport towards the concepts' names."""

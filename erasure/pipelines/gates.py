@@ -6,20 +6,21 @@
 
 with E the last hidden state of the text encoder over all token places and tok the set of tokens without special ones;
 the strength is gamma ** power (1: the paper, 2: the published code, which scales both factors), the largest over the
-texts, and 0 where gamma lies below the threshold.
+texts, and 0 where gamma lies below the threshold. `latent`: see latent.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from erasure.errors import ErasureError, unknown
 from erasure.patch import LowRank, Patch
+from erasure.pipelines.latent import LatentGate
 
-KINDS = ("always", "text")
+KINDS = ("always", "text", "latent")
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,31 @@ class TextGate:
         return similarity**self.power if similarity > 0 and similarity >= self.threshold else 0.0
 
 
-def parse_gate(patch: Patch) -> TextGate | None:
+def parse_gate(patch: Patch) -> TextGate | LatentGate | None:
     """The gate in the header of `patch`; None for `always`.
 
     Raises:
         ErasureError: a kind or a key that is not known, a value out of range, or a gate on differences.
     """
     data: Mapping[str, Any] = patch.gate
-    if data["kind"] not in KINDS:
-        raise unknown("gate", data["kind"], KINDS)
-    allowed = ("kind",) if data["kind"] == "always" else ("kind", "texts", "power", "threshold")
+    kind = data["kind"]
+    if kind not in KINDS:
+        raise unknown("gate", kind, KINDS)
+    classes: dict[str, Any] = {"text": TextGate, "latent": LatentGate}
+    allowed = ["kind", *(field.name for field in fields(classes[kind]))] if kind in classes else ["kind"]
     for key in data:
         if key not in allowed:
-            raise unknown(f"key of a gate of kind {data['kind']}", key, allowed)
-    if data["kind"] == "always":
+            raise unknown(f"key of a gate of kind {kind}", key, allowed)
+    if kind == "always":
         return None
     if not isinstance(patch.payload, LowRank):
         raise ErasureError(
-            "a text gate needs a low-rank payload: differences of whole weights act on every prompt alike"
+            f"a {kind} gate needs a low-rank payload: differences of whole weights act on every prompt alike"
         )
+    if kind == "latent":
+        if patch.components != ["unet"]:
+            raise ErasureError(f"a latent gate needs a patch of the unet alone, not of {', '.join(patch.components)}")
+        return LatentGate(**{key: value for key, value in data.items() if key != "kind"})
     texts = data.get("texts")
     if texts is None:
         texts = [name for concept in patch.concepts for name in [concept.get("name"), *_list(concept.get("aliases"))]]

@@ -9,13 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
-
 from erasure.base import resolve
 from erasure.errors import ErasureError
 from erasure.patch import Patch
-from erasure.pipelines.membranes import Membrane
-from erasure.pipelines.stack import patch_stack
+from erasure.pipelines.stack import Acting, patch_stack
 
 PatchSource = str | os.PathLike[str] | Patch
 
@@ -45,7 +42,7 @@ def load_patch(
 class PatchMixin:
     """Verbs for patches, in front of a diffusers pipeline class that has `encode_prompt`."""
 
-    _erasure_open: list[tuple[Membrane, RemovableHandle]] | None = None  # a list during a call
+    _erasure_open: list[Acting] | None = None  # a list during a call
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from erasure.patch.keys import find_module
 from erasure.patch.payload import LowRank
 from erasure.pipelines.checks import check_base, check_shapes
 from erasure.pipelines.gates import TextGate, parse_gate
+from erasure.pipelines.latent import Combination, Decider, LatentGate
 from erasure.pipelines.membranes import Membrane
 from erasure.pipelines.weights import FoldedWeights, Share
 from erasure.similarity import similarities
 
 ATTRIBUTE = "_erasure_stack"
+# What acts during a call, with its count of calls, and what ends it.
+Acting = tuple[Membrane | Combination, RemovableHandle | Combination]
 # Which stack has changed a module's weights: pipelines may share components.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
 
@@ -34,7 +39,7 @@ class Loaded:
 
     patch: Patch
     strength: float
-    gate: TextGate | None
+    gate: TextGate | LatentGate | None
 
 
 def patch_stack(pipe: Any) -> PatchStack:
@@ -66,6 +71,7 @@ class PatchStack:
         self._fused = False
         self._modules: dict[str, nn.Module] = {}
         self._weights = FoldedWeights(self.component)
+        self._decider: Decider | None = None
 
     def component(self, name: str) -> nn.Module:
         """The pipeline's component, seen through `torch.compile`.
@@ -99,10 +105,12 @@ class PatchStack:
         gate = parse_gate(patch)
         if gate is not None and not hasattr(self.pipe, "gate_log"):
             raise ErasureError(
-                f"{name!r} has a text gate, and {type(self.pipe).__name__} does not show it the prompts. "
+                f"{name!r} has a {patch.gate['kind']} gate: {type(self.pipe).__name__} does not show it the prompts. "
                 "Make an erased pipeline of it: ErasedStableDiffusionPipeline(**pipe.components), or, for others, "
                 f"class Mine(PatchMixin, {type(self.pipe).__name__})"
             )
+        if isinstance(gate, LatentGate):
+            Decider(self.pipe)  # refuses pipelines that it cannot decide on
         for component in patch.components:
             self._check_owner(component)
             check_shapes(name, patch, component, self.component(component))
@@ -166,8 +174,8 @@ class PatchStack:
         """The patches whose strength depends on the prompt now."""
         return {name: one for name, one in self._loaded.items() if one.gate and one.strength and not self._fused}
 
-    def open(self, prompts: list[list[str]] | None, rows: int, images: int) -> list[tuple[Membrane, RemovableHandle]]:
-        """Attach the membranes for one call, and write the gate log.
+    def open(self, prompts: list[list[str]] | None, rows: int, images: int) -> list[Acting]:
+        """Let the gated patches act for one call, and write the gate log.
 
         Args:
             prompts: for each row, the texts that it is asked for (two on XL); None where only embeddings are known.
@@ -175,23 +183,60 @@ class PatchStack:
             images: images per prompt.
 
         Raises:
-            ErasureError: embeddings without a prompt, and a patch gated by text.
+            ErasureError: embeddings without a prompt, and a gated patch.
         """
         gated = self.gated
         if gated and prompts is None:
             raise ErasureError(
-                f"{', '.join(map(repr, gated))}: gated by the text of the prompt, and only prompt_embeds were given. "
+                f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. "
                 "Give the prompt, switch the gate off with fuse_patches(), or the patch with set_patches()"
             )
         strengths = {name: [one.strength] * rows for name, one in self._loaded.items()}
-        strengths |= {name: _gate(self.pipe, one, prompts or []) for name, one in gated.items()}
+        strengths |= {name: self._gate(one, prompts or []) for name, one in gated.items()}
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
         found: list[tuple[Membrane, nn.Module]] = []
+        parts: list[tuple[torch.Tensor, Callable[[], Any]]] = []
         # In order of content, as in the weights: the order of loading changes no bit.
         for name, one in sorted(gated.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
-            if any(strengths[name]):
+            if not any(strengths[name]):
+                continue
+            if isinstance(one.gate, LatentGate):
+                shares = torch.tensor(strengths[name]).repeat_interleave(images)
+                parts.append((shares, partial(self._patched, one.patch)))
+            else:
                 found += self._membranes(one.patch, torch.tensor(strengths[name]), images)
-        return [(membrane, membrane.attach(module)) for membrane, module in found]
+        acting: list[Acting] = [(membrane, membrane.attach(module)) for membrane, module in found]
+        if parts:
+            combination = Combination(self.component("unet"), parts, whole=bool(found))
+            acting.append((combination, combination))
+        return acting
+
+    def _gate(self, one: Loaded, prompts: list[list[str]]) -> list[float]:
+        """Strength of one gated patch for each prompt: the largest over the prompt's texts and the gate's.
+
+        For a latent gate it is 1 - w, times the patch's strength.
+        """
+        if isinstance(one.gate, TextGate):
+            flat = [text for texts in prompts for text in texts]
+            best = dict(zip(flat, map(max, similarities(self.pipe, flat, list(one.gate.texts))), strict=True))
+            return [one.strength * max(one.gate.strength(best[text]) for text in texts) for texts in prompts]
+        if not isinstance(one.gate, LatentGate):
+            return [one.strength] * len(prompts)
+        gate, patched = one.gate, partial(self._patched, one.patch)
+        self._decider = self._decider or Decider(self.pipe)
+        key = (one.patch.payload.digest, gate)
+        there = [self._decider.present(key, gate, texts[0], patched) for texts in prompts]
+        return [one.strength * (1 - (gate.on if each else gate.off)) for each in there]
+
+    @contextmanager
+    def _patched(self, patch: Patch) -> Iterator[None]:
+        """The UNet with a low-rank patch at strength 1."""
+        handles = [membrane.attach(module) for membrane, module in self._membranes(patch, torch.ones(1), 1)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _membranes(self, patch: Patch, strengths: torch.Tensor, images: int) -> list[tuple[Membrane, nn.Module]]:
         found: list[tuple[Membrane, nn.Module]] = []
@@ -214,7 +259,7 @@ class PatchStack:
         except BaseException:
             self._weights.fold(before)
             raise
-        self._loaded, self._fused = loaded, fused
+        self._loaded, self._fused, self._decider = loaded, fused, None
         self._modules = {
             component: self.component(component) for one in loaded.values() for component in one.patch.components
         }
@@ -252,15 +297,6 @@ class PatchStack:
         for name in names:
             if name not in self._loaded:
                 raise unknown("patch", name, self._loaded)
-
-
-def _gate(pipe: Any, one: Loaded, prompts: list[list[str]]) -> list[float]:
-    """Strength of one gated patch for each prompt: the largest over the prompt's texts and the gate's."""
-    if one.gate is None:
-        return [one.strength] * len(prompts)
-    flat = [text for texts in prompts for text in texts]
-    best = dict(zip(flat, map(max, similarities(pipe, flat, list(one.gate.texts))), strict=True))
-    return [one.strength * max(one.gate.strength(best[text]) for text in texts) for texts in prompts]
 
 
 def _number(strength: Any) -> float:

@@ -15,6 +15,16 @@ from tests.tiny import tiny_pipeline
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
 SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
 QUICK = {
+    "advunlearn": {
+        **SMALL,
+        "retain_trajectories": 3,
+        "retain_sample_steps": 2,
+        "retain_batch_size": 2,
+        "attack_steps": 2,
+        "attack_init": "latest",
+        "warm_up": 1,
+        "learning_rate": 1e-2,
+    },
     "esd": {**SMALL, "learning_rate": 1e-3},
     "salun": {
         "iterations": 4,
@@ -25,6 +35,7 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "spm": {**SMALL, "learning_rate": 1e-2},
+    "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2},
 }
 
 

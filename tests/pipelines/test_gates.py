@@ -198,7 +198,12 @@ def test_embeddings_without_prompt(pipe):
 
 def test_a_gate_that_cannot_run_is_refused_at_loading(pipe):
     gates = [
-        ({"kind": "latent"}, "unknown gate 'latent'.*Allowed: text, always"),
+        ({"kind": "latnt"}, "unknown gate 'latnt'.*did you mean 'latent'"),
+        ({"kind": "latent", "after": 60}, "0 < after < steps"),
+        ({"kind": "latent", "repeats": 1.5}, "whole numbers"),
+        ({"kind": "latent", "early": 1}, "early is 1"),
+        ({"kind": "latent", "on": "x"}, "on is 'x'"),
+        ({"kind": "latent", "offf": 1}, "did you mean 'off'"),
         ({"kind": "always", "power": 1}, "unknown key of a gate of kind always 'power'"),
         ({**TEXT, "powr": 1}, "did you mean 'power'"),
         ({**TEXT, "power": -1}, "power is a number"),

@@ -1,0 +1,288 @@
+"""AdvUnlearn: adversarial training of the text encoder (Zhang et al. 2024, arXiv 2405.15234).
+
+The encoder T learns to lead the concept's prompt c away from the concept (ESD's objective) even when an attacker puts
+vectors d beside its tokens, and to read the retain prompts r as before. The UNet e_0 stays as it is:
+
+    min_T  || e_0(z, T(c + d)) - [e_0(z, n) - eta (e_0(z, c) - e_0(z, n))] ||^2
+           + gamma || e_0(z_r, T(r)) - e_0(z_r, T_0(r)) ||^2
+    d = argmin_d || e_0(z, T(c + d)) - e_0(z, T_0(c)) ||^2,  K steps of Adam from random tokens
+
+(eq. 5 and 6 of the paper, T_0 the encoder as it was). Only the first layers train, or all for content concepts.
+
+Cost: z, z_r and all of e_0's answers to T_0 do not depend on T, so two pools of trajectories hold them once; then
+an update takes K b (F + B) for the attack and (b + b_r)(F + B). The published loop samples every one of them anew:
+1,939F + 36B an update with K = 30.
+
+Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: t is fed 39 to 58 too high);
+gradients of the attack are zeroed between its steps and the last step counts (published: they add up, and the
+result is from before the last update); tokens, not words, are counted; batches. At the last of its 50 noise levels
+the published sampler stands one step further than ours does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erasure.adapters import Weights
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.diffusion import away
+from erasure.errors import ErasureError, unknown
+from erasure.neighbours import prompt_of, retained
+from erasure.softprompt import PLACES, Slots, encode, search, slots, spread, start
+from erasure.train import Gradient, Run
+from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
+
+INITS = ("random", "latest")
+LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class AdvUnlearn(Gradient):
+    """Settings of AdvUnlearn.
+
+    Args:
+        layers: how many of the text encoder's layers train, from the first; None: all, and the final norm.
+        negative_guidance: eta.
+        retain_weight: gamma.
+        retain: prompts to keep, beside those found among the concept's neighbours and the vocabulary.
+        attack: where the vectors go: prefix, suffix, replace, add.
+        attack_tokens: how many.
+        attack_steps: K; 0 trains without an adversary.
+        attack_rate: Adam's step, in standard deviations of the token embeddings.
+        attack_init: random tokens, or the latest vectors.
+        warm_up: updates without attack.
+        iterations: updates.
+        batch_size: concept samples an update.
+        retain_batch_size: retain samples an update.
+        learning_rate: of Adam.
+        trajectories: concept trajectories in the pool.
+        sample_steps: states of each.
+        retain_trajectories: retain trajectories in the pool.
+        retain_sample_steps: states of each.
+        trajectory_guidance: classifier-free guidance of all of them.
+        parity: reproduce the official script: its defaults and its quirks.
+    """
+
+    method: ClassVar[str] = "advunlearn"
+    PARITY: ClassVar[dict[str, Any]] = {
+        "layers": 1,
+        "attack_tokens": 1,
+        "attack_steps": 30,
+        "attack_rate": 1e-3 / 0.014,  # 1e-3, where CLIP-L's embeddings have a deviation of 0.014
+        "warm_up": 200,
+        "iterations": 1000,
+        "batch_size": 1,
+        "retain_batch_size": 5,
+        "learning_rate": 1e-5,
+        "sample_steps": 50,
+    }
+
+    layers: int | None = 1
+    negative_guidance: float = 1.0
+    retain_weight: float = 1.0
+    retain: tuple[str, ...] = ()
+    attack: str = "prefix"
+    attack_tokens: int = 1
+    attack_steps: int = 3
+    attack_rate: float = 0.5
+    attack_init: str = "random"
+    warm_up: int = 20
+    iterations: int = 120
+    batch_size: int = 4
+    retain_batch_size: int = 12
+    learning_rate: float = 3e-4
+    trajectories: int = 8
+    sample_steps: int = 25
+    retain_trajectories: int = 96
+    retain_sample_steps: int = 8
+    trajectory_guidance: float = 3.0
+    parity: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        least = {"attack_steps": 0, "warm_up": 0}
+        for name in (
+            *("iterations", "batch_size", "retain_batch_size", "trajectories", "retain_trajectories"),
+            *("sample_steps", "retain_sample_steps", "attack_tokens", "attack_steps", "warm_up"),
+        ):
+            if getattr(self, name) < least.get(name, 1):
+                raise ErasureError(f"{name}={getattr(self, name)}: at least {least.get(name, 1)} is needed")
+        if not 0 < self.learning_rate < 1:
+            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
+        if self.layers is not None and self.layers < 1:
+            raise ErasureError(f"layers={self.layers}: at least 1 must train, or none given for all")
+        for name, options in (("attack", PLACES), ("attack_init", INITS)):
+            if getattr(self, name) not in options:
+                raise unknown(name, getattr(self, name), options)
+
+    def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
+        """Prompts, the two pools, the trained layers."""
+        pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
+        kept = self.retain_prompts(base, concepts, run.seed)
+        encoder = base.pipe.text_encoder
+        places = [slots(base.pipe.tokenizer, c, self.attack, self.attack_tokens) for c, _ in pairs]
+        base.unet.requires_grad_(False)
+        pools: list[TrajectoryPool | None] = [None, None]
+        if not self.parity:
+            counts = (max(self.trajectories, len(pairs)), self.sample_steps), (len(kept), self.retain_sample_steps)
+            for i, (texts, (count, steps)) in enumerate(zip((pairs, [(r, "") for r in kept]), counts, strict=True)):
+                pools[i] = kept_pool(
+                    run.path(("concept.safetensors", "retain.safetensors")[i]),
+                    base,
+                    texts,
+                    trajectories=count,
+                    seed=run.seed + i,
+                    steps=steps,
+                    guidance=self.trajectory_guidance,
+                    batch=16,
+                )
+        # Everything that T_0 says is known before T starts to change.
+        base.encode([text for pair in pairs for text in pair] + kept + [""])
+        adapter = Weights(encoder, trained(encoder, self.layers), "text_encoder")
+        state = State(base, pairs, places, kept, pools[0], pools[1], adapter, spread(encoder), run.seed)
+        state.latest = [start(encoder, place, torch.Generator().manual_seed(run.seed)) for place in places]
+        return state
+
+    def retain_prompts(self, base: Base, concepts: list[Concept], seed: int) -> list[str]:
+        """`retain_trajectories` prompts: the user's, words alone, and words in a style, in an order of the seed's.
+
+        Raises:
+            ErasureError: there is none.
+        """
+        listed = retained(base, concepts)
+        nouns = [word for kind, word in listed if kind != "style"]
+        looks = [prompt_of(kind, word) for kind, word in listed if kind == "style"]
+        found = [*self.retain, *(prompt_of(kind, word) for kind, word in listed)]
+        if not found:
+            raise ErasureError("no retain prompts: every word of the vocabulary is the concept; name some with retain")
+        draw = torch.Generator().manual_seed(seed)
+        while nouns and looks and len(found) < self.retain_trajectories:
+            noun, look = (group[int(torch.randint(len(group), (1,), generator=draw))] for group in (nouns, looks))
+            found.append(f"a {noun} in {look}")
+        longest = base.pipe.tokenizer.model_max_length
+        return [text for text in found if len(base.pipe.tokenizer(text, verbose=False).input_ids) <= longest]
+
+    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+        """The attack, then erasing and retaining on one batch."""
+        base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
+        encoder, device = base.pipe.text_encoder, base.device
+        number = int(torch.randint(len(state.pairs), (1,), generator=draw))
+        place, vectors = state.places[number], None
+        if step >= self.warm_up and self.attack_steps:
+            begun = state.latest[number] if self.attack_init == "latest" else start(encoder, place, draw)
+            vectors = search(
+                lambda d, _: self.attack_loss(state, number, d, draw),
+                begun,
+                self.attack_steps,
+                self.attack_rate * state.unit,
+                accumulate=self.parity,
+                stale=self.parity,
+            )
+            state.latest[number] = vectors
+        batch, kept = self.concept(state, number, draw), self.kept(state, draw)
+        if vectors is None:
+            named = encode(encoder, Slots(self._ids(base, [state.pairs[number][0]]), torch.zeros(0)), None)
+        else:
+            named = encode(encoder, place, vectors)
+        ids = self._ids(base, [state.kept[int(i)] for i in kept.pair]).to(device)
+        texts = torch.cat([named.expand(len(batch), -1, -1), encoder(ids)[0]])
+        x, t = torch.cat([batch.x, kept.x]).to(device), torch.cat([batch.t, kept.t]).to(device)
+        made, held = base.unet(x, t, texts).sample.float().split([len(batch), len(kept)])
+        wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
+        return {
+            "erase": F.mse_loss(made, wanted),
+            "retain": self.retain_weight * F.mse_loss(held, kept.concept.to(device)),
+        }
+
+    def attack_loss(self, state: State, number: int, vectors: Tensor, draw: torch.Generator) -> Tensor:
+        """How far the attacked encoder's answer is from the concept itself, on fresh states."""
+        batch, device = self.concept(state, number, draw), state.base.device
+        texts = encode(state.base.pipe.text_encoder, state.places[number], vectors).expand(len(batch), -1, -1)
+        made = state.base.unet(batch.x.to(device), batch.t.to(device), texts).sample.float()
+        return F.mse_loss(made, batch.concept.to(device))
+
+    def concept(self, state: State, number: int, draw: torch.Generator) -> TrajectoryPool:
+        """States of the concept's prompt `number`."""
+        if state.pool is None:
+            return self._live(state.base, [state.pairs[number]] * self.batch_size, draw)
+        own = (state.pool.pair == number).nonzero().flatten()
+        index = own[torch.randint(len(own), (self.batch_size,), generator=draw)]
+        return state.pool.take(index)
+
+    def kept(self, state: State, draw: torch.Generator) -> TrajectoryPool:
+        """States of retain prompts; `pair` says which."""
+        pool = state.retain
+        if pool is None:
+            chosen = torch.randperm(len(state.kept), generator=draw)[: self.retain_batch_size]
+            found = self._live(state.base, [(state.kept[int(i)], "") for i in chosen], draw)
+            found.pair = chosen
+            return found
+        index = torch.randint(len(pool), (self.retain_batch_size,), generator=draw)
+        return pool.take(index)
+
+    def _live(self, base: Base, pairs: list[tuple[str, str]], draw: torch.Generator) -> TrajectoryPool:
+        """Parity: a trajectory for every sample, and T_0's answers anew."""
+        found = late_states(base, pairs, draw, steps=self.sample_steps, guidance=self.trajectory_guidance)
+        return judge(base, found, pairs)
+
+    def snapshot(self, state: State) -> dict[str, Tensor]:
+        """The latest vectors of every prompt."""
+        return {f"latest.{i}": vectors for i, vectors in enumerate(state.latest)}
+
+    def restore(self, state: State, tensors: dict[str, Tensor]) -> None:
+        """Put them back."""
+        state.latest = [tensors[f"latest.{i}"].to(one.device) for i, one in enumerate(state.latest)]
+
+    @staticmethod
+    def _ids(base: Base, texts: list[str]) -> Tensor:
+        tokenizer = base.pipe.tokenizer
+        return tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+
+def trained(encoder: nn.Module, layers: int | None) -> dict[str, nn.Module]:
+    """The modules of the first `layers` layers that hold weights, by path; None: all, and the final norm.
+
+    The number is compared as a number: the published code compares its first digits, so that layer 1 trains 10 and
+    11 too.
+
+    Raises:
+        ErasureError: the encoder has fewer layers, or none that are known.
+    """
+    holding = {
+        path: one for path, one in encoder.named_modules() if next(one.parameters(recurse=False), None) is not None
+    }
+    numbered = {path: int(found[1]) for path in holding if (found := LAYER.search(path))}
+    count = max(numbered.values(), default=-1) + 1
+    if not count or (layers is not None and layers > count):
+        raise ErasureError(f"layers={layers}: the text encoder has {count}")
+    return {
+        path: one
+        for path, one in holding.items()
+        if numbered.get(path, count) < (count if layers is None else layers)
+        or (layers is None and path.endswith("final_layer_norm"))
+    }
+
+
+@dataclass
+class State:
+    """What a run of AdvUnlearn holds; `unit` is the deviation of the token embeddings."""
+
+    base: Base
+    pairs: list[tuple[str, str]]
+    places: list[Slots]
+    kept: list[str]
+    pool: TrajectoryPool | None
+    retain: TrajectoryPool | None
+    adapter: Weights
+    unit: float
+    seed: int
+    latest: list[Tensor] | Any = None

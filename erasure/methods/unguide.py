@@ -1,0 +1,171 @@
+"""UnGuide: LoRA-assisted guidance (Polowczyk et al. 2025, arXiv 2508.05755).
+
+A rank-1 LoRA learns to lead the concept's prompt c beyond another one, c_ref:
+
+    L = || e_L(x, c) - [ e_0(x, c_ref) - eta (e_0(x, c) - e_0(x, c_ref)) ] ||^2
+
+When images are made, both networks answer and are combined, w e_0 + (1 - w) e_L. Which w is decided for each prompt
+after the first steps (pipelines/latent.py): where the LoRA moves the prompt more than it moves the empty one, the
+concept is there, and w = -1 leads away from it; elsewhere w = 1 is the base alone.
+
+Cost: a pool of T trajectories of S states takes 3TS F, each update 1F + 1B a sample. The published script takes
+54F + 1B an update, and 440F to decide on a prompt (10 repeats).
+
+Deviations, undone by `parity=True`: base trajectories, all of their states, with the sampler's own t (published: a
+walk with the LoRA on, t fed 39 to 58 too high); w = 1 where the concept is not there (published: 2, which leads other
+prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erasure.adapters import LowRankTerm
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.diffusion import away
+from erasure.errors import ErasureError
+from erasure.neighbours import anchored
+from erasure.train import Gradient, Run
+from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
+
+
+@dataclass(frozen=True)
+class UnGuide(Gradient):
+    """Settings of UnGuide.
+
+    Args:
+        variant: which layers get a LoRA.
+        rank: of the LoRA.
+        scale: alpha; the LoRA's product is taken so many times, whatever its rank.
+        negative_guidance: eta, how far beyond c_ref.
+        iterations: updates.
+        batch_size: samples an update.
+        learning_rate: of Adam.
+        trajectories: base trajectories in the pool.
+        sample_steps: states of each.
+        trajectory_guidance: classifier-free guidance of the trajectories.
+        weight_on: w where the concept is there.
+        weight_off: w elsewhere; the paper's is 2.
+        decide_after: steps, of `decide_steps`, until a prompt is decided on.
+        decide_steps: of the sampler that decides.
+        decide_guidance: of the sampler that decides.
+        repeats: noises to decide by, at most.
+        early: stop the repeats when the decision is clear.
+        parity: reproduce the official script: its defaults and its quirks.
+    """
+
+    method: ClassVar[str] = "unguide"
+    PARITY: ClassVar[dict[str, Any]] = {
+        "iterations": 200,
+        "batch_size": 1,
+        "learning_rate": 3e-5,
+        "sample_steps": 50,
+        "trajectory_guidance": 9.0,
+        "weight_off": 2.0,
+        "decide_guidance": 7.5,
+        "early": False,
+    }
+
+    variant: str = "x-strict"
+    rank: int = 1
+    scale: float = 8.0
+    negative_guidance: float = 2.0
+    iterations: int = 100
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    trajectories: int = 12
+    sample_steps: int = 25
+    trajectory_guidance: float = 3.0
+    weight_on: float = -1.0
+    weight_off: float = 1.0
+    decide_after: int = 10
+    decide_steps: int = 50
+    decide_guidance: float = 3.0
+    repeats: int = 10
+    early: bool = True
+    parity: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        for name in ("iterations", "batch_size", "trajectories", "sample_steps", "rank", "repeats"):
+            if getattr(self, name) < 1:
+                raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if not 0 < self.decide_after < self.decide_steps:
+            raise ErasureError(f"decide_after={self.decide_after}: expected 1 to {self.decide_steps - 1} steps")
+        if not 0 < self.learning_rate < 1:
+            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
+
+    def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
+        """Prompts with what they are led to, the pool, the LoRA."""
+        pairs = [pair for one in concepts for pair in anchored(base, one, concepts).prompt_pairs()]
+        targets = base.targets(self.variant)
+        pool = None
+        if not self.parity:
+            pool = kept_pool(
+                run.path("pool.safetensors"),
+                base,
+                pairs,
+                trajectories=max(self.trajectories, len(pairs)),
+                seed=run.seed,
+                steps=self.sample_steps,
+                guidance=self.trajectory_guidance,
+            )
+        adapter = LowRankTerm(
+            base.unet,
+            targets,
+            rank=self.rank,
+            alpha=self.scale * self.rank,
+            generator=torch.Generator().manual_seed(run.seed),
+            normal=True,
+        )
+        return State(base, pairs, pool, adapter, run.seed)
+
+    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+        """The objective on one batch."""
+        batch, device = self.tuples(state, step), state.base.device
+        texts = state.base.encode([state.pairs[int(i)][0] for i in batch.pair])
+        made = state.base.unet(batch.x.to(device), batch.t.to(device), texts).sample.float()
+        wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
+        return {"lead": F.mse_loss(made, wanted)}
+
+    def tuples(self, state: State, step: int) -> TrajectoryPool:
+        """The batch of states of a step; in parity mode a walk with the LoRA on, t relabelled as published."""
+        if state.pool is not None:
+            return state.pool.batch(self.batch_size, step, state.seed)
+        draw = torch.Generator().manual_seed(state.seed * 1_000_003 + step)
+        chosen = torch.randint(len(state.pairs), (self.batch_size,), generator=draw).tolist()
+        pairs = [state.pairs[i] for i in chosen]
+        found = late_states(state.base, pairs, draw, steps=self.sample_steps, guidance=self.trajectory_guidance)
+        found.pair = torch.tensor(chosen)
+        with state.adapter.off():
+            return judge(state.base, found, pairs)
+
+    def gate(self, state: State) -> dict[str, Any]:
+        """The latent gate: its weights and how it decides."""
+        return {
+            "kind": "latent",
+            "on": self.weight_on,
+            "off": self.weight_off,
+            "after": self.decide_after,
+            "steps": self.decide_steps,
+            "guidance": self.decide_guidance,
+            "repeats": self.repeats,
+            "early": self.early,
+        }
+
+
+@dataclass
+class State:
+    """What a run of UnGuide holds."""
+
+    base: Base
+    pairs: list[tuple[str, str]]
+    pool: TrajectoryPool | None
+    adapter: LowRankTerm
+    seed: int

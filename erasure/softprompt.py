@@ -1,0 +1,129 @@
+"""Soft prompts: vectors in the space of token embeddings, put beside or in place of a prompt's tokens, and a search.
+
+AdvUnlearn trains against them; attacks look for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import ErasureError, unknown
+
+PLACES = ("prefix", "suffix", "replace", "add")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A prompt with room for k vectors.
+
+    Args:
+        ids: tokens [1, length], with a stand-in where the vectors go.
+        at: their places [k].
+        add: the vectors are added to the tokens' own embeddings, not put in their place.
+    """
+
+    ids: Tensor
+    at: Tensor
+    add: bool = False
+
+
+def slots(tokenizer: Any, text: str, place: str, count: int) -> Slots:
+    """Room for `count` vectors before, after, in place of, or on top of the tokens of `text`.
+
+    `add` takes as many vectors as the text has tokens, whatever `count` is.
+
+    Raises:
+        ErasureError: an unknown place, no room, a count below 1, or an empty text to add to.
+    """
+    if place not in PLACES:
+        raise unknown("place", place, PLACES)
+    if count < 1:
+        raise ErasureError(f"{count} vectors: at least 1 is needed")
+    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    start, *words = tokenizer(text, verbose=False).input_ids[:-1]
+    if place == "add":
+        if not words:
+            raise ErasureError("an empty prompt has no tokens to add to")
+        row, at = [start, *words], range(1, 1 + len(words))
+    else:
+        room = [end] * count
+        row = [start, *{"prefix": room + words, "suffix": words + room, "replace": room}[place]]
+        first = 1 + (len(words) if place == "suffix" else 0)
+        at = range(first, first + count)
+    if len(row) + 1 > length:
+        raise ErasureError(
+            f"{text[:40]!r} with {count} vectors takes {len(row) + 1} tokens; there is room for {length}"
+        )
+    ids = torch.tensor([row + [end] * (length - len(row))])
+    return Slots(ids, torch.tensor(list(at)), place == "add")
+
+
+def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
+    """Last hidden states [n, length, width] of the prompt with `vectors` [k, width] or [n, k, width] in its slots.
+
+    Gradients flow to the vectors and to whatever trains in the encoder. None leaves the stand-ins.
+    """
+    rows = 1 if vectors is None or vectors.dim() == 2 else len(vectors)
+    ids = where.ids.to(next(encoder.parameters()).device).repeat(rows, 1)
+    if vectors is None:
+        return encoder(ids)[0]
+
+    def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        made = output.clone()
+        at = where.at.to(output.device)
+        made[:, at] = vectors.to(output.dtype) + (output[:, at] if where.add else 0)
+        return made
+
+    handle = encoder.get_input_embeddings().register_forward_hook(put)
+    try:
+        return encoder(ids)[0]
+    finally:
+        handle.remove()
+
+
+def spread(encoder: Any) -> float:
+    """Standard deviation of the token embeddings: the unit of a step."""
+    return float(encoder.get_input_embeddings().weight.detach().float().std())
+
+
+def start(encoder: Any, where: Slots, draw: torch.Generator) -> Tensor:
+    """Vectors [k, width] to begin with: embeddings of random tokens, or zeros where they are added."""
+    table = encoder.get_input_embeddings().weight.detach().float()
+    if where.add:
+        return torch.zeros(len(where.at), table.shape[1], device=table.device)
+    return table[torch.randint(len(table), (len(where.at),), generator=draw).to(table.device)].clone()
+
+
+def search(
+    loss: Callable[[Tensor, int], Tensor],
+    vectors: Tensor,
+    steps: int,
+    rate: float,
+    *,
+    accumulate: bool = False,
+    stale: bool = False,
+) -> Tensor:
+    """Descend `loss(vectors, step)` with Adam; gradients of anything else are left alone.
+
+    Args:
+        rate: step of Adam, in the embeddings' own unit.
+        accumulate: never zero the gradient, as the published AdvUnlearn does (methods differ in nothing else).
+        stale: return the vectors from before the last update, as it does too: then one step is no attack at all.
+
+    Returns:
+        Detached vectors.
+    """
+    current = vectors.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([current], lr=rate)
+    before, total = current.detach().clone(), torch.zeros_like(vectors)
+    for step in range(steps):
+        (gradient,) = torch.autograd.grad(loss(current, step), current)
+        total = total + gradient if accumulate else gradient
+        current.grad, before = total.clone(), current.detach().clone()
+        optimizer.step()
+    return before if stale else current.detach()
