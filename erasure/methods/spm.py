@@ -8,14 +8,18 @@ e_M is the model with the membranes, e_0 without, c the concept, n the neutral p
 drawn with probability proportional to 1 - |cos(a, c)| (latent anchoring). When images are made, the text gate
 scales the membranes by how near the prompt is to the concept (facilitated transport, pipelines/gates.py).
 
-Cost: a pool of T trajectories of S states takes 2TS F, each update 3F + 2B a sample (concept, anchor, anchor's
-teacher). The published script takes 52F + 10B an update, of which the maths needs 38F + 4B.
+Cost: a pool of T trajectories of S states takes 2TS F, 4TS when it is refreshed, and each update 3F + 2B a sample
+(concept, anchor, anchor's teacher). The published script takes 52F + 10B an update, of which the maths needs 38F + 4B.
 
-Deviations, all undone by `parity=True`: x, t and the teacher's outputs for c and n come from the base's own
-trajectories (published: a walk with the membranes on, whose t is fed 33 to 42 too high); anchors are texts, half of
-them near the concept (published: noise of the concept's length, and the empty prompt half of the time); the text gate
-scales once (published: both factors, so gamma^2). In parity mode the calls that the script makes and throws away
-(unconditional halves at guidance 1) are left out.
+Deviations, all undone by `parity=True`: every state of a walk is used, with the sampler's own t, and the walks with the
+membranes on are made anew every `refresh` updates (published: one state of one walk an update, whose t is fed 33 to 42
+too high); anchors are texts, half of them near the concept (published: noise of the concept's length, and the empty
+prompt half of the time); native resolution; the text gate scales once (published: both factors, so gamma^2) and has a
+threshold. In parity mode the calls that the script makes and throws away (unconditional halves at guidance 1) are left
+out.
+
+Concepts given together share one set of membranes, whose gate takes the nearest of their names. The paper trains a set
+each and stacks them: erase one at a time and load the patches together.
 """
 
 from __future__ import annotations
@@ -36,10 +40,10 @@ from erasure.errors import ErasureError
 from erasure.neighbours import neighbours, prompt_of, retained
 from erasure.similarity import cosines, similarities
 from erasure.train import Gradient, Run
-from erasure.trajectories import TrajectoryPool, judge, kept_pool, walk
+from erasure.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 
 GRID = 1000  # timesteps of training
-SIZES = (0.5, 0.625, 0.75, 0.875)  # parity: sides drawn in native sizes, never the native size itself
+NEAR = 0.5  # share of the anchors that are neighbours or the empty prompt
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class SPM(Gradient):
         iterations: updates.
         batch_size: samples an update.
         learning_rate: of Adam.
-        trajectories: base trajectories in the pool.
+        trajectories: walks in the pool.
+        refresh: updates until the pool is walked anew with the membranes on; 0: the base's walks serve to the end.
         sample_steps: states a trajectory.
         trajectory_guidance: classifier-free guidance of the trajectories.
         weight_decay: of AdamW.
@@ -89,7 +94,8 @@ class SPM(Gradient):
     iterations: int = 100
     batch_size: int = 8
     learning_rate: float = 3e-3
-    trajectories: int = 12
+    trajectories: int = 8
+    refresh: int = 25
     sample_steps: int = 25
     trajectory_guidance: float = 3.0
     weight_decay: float = 0.0
@@ -106,8 +112,11 @@ class SPM(Gradient):
             raise ErasureError(f"sample_steps={self.sample_steps}: at least 2 are needed")
         if not 0 < self.learning_rate < 1:
             raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        if self.anchor_weight < 0:
-            raise ErasureError(f"anchor_weight={self.anchor_weight}: expected 0 or more")
+        for name in ("anchor_weight", "refresh", "warm_up", "cycles", "gate_power"):
+            if getattr(self, name) < 0:
+                raise ErasureError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.gate_threshold is not None and not 0 <= self.gate_threshold <= 1:
+            raise ErasureError(f"gate_threshold={self.gate_threshold}: expected a similarity between 0 and 1")
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts, anchors, the pool, the membranes."""
@@ -120,18 +129,18 @@ class SPM(Gradient):
         odds = 1 - cosines(base, texts, [c for c, _ in pairs]).abs().amax(1)
         pool = None
         if not self.parity:
-            pool = kept_pool(
-                run.path("pool.safetensors"),
-                base,
-                pairs,
-                trajectories=max(self.trajectories, len(pairs)),
-                seed=run.seed,
-                steps=self.sample_steps,
-                guidance=self.trajectory_guidance,
-            )
+            # Membranes start at zero: the base's own walks are the first with the membranes on.
+            pool = kept_pool(run.path("pool.safetensors"), base, pairs, seed=run.seed, **self._walks(pairs))
         generator = torch.Generator().manual_seed(run.seed)
         adapter = LowRankTerm(base.unet, targets, rank=self.rank, alpha=float(self.rank), generator=generator)
         return State(base, concepts, pairs, [*near, ""], texts, odds, pool, adapter, run.seed)
+
+    def _walks(self, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+        return {
+            "trajectories": max(self.trajectories, len(pairs)),  # joint erasure: at least one of each
+            "steps": self.sample_steps,
+            "guidance": self.trajectory_guidance,
+        }
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then cosine with hard restarts; constant without cycles."""
@@ -167,30 +176,47 @@ class SPM(Gradient):
         n = len(sources)
         if self.parity:
             noise = torch.randn((2 * n, *sources.shape[1:]), generator=draw).to(sources.device, sources.dtype)
-            length = sources.flatten(1).norm(dim=1).repeat(2) * (0.8 + 0.4 * torch.rand(2 * n, generator=draw))
+            size = (0.8 + 0.4 * torch.rand(2 * n, generator=draw)).to(noise)
+            length = sources.flatten(1).norm(dim=1).repeat(2) * size
             noise = noise * (length / noise.flatten(1).norm(dim=1)).view(-1, 1, 1)
             return torch.cat([state.base.encode([""] * n), noise]), torch.tensor([0.5] * n + [0.25] * 2 * n)
         texts = []
         for _ in range(n):
-            if torch.rand(1, generator=draw) < 0.5:
+            if torch.rand(1, generator=draw) < NEAR:
                 texts.append(state.near[int(torch.randint(len(state.near), (1,), generator=draw))])
             else:
                 texts.append(state.texts[int(torch.multinomial(state.odds, 1, generator=draw))])
         return state.base.encode(texts), torch.ones(n)
 
     def tuples(self, state: State, draw: torch.Generator, step: int) -> TrajectoryPool:
-        """The batch of states of a step; in parity mode a walk with the membranes on, t relabelled as published."""
-        if state.pool is not None:
-            return state.pool.batch(self.batch_size, step, state.seed)
+        """The batch of states of a step, with the teacher's outputs; the pool is walked anew where it is due."""
+        if state.pool is None:
+            return self._published(state, draw)
+        turn = step // self.refresh if self.refresh else 0
+        if turn != state.turn:
+            seed = state.seed + 1_000_003 * turn
+            pool = build_pool(state.base, state.pairs, seed=seed, **self._walks(state.pairs))
+            with state.adapter.off():
+                for part in torch.arange(len(pool)).split(self.batch_size):
+                    found = pool.take(part)
+                    found = judge(state.base, found, [state.pairs[int(i)] for i in found.pair])
+                    pool.neutral[part], pool.concept[part] = found.neutral, found.concept
+            state.pool, state.turn = pool, turn
+        return state.pool.batch(self.batch_size, step, state.seed)
+
+    def _published(self, state: State, draw: torch.Generator) -> TrajectoryPool:
+        """One state of a walk with the membranes on, at a smaller size, its t relabelled."""
         chosen = torch.randint(len(state.pairs), (self.batch_size,), generator=draw).tolist()
         k = int(torch.randint(1, self.sample_steps, (1,), generator=draw))
-        height, width = (SIZES[int(i)] for i in torch.randint(len(SIZES), (2,), generator=draw))
+        # Sides of half the native size up to one step below it, in steps of 64 pixels (8 latents).
+        side = state.base.latent_shape()[-1]
+        sides = range(side // 2, side, max(1, min(8, side // 8)))
+        height, width = (sides[int(i)] / side for i in torch.randint(len(sides), (2,), generator=draw))
         pairs = [state.pairs[i] for i in chosen]
-        seeds = torch.randint(2**31, (self.batch_size,), generator=draw).tolist()
         found = walk(
             state.base,
             pairs,
-            seeds=seeds,
+            seeds=torch.randint(2**31, (self.batch_size,), generator=draw).tolist(),
             steps=self.sample_steps,
             guidance=self.trajectory_guidance,
             scale=(height, width),
@@ -201,6 +227,18 @@ class SPM(Gradient):
         found.pair = torch.tensor(chosen)
         with state.adapter.off():
             return judge(state.base, found, pairs)
+
+    def snapshot(self, state: State) -> dict[str, Tensor]:
+        """The pool, once it is not the first: its walks hang on weights that training has left behind."""
+        if state.pool is None or not state.turn:
+            return {}
+        return {"turn": torch.tensor(state.turn), **vars(state.pool)}
+
+    def restore(self, state: State, tensors: dict[str, Tensor]) -> None:
+        """Put the pool back."""
+        if "turn" in tensors:
+            state.turn = int(tensors["turn"])
+            state.pool = TrajectoryPool(**{name: value for name, value in tensors.items() if name != "turn"})
 
     def gate(self, state: State) -> dict[str, Any]:
         """Facilitated transport towards the concepts' names."""
@@ -214,7 +252,7 @@ class SPM(Gradient):
 
 @dataclass
 class State:
-    """What a run of SPM holds; `near` and `texts` are anchors, `odds` those of `texts`."""
+    """What a run of SPM holds; `near` and `texts` are anchors, `odds` those of `texts`, `turn` counts the pools."""
 
     base: Base
     concepts: list[Concept]
@@ -225,3 +263,4 @@ class State:
     pool: TrajectoryPool | None
     adapter: LowRankTerm
     seed: int
+    turn: int = 0

@@ -1,0 +1,184 @@
+"""AdvUnlearn's objectives against their formulas, its pools, its layers and its published loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.diffusion import Counts, counting
+from erasure.errors import ErasureError
+from erasure.methods import configure, erase
+from erasure.methods.advunlearn import AdvUnlearn, trained
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.softprompt import encode
+from erasure.train import Run
+from erasure.trajectories import walk
+from tests.tiny import tiny_pipeline, tiny_text_encoder
+
+SMALL = {
+    "iterations": 3,
+    "batch_size": 2,
+    "trajectories": 2,
+    "sample_steps": 4,
+    "retain_trajectories": 4,
+    "retain_sample_steps": 3,
+    "retain_batch_size": 3,
+    "attack_steps": 2,
+    "warm_up": 0,
+    "learning_rate": 1e-2,
+}
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base("tiny", tiny_pipeline())
+
+
+def moved(method: AdvUnlearn, base: Base):
+    """A state whose encoder has left the base."""
+    state = method.prepare(base, [Concept("cat")], Run(seed=2, progress=False))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.add_(0.05 * torch.randn(param.shape, generator=draw))
+    return state
+
+
+def test_the_attack_is_the_formula(base):
+    state = moved(method := dataclasses.replace(AdvUnlearn(), **SMALL), base)
+    vectors = torch.randn(1, 32)
+    found = method.attack_loss(state, 0, vectors, torch.Generator().manual_seed(5))
+    batch = method.concept(state, 0, torch.Generator().manual_seed(5))
+    texts = encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1)
+    with torch.no_grad():
+        attacked = base.unet(batch.x, batch.t, texts).sample
+        with state.adapter.off():
+            concept = base.unet(batch.x, batch.t, base.encode(["cat", "cat"])).sample
+    assert torch.allclose(found, ((attacked - concept) ** 2).mean(), rtol=1e-4)
+    state.adapter.remove()
+
+
+def test_the_loss_is_the_formula_with_the_attack_found(base):
+    method = dataclasses.replace(AdvUnlearn(), **SMALL, negative_guidance=1.5, retain_weight=0.4, attack_init="latest")
+    state = moved(method, base)
+    before = state.latest[0].clone()
+    terms = method.loss(state, 1)
+    vectors = state.latest[0]
+    assert not torch.equal(before, vectors)
+    draw = torch.Generator().manual_seed(2 * 1_000_003 + 1)
+    torch.randint(1, (1,), generator=draw)
+    for _ in range(2):  # the attack's batches
+        method.concept(state, 0, draw)
+    batch, kept = method.concept(state, 0, draw), method.kept(state, draw)
+    words = [state.kept[int(i)] for i in kept.pair]
+    with torch.no_grad():
+        made = base.unet(batch.x, batch.t, encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1))
+        held = base.unet(kept.x, kept.t, base.pipe.text_encoder(method._ids(base, words))[0]).sample
+        with state.adapter.off():
+            e_c, e_n = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", ""))
+            still = base.unet(kept.x, kept.t, base.encode(words)).sample
+    assert torch.allclose(terms["erase"], ((made.sample - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-3)
+    assert torch.allclose(terms["retain"], 0.4 * ((held - still) ** 2).mean(), rtol=1e-3)
+    state.adapter.remove()
+
+
+def test_the_pool_is_what_sampling_anew_would_give(base):
+    """Same seed and step: the same latents, timestep and answers, and so the same loss."""
+    method = dataclasses.replace(AdvUnlearn(), **SMALL)
+    state = method.prepare(base, [Concept("cat")], Run(seed=2, progress=False))
+    options = {"steps": 4, "guidance": method.trajectory_guidance}
+    for index in (0, 3, 5):
+        trajectory, k = index % 2, index // 2
+        live = walk(base, [("cat", "")], seeds=[2 * 10_007 + trajectory], stop=k, **options)
+        pooled = state.pool.take(torch.tensor([index]))
+        assert torch.equal(live.t, pooled.t)
+        for name in ("x", "neutral", "concept"):
+            assert torch.allclose(getattr(live, name), getattr(pooled, name), atol=1e-5), name
+    state.adapter.remove()
+
+
+def test_only_the_text_encoders_first_layers_change(base):
+    patch = erase(base, "cat", "advunlearn", progress=False, **SMALL, layers=1)
+    assert patch.components == ["text_encoder"]
+    assert all(".layers.0." in name for name in patch.payload.names("text_encoder"))
+    everything = erase(base, "cat", "advunlearn", progress=False, **SMALL, layers=None)
+    names = everything.payload.names("text_encoder")
+    assert any(".layers.1." in name for name in names) and any("final_layer_norm" in name for name in names)
+    assert not any("embedding" in name for name in names)
+
+
+def test_layer_1_is_not_layer_10():
+    from transformers import CLIPTextModel
+
+    config = tiny_text_encoder().config
+    config.num_hidden_layers = 12
+    found = trained(CLIPTextModel(config), 2)
+    assert {path.split("layers.")[1].split(".")[0] for path in found} == {"0", "1"}
+
+
+def test_an_update_costs_what_the_docstring_says(base):
+    method, costs = dataclasses.replace(AdvUnlearn(), **SMALL), Counts()
+    state = method.prepare(base, [Concept("cat")], Run(seed=2, progress=False))
+    with counting(base.unet, costs):
+        torch.stack(list(method.loss(state, 0).values())).sum().backward()
+    assert (costs.forward, costs.backward) == (2 * 2 + 2 + 3, 2 * 2 + 2 + 3)
+    state.adapter.remove()
+
+
+def test_no_attack_during_warm_up(base):
+    method, costs = dataclasses.replace(AdvUnlearn(), **{**SMALL, "warm_up": 2}), Counts()
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    with counting(base.unet, costs):
+        method.loss(state, 1)
+        assert costs.forward == 5
+        method.loss(state, 2)
+    assert costs.forward == 5 + 9
+    state.adapter.remove()
+
+
+def test_parity_samples_anew_for_every_loss(base):
+    method = configure("advunlearn", "object", {"parity": True, "warm_up": 0, "attack_steps": 2, "sample_steps": 6})
+    assert (method.iterations, method.batch_size, method.retain_batch_size, method.learning_rate) == (1000, 1, 5, 1e-5)
+    state, costs = method.prepare(base, [Concept("cat")], Run(progress=False)), Counts()
+    with counting(base.unet, costs):
+        method.loss(state, 0)
+    # Two attack steps and one update, each from a walk of at least a step, the retain walk for five prompts.
+    least = 2 * (2 + 2 + 1) + (2 + 2 + 1) + 5 * (2 + 2 + 1)
+    assert costs.forward >= least and state.pool is None
+    state.adapter.remove()
+
+
+def test_the_patch_goes_onto_any_pipeline_with_the_encoder():
+    patch = erase(tiny_pipeline(), "cat", "advunlearn", progress=False, **SMALL)
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    before = {name: value.clone() for name, value in pipe.text_encoder.state_dict().items()}
+    pipe.load_patch(patch)
+    assert any(not torch.equal(before[name], value) for name, value in pipe.text_encoder.state_dict().items())
+    pipe.unload_patches()
+    assert all(torch.equal(before[name], value) for name, value in pipe.text_encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"layers": 0}, "at least 1"),
+        ({"layers": 9}, "has 2"),
+        ({"attack": "infix"}, "prefix"),
+        ({"attack_init": "last"}, "latest"),
+        ({"attack_tokens": 40}, "there is room"),
+        ({"retain_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense(base, setting, message):
+    with pytest.raises(ErasureError, match=message):
+        erase(base, "cat", "advunlearn", progress=False, **{**SMALL, **setting})
+
+
+def test_no_retain_prompts_is_an_error(base, monkeypatch):
+    monkeypatch.setattr("erasure.methods.advunlearn.retained", lambda base, concepts: [])
+    with pytest.raises(ErasureError, match="no retain prompts"):
+        erase(base, "cat", "advunlearn", progress=False, **SMALL)

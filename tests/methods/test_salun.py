@@ -1,0 +1,155 @@
+"""SalUn's saliency and objective against their formulas, and that masked weights stay."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.diffusion import add_noise
+from erasure.errors import ErasureError
+from erasure.methods import configure, erase
+from erasure.methods.salun import SalUn
+from erasure.saliency import read_mask
+from erasure.train import Run
+from tests.tiny import tiny_pipeline
+
+SMALL = {
+    "iterations": 3,
+    "batch_size": 2,
+    "forget_count": 3,
+    "retain_count": 4,
+    "sample_steps": 2,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base("tiny", tiny_pipeline())
+
+
+def test_the_saliency_is_the_signed_sum_of_gradients_of_the_guided_error(base):
+    method = dataclasses.replace(SalUn(), **SMALL, mask_guidance=2.0, density=1.0)
+    state = method.prepare(base, [Concept("cat")], Run(seed=1, progress=False))
+    found = method.saliency(state)
+    draw, total = torch.Generator().manual_seed(30_011), {}
+    for index in (torch.tensor([0, 1]), torch.tensor([2])):
+        x, t, eps = method.noised(base, state.forget.sample(index, draw), draw)
+        named = base.unet(x, t, base.encode(["cat"] * len(index))).sample
+        empty = base.unet(x, t, base.encode([""] * len(index))).sample
+        loss = ((eps - (3 * named - 2 * empty)) ** 2).mean()
+        grads = torch.autograd.grad(loss, list(state.adapter.parameters().values()), allow_unused=True)
+        for name, grad in zip(state.adapter.parameters(), grads, strict=True):
+            total[name] = total.get(name, 0) + (0 if grad is None else grad)
+    for name, value in total.items():
+        assert torch.allclose(found[name], torch.as_tensor(value).abs(), rtol=1e-3, atol=1e-5), name
+    state.adapter.remove()
+
+
+@pytest.mark.parametrize("target", ["current", "base"])
+def test_the_loss_is_the_formula(base, target):
+    method = dataclasses.replace(SalUn(), **SMALL, target=target, retain_weight=0.3, density=1.0)
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(seed=1, progress=False))
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.mul_(1.1)
+    terms = method.loss(state, 2)
+    draw = torch.Generator().manual_seed(1_000_003 + 2)
+    forget, retain = (torch.randint(n, (2,), generator=draw) for n in (3, 4))
+    x, t, _ = method.noised(base, state.forget.sample(forget, draw), draw)
+    x_r, t_r, eps = method.noised(base, state.retain.sample(retain, draw), draw)
+    with torch.no_grad():
+        made = base.unet(x, t, base.encode(["cat", "cat"])).sample
+        held = base.unet(x_r, t_r, base.encode([state.retain.prompts[int(i)] for i in retain])).sample
+        if target == "base":
+            with state.adapter.off():
+                wanted = base.unet(x, t, base.encode(["dog", "dog"])).sample
+        else:
+            wanted = base.unet(x, t, base.encode(["dog", "dog"])).sample
+    assert torch.allclose(terms["relabel"], ((made - wanted) ** 2).mean(), rtol=1e-4)
+    assert torch.allclose(terms["retain"], 0.3 * ((held - eps) ** 2).mean(), rtol=1e-4)
+    sum(terms.values()).backward()
+    assert any(param.grad is not None and param.grad.any() for param in state.adapter.parameters().values())
+    state.adapter.remove()
+
+
+def test_masked_weights_stay_bit_for_bit_and_the_density_is_exact(base, tmp_path):
+    patch = erase(base, "cat", "salun", progress=False, **SMALL, density=0.5, save_mask=str(tmp_path / "m.safetensors"))
+    masks = read_mask(tmp_path / "m.safetensors", base.unet)
+    params = dict(base.unet.named_parameters())
+    total = sum(p.numel() for p in params.values())
+    assert masks.keys() == params.keys() and sum(int(m.sum()) for m in masks.values()) == total // 2
+    changed = 0
+    for name in patch.payload.names("unet"):
+        change = patch.payload.change("unet", name)
+        assert not change[~masks[name]].any(), name
+        changed += int(torch.count_nonzero(change))
+    assert changed > 0.9 * (total // 2)
+
+
+def test_a_given_mask_is_used(base, tmp_path):
+    kwargs = {**SMALL, "save_mask": str(tmp_path / "m.safetensors")}
+    one = erase(base, "cat", "salun", progress=False, **kwargs, density=0.1)
+    kwargs = {**SMALL, "mask": str(tmp_path / "m.safetensors")}
+    two = erase(base, "cat", "salun", progress=False, **kwargs)
+    names = one.payload.names("unet")
+    assert all(torch.equal(one.payload.change("unet", n), two.payload.change("unet", n)) for n in names)
+
+
+def test_without_a_mask_everything_trains_norms_and_biases_too(base):
+    patch = erase(base, "cat", "salun", progress=False, **SMALL, density=1.0)
+    assert set(patch.payload.names("unet")) == {name for name, _ in base.unet.named_parameters()}
+
+
+def test_the_concept_is_relabelled_to_the_nearest_word_or_to_the_next(base):
+    for parity in (False, True):
+        settings = {**SMALL, **({"parity": True} if parity else {})}
+        method = configure("salun", "object", settings)
+        state = method.prepare(base, [Concept("cat")], Run(progress=False))
+        assert set(state.pseudo) == {"cat"} and state.pseudo["cat"] not in ("", "cat")
+        state.adapter.remove()
+    style = dataclasses.replace(SalUn(), **SMALL)
+    state = style.prepare(base, [Concept("red", kind="style", anchor="blue style")], Run(progress=False))
+    assert state.pseudo["a dog in red style"] == "a dog in blue style"
+    state.adapter.remove()
+
+
+def test_images_of_the_users_folder(base, tmp_path):
+    for folder, colour in (("forget", (200, 30, 30)), ("retain/a dog", (30, 200, 30)), ("retain/a car", (30, 30, 200))):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30), colour).save(tmp_path / folder / "1.png")
+    method = dataclasses.replace(
+        SalUn(), **SMALL, forget_images=str(tmp_path / "forget"), retain_images=str(tmp_path / "retain")
+    )
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(progress=False))
+    assert state.forget.prompts == ["cat"] and sorted(state.retain.prompts) == ["a car", "a dog"]
+    assert state.forget.std.abs().sum() > 0 and torch.isfinite(method.loss(state, 0)["relabel"])
+    state.adapter.remove()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"density": 0.0}, "density=0"),
+        ({"target": "teacher"}, "current"),
+        ({"forget_images": "nowhere"}, "no folder"),
+        ({"mask": "nowhere.safetensors"}, "cannot be read"),
+    ],
+)
+def test_settings_that_make_no_sense(base, setting, message):
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    with pytest.raises(ErasureError, match=message):
+        erase(base, "cat", "salun", progress=False, **{**SMALL, **setting})
+    assert all(torch.equal(before[name], value) for name, value in base.unet.state_dict().items())
+
+
+def test_noise_is_that_of_the_checkpoints_schedule(base):
+    method = dataclasses.replace(SalUn(), **SMALL)
+    z = torch.randn(3, 4, 8, 8)
+    x, t, eps = method.noised(base, z, torch.Generator().manual_seed(0))
+    assert torch.equal(x, add_noise(base.scheduler, z, eps, t))

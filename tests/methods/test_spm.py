@@ -1,0 +1,129 @@
+"""SPM's objective against its formula, its anchors, its gate and its published loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.errors import ErasureError
+from erasure.methods import configure, erase
+from erasure.methods.spm import SPM
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.similarity import cosines
+from erasure.train import Run
+from tests.tiny import tiny_pipeline
+
+SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base("tiny", tiny_pipeline())
+
+
+def moved(method: SPM, base: Base, *concepts: Concept):
+    """A state whose membranes have left zero."""
+    state = method.prepare(base, list(concepts) or [Concept("cat")], Run(seed=3, progress=False))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.add_(0.1 * torch.randn(param.shape, generator=draw))
+    return state
+
+
+def test_the_loss_is_the_formula(base):
+    method = dataclasses.replace(SPM(), **SMALL, negative_guidance=1.5, anchor_weight=7.0)
+    state = moved(method, base)
+    terms = method.loss(state, 1)
+    batch = state.pool.batch(2, 1, state.seed)
+    draw = torch.Generator().manual_seed(state.seed * 1_000_003 + 1)
+    anchors, weights = method.anchors(state, base.encode(["cat", "cat"]), draw)
+    cat, empty = base.encode(["cat", "cat"]), base.encode(["", ""])
+    with torch.no_grad():
+        made, held = (base.unet(batch.x, batch.t, e).sample for e in (cat, anchors))
+        with state.adapter.off():
+            e_c, e_n, still = (base.unet(batch.x, batch.t, e).sample for e in (cat, empty, anchors))
+    assert torch.equal(weights, torch.ones(2))
+    assert torch.allclose(terms["erase"], ((made - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-4)
+    assert torch.allclose(terms["anchor"], 7.0 * ((held - still) ** 2).mean(), rtol=1e-4)
+    assert not torch.allclose(terms["erase"], ((made - (e_n + 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-2)
+    state.adapter.remove()
+
+
+def test_every_layer_of_the_transformer_blocks_gets_one_dimension(base):
+    patch = erase(base, "cat", "spm", progress=False, **SMALL)
+    modules = dict(base.unet.named_modules())
+    wanted = {
+        f"{path}.weight"
+        for path, one in modules.items()
+        if ".attentions." in path and isinstance(one, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    assert set(patch.payload.names("unet")) == wanted and patch.payload.ranks == [1]
+    assert any(modules[name.removesuffix(".weight")].__class__.__name__ == "Conv2d" for name in wanted)
+
+
+def test_anchors_follow_the_papers_law_and_the_neighbours(base):
+    method = dataclasses.replace(SPM(), **SMALL)
+    state = method.prepare(base, [Concept("cat", keep=("dog",))], Run(progress=False))
+    assert state.near == ["dog", ""] and "cat" not in state.texts
+    expected = 1 - cosines(base, state.texts, ["cat"]).abs()[:, 0]
+    assert torch.allclose(state.odds, expected)
+    state.adapter.remove()
+
+
+def test_parity_anchors_are_noise_of_the_concepts_length_and_the_empty_prompt(base):
+    method = configure("spm", "object", {"parity": True, "iterations": 4})
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    cat = base.encode(["cat"])
+    anchors, weights = method.anchors(state, cat, torch.Generator().manual_seed(1))
+    assert torch.equal(anchors[0], base.encode([""])[0]) and weights.tolist() == [0.5, 0.25, 0.25]
+    ratio = anchors[1:].flatten(1).norm(dim=1) / cat.norm()
+    assert ((ratio > 0.8) & (ratio < 1.2)).all()
+    state.adapter.remove()
+
+
+def test_parity_feeds_t_33_to_42_above_the_latents_own(base):
+    method = configure("spm", "object", {"parity": True})
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    schedule = base.sampler("ddim")
+    schedule.set_timesteps(30)
+    seen = set()
+    for step in range(8):
+        found = method.tuples(state, torch.Generator().manual_seed(step), step)
+        true = [int(t) for t in schedule.timesteps if 30 <= int(found.t[0]) - int(t) <= 43]
+        assert len(true) == 1
+        seen.add(tuple(found.x.shape[2:]))
+        assert max(found.x.shape[2:]) < base.latent_shape()[1]
+    assert len(seen) > 1
+    state.adapter.remove()
+
+
+def test_the_published_rate_warms_up_and_restarts():
+    method = configure("spm", "object", {"parity": True})
+    assert method.rate(0) == 0 and method.rate(250) == 0.5 and method.rate(500) == 1
+    third = 500 + 2500 / 3
+    assert method.rate(math.floor(third) - 1) < 0.01 and method.rate(math.ceil(third) + 1) > 0.99
+    assert SPM().rate(17) == 1.0
+
+
+def test_the_gate_names_the_concepts_and_lets_neighbours_pass():
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    patch = erase(pipe, {"name": "van gogh", "aliases": ["starry night"]}, "spm", progress=False, **SMALL)
+    assert patch.gate["kind"] == "text" and patch.gate["texts"] == ["van gogh", "starry night"]
+    assert patch.gate["power"] == 1.0 and 0.5 <= patch.gate["threshold"] < 1
+    parity = configure("spm", "object", {"parity": True})
+    assert (parity.gate_power, parity.gate_threshold, parity.anchor_weight) == (2.0, 0.0, 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"rank": 0}, "rank=0"), ({"anchor_weight": -1}, "0 or more"), ({"sample_steps": 1}, "at least 2")],
+)
+def test_settings_that_make_no_sense(base, setting, message):
+    with pytest.raises(ErasureError, match=message):
+        erase(base, "cat", "spm", **{**SMALL, **setting})

@@ -1,0 +1,106 @@
+"""UnGuide's objective against its formula, its LoRA, what it leads to, and its gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from erasure.base import Base
+from erasure.concept import Concept
+from erasure.errors import ErasureError
+from erasure.methods import configure, erase
+from erasure.methods.unguide import UnGuide
+from erasure.train import Run
+from tests.tiny import tiny_pipeline
+
+SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base("tiny", tiny_pipeline())
+
+
+@pytest.mark.parametrize("eta", [1.0, 2.0])
+def test_the_loss_is_the_formula(base, eta):
+    method = dataclasses.replace(UnGuide(), **SMALL, negative_guidance=eta)
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(seed=3, progress=False))
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.add_(0.1)
+    found = method.loss(state, 1)["lead"]
+    batch = method.tuples(state, 1)
+    with torch.no_grad():
+        made = base.unet(batch.x, batch.t, base.encode(["cat"] * 2)).sample
+        with state.adapter.off():
+            e_c, e_r = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", "dog"))
+    assert torch.allclose(found, ((made - (e_r - eta * (e_c - e_r))) ** 2).mean(), rtol=1e-4)
+    assert not torch.allclose(found, ((made - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-2)
+    state.adapter.remove()
+
+
+def test_off_is_the_base_bit_for_bit_and_a_fresh_lora_changes_nothing(base):
+    x, texts = torch.randn(2, 4, 8, 8), base.encode(["cat", "dog"])
+    with torch.no_grad():
+        plain = base.unet(x, 7, texts).sample
+        state = UnGuide(**SMALL).prepare(base, [Concept("cat")], Run(progress=False))
+        assert torch.equal(base.unet(x, 7, texts).sample, plain)
+        for param in state.adapter.parameters().values():
+            param.add_(0.1)
+        assert not torch.equal(base.unet(x, 7, texts).sample, plain)
+        with state.adapter.off():
+            assert torch.equal(base.unet(x, 7, texts).sample, plain)
+    state.adapter.remove()
+
+
+def test_the_lora_is_eight_times_its_product_whatever_the_rank(base):
+    for rank in (1, 4):
+        patch = erase(base, "cat", "unguide", progress=False, **SMALL, rank=rank)
+        assert patch.payload.ranks == [rank]
+        for path, (down, up, alpha) in patch.payload.layers["unet"].items():
+            assert path.endswith(("attn2.to_k", "attn2.to_v")) and alpha / rank == 8
+            assert torch.allclose(patch.payload.change("unet", f"{path}.weight"), 8 * up @ down, atol=1e-6)
+
+
+def test_the_first_factor_starts_normal_with_variance_one_over_rank():
+    base = Base("tiny", tiny_pipeline())
+    state = UnGuide(**SMALL, rank=16).prepare(base, [Concept("cat")], Run(progress=False))
+    downs = torch.cat([p.flatten() for name, p in state.adapter.parameters().items() if name.endswith("down")])
+    assert float(downs.detach().std()) == pytest.approx(1 / math.sqrt(16), rel=0.1)
+    state.adapter.remove()
+
+
+def test_the_gate_holds_the_weights(base):
+    patch = erase(base, "cat", "unguide", progress=False, **SMALL)
+    assert patch.gate["kind"] == "latent" and (patch.gate["on"], patch.gate["off"]) == (-1.0, 1.0)
+    parity = configure("unguide", "object", {"parity": True})
+    gate = parity.gate(None)
+    assert (gate["off"], gate["guidance"], gate["repeats"], gate["early"]) == (2.0, 7.5, 10, False)
+    assert (parity.iterations, parity.learning_rate, parity.trajectory_guidance) == (200, 3e-5, 9.0)
+
+
+def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
+    method = configure("unguide", "object", {"parity": True, "sample_steps": 6})
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(progress=False))
+    plain = method.tuples(state, 2)
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.add_(0.3)
+    moved = method.tuples(state, 2)
+    assert torch.equal(plain.t, moved.t) and not torch.equal(plain.x, moved.x)
+    with torch.no_grad(), state.adapter.off():
+        wanted = base.unet(moved.x, moved.t, base.encode(["cat"])).sample
+    assert torch.allclose(moved.concept, wanted, atol=1e-5)
+    state.adapter.remove()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"rank": 0}, "rank=0"), ({"decide_after": 50}, "1 to 49"), ({"learning_rate": 2}, "between 0 and 1")],
+)
+def test_settings_that_make_no_sense(base, setting, message):
+    with pytest.raises(ErasureError, match=message):
+        erase(base, "cat", "unguide", progress=False, **{**SMALL, **setting})
