@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--model", default="glyph", help="glyph, a hub id, a diffusers folder or a .safetensors file")
     _erasing(add, model)
     _drawing(add, model)
-    _listing(add)
+    _listing(add, model)
     return top
 
 
@@ -102,10 +102,12 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
 
 
-def _listing(add: Add) -> None:
-    patch = add("patch", "look into a patch")
-    patch.add_argument("action", choices=["info"])
+def _listing(add: Add, model: argparse.ArgumentParser) -> None:
+    patch = add("patch", "look into a patch, or carry it from and to the files of published code", model)
+    patch.add_argument("action", choices=["info", "import", "export"])
     patch.add_argument("file", type=Path)
+    patch.add_argument("--format", default="spm", help="of the other file: spm")
+    patch.add_argument("-o", "--out", type=Path, help="where to write what is imported or exported")
 
     methods = add("methods", "the methods there are; with a name, its settings")
     methods.add_argument("name", nargs="?")

@@ -37,6 +37,8 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["plan", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
         (["bench", "--concepts", "dgo"], "did you mean 'dog'"),
         (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["patch", "import", "nowhere.safetensors", "-o", "x.safetensors"], "nowhere.safetensors"),
+        (["patch", "export", "nowhere.safetensors"], "-o"),
         (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
         (["generate"], "give prompts"),
         (["methods", "esdd"], "did you mean 'esd'"),

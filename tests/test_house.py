@@ -41,10 +41,11 @@ MAY = {
     "saliency": {*CORE, "patch"},
     "images": {*CORE, "neighbours"},
     "methods": {*CORE, "patch", "trajectories", "adapters", "train", "monitor", *SHARED},
+    "formats": {*CORE, "patch"},
     "plan": {*CORE, "methods", "train"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts"},
-    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "arguments"},
+    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "arguments", "formats"},
     "arguments": set(),
 }
 

@@ -1,0 +1,116 @@
+"""Published files, in and out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from erasure.base import Base
+from erasure.errors import ErasureError
+from erasure.formats import export_patch, import_patch
+from erasure.methods import erase
+from erasure.patch import Patch
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.patch.making import delta_patch
+from tests.tiny import tiny_pipeline
+
+SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 5e-2}
+
+
+@pytest.fixture
+def pipe() -> ErasedStableDiffusionPipeline:
+    made = tiny_pipeline(ErasedStableDiffusionPipeline)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture
+def file(pipe, tmp_path):
+    patch = erase(pipe, "cat", "spm", progress=False, **SMALL)
+    return patch, export_patch(patch, tmp_path / "cat.safetensors", "spm")
+
+
+def draw(pipe, prompt: str = "a cat") -> torch.Tensor:
+    noise = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="latent").images
+
+
+def test_the_file_is_the_published_layout(file):
+    patch, path = file
+    tensors = load_file(path)
+    with safe_open(path, "pt") as opened:
+        assert opened.metadata() == {"prompts": "cat", "rank": "1", "alpha": "1.0"}
+    stems = {key.split(".")[0] for key in tensors}
+    assert all(stem.startswith("lora_unet_") for stem in stems) and len(tensors) == 3 * len(stems)
+    assert all(tensors[f"{stem}.alpha"].dim() == 0 for stem in stems)
+    assert len(stems) == len(patch.payload.names("unet"))
+
+
+def test_there_and_back_is_the_same_patch(pipe, file):
+    patch, path = file
+    back = import_patch(path, "spm", Base.of(pipe))
+    assert back.payload.digest == patch.payload.digest and back.names == ["cat"]
+    assert back.gate == {"kind": "text", "texts": ["cat"], "power": 2.0}
+    pipe.load_patch(back)
+
+
+def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, file):
+    patch, path = file
+    base = draw(pipe)
+    pipe.load_patch(patch)
+    pipe.fuse_patches()
+    ours = draw(pipe)
+    pipe.unload_patches()
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    theirs = draw(pipe)
+    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, base, atol=1e-2)
+
+
+def test_the_published_gate_scales_both_factors(pipe, file):
+    """Power 2 on the product is gamma on up and on down."""
+    patch, path = file
+    back = import_patch(path, "spm", Base.of(pipe))
+    pipe.load_patch(back)
+    gated = draw(pipe, "a red cat by monet")
+    gamma = pipe.gate_log[0]["cat"] ** 0.5
+    assert 0 < gamma <= 1
+    pipe.unload_patches()
+    layers = {
+        path: (gamma * down, gamma * up, alpha) for path, (down, up, alpha) in patch.payload.layers["unet"].items()
+    }
+    scaled = Patch(
+        payload=type(patch.payload)({"unet": layers}),
+        **{name: getattr(patch, name) for name in ("method", "concepts", "base", "base_fingerprint", "versions")},
+        config={},
+        gate={"kind": "always"},
+        seed=0,
+        costs={},
+    )
+    pipe.load_patch(scaled)
+    assert torch.allclose(gated, draw(pipe, "a red cat by monet"), atol=1e-4)
+
+
+def test_what_the_format_cannot_hold(pipe, file, tmp_path):
+    patch, _ = file
+    with pytest.raises(ErasureError, match="low-rank"):
+        export_patch(delta_patch(pipe), tmp_path / "x.safetensors", "spm")
+    comma = erase(pipe, {"name": "cat, red"}, "spm", progress=False, **SMALL)
+    with pytest.raises(ErasureError, match="commas"):
+        export_patch(comma, tmp_path / "x.safetensors", "spm")
+    with pytest.raises(ErasureError, match="unknown format"):
+        export_patch(patch, tmp_path / "x.safetensors", "smp")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_files_that_are_none(pipe, file, tmp_path):
+    _, path = file
+    tensors, base = load_file(path), Base.of(pipe)
+    key = next(iter(key for key in tensors if key.endswith("lora_up.weight")))
+    save_file(tensors, tmp_path / "plain.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "half.safetensors", metadata={"prompts": "a"})
+    save_file({"lora_unet_x.lora_up.weight": torch.ones(1)}, tmp_path / "other.safetensors", metadata={"prompts": "a"})
+    for name, message in (("plain", "lacks `prompts`"), ("half", "lacks its"), ("other", "belongs to no layer")):
+        with pytest.raises(ErasureError, match=message):
+            import_patch(tmp_path / f"{name}.safetensors", "spm", base)
