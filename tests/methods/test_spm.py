@@ -8,14 +8,17 @@ import math
 import pytest
 import torch
 
+from erasure import train as training
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.diffusion import counting
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
 from erasure.methods.spm import SPM
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.similarity import cosines
 from erasure.train import Run
+from erasure.trajectories import build_pool
 from tests.tiny import tiny_pipeline
 
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-2}
@@ -52,6 +55,82 @@ def test_the_loss_is_the_formula(base):
     assert torch.allclose(terms["erase"], ((made - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-4)
     assert torch.allclose(terms["anchor"], 7.0 * ((held - still) ** 2).mean(), rtol=1e-4)
     assert not torch.allclose(terms["erase"], ((made - (e_n + 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-2)
+    state.adapter.remove()
+
+
+def test_a_refreshed_pool_is_walked_with_the_membranes_on_and_judged_without(base):
+    method = dataclasses.replace(SPM(), **SMALL, refresh=2)
+    state = moved(method, base)
+    first, draw = state.pool, torch.Generator()
+    method.tuples(state, draw, 1)
+    assert state.pool is first and method.snapshot(state) == {}
+    with counting(base.unet) as counts:
+        batch = method.tuples(state, draw, 2)
+    assert counts.forward == 4 * 2 * 4  # membranes on: concept and empty; off: concept and neutral
+    method.tuples(state, draw, 3)
+    walked = build_pool(base, state.pairs, trajectories=2, seed=state.seed + 1_000_003, steps=4, guidance=3.0)
+    cat, empty = base.encode(["cat", "cat"]), base.encode(["", ""])
+    with torch.no_grad(), state.adapter.off():
+        still = build_pool(base, state.pairs, trajectories=2, seed=state.seed + 1_000_003, steps=4, guidance=3.0)
+        e_c, e_n = (base.unet(batch.x, batch.t, e).sample for e in (cat, empty))
+    assert torch.equal(state.pool.x, walked.x) and torch.equal(state.pool.t, walked.t)
+    last = state.pool.t == state.pool.t.min()
+    assert not torch.allclose(state.pool.x[last], still.x[last], atol=1e-2)
+    assert torch.allclose(batch.concept, e_c, atol=1e-5) and torch.allclose(batch.neutral, e_n, atol=1e-5)
+    assert not torch.allclose(walked.concept, state.pool.concept, atol=1e-2)
+    state.adapter.remove()
+
+
+def test_a_pool_that_training_made_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 4)
+    # Killed after step 3, which walked anew; steps 4 and 5 need that pool.
+    settings = {**SMALL, "iterations": 6, "refresh": 3}
+    straight = erase(tiny_pipeline(), "cat", "spm", progress=False, **settings)
+    real, out = training._write, tmp_path / "p.safetensors"
+
+    def killed(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        erase(tiny_pipeline(), "cat", "spm", out=out, progress=False, **settings)
+    monkeypatch.setattr(training, "_write", real)
+    resumed = erase(tiny_pipeline(), "cat", "spm", out=out, progress=False, **settings)
+    assert resumed.payload.digest == straight.payload.digest
+    assert {**resumed.costs, "seconds": 0} == {**straight.costs, "seconds": 0}
+
+
+@pytest.mark.parametrize(("refresh", "walks"), [(0, 0), (3, 1), (1, 5)])
+def test_the_cost_is_the_one_in_the_docstring(base, refresh, walks):
+    settings = {**SMALL, "iterations": 6, "refresh": refresh}
+    costs = erase(base, "cat", "spm", progress=False, **settings).costs
+    assert costs["F"] == 2 * 2 * 4 + walks * 4 * 2 * 4 + 6 * 3 * 2
+    assert costs["B"] == 6 * 2 * 2
+
+
+def test_parity_leaves_out_the_dead_halves_alone(base):
+    method = configure("spm", "object", {"parity": True})
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    for step in range(3):
+        drawn = torch.Generator().manual_seed(state.seed * 1_000_003 + step)
+        torch.randint(1, (1,), generator=drawn)
+        k = int(torch.randint(1, 30, (1,), generator=drawn))
+        with counting(base.unet) as counts:
+            torch.stack(list(method.loss(state, step).values())).sum().backward()
+        # walk, concept and neutral, three anchors off; concept and three anchors on
+        assert (counts.forward, counts.backward) == (2 * k + 2 + 3 + 4, 4)
+    state.adapter.remove()
+
+
+def test_a_style_is_erased_from_its_carriers_and_concepts_share_the_membranes(base):
+    concepts = [Concept("monet", kind="style"), Concept("cat", aliases=("tree",), anchor="dog")]
+    method = dataclasses.replace(SPM(), **SMALL)
+    state = method.prepare(base, concepts, Run(progress=False))
+    assert ("a dog in monet style", "a dog") in state.pairs and ("cat", "dog") in state.pairs
+    assert {int(i) for i in state.pool.pair} == set(range(len(state.pairs)))
+    assert not {"cat", "tree", "monet style"} & {*state.near, *state.texts}
+    assert method.gate(state)["texts"] == ["monet", "cat", "tree"]
     state.adapter.remove()
 
 
@@ -122,7 +201,16 @@ def test_the_gate_names_the_concepts_and_lets_neighbours_pass():
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"rank": 0}, "rank=0"), ({"anchor_weight": -1}, "0 or more"), ({"sample_steps": 1}, "at least 2")],
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"anchor_weight": -1}, "0 or more"),
+        ({"sample_steps": 1}, "at least 2"),
+        ({"refresh": -1}, "refresh=-1"),
+        ({"gate_threshold": 1.5}, "between 0 and 1"),
+        ({"gate_power": -1}, "gate_power"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"variant": "attn"}, "transformer"),
+    ],
 )
 def test_settings_that_make_no_sense(base, setting, message):
     with pytest.raises(ErasureError, match=message):
