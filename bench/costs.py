@@ -18,20 +18,22 @@ from erasure.methods import find, names
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.plan import Forecast, plan
 
-SHORT = (20, 40)  # iterations of the drawn-out forecast
+SHORT = (20, 60)  # iterations after the warm-up, of the drawn-out forecast
 TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3}
 
 
 def published(pipe: object, concept: str, method: str) -> Forecast:
     """Forecast of the published loop."""
-    length = find(method).PARITY.get("iterations", find(method).iterations)
+    quirks = find(method).PARITY
+    length, warm_up = quirks["iterations"], quirks.get("warm_up", 0)
     if length <= 200:
         return plan(pipe, concept, method, parity=True)
-    first, second = (plan(pipe, concept, method, parity=True, iterations=count) for count in SHORT)
+    counts = [warm_up + count for count in SHORT]
+    first, second = (plan(pipe, concept, method, parity=True, iterations=count) for count in counts)
     grown = {}
     for field in ("F", "B", "seconds"):
-        step = (getattr(second, field) - getattr(first, field)) / (SHORT[1] - SHORT[0])
-        grown[field] = type(getattr(first, field))(getattr(second, field) + step * (length - SHORT[1]))
+        step = (getattr(second, field) - getattr(first, field)) / (counts[1] - counts[0])
+        grown[field] = type(getattr(first, field))(getattr(second, field) + step * (length - counts[1]))
     return dataclasses.replace(second, **grown)
 
 
