@@ -99,6 +99,9 @@ def test_what_the_format_cannot_hold(pipe, file, tmp_path):
     comma = erase(pipe, {"name": "cat, red"}, "spm", progress=False, **SMALL)
     with pytest.raises(ErasureError, match="commas"):
         export_patch(comma, tmp_path / "x.safetensors", "spm")
+    part = erase(pipe, "cat", "esd", progress=False, **SMALL, rank=1, variant="x")
+    with pytest.raises(ErasureError, match="also wants a term on"):
+        export_patch(part, tmp_path / "x.safetensors", "spm")
     with pytest.raises(ErasureError, match="unknown format"):
         export_patch(patch, tmp_path / "x.safetensors", "smp")
     assert not (tmp_path / "x.safetensors").exists()
@@ -114,3 +117,54 @@ def test_files_that_are_none(pipe, file, tmp_path):
     for name, message in (("plain", "lacks `prompts`"), ("half", "lacks its"), ("other", "belongs to no layer")):
         with pytest.raises(ErasureError, match=message):
             import_patch(tmp_path / f"{name}.safetensors", "spm", base)
+
+
+def test_aliases_are_erased_texts_too(pipe, tmp_path):
+    patch = erase(
+        pipe, {"name": "cat", "aliases": ["tree"]}, "esd", progress=False, **SMALL, rank=1, variant="transformer"
+    )
+    assert patch.gate == {"kind": "always"}
+    back = import_patch(export_patch(patch, tmp_path / "x.safetensors", "spm"), "spm", Base.of(pipe))
+    assert back.gate["texts"] == ["cat", "tree"] and back.payload.digest == patch.payload.digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_whole_number_alphas_are_read(pipe, file, tmp_path, dtype):
+    """The published code casts every tensor, alpha too, and its alpha is a whole number where the YAML's is."""
+    patch, path = file
+    header = {"prompts": "cat", "rank": "1", "alpha": "1"}
+    tensors = {
+        key: (torch.tensor(1) if value.dim() == 0 else value.to(dtype)) for key, value in load_file(path).items()
+    }
+    save_file(tensors, tmp_path / "half.safetensors", metadata=header)
+    back = import_patch(tmp_path / "half.safetensors", "spm", Base.of(pipe))
+    name = patch.payload.names("unet")[0]
+    assert torch.allclose(back.payload.change("unet", name), patch.payload.change("unet", name), rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"rank": "4"}, "says rank 4"),
+        ({"rank": "one"}, "rank is no number"),
+        ({"alpha": "2.0"}, "says alpha 2"),
+        ({"alpha": "nan"}, "says alpha nan"),
+        ({"prompts": " , "}, "names no concept"),
+    ],
+)
+def test_headers_that_contradict_the_tensors(pipe, file, tmp_path, header, message):
+    _, path = file
+    given = {"prompts": "cat", "rank": "1", "alpha": "1.0", **header}
+    save_file(load_file(path), tmp_path / "x.safetensors", metadata=given)
+    with pytest.raises(ErasureError, match=message):
+        import_patch(tmp_path / "x.safetensors", "spm", Base.of(pipe))
+
+
+def test_a_file_of_another_width_is_refused(pipe, file, tmp_path):
+    _, path = file
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("attn2_to_k.lora_down.weight"))
+    tensors[key] = torch.ones(1, 7)
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"prompts": "cat", "rank": "1", "alpha": "1.0"})
+    with pytest.raises(ErasureError, match="in the file and"):
+        import_patch(tmp_path / "x.safetensors", "spm", Base.of(pipe))
