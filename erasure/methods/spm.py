@@ -8,8 +8,9 @@ e_M is the model with the membranes, e_0 without, c the concept, n the neutral p
 drawn with probability proportional to 1 - |cos(a, c)| (latent anchoring). When images are made, the text gate
 scales the membranes by how near the prompt is to the concept (facilitated transport, pipelines/gates.py).
 
-Cost: a pool of T trajectories of S states takes 2TS F, 4TS when it is refreshed, and each update 3F + 2B a sample
-(concept, anchor, anchor's teacher). The published script takes 52F + 10B an update, of which the maths needs 38F + 4B.
+Cost: a pool of T trajectories of S states takes 2TS F, 4TS when it is walked anew (TS more each where a neutral prompt
+is not the empty one), and each update 3F + 2B a sample (concept, anchor, anchor's teacher). The published script takes
+52F + 10B an update, of which the maths needs 38F + 4B.
 
 Deviations, all undone by `parity=True`: every state of a walk is used, with the sampler's own t, and the walks with the
 membranes on are made anew every `refresh` updates (published: one state of one walk an update, whose t is fed 33 to 42
@@ -95,7 +96,7 @@ class SPM(Gradient):
     batch_size: int = 8
     learning_rate: float = 3e-3
     trajectories: int = 8
-    refresh: int = 25
+    refresh: int = 50
     sample_steps: int = 25
     trajectory_guidance: float = 3.0
     weight_decay: float = 0.0
