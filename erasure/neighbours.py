@@ -6,8 +6,16 @@ of similarity.py.
 
 from __future__ import annotations
 
+import csv
+import io
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+
+import torch
 
 from erasure.base import BUNDLED, Base
 from erasure.concept import Concept
@@ -94,3 +102,76 @@ def anchored(base: Base, concept: Concept, concepts: list[Concept], *, first: bo
     if not near:
         raise ErasureError(f"{concept.name!r}: no other word to lead it to; give an anchor")
     return replace(concept, anchor=prompt_of(concept.kind, near[0]))
+
+
+def retain_prompts(
+    base: Base,
+    concepts: list[Concept],
+    count: int | None,
+    *,
+    first: Sequence[str] = (),
+    file: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Prompts that must stay as they are, each once: `first` and the concepts' `keep`, then the file's or found ones.
+
+    Found are the words of `retained`, alone and, up to `count`, objects in styles. Those of the file or found that
+    name a concept or are too long for the text encoder are left out.
+
+    Args:
+        count: how many, where there are enough; more are drawn by the seed, but `first` and `keep` all stay.
+            None: all of the file or all words.
+        first: the user's own.
+        file: a CSV with a column `prompt`.
+
+    Raises:
+        ErasureError: there is none; a bad file; a prompt of the user's names a concept.
+    """
+    names = [name.lower() for concept in concepts for name in concept.names]
+    for text in first:
+        if naming(text, names):
+            raise ErasureError(f"the retain prompt {text!r} names what is to be erased: take it out of retain")
+    kept = [prompt_of(concept.kind, word) for concept in concepts for word in concept.keep]
+    fixed = list(dict.fromkeys([*first, *kept]))
+    both: list[str] = []
+    if file is not None:
+        found = [text for text in read_prompts(file) if not naming(text, names)]
+    else:
+        listed = retained(base, concepts)
+        nouns = [word for kind, word in listed if kind != "style"]
+        looks = [prompt_of(kind, word) for kind, word in listed if kind == "style"]
+        found = [prompt_of(kind, word) for kind, word in listed]
+        both = [f"a {noun} in {look}" for noun in nouns for look in looks] if count is not None else []
+    longest = base.pipe.tokenizer.model_max_length
+    found, both = (
+        [text for text in dict.fromkeys(texts) if text not in fixed and tokens(base, text) <= longest]
+        for texts in (found, both)
+    )
+    if not fixed and not found:
+        raise ErasureError("no retain prompts: all of them name the concept or are too long; name some with retain")
+    draw = torch.Generator().manual_seed(seed)
+    for more in (found, both):
+        room = len(more) if count is None else max(0, count - len(fixed))
+        order = range(len(more)) if len(more) <= room else torch.randperm(len(more), generator=draw)[:room].tolist()
+        fixed += [more[i] for i in order]
+    return fixed
+
+
+def naming(text: str, names: Sequence[str]) -> bool:
+    """Whether a prompt has one of the names, in lower case, in it as words of their own."""
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text.lower()) for name in names)
+
+
+def read_prompts(source: str | os.PathLike[str]) -> list[str]:
+    """The column `prompt` of a CSV file, without empty cells.
+
+    Raises:
+        ErasureError: the file cannot be read, or has no such column.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(Path(source).read_text(encoding="utf-8-sig"), newline=""), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as fault:
+        raise ErasureError(f"{source}: cannot be read as CSV: {fault}") from None
+    if rows and "prompt" not in rows[0]:
+        raise ErasureError(f"{source}: column 'prompt' is missing; it has {', '.join(map(str, rows[0]))}")
+    return [row["prompt"].strip() for row in rows if (row["prompt"] or "").strip()]

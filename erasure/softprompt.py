@@ -32,10 +32,15 @@ class Slots:
     add: bool = False
 
 
-def slots(tokenizer: Any, text: str, place: str, count: int) -> Slots:
+def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool = False) -> Slots:
     """Room for `count` vectors before, after, in place of, or on top of the tokens of `text`.
 
     `add` takes as many vectors as the text has tokens, whatever `count` is.
+
+    Args:
+        by_words: take the n words of the text for n tokens, as the published AdvUnlearn does: where a word has
+            several, the `count` tokens after the n-th give way to the vectors (for `add`: n of them), and the rest
+            stay behind.
 
     Raises:
         ErasureError: an unknown place, no room, a count below 1, or an empty text to add to.
@@ -49,12 +54,18 @@ def slots(tokenizer: Any, text: str, place: str, count: int) -> Slots:
     if place == "add":
         if not words:
             raise ErasureError("an empty prompt has no tokens to add to")
-        row, at = [start, *words], range(1, 1 + len(words))
-    else:
-        room = [end] * count
-        row = [start, *{"prefix": room + words, "suffix": words + room, "replace": room}[place]]
-        first = 1 + (len(words) if place == "suffix" else 0)
-        at = range(first, first + count)
+        count = len(text.split()) if by_words else len(words)
+    rest: list[int] = []
+    if by_words:
+        n = len(text.split())
+        words, rest = words[:n], words[n + count :]
+        if place in ("add", "replace"):  # what they free is filled with whatever stands first behind it
+            rest = [(rest or [end])[0]] * n + rest
+    room = [end] * count
+    placed = {"prefix": room + words, "suffix": words + room, "replace": room, "add": words}
+    row = [start, *placed[place], *rest]
+    first = 1 + (len(words) if place == "suffix" else 0)
+    at = range(first, first + count)
     if len(row) + 1 > length:
         raise ErasureError(
             f"{text[:40]!r} with {count} vectors takes {len(row) + 1} tokens; there is room for {length}"
@@ -105,6 +116,7 @@ def search(
     steps: int,
     rate: float,
     *,
+    sign: bool = False,
     accumulate: bool = False,
     stale: bool = False,
 ) -> Tensor:
@@ -112,7 +124,9 @@ def search(
 
     Args:
         rate: step of Adam, in the embeddings' own unit.
+        sign: give Adam the gradient's sign (published as `fast_at`).
         accumulate: never zero the gradient, as the published AdvUnlearn does (methods differ in nothing else).
+            With `sign`, the sign is what stays: the first step's direction is then kept for good.
         stale: return the vectors from before the last update, as it does too: then one step is no attack at all.
 
     Returns:
@@ -124,6 +138,7 @@ def search(
     for step in range(steps):
         (gradient,) = torch.autograd.grad(loss(current, step), current)
         total = total + gradient if accumulate else gradient
+        total = total.sign() if sign else total
         current.grad, before = total.clone(), current.detach().clone()
         optimizer.step()
     return before if stale else current.detach()

@@ -88,7 +88,8 @@ def walk(
     Args:
         pairs: (concept prompt, neutral prompt), one a trajectory; all run as one batch.
         seeds: one a trajectory, for its initial noise.
-        stop: record only the state with this index and end there (the published loops).
+        stop: record only the state with this index and end there (the published loops). One past the last timestep
+            are the clean latents, which no output belongs to: they need `judged` off, and their t is 0.
         skip: leave out so many of the first timesteps: the walk starts later, from the same noise (published quirk).
         judged: record the outputs at that state too; without, `neutral` and `concept` are empty.
     """
@@ -122,6 +123,9 @@ def walk(
         if index == stop:
             break
         x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
+    if not found and not judged:
+        nothing = torch.empty(n, 0)
+        found.append((x.float().cpu(), torch.zeros(n), torch.arange(n), nothing, nothing))
     parts = [torch.cat(column) for column in zip(*found, strict=True)]
     return TrajectoryPool(parts[0], parts[1], parts[2], parts[3], parts[4])
 
@@ -164,12 +168,12 @@ def late_states(
 ) -> TrajectoryPool:
     """One state a pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide get it, for their parity modes.
 
-    The walk leaves out the first timestep and stops after `steps` - k of them, k uniform; t is then drawn 39 to 58
-    above the latents' own (methods' quirk). k = 0, their last noise level, is left out. Outputs are empty.
+    The walk leaves out the first timestep and stops after `steps` - k of them, or at its end, k uniform from 0; t is
+    then drawn 39 to 58 above the latents' own (methods' quirk). Outputs are empty.
     """
-    k = int(torch.randint(1, steps, (1,), generator=draw))
+    k = int(torch.randint(steps, (1,), generator=draw))
     seeds = torch.randint(2**31, (len(pairs),), generator=draw).tolist()
-    found = walk(base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - k, judged=False, skip=1)
+    found = walk(base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - max(k, 1), judged=False, skip=1)
     width = base.scheduler.config.num_train_timesteps // steps
     found.t = (width * k + torch.randint(width, (len(pairs),), generator=draw)).float()
     return found

@@ -35,6 +35,35 @@ def test_words_of_several_tokens_are_kept_whole(pipe):
     assert slots(pipe.tokenizer, "zebra", "prefix", 1).ids[0, 2 : 2 + len(words)].tolist() == words
 
 
+@pytest.mark.parametrize(
+    ("place", "row", "at"),
+    [
+        ("prefix", ["S", "E", "z", "b", "r", "a"], [1]),
+        ("suffix", ["S", "z", "E", "b", "r", "a"], [2]),
+        ("replace", ["S", "E", "b", "b", "r", "a"], [1]),
+        ("add", ["S", "z", "b", "b", "r", "a"], [1]),
+    ],
+)
+def test_the_published_count_of_words(place, row, at):
+    """One word of five tokens, z e b r a, taken for one token: "e" gives way to the vector, the rest moves up."""
+
+    class Letters:
+        model_max_length, eos_token_id = LENGTH, 69
+
+        def __call__(self, text, verbose):
+            return type("Tokens", (), {"input_ids": [83, *map(ord, text), 69]})
+
+    found = slots(Letters(), "zebra", place, 1, by_words=True)
+    assert [chr(token) for token in found.ids[0].tolist()] == row + ["E"] * (LENGTH - len(row))
+    assert found.at.tolist() == at
+
+
+def test_counted_by_words_is_counted_by_tokens_where_a_word_is_one(pipe):
+    for place in ("prefix", "suffix", "replace", "add"):
+        one, two = (slots(pipe.tokenizer, "red cat", place, 2, by_words=by_words) for by_words in (True, False))
+        assert torch.equal(one.ids, two.ids) and torch.equal(one.at, two.at)
+
+
 def test_a_tokens_own_embedding_changes_nothing(pipe):
     encoder = pipe.text_encoder
     ids = pipe.tokenizer("red cat", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
@@ -85,6 +114,21 @@ def test_the_published_search_adds_gradients_up_and_is_one_step_behind():
     # Sums of gradients are 1, 0, -1: the second step still goes down.
     added, clean = (search(zigzag, vectors, 2, 0.1, accumulate=value) for value in (True, False))
     assert added.mean() < clean.mean()
+
+
+def test_the_published_sign_never_turns():
+    """fast_at: the sign is taken in place, and later gradients far below 1 cannot flip what it leaves."""
+
+    def turning(v: torch.Tensor, step: int) -> torch.Tensor:
+        return v.sum() * (0.01 if step == 0 else -0.01)
+
+    vectors = torch.zeros(1, 2)
+    published = search(turning, vectors, 9, 0.1, sign=True, accumulate=True)
+    assert torch.allclose(published, torch.full((1, 2), -0.9), atol=1e-4)
+    assert (search(turning, vectors, 9, 0.1, sign=True) > 0).all()
+    # The sign leaves the size out: gradients of 1 and of 0.01 step alike.
+    mixed = search(lambda v, step: (v * torch.tensor([1.0, 0.01])).sum() * (1 + step), vectors, 3, 0.1, sign=True)
+    assert torch.equal(mixed[0, 0], mixed[0, 1])
 
 
 @pytest.mark.parametrize(

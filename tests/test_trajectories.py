@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from erasure.base import Base
-from erasure.trajectories import TrajectoryPool, build_pool, walk
+from erasure.diffusion import Counts, counting
+from erasure.trajectories import TrajectoryPool, build_pool, late_states, walk
 from tests.tiny import tiny_pipeline
 
 
@@ -59,3 +60,26 @@ def test_saved_and_read(base, tmp_path):
     pool.save(tmp_path / "pool.safetensors")
     read = TrajectoryPool.load(tmp_path / "pool.safetensors")
     assert all(torch.equal(value, getattr(read, key)) for key, value in vars(pool).items())
+
+
+def test_late_states_are_the_published_samplers_at_every_noise_level(base):
+    """k = 0 and 1 are its clean latents, behind the last timestep; for the others t is two to three steps too high."""
+    pairs, steps, width, met = [("cat", "")], 4, 250, set()
+    for number in range(24):
+        draw = torch.Generator().manual_seed(number)
+        k = int(torch.randint(steps, (1,), generator=draw))
+        seed = torch.randint(2**31, (1,), generator=draw).tolist()
+        counts = Counts()
+        with counting(base.unet, counts):
+            found = late_states(base, pairs, torch.Generator().manual_seed(number), steps=steps, guidance=3.0)
+        assert width * k <= found.t < width * (k + 1)
+        taken = steps - max(k, 1)  # of the three steps that are left without the first
+        assert counts.forward == 2 * taken
+        states = walk(base, pairs, seeds=seed, steps=steps, guidance=3.0, skip=1)
+        if taken < len(states):
+            assert torch.allclose(found.x[0], states.x[taken], atol=1e-5)
+            assert 2 * width - 1 <= found.t[0] - states.t[taken] <= 3 * width - 2  # 39 to 58, where width is 20
+        else:
+            assert not torch.allclose(found.x[0], states.x[-1], atol=1e-3)
+        met.add(k)
+    assert met == set(range(steps))

@@ -15,8 +15,9 @@ an update takes K b (F + B) for the attack and (b + b_r)(F + B). The published l
 
 Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: t is fed 39 to 58 too high);
 gradients of the attack are zeroed between its steps and the last step counts (published: they add up, and the
-result is from before the last update); tokens, not words, are counted; batches. At the last of its 50 noise levels
-the published sampler stands one step further than ours does.
+result is from before the last update); tokens, not words, are counted; batches. `parity` has the published settings
+for objects and styles; those for nudity are layers=None and retain_weight=0.3 beside it. The published code's other
+mode, which takes turns between erasing and retaining (`retain_train=iter`), is not here: the paper does not use it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
-from erasure.neighbours import prompt_of, retained
+from erasure.neighbours import retain_prompts
 from erasure.softprompt import PLACES, Slots, encode, search, slots, spread, start
 from erasure.train import Gradient, Run
 from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
@@ -48,14 +49,18 @@ class AdvUnlearn(Gradient):
     """Settings of AdvUnlearn.
 
     Args:
-        layers: how many of the text encoder's layers train, from the first; None: all, and the final norm.
+        layers: how many of the text encoder's layers train, from the first; None: all.
+        final_norm: train the norm behind the last layer; None: where all layers train.
         negative_guidance: eta.
         retain_weight: gamma.
         retain: prompts to keep, beside those found among the concept's neighbours and the vocabulary.
+        retain_file: a CSV with a column `prompt` (the published retain sets have one), in place of what is found;
+            prompts that name the concept, or are too long for the text encoder, are left out.
         attack: where the vectors go: prefix, suffix, replace, add.
         attack_tokens: how many.
         attack_steps: K; 0 trains without an adversary.
         attack_rate: Adam's step, in standard deviations of the token embeddings.
+        attack_sign: give Adam the gradient's sign (published as `fast_at`).
         attack_init: random tokens, or the latest vectors.
         warm_up: updates without attack.
         iterations: updates.
@@ -64,7 +69,7 @@ class AdvUnlearn(Gradient):
         learning_rate: of Adam.
         trajectories: concept trajectories in the pool.
         sample_steps: states of each.
-        retain_trajectories: retain trajectories in the pool.
+        retain_trajectories: retain trajectories in the pool, each of another prompt where there are enough.
         retain_sample_steps: states of each.
         trajectory_guidance: classifier-free guidance of all of them.
         parity: reproduce the official script: its defaults and its quirks.
@@ -72,8 +77,7 @@ class AdvUnlearn(Gradient):
 
     method: ClassVar[str] = "advunlearn"
     PARITY: ClassVar[dict[str, Any]] = {
-        "layers": 1,
-        "attack_tokens": 1,
+        "retain_weight": 0.5,
         "attack_steps": 30,
         "attack_rate": 1e-3 / 0.014,  # 1e-3, where CLIP-L's embeddings have a deviation of 0.014
         "warm_up": 200,
@@ -85,13 +89,16 @@ class AdvUnlearn(Gradient):
     }
 
     layers: int | None = 1
+    final_norm: bool | None = None
     negative_guidance: float = 1.0
     retain_weight: float = 1.0
     retain: tuple[str, ...] = ()
+    retain_file: str | None = None
     attack: str = "prefix"
     attack_tokens: int = 1
     attack_steps: int = 3
     attack_rate: float = 0.5
+    attack_sign: bool = False
     attack_init: str = "random"
     warm_up: int = 20
     iterations: int = 120
@@ -125,9 +132,11 @@ class AdvUnlearn(Gradient):
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts, the two pools, the trained layers."""
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
-        kept = self.retain_prompts(base, concepts, run.seed)
+        count = None if self.parity else self.retain_trajectories  # the published loop has no pool: it takes all
+        kept = retain_prompts(base, concepts, count, first=self.retain, file=self.retain_file, seed=run.seed)
         encoder = base.pipe.text_encoder
-        places = [slots(base.pipe.tokenizer, c, self.attack, self.attack_tokens) for c, _ in pairs]
+        read = base.pipe.tokenizer
+        places = [slots(read, c, self.attack, self.attack_tokens, by_words=self.parity) for c, _ in pairs]
         base.unet.requires_grad_(False)
         pools: list[TrajectoryPool | None] = [None, None]
         if not self.parity:
@@ -145,29 +154,10 @@ class AdvUnlearn(Gradient):
                 )
         # Everything that T_0 says is known before T starts to change.
         base.encode([text for pair in pairs for text in pair] + kept + [""])
-        adapter = Weights(encoder, trained(encoder, self.layers), "text_encoder")
+        adapter = Weights(encoder, trained(encoder, self.layers, self.final_norm), "text_encoder")
         state = State(base, pairs, places, kept, pools[0], pools[1], adapter, spread(encoder), run.seed)
         state.latest = [start(encoder, place, torch.Generator().manual_seed(run.seed)) for place in places]
         return state
-
-    def retain_prompts(self, base: Base, concepts: list[Concept], seed: int) -> list[str]:
-        """`retain_trajectories` prompts: the user's, words alone, and words in a style, in an order of the seed's.
-
-        Raises:
-            ErasureError: there is none.
-        """
-        listed = retained(base, concepts)
-        nouns = [word for kind, word in listed if kind != "style"]
-        looks = [prompt_of(kind, word) for kind, word in listed if kind == "style"]
-        found = [*self.retain, *(prompt_of(kind, word) for kind, word in listed)]
-        if not found:
-            raise ErasureError("no retain prompts: every word of the vocabulary is the concept; name some with retain")
-        draw = torch.Generator().manual_seed(seed)
-        while nouns and looks and len(found) < self.retain_trajectories:
-            noun, look = (group[int(torch.randint(len(group), (1,), generator=draw))] for group in (nouns, looks))
-            found.append(f"a {noun} in {look}")
-        longest = base.pipe.tokenizer.model_max_length
-        return [text for text in found if len(base.pipe.tokenizer(text, verbose=False).input_ids) <= longest]
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The attack, then erasing and retaining on one batch."""
@@ -182,6 +172,7 @@ class AdvUnlearn(Gradient):
                 begun,
                 self.attack_steps,
                 self.attack_rate * state.unit,
+                sign=self.attack_sign,
                 accumulate=self.parity,
                 stale=self.parity,
             )
@@ -248,8 +239,8 @@ class AdvUnlearn(Gradient):
         ).input_ids
 
 
-def trained(encoder: nn.Module, layers: int | None) -> dict[str, nn.Module]:
-    """The modules of the first `layers` layers that hold weights, by path; None: all, and the final norm.
+def trained(encoder: nn.Module, layers: int | None, final_norm: bool | None = None) -> dict[str, nn.Module]:
+    """The modules of the first `layers` layers that hold weights, by path; None: all.
 
     The number is compared as a number: the published code compares its first digits, so that layer 1 trains 10 and
     11 too.
@@ -264,11 +255,12 @@ def trained(encoder: nn.Module, layers: int | None) -> dict[str, nn.Module]:
     count = max(numbered.values(), default=-1) + 1
     if not count or (layers is not None and layers > count):
         raise ErasureError(f"layers={layers}: the text encoder has {count}")
+    last = layers is None if final_norm is None else final_norm
     return {
         path: one
         for path, one in holding.items()
         if numbered.get(path, count) < (count if layers is None else layers)
-        or (layers is None and path.endswith("final_layer_norm"))
+        or (last and path.endswith("final_layer_norm"))
     }
 
 

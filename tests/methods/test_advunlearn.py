@@ -101,6 +101,23 @@ def test_the_pool_is_what_sampling_anew_would_give(base):
     state.adapter.remove()
 
 
+def test_the_loss_over_the_pool_is_the_loss_over_live_sampling(base):
+    """Oracle 6 of the digest: same seed, state and timestep, one value; another state gives another."""
+    method = dataclasses.replace(AdvUnlearn(), **{**SMALL, "batch_size": 1, "trajectories": 1, "sample_steps": 3})
+    state, index = moved(method, base), 2
+    state.pool = state.pool.take(torch.tensor([index]))
+    vectors = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    pooled = method.attack_loss(state, 0, vectors, torch.Generator())
+    for k in range(3):
+        with state.adapter.off():
+            live = walk(base, [("cat", "")], seeds=[2 * 10_007], stop=k, steps=3, guidance=method.trajectory_guidance)
+        texts = encode(base.pipe.text_encoder, state.places[0], vectors)
+        with torch.no_grad():
+            again = ((base.unet(live.x, live.t, texts).sample - live.concept) ** 2).mean()
+        assert torch.allclose(pooled, again, rtol=1e-4) == (k == index)
+    state.adapter.remove()
+
+
 def test_only_the_text_encoders_first_layers_change(base):
     patch = erase(base, "cat", "advunlearn", progress=False, **SMALL, layers=1)
     assert patch.components == ["text_encoder"]
@@ -118,6 +135,55 @@ def test_layer_1_is_not_layer_10():
     config.num_hidden_layers = 12
     found = trained(CLIPTextModel(config), 2)
     assert {path.split("layers.")[1].split(".")[0] for path in found} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "norm", "there"), [(1, None, False), (1, True, True), (None, None, True), (None, False, False)]
+)
+def test_the_final_norm_is_a_setting(layers, norm, there):
+    assert any("final_layer_norm" in path for path in trained(tiny_text_encoder(), layers, norm)) == there
+
+
+def test_content_trains_every_layer():
+    assert configure("advunlearn", "object").layers == 1
+    content = configure("advunlearn", "content")
+    assert content.layers is None and content.retain_weight == 0.3
+
+
+def test_the_users_prompts_and_file_are_what_is_retained(base, tmp_path):
+    file = tmp_path / "keep.csv"
+    file.write_text('case_num,source,prompt\n0,x,a photo of a dog\n1,x,"a Cat, in red"\n2,x,a category\n3,x,\n')
+    method = dataclasses.replace(AdvUnlearn(), **SMALL, retain=("a car",), retain_file=str(file))
+    state = method.prepare(base, [Concept("cat", keep=("tree",))], Run(progress=False))
+    assert state.kept == ["a car", "tree", "a photo of a dog", "a category"]
+    assert len(state.retain) == 4 * 3 and state.retain.pair.unique().tolist() == [0, 1, 2, 3]
+    state.adapter.remove()
+
+
+def test_a_style_leaves_its_subjects_and_is_attacked_on_them(base, monkeypatch):
+    monkeypatch.setattr("erasure.concept.CARRIERS", ("a dog", "a car"))  # others are too long for the tiny window
+    style = Concept("van gogh", kind="style")
+    method = dataclasses.replace(AdvUnlearn(), **SMALL)
+    state = method.prepare(base, [style], Run(progress=False))
+    assert ("a dog in van gogh style", "a dog") in state.pairs and len(state.places) == len(state.pairs)
+    number = state.pairs.index(("a dog in van gogh style", "a dog"))
+    batch = method.concept(state, number, torch.Generator().manual_seed(0))
+    with torch.no_grad(), state.adapter.off():
+        neutral = base.unet(batch.x, batch.t, base.encode(["a dog"] * 2)).sample
+    assert torch.allclose(batch.neutral, neutral, atol=1e-5)
+    assert not any("van gogh" in text for text in state.kept)
+    state.adapter.remove()
+
+
+def test_the_base_of_the_attack_stays_frozen(base):
+    """Neither the UNet nor the token embeddings collect gradients."""
+    method = dataclasses.replace(AdvUnlearn(), **SMALL)
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    torch.stack(list(method.loss(state, 0).values())).sum().backward()
+    trained_tensors = {id(param) for param in state.adapter.parameters().values()}
+    both = [*base.unet.parameters(), *base.pipe.text_encoder.parameters()]
+    assert all((param.grad is not None) == (id(param) in trained_tensors) for param in both)
+    state.adapter.remove()
 
 
 def test_an_update_costs_what_the_docstring_says(base):
@@ -162,6 +228,29 @@ def test_the_patch_goes_onto_any_pipeline_with_the_encoder():
     assert all(torch.equal(before[name], value) for name, value in pipe.text_encoder.state_dict().items())
 
 
+def test_parity_keeps_the_published_tokens_and_layers():
+    method = configure("advunlearn", "object", {"parity": True})
+    assert (method.layers, method.attack, method.attack_tokens, method.attack_init) == (1, "prefix", 1, "random")
+    assert (method.attack_steps, method.warm_up, method.retain_weight) == (30, 200, 0.5)
+    assert method.attack_rate * 0.014 == pytest.approx(1e-3)
+
+
+def test_parity_gives_the_vectors_from_before_the_last_update(base):
+    """K = 1 is no attack at all in the published code."""
+    quirks = {"parity": True, "warm_up": 0, "attack_steps": 1, "sample_steps": 4, "attack_init": "latest"}
+    method = configure("advunlearn", "object", quirks)
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    before = state.latest[0].clone()
+    method.loss(state, 0)
+    assert torch.equal(before, state.latest[0])
+    method = dataclasses.replace(method, parity=False, trajectories=1, **{k: SMALL[k] for k in SMALL if "retain" in k})
+    state.adapter.remove()
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    method.loss(state, 0)
+    assert not torch.equal(before, state.latest[0])
+    state.adapter.remove()
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -171,6 +260,9 @@ def test_the_patch_goes_onto_any_pipeline_with_the_encoder():
         ({"attack_init": "last"}, "latest"),
         ({"attack_tokens": 40}, "there is room"),
         ({"retain_batch_size": 0}, "at least 1"),
+        ({"retain": ["a red cat"]}, "names what is to be erased"),
+        ({"retain": ["van gogh " * 20]}, "the text encoder reads"),
+        ({"retain_file": "nowhere.csv"}, "cannot be read"),
     ],
 )
 def test_settings_that_make_no_sense(base, setting, message):
@@ -179,6 +271,17 @@ def test_settings_that_make_no_sense(base, setting, message):
 
 
 def test_no_retain_prompts_is_an_error(base, monkeypatch):
-    monkeypatch.setattr("erasure.methods.advunlearn.retained", lambda base, concepts: [])
+    monkeypatch.setattr("erasure.neighbours.retained", lambda base, concepts: [])
     with pytest.raises(ErasureError, match="no retain prompts"):
         erase(base, "cat", "advunlearn", progress=False, **SMALL)
+
+
+def test_a_file_without_prompts_is_an_error(base, tmp_path):
+    file = tmp_path / "keep.csv"
+    for content, message in (
+        ("id,text\n1,a dog\n", "column 'prompt' is missing; it has id, text"),
+        ("prompt\n", "no ret"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ErasureError, match=message):
+            erase(base, "cat", "advunlearn", progress=False, **SMALL, retain_file=str(file))
