@@ -225,7 +225,8 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
     pipe.load_patch(patch, name="bench")
     try:
         prompts = about(names, settings["limit"])
-        made = evaluate(pipe, names, folder=place, prompts=prompts, base_folder=folder / "base", progress=False)
+        options: dict[str, Any] = {"base_folder": folder / "base", "progress": False, "whole": True}
+        made = evaluate(pipe, names, folder=place, prompts=prompts, **options)
     finally:
         pipe.unload_patches()
     cells = {}

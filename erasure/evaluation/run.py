@@ -32,6 +32,7 @@ def evaluate(
     prompts: str | PromptSet = "glyph-objects",
     base_folder: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    whole: bool = False,
     judge: Judge | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -51,6 +52,7 @@ def evaluate(
         prompts: a prompt set with labels, by name, file or value.
         base_folder: where the base's images lie or go; shared by runs over the same model.
         limit: at most this many prompts, a third of them the target's, the others spread over all labels.
+        whole: draw the prompt set as it is: nothing is repeated or left out.
         judge: default: glyph's.
 
     Raises:
@@ -63,7 +65,7 @@ def evaluate(
 
         judge = GlyphJudge()
     target = find_target(concept, rows, judge)
-    chosen = select(rows, target, limit)
+    chosen = rows if whole else select(rows, target, limit)
     options: dict[str, Any] = {
         "steps": STEPS if steps is None else steps,
         "guidance": GUIDANCE if guidance is None else guidance,

@@ -185,6 +185,8 @@ def test_limit_spreads_and_shares_the_bases_pictures(pipe, tmp_path):
 def test_targets_are_repeated_from_other_seeds(pipe, tmp_path):
     report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
     assert report.metric("UA").n == 36 and report.metric("IRA").n == 4
+    alone = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), whole=True, **QUICK)
+    assert alone.metric("UA").n + alone.metric("IRA").n == len(ROWS.rows)
 
 
 @pytest.mark.parametrize(
