@@ -163,11 +163,22 @@ class LowRankTerm:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Leave the term out."""
-        self._on = False
+        with self._set(False):
+            yield
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Put the term in, also inside of `off`."""
+        with self._set(True):
+            yield
+
+    @contextmanager
+    def _set(self, on: bool) -> Iterator[None]:
+        before, self._on = self._on, on
         try:
             yield
         finally:
-            self._on = True
+            self._on = before
 
     def payload(self) -> LowRank:
         """Factors by module path."""

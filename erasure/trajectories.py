@@ -8,6 +8,8 @@ the published loop runs about S/2 steps for one tuple and evaluates the pair aga
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,3 +188,28 @@ def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> Tra
     x, t = pool.x.to(base.device), pool.t.to(base.device)
     pool.neutral, pool.concept = base.unet(x.repeat(2, 1, 1, 1), t.repeat(2), texts).sample.float().cpu().chunk(2)
     return pool
+
+
+@torch.no_grad()
+def shifts(
+    base: Base,
+    prompt: str,
+    seeds: Sequence[int],
+    patched: Callable[[], AbstractContextManager[Any]],
+    *,
+    after: int,
+    steps: int,
+    guidance: float,
+) -> list[float]:
+    """|| e_L(x, p) - e_0(x, p) ||_2 for each seed, x being the base's state after `after` of `steps` steps.
+
+    How far a patch moves a prompt's answer (UnGuide, section 3.2); `patched` opens a context in which the UNet has it.
+    Costs 2 F a step (1 for the empty prompt) and 2 F a seed.
+    """
+    n = len(seeds)
+    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=False)
+    x, t, texts = state.x.to(base.device, base.unet.dtype), state.t.to(base.device), base.encode([prompt] * n)
+    before = base.unet(x, t, texts).sample.float()
+    with patched():
+        moved = base.unet(x, t, texts).sample.float()
+    return (moved - before).flatten(1).norm(dim=1).tolist()

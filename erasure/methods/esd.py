@@ -77,11 +77,11 @@ class ESD(Gradient):
     alpha: float | None = None
     negative_guidance: float = 1.0
     erase_from: str | None = None
-    iterations: int = 100
+    iterations: int = 75
     batch_size: int = 8
     # iterations x learning_rate is 0.01 in both official scripts (1000 x 1e-5, 200 x 5e-5): the way Adam can go.
-    learning_rate: float = 1e-4
-    trajectories: int = 12
+    learning_rate: float = 1.35e-4
+    trajectories: int = 8
     sample_steps: int = 25
     trajectory_guidance: float = 3.0
     sampler: str = "ddim"

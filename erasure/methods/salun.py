@@ -85,13 +85,13 @@ class SalUn(Gradient):
     target: str = "current"
     forget_images: str | None = None
     retain_images: str | None = None
-    forget_count: int = 32
-    retain_count: int = 80
+    forget_count: int = 24
+    retain_count: int = 64
     sample_steps: int = 20
     sample_guidance: float = 3.0
     iterations: int = 100
     batch_size: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     parity: bool = False
 
     def __post_init__(self) -> None:

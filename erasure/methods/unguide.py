@@ -12,12 +12,14 @@ Cost: a pool of T trajectories of S states takes 3TS F, each update 1F + 1B a sa
 54F + 1B an update, and 440F to decide on a prompt (10 repeats).
 
 Deviations, undone by `parity=True`: base trajectories, all of their states, with the sampler's own t (published: a
-walk with the LoRA on, t fed 39 to 58 too high); w = 1 where the concept is not there (published: 2, which leads other
+walk with the LoRA on, t fed 39 to 58 too high); the gate's ratio is set by what the LoRA does to other prompts
+(published: 1); w = 1 where the concept is not there (published: 2, which leads other
 prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,9 +32,12 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
 from erasure.errors import ErasureError
-from erasure.neighbours import anchored
+from erasure.neighbours import anchored, neighbours, prompt_of, retained
 from erasure.train import Gradient, Run
-from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
+from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states, shifts
+
+OTHERS = 10  # prompts that the gate is set by
+CALIBRATED = 3  # noises each
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class UnGuide(Gradient):
         decide_after: steps, of `decide_steps`, until a prompt is decided on.
         decide_steps: of the sampler that decides.
         decide_guidance: of the sampler that decides.
+        ratio: how many times more than the empty prompt the LoRA must move a prompt that names the concept; None:
+            halfway between the concept's prompts and those of its neighbours and a sample of other words.
         repeats: noises to decide by, at most.
         early: stop the repeats when the decision is clear.
         parity: reproduce the official script: its defaults and its quirks.
@@ -70,6 +77,7 @@ class UnGuide(Gradient):
         "weight_off": 2.0,
         "decide_guidance": 7.5,
         "early": False,
+        "ratio": 1.0,
     }
 
     variant: str = "x-strict"
@@ -87,6 +95,7 @@ class UnGuide(Gradient):
     decide_after: int = 10
     decide_steps: int = 50
     decide_guidance: float = 3.0
+    ratio: float | None = None
     repeats: int = 10
     early: bool = True
     parity: bool = False
@@ -124,7 +133,15 @@ class UnGuide(Gradient):
             generator=torch.Generator().manual_seed(run.seed),
             normal=True,
         )
-        return State(base, pairs, pool, adapter, run.seed)
+        return State(base, pairs, self.others(base, concepts, run.seed), pool, adapter, run.seed)
+
+    @staticmethod
+    def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
+        """OTHERS prompts that do not name the concepts: neighbours, and words drawn from the vocabulary."""
+        near = [prompt_of(one.kind, word) for one in concepts for word in neighbours(base, one)[:4]]
+        rest = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
+        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
+        return list(dict.fromkeys([*near[: OTHERS // 2], *(rest[i] for i in order)]))[:OTHERS]
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The objective on one batch."""
@@ -148,16 +165,33 @@ class UnGuide(Gradient):
 
     def gate(self, state: State) -> dict[str, Any]:
         """The latent gate: its weights and how it decides."""
+        ways = {"after": self.decide_after, "steps": self.decide_steps, "guidance": self.decide_guidance}
+        ratio = self.ratio if self.ratio is not None else self.calibrated(state, ways)
         return {
             "kind": "latent",
             "on": self.weight_on,
             "off": self.weight_off,
-            "after": self.decide_after,
-            "steps": self.decide_steps,
-            "guidance": self.decide_guidance,
+            **ways,
             "repeats": self.repeats,
             "early": self.early,
+            "ratio": ratio,
         }
+
+    def calibrated(self, state: State, ways: dict[str, Any]) -> float:
+        """The geometric middle between the concept that the LoRA moves least and the other prompt that it moves most.
+
+        In units of what it moves the empty prompt; never below the paper's 1.
+        """
+        base, seeds = state.base, range(CALIBRATED)
+
+        def moved(prompt: str) -> float:
+            return sum(shifts(base, prompt, seeds, state.adapter.on, **ways))
+
+        with state.adapter.off():
+            plain = moved("")
+            named = min(moved(prompt) for prompt in dict.fromkeys(c for c, _ in state.pairs))
+            other = max((moved(prompt) for prompt in state.others), default=plain)
+        return round(max(1.0, math.sqrt(named * other) / plain), 3) if plain > 0 else 1.0
 
 
 @dataclass
@@ -166,6 +200,7 @@ class State:
 
     base: Base
     pairs: list[tuple[str, str]]
+    others: list[str]
     pool: TrajectoryPool | None
     adapter: LowRankTerm
     seed: int

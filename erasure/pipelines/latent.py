@@ -4,8 +4,10 @@ For a prompt p, N noises and the sampler's state x after some steps with the bas
 
     d(p) = mean || e_L(x, p) - e_0(x, p) ||_2
 
-with e_L the UNet with the patch. Where d(p) > d("") the prompt names what the patch was made for. Then every answer
-of the UNet becomes w e_0 + (1 - w) e_L, with w = `on` there and w = `off` elsewhere. One UNet answers both times.
+with e_L the UNet with the patch. Where d(p) > ratio * d("") the prompt names what the patch was made for (the paper:
+ratio 1; a checkpoint on which the patch moves every named prompt more than the empty one needs a higher one). Then
+every answer of the UNet becomes w e_0 + (1 - w) e_L, with w = `on` there and w = `off` elsewhere. One UNet answers
+both times.
 
 The noises of p and "" are the same, so their differences are paired: with `early`, repeats stop when the mean
 difference is more than CLEAR standard errors from zero. A decision depends on the prompt and the patches alone, not on
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from erasure.base import Base
 from erasure.errors import ErasureError
-from erasure.trajectories import TrajectoryPool, walk
+from erasure.trajectories import shifts
 
 FIRST = 3  # repeats before the first look
 CLEAR = 4.0  # standard errors
@@ -42,6 +44,7 @@ class LatentGate:
         guidance: of the deciding sampler.
         repeats: noises, at most.
         early: stop when the decision is clear.
+        ratio: how many times more than the empty prompt the patch must move a prompt.
     """
 
     on: float = -1.0
@@ -51,6 +54,7 @@ class LatentGate:
     guidance: float = 7.5
     repeats: int = 10
     early: bool = True
+    ratio: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -58,6 +62,8 @@ class LatentGate:
             right = isinstance(value, bool) if field.name == "early" else type(value) in (int, float)
             if not right or not math.isfinite(value):
                 raise ErasureError(f"a latent gate's {field.name} is {value!r}")
+        if self.ratio <= 0:
+            raise ErasureError(f"a latent gate's ratio is above 0, not {self.ratio}")
         if not 0 < self.after < self.steps or self.repeats < 1 or type(self.after * self.steps * self.repeats) is float:
             raise ErasureError(
                 f"a latent gate decides after {self.after} of {self.steps} steps, {self.repeats} times: "
@@ -75,7 +81,6 @@ class Decider:
         if getattr(pipe, "text_encoder_2", None) is not None or getattr(pipe, "text_encoder", None) is None:
             raise ErasureError(f"a latent gate decides on Stable Diffusion 1 and 2, not on {type(pipe).__name__}")
         self._base = Base("", pipe)
-        self._states: dict[tuple[str, int], TrajectoryPool] = {}
         self._empty: dict[tuple[Any, int], float] = {}
         self._found: dict[tuple[Any, str], bool] = {}
 
@@ -95,7 +100,7 @@ class Decider:
                 seeds = range(done, min(done + (FIRST if gate.early else gate.repeats), gate.repeats))
                 named = self._distances(gate, prompt, seeds, patched)
                 plain = self._plain(key, gate, seeds, patched)
-                differences += [a - b for a, b in zip(named, plain, strict=True)]
+                differences += [a - gate.ratio * b for a, b in zip(named, plain, strict=True)]
                 if clear(differences):
                     break
             self._found[key, prompt] = sum(differences) > 0
@@ -108,25 +113,11 @@ class Decider:
             self._empty |= {(key, seed): value for seed, value in zip(new, found, strict=True)}
         return [self._empty[key, seed] for seed in seeds]
 
-    @torch.no_grad()
     def _distances(
         self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]
     ) -> list[float]:
-        base, n = self._base, len(seeds)
-        state = walk(
-            base,
-            [(prompt, "")] * n,
-            seeds=list(seeds),
-            steps=gate.steps,
-            guidance=gate.guidance,
-            stop=gate.after,
-            judged=False,
-        )
-        x, t, texts = state.x.to(base.device, base.unet.dtype), state.t.to(base.device), base.encode([prompt] * n)
-        before = base.unet(x, t, texts).sample.float()
-        with patched():
-            after = base.unet(x, t, texts).sample.float()
-        return (after - before).flatten(1).norm(dim=1).tolist()
+        options: dict[str, Any] = {"after": gate.after, "steps": gate.steps, "guidance": gate.guidance}
+        return shifts(self._base, prompt, seeds, patched, **options)
 
 
 def clear(differences: list[float]) -> bool:
