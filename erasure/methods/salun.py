@@ -86,8 +86,8 @@ class SalUn(Gradient):
     forget_images: str | None = None
     retain_images: str | None = None
     forget_count: int = 24
-    retain_count: int = 64
-    sample_steps: int = 20
+    retain_count: int = 48
+    sample_steps: int = 15
     sample_guidance: float = 3.0
     iterations: int = 100
     batch_size: int = 8

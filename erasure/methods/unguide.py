@@ -32,11 +32,11 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
 from erasure.errors import ErasureError
-from erasure.neighbours import anchored, neighbours, prompt_of, retained
+from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts
 from erasure.train import Gradient, Run
 from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states, shifts
 
-OTHERS = 10  # prompts that the gate is set by
+OTHERS = 16  # prompts that the gate is set by
 CALIBRATED = 3  # noises each
 
 
@@ -137,11 +137,12 @@ class UnGuide(Gradient):
 
     @staticmethod
     def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
-        """OTHERS prompts that do not name the concepts: neighbours, and words drawn from the vocabulary."""
-        near = [prompt_of(one.kind, word) for one in concepts for word in neighbours(base, one)[:4]]
-        rest = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
-        return list(dict.fromkeys([*near[: OTHERS // 2], *(rest[i] for i in order)]))[:OTHERS]
+        """OTHERS prompts that do not name the concepts: half of them words, neighbours first, half words in styles."""
+        near = [prompt_of(one.kind, word) for one in concepts for word in neighbours(base, one)]
+        found = retain_prompts(base, concepts, 1_000, seed=seed)
+        words = list(dict.fromkeys([*near[: OTHERS // 4], *(text for text in found if " in " not in text)]))
+        styled = [text for text in found if " in " in text]
+        return [*words[: OTHERS // 2], *styled[: OTHERS // 2]]
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The objective on one batch."""
