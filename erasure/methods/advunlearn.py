@@ -140,13 +140,16 @@ class AdvUnlearn(Gradient):
         base.unet.requires_grad_(False)
         pools: list[TrajectoryPool | None] = [None, None]
         if not self.parity:
-            counts = (max(self.trajectories, len(pairs)), self.sample_steps), (len(kept), self.retain_sample_steps)
-            for i, (texts, (count, steps)) in enumerate(zip((pairs, [(r, "") for r in kept]), counts, strict=True)):
+            wanted = (
+                ("concept", pairs, self.trajectories, self.sample_steps),
+                ("retain", [(text, "") for text in kept], self.retain_trajectories, self.retain_sample_steps),
+            )
+            for i, (name, texts, count, steps) in enumerate(wanted):
                 pools[i] = kept_pool(
-                    run.path(("concept.safetensors", "retain.safetensors")[i]),
+                    run.path(f"{name}.safetensors"),
                     base,
                     texts,
-                    trajectories=count,
+                    trajectories=max(count, len(texts)),  # at least one of each
                     seed=run.seed + i,
                     steps=steps,
                     guidance=self.trajectory_guidance,
