@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasure.base import Base
+from erasure.concept import Concept
 from erasure.diffusion import guide
 from erasure.errors import ErasureError
+from erasure.neighbours import naming
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -112,3 +114,33 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
         inside = path.parent.relative_to(top).parts
         prompts.append(inside[-1] if inside else prompt)
     return Images(torch.cat(mean), torch.cat(std), prompts)
+
+
+def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, str]]:
+    """The images of a folder with the concepts' prompts, and what each prompt is relabelled to.
+
+    An image lies in a subfolder that names its concept, alone or in a longer prompt; of one concept it may lie
+    anywhere. Images without a prompt of their own are dealt over the concept's names.
+
+    Raises:
+        ErasureError: an image of no concept, a concept without an image.
+    """
+    texts: list[str] = []
+    pseudo: dict[str, str] = {}
+    seen = dict.fromkeys((one.name for one in concepts), 0)
+    wanted = f"give each concept a subfolder of its name: {', '.join(seen)}"
+    for prompt in images.prompts:
+        names = {one: [name.lower() for name in one.names] for one in concepts}
+        owner = next((one for one in concepts if naming(prompt, names[one])), None)
+        if owner is None and len(concepts) > 1:
+            raise ErasureError(f"an image of {prompt or 'nothing'!r} among those to forget: {wanted}")
+        owner = owner or concepts[0]
+        pairs = dict(owner.prompt_pairs())
+        bare = list(pairs)[: len(owner.names)]
+        text = bare[seen[owner.name] % len(bare)] if prompt.lower() in ("", *names[owner]) else prompt
+        seen[owner.name] += 1
+        texts.append(text)
+        pseudo[text] = pairs.get(text, pairs[bare[0]])
+    if missing := [name for name, count in seen.items() if not count]:
+        raise ErasureError(f"no image of {', '.join(missing)} among those to forget: {wanted}")
+    return replace(images, prompts=texts), pseudo

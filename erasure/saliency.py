@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,7 +59,7 @@ def _bin(parts: Iterable[Tensor], wanted: int) -> tuple[int, int]:
     """The bin that holds the `wanted`-th largest of all values, and how many of that bin are needed."""
     counts = torch.zeros(BINS, dtype=torch.int64)
     for part in parts:
-        counts += torch.bincount(part.flatten().long().cpu(), minlength=BINS)
+        counts += torch.bincount(part.flatten(), minlength=BINS).cpu()  # where the scores lie: only counts travel
     above = counts.flip(0).cumsum(0).flip(0) - counts  # how many lie in higher bins
     at = int(((above < wanted) & (above + counts >= wanted)).nonzero()[0])
     return at, wanted - int(above[at])
@@ -66,14 +68,26 @@ def _bin(parts: Iterable[Tensor], wanted: int) -> tuple[int, int]:
 def write_mask(
     masks: Mapping[str, Tensor], path: str | os.PathLike[str], names: Mapping[str, str] | None = None
 ) -> None:
-    """Write masks bit-packed, as safetensors; `names` renames them (`compvis_names` for the published names)."""
+    """Write masks as safetensors, a bit a weight; `names` renames them (`compvis_names` for the published names).
+
+    The published file is a pickle with eight bytes a weight. It is read but not written: whoever opens a pickle runs
+    what is in it. The published names in a safetensors file say the same.
+
+    Raises:
+        ErasureError: the file cannot be written.
+    """
     target = Path(path)
-    tensors = {(names or {}).get(name, name): pack(mask.to(torch.uint8))[0] for name, mask in masks.items()}
+    tensors = {(names or {}).get(name, name): pack(mask.cpu())[0] for name, mask in masks.items()}
     shapes = {(names or {}).get(name, name): ",".join(map(str, mask.shape)) for name, mask in masks.items()}
     temporary = target.with_name(target.name + ".tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={"erasure.mask": "1", **shapes})
-    os.replace(temporary, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"erasure.mask": "1", **shapes})
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as fault:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ErasureError(f"{target}: the mask cannot be written: {fault}") from None
 
 
 def read_mask(path: str | os.PathLike[str], unet: Any) -> dict[str, Tensor]:
@@ -125,7 +139,7 @@ def _unpacked(path: Path) -> dict[str, Tensor]:
     found = {}
     for name, bits in packed.items():
         shape = [int(side) for side in notes[name].split(",") if side]
-        marked = int(sum(byte.bit_count() for byte in bits.tolist()))
+        marked = int(numpy.unpackbits(bits.numpy()).sum())
         found[name] = unpack(bits, torch.ones(marked, dtype=torch.uint8), shape).bool()
     return found
 

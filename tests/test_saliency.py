@@ -67,6 +67,15 @@ def test_a_mask_comes_back_from_its_file_under_both_names(tmp_path):
         assert found.keys() == masks.keys() and all(torch.equal(found[key], masks[key]) for key in masks)
 
 
+def test_a_mask_that_cannot_be_written(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "taken", tmp_path / "file" / "mask.safetensors"):
+        with pytest.raises(ErasureError, match="cannot be written"):
+            write_mask({"a": torch.ones(3, dtype=torch.bool)}, path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
+
+
 def test_the_published_file_is_read(tmp_path):
     unet = tiny_unet()
     masks, names = masks_of(unet), compvis_names(unet)

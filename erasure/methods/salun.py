@@ -10,18 +10,22 @@ prompt c as another one, c', and to draw the retain images as before:
 
     L = || e(z_t, c) - sg[e(z_t, c')] ||^2 + alpha || eps - e(z_t^r, r) ||^2
 
+For v-prediction the first term is taken of the raw outputs, the others of the noise that they stand for.
+
 Cost: 2 F a step for every image that the base draws, 2F + 2B a forget image for the mask, 24F + 16B an update of
 8 + 8 images, as published.
 
-Deviations, undone by `parity=True`: c' is the nearest other word (published: the next class of the list); the target
-may be the frozen base's (`target=base`); fewer updates at a higher rate. With a folder of images the published code
-draws the latent of the student and of the target apart; we use one. Published class-wise runs learn from
-photographs, which cost no F; here the base draws them unless a folder is given.
+Deviations, undone by `parity=True`: c' is the nearest other word (published: the next class of the list); student
+and target see the same latent (published: two draws of the autoencoder's posterior, which differ for the images of a
+folder); fewer updates at a higher rate; shorter, less guided sampling. Not undone: published class-wise runs learn
+from photographs, here the base draws the images unless a folder is given; and the published port to UnlearnCanvas
+compares a name with tensors, so that its mask is never applied: `density=1` is that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -29,18 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.adapters import Weights
-from erasure.base import Base
+from erasure.base import BUNDLED, Base
 from erasure.concept import Concept
 from erasure.diffusion import add_noise, guide, to_eps
 from erasure.errors import ErasureError, unknown
-from erasure.images import Images, drawn, read_folder
-from erasure.neighbours import anchored, prompt_of, retained
+from erasure.images import Images, drawn, read_folder, shown
+from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts, retained, words
 from erasure.saliency import read_mask, top, write_mask
 from erasure.train import Gradient, Run
 
 EVERYTHING = "all"  # norms and biases too, as published
 TEACHERS = ("current", "base")
-NOISED = 1000
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class SalUn(Gradient):
         mask_guidance: g of the saliency.
         retain_weight: alpha.
         target: the network that answers c': current (with a stopped gradient, as published) or base.
-        forget_images: a folder of the user's; None: the base draws them.
-        retain_images: the same; subfolders are named by what they show.
+        forget_images: a folder of images of the concept; None: the base draws them. Of several concepts, each has
+            its subfolder, named by it.
+        retain_images: a folder of images of everything else; subfolders are named by what they show.
         forget_count: images of the concept to draw.
-        retain_count: images of everything else to draw.
+        retain_count: images of everything else to draw: up to half of them of the nearest words.
         sample_steps: of drawn images.
         sample_guidance: of drawn images.
         iterations: updates.
@@ -101,6 +105,8 @@ class SalUn(Gradient):
                 raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if not 0 < self.learning_rate < 1:
             raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
+        if self.retain_weight < 0:
+            raise ErasureError(f"retain_weight={self.retain_weight}: below 0 the retain images would be unlearnt")
         if not 0 < self.density <= 1:
             raise ErasureError(f"density={self.density}: expected a share above 0 and at most 1")
         if self.target not in TEACHERS:
@@ -108,34 +114,62 @@ class SalUn(Gradient):
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Images, the prompts that they are relabelled to, the mask."""
-        kept = retained(base, concepts)
-        if not kept and self.retain_images is None:
-            raise ErasureError("no retain images: every word of the vocabulary is the concept; name others with keep")
-        pairs = [pair for one in concepts for pair in anchored(base, one, concepts, first=self.parity).prompt_pairs()]
-        pseudo = dict(pairs)
+        given = read_mask(self.mask, base.unet) if self.mask is not None else None
+        led = [self.relabelled(base, one, concepts) for one in concepts]
+        texts = self.kept(base, concepts, run.seed) if self.retain_images is None else []
         options: dict[str, Any] = {"steps": self.sample_steps, "guidance": self.sample_guidance}
-        forget_prompts = [c for c, _ in pairs]
         if self.forget_images is not None:
-            forget = read_folder(base, self.forget_images, forget_prompts[0])
-            pseudo |= {prompt: pairs[0][1] for prompt in forget.prompts if prompt not in pseudo}
+            forget, pseudo = shown(read_folder(base, self.forget_images), led)
         else:
-            count = max(self.forget_count, len(pairs))
-            path = run.path("forget.safetensors")
-            forget = drawn(base, forget_prompts, count, seed=2 * run.seed, path=path, **options)
+            pseudo = dict(pair for one in led for pair in one.prompt_pairs())
+            count, path = max(self.forget_count, len(pseudo)), run.path("forget.safetensors")
+            forget = drawn(base, list(pseudo), count, seed=2 * run.seed, path=path, **options)
         if self.retain_images is not None:
             retain = read_folder(base, self.retain_images)
         else:
-            texts, path = [prompt_of(kind, word) for kind, word in kept], run.path("retain.safetensors")
-            retain = drawn(base, texts, self.retain_count, seed=2 * run.seed + 1, path=path, **options)
+            count, path = max(self.retain_count, len(texts)), run.path("retain.safetensors")
+            retain = drawn(base, texts, count, seed=2 * run.seed + 1, path=path, **options)
         adapter = Weights(base.unet, self.trained(base))
         state = State(base, forget, retain, pseudo, adapter, run.seed)
         try:
-            if self.density < 1 or self.mask is not None:
-                self._masked(state, run)
+            if self.density < 1 or given is not None:
+                self._masked(state, run, given)
         except BaseException:
             adapter.remove()
             raise
         return state
+
+    def relabelled(self, base: Base, concept: Concept, concepts: list[Concept]) -> Concept:
+        """The concept with what its prompts are to show: its anchor, else the nearest word; as published, the next."""
+        if concept.anchor is not None or not self.parity:
+            return anchored(base, concept, concepts)
+        listed = [
+            word
+            for kind, several in words(base.name in BUNDLED).items()
+            for word in several
+            if (kind == "style") == (concept.kind == "style")
+        ]
+        at = listed.index(concept.name) + 1 if concept.name in listed else 0
+        left = {word for _, word in retained(base, concepts)}
+        after = [word for word in listed[at:] + listed[:at] if word in left]
+        return (
+            replace(concept, anchor=prompt_of(concept.kind, after[0])) if after else anchored(base, concept, concepts)
+        )
+
+    def kept(self, base: Base, concepts: list[Concept], seed: int) -> list[str]:
+        """Prompts of the retain images: what is to be kept, the nearest words of each concept, others.
+
+        Raises:
+            ErasureError: there is nothing to retain.
+        """
+        left = {word: kind for kind, word in retained(base, concepts)}
+        if not left:
+            raise ErasureError("no retain images: every word of the vocabulary is the concept; name others with keep")
+        turns = zip_longest(*(neighbours(base, one) for one in concepts))
+        named = {word for one in concepts for word in one.keep}
+        near = [word for turn in turns for word in turn if word in left and word not in named]
+        first = [prompt_of(left[word], word) for word in dict.fromkeys(near)][: self.retain_count // 2]
+        return retain_prompts(base, concepts, self.retain_count, first=first, seed=seed)
 
     def trained(self, base: Base) -> dict[str, nn.Module]:
         """The modules that may train, by path."""
@@ -144,10 +178,12 @@ class SalUn(Gradient):
         modules = base.unet.named_modules()
         return {path: one for path, one in modules if next(one.parameters(recurse=False), None) is not None}
 
-    def _masked(self, state: State, run: Run) -> None:
+    def _masked(self, state: State, run: Run, given: dict[str, Tensor] | None) -> None:
         names, path = set(state.adapter.parameters()), run.path("mask.safetensors")
-        if self.mask is not None:
-            masks = {name: mask for name, mask in read_mask(self.mask, state.base.unet).items() if name in names}
+        if given is not None:
+            masks = {name: mask for name, mask in given.items() if name in names}
+            if not any(mask.any() for mask in masks.values()):
+                raise ErasureError(f"{self.mask}: marks none of the weights that train (variant={self.variant})")
         elif path is not None and path.is_file():
             masks = read_mask(path, state.base.unet)
         else:
@@ -177,7 +213,7 @@ class SalUn(Gradient):
 
     def noised(self, base: Base, z: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, t and eps for latents z [n, c, h, w], t uniform."""
-        t = torch.randint(NOISED, (len(z),), generator=draw).to(base.device)
+        t = torch.randint(base.scheduler.config.num_train_timesteps, (len(z),), generator=draw).to(base.device)
         eps, z = torch.randn(z.shape, generator=draw).to(base.device), z.to(base.device)
         return add_noise(base.scheduler, z, eps, t), t, eps
 
@@ -186,17 +222,20 @@ class SalUn(Gradient):
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         forget = torch.randint(len(state.forget), (self.batch_size,), generator=draw)
         retain = torch.randint(len(state.retain), (self.batch_size,), generator=draw)
-        x, t, _ = self.noised(base, state.forget.sample(forget, draw), draw)
+        x, t, eps = self.noised(base, state.forget.sample(forget, draw), draw)
         x_r, t_r, eps_r = self.noised(base, state.retain.sample(retain, draw), draw)
+        seen = x
+        if self.parity:  # the published target encodes the image once more: another draw of its posterior
+            seen = add_noise(base.scheduler, state.forget.sample(forget, draw).to(base.device), eps, t)
         named = [state.forget.prompts[int(i)] for i in forget]
         kept = [state.retain.prompts[int(i)] for i in retain]
         pseudo = base.encode([state.pseudo[text] for text in named])
         with torch.no_grad():
             if self.target == "base":
                 with state.adapter.off():
-                    wanted = base.unet(x, t, pseudo).sample.float()
+                    wanted = base.unet(seen, t, pseudo).sample.float()
             else:
-                wanted = base.unet(x, t, pseudo).sample.float()
+                wanted = base.unet(seen, t, pseudo).sample.float()
         out = base.unet(torch.cat([x, x_r]), torch.cat([t, t_r]), base.encode(named + kept)).sample.float()
         made, held = out.chunk(2)
         return {

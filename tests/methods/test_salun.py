@@ -12,9 +12,11 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import add_noise
 from erasure.errors import ErasureError
+from erasure.images import Images, shown
 from erasure.methods import configure, erase
 from erasure.methods.salun import SalUn
-from erasure.saliency import read_mask
+from erasure.neighbours import neighbours, prompt_of, retained, words
+from erasure.saliency import read_mask, write_mask
 from erasure.train import Run
 from tests.tiny import tiny_pipeline
 
@@ -106,13 +108,19 @@ def test_without_a_mask_everything_trains_norms_and_biases_too(base):
     assert set(patch.payload.names("unet")) == {name for name, _ in base.unet.named_parameters()}
 
 
-def test_the_concept_is_relabelled_to_the_nearest_word_or_to_the_next(base):
-    for parity in (False, True):
-        settings = {**SMALL, **({"parity": True} if parity else {})}
-        method = configure("salun", "object", settings)
-        state = method.prepare(base, [Concept("cat")], Run(progress=False))
-        assert set(state.pseudo) == {"cat"} and state.pseudo["cat"] not in ("", "cat")
-        state.adapter.remove()
+def test_the_concept_is_relabelled_to_the_nearest_word_or_as_published_to_the_next(base):
+    method = dataclasses.replace(SalUn(), **SMALL)
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    assert state.pseudo == {"cat": neighbours(base, Concept("cat"))[0]}
+    state.adapter.remove()
+    published, listed = configure("salun", "object", {"parity": True}), words(False)["object"]
+    for name, after in zip(listed[3:6], listed[4:7], strict=True):
+        assert published.relabelled(base, Concept(name), [Concept(name)]).anchor == after
+    both = [Concept(listed[3]), Concept(listed[4])]
+    assert published.relabelled(base, both[0], both).anchor == listed[5]
+    styles = [word for kind, word in retained(base, [Concept("cat")]) if kind == "style"]
+    last = Concept(styles[-1], kind="style")
+    assert published.relabelled(base, last, [last]).anchor == f"{styles[0]} style"  # round to the first
     style = dataclasses.replace(SalUn(), **SMALL)
     state = style.prepare(base, [Concept("red", kind="style", anchor="blue style")], Run(progress=False))
     assert state.pseudo["a dog in red style"] == "a dog in blue style"
@@ -132,9 +140,71 @@ def test_images_of_the_users_folder(base, tmp_path):
     state.adapter.remove()
 
 
+def test_the_published_target_sees_another_draw_of_the_posterior(base):
+    """With std = 0 the two draws are one latent; with std > 0 the clean loss stays what it was, the published not."""
+    images = Images(torch.randn(3, *base.latent_shape()), torch.zeros(3, *base.latent_shape()), ["cat"] * 3)
+    clean = dataclasses.replace(SalUn(), **SMALL, density=1.0)
+    published = dataclasses.replace(clean, parity=True)
+    state = clean.prepare(base, [Concept("cat", anchor="cat person")], Run(progress=False))
+    state.forget, state.pseudo = images, {"cat": "cat"}  # relabelled to itself: what is left is the latents' difference
+    assert clean.loss(state, 1)["relabel"] < 1e-9 and published.loss(state, 1)["relabel"] < 1e-9
+    state.forget = dataclasses.replace(images, std=torch.ones(3, *base.latent_shape()))
+    assert clean.loss(state, 1)["relabel"] < 1e-9 and published.loss(state, 1)["relabel"] > 1e-6
+    state.adapter.remove()
+
+
+def test_what_is_retained_is_near_the_concept_and_also_far(base):
+    method = dataclasses.replace(SalUn(), retain_count=24)
+    for concept in (Concept("cat", aliases=("kitten",)), Concept("Claude Monet", kind="style")):
+        texts = method.kept(base, [concept], 0)
+        near = [prompt_of(concept.kind, word) for word in neighbours(base, concept)]
+        assert texts[: len(near)] == near and len(set(texts)) == 24
+        assert any("style" not in text for text in texts)
+        assert not any(name.lower() in text.lower().split() for text in texts for name in concept.names)
+    several = [Concept(name) for name in words(False)["object"][:5]]
+    texts = method.kept(base, several, 0)  # 5 x 8 neighbours: a turn each, half of the images
+    assert len(texts) == 24 and {neighbours(base, one)[0] for one in several} - {one.name for one in several} < {*texts}
+    keep = tuple(f"cat number {i}" for i in range(30))
+    assert set(keep) <= set(method.kept(base, [Concept("cat", keep=keep)], 0))
+
+
+def test_a_folder_names_the_concepts_of_its_images():
+    def label(prompts, *concepts):
+        images = Images(torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1), prompts)
+        found, pseudo = shown(images, list(concepts))
+        return found.prompts, pseudo
+
+    cat, car = Concept("cat", aliases=("kitty",), anchor="dog"), Concept("car", anchor="boat")
+    assert label(["", "", "kitty", "cats"], cat) == (
+        ["cat", "kitty", "cat", "cats"],
+        {"cat": "dog", "kitty": "dog", "cats": "dog"},
+    )
+    assert label(["cat", "a red car"], cat, car) == (["cat", "a red car"], {"cat": "dog", "a red car": "boat"})
+    ink = Concept("ink", kind="style", anchor="oil style")
+    assert label(["", "a dog in ink style"], ink)[1] == {
+        "ink style": "oil style",
+        "a dog in ink style": "a dog in oil style",
+    }
+    with pytest.raises(ErasureError, match="subfolder of its name: cat, car"):
+        label(["cat", ""], cat, car)
+    with pytest.raises(ErasureError, match="no image of car"):
+        label(["cat", "kitty"], cat, car)
+
+
+@pytest.mark.parametrize("target", ["zeros", "elsewhere"])
+def test_a_mask_that_lets_nothing_train_is_refused_before_anything_is_drawn(base, tmp_path, target):
+    names = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in base.unet.named_parameters()}
+    if target == "elsewhere":  # all that it marks lies outside of the variant
+        names["conv_in.weight"] |= True
+    write_mask(names, tmp_path / "m.safetensors")
+    with pytest.raises(ErasureError, match="none of the weights that train"):
+        erase(base, "cat", "salun", progress=False, **SMALL, variant="x", mask=str(tmp_path / "m.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ({"retain_weight": -1.0}, "retain_weight=-1"),
         ({"density": 0.0}, "density=0"),
         ({"target": "teacher"}, "current"),
         ({"forget_images": "nowhere"}, "no folder"),
