@@ -255,7 +255,8 @@ def picture(rows: list[Row], folder: Path, prompts: int = 3) -> Any:
             if not (place / "images").is_dir() or not report.is_file():
                 continue
             x, y = column * block + gap, head + line * (side + head)
-            pen.text((x, 2), method, fill="black")
+            if line == 0:
+                pen.text((x, 2), method, fill="black")
             pen.text((x, y + side + 2), name, fill="#b00020")
             for i, identity in enumerate(_shown(report, name, prompts)):
                 path = place / "images" / f"{identity}.png"
