@@ -94,6 +94,17 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
 
+    attack = add("attack", "what an attacker gets back", model, patches, sampling)
+    attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
+    attack.add_argument("--attack", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
+    attack.add_argument("--list", action="store_true", help="name the attacks and end")
+    attack.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    attack.add_argument("--cases", type=int, default=12, help="prompts to attack")
+    attack.add_argument("--budget", default="lite", help="lite (for a CPU) or full (as published)")
+    attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the one attack")
+    attack.add_argument("--seed", type=int, default=0)
+    attack.add_argument("-o", "--out", type=Path, default=Path("attack"))
+
     bench = add("bench", "methods x concepts on glyph, as a table")
     bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
     bench.add_argument("--concepts", nargs="+", help='"a+b" are erased together; default: configs/concepts/glyph.yaml')

@@ -173,16 +173,8 @@ def run_generate(given: argparse.Namespace) -> None:
 def run_evaluate(given: argparse.Namespace) -> None:
     """`erasure evaluate`."""
     from erasure.evaluation import evaluate
-    from erasure.patch import read_header
 
-    concept: Any = given.concept
-    if concept is None:
-        if not given.patch:
-            raise ErasureError("say which concept should be gone, or give --patch")
-        concepts = [
-            entry for item in given.patch for entry in json.loads(read_header(_strength(item)[0])["erasure.concepts"])
-        ]
-        concept = [entry["name"] for entry in concepts]
+    concept = _gone(given)
     options = {"prompts": given.prompts} if given.prompts else {}
     report = evaluate(
         _pipeline(given),
@@ -194,6 +186,48 @@ def run_evaluate(given: argparse.Namespace) -> None:
         batch_size=given.batch_size,
         progress=not given.json,
         **options,
+    )
+    _say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
+
+
+def _gone(given: argparse.Namespace) -> Any:
+    """What should be gone: the concept of the command line, or what the patches say."""
+    from erasure.patch import read_header
+
+    if given.concept is not None:
+        return given.concept
+    if not given.patch:
+        raise ErasureError("say which concept should be gone, or give --patch")
+    concepts = [
+        entry for item in given.patch for entry in json.loads(read_header(_strength(item)[0])["erasure.concepts"])
+    ]
+    return [entry["name"] for entry in concepts]
+
+
+def run_attack(given: argparse.Namespace) -> None:
+    """`erasure attack`."""
+    from erasure.config import parse_overrides
+    from erasure.evaluation.attacks import find, names
+    from erasure.evaluation.attacks.run import attack
+
+    if given.list:
+        rows = {name: (find(name).__doc__ or "").split("\n")[0] for name in names()}
+        _say(given, rows, "\n".join(f"{name:20}{text}" for name, text in rows.items()))
+        return
+    report = attack(
+        _pipeline(given),
+        _gone(given),
+        given.attack or "all",
+        folder=given.out,
+        prompts=given.prompts,
+        cases=given.cases,
+        budget=given.budget,
+        settings=parse_overrides(given.set),
+        steps=given.steps,
+        guidance=given.guidance,
+        batch_size=given.batch_size,
+        seed=given.seed,
+        progress=not given.json,
     )
     _say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
@@ -284,6 +318,7 @@ RUN = {
     "plan": run_plan,
     "generate": run_generate,
     "evaluate": run_evaluate,
+    "attack": run_attack,
     "patch": run_patch,
     "methods": run_methods,
     "models": run_models,

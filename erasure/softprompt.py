@@ -5,7 +5,7 @@ AdvUnlearn trains against them; attacks look for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ class Slots:
     """A prompt with room for k vectors.
 
     Args:
-        ids: tokens [1, length], with a stand-in where the vectors go.
-        at: their places [k].
+        ids: tokens [1, length], or [n, length] of several prompts, with a stand-in where the vectors go.
+        at: their places [k], or [n, k].
         add: the vectors are added to the tokens' own embeddings, not put in their place.
     """
 
@@ -49,7 +49,7 @@ def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool =
         raise unknown("place", place, PLACES)
     if count < 1:
         raise ErasureError(f"{count} vectors: at least 1 is needed")
-    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     start, *words = tokenizer(text, verbose=False).input_ids[:-1]
     if place == "add":
         if not words:
@@ -65,13 +65,37 @@ def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool =
     placed = {"prefix": room + words, "suffix": words + room, "replace": room, "add": words}
     row = [start, *placed[place], *rest]
     first = 1 + (len(words) if place == "suffix" else 0)
-    at = range(first, first + count)
+    return _fitted(tokenizer, text, row, range(first, first + count), place == "add")
+
+
+def between(tokenizer: Any, before: str, after: str, count: int) -> Slots:
+    """Room for `count` vectors between two pieces of text, of which either may be empty.
+
+    Raises:
+        ErasureError: no room, or a count below 1.
+    """
+    if count < 1:
+        raise ErasureError(f"{count} vectors: at least 1 is needed")
+    end = tokenizer.eos_token_id
+    start, *head = tokenizer(before, verbose=False).input_ids[:-1]
+    tail = tokenizer(after, verbose=False).input_ids[1:-1]
+    row = [start, *head, *[end] * count, *tail]
+    first = 1 + len(head)
+    return _fitted(tokenizer, f"{before} {after}", row, range(first, first + count))
+
+
+def _fitted(tokenizer: Any, text: str, row: list[int], at: range, add: bool = False) -> Slots:
+    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
     if len(row) + 1 > length:
         raise ErasureError(
-            f"{text[:40]!r} with {count} vectors takes {len(row) + 1} tokens; there is room for {length}"
+            f"{text[:40]!r} with {len(at)} vectors takes {len(row) + 1} tokens; there is room for {length}"
         )
-    ids = torch.tensor([row + [end] * (length - len(row))])
-    return Slots(ids, torch.tensor(list(at)), place == "add")
+    return Slots(torch.tensor([row + [end] * (length - len(row))]), torch.tensor(list(at)), add)
+
+
+def join(places: Sequence[Slots]) -> Slots:
+    """The slots of several prompts, of which each has as many, as one batch."""
+    return Slots(torch.cat([one.ids for one in places]), torch.stack([one.at for one in places]), places[0].add)
 
 
 def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
@@ -79,15 +103,16 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
 
     Gradients flow to the vectors and to whatever trains in the encoder. None leaves the stand-ins.
     """
-    rows = 1 if vectors is None or vectors.dim() == 2 else len(vectors)
-    ids = where.ids.to(next(encoder.parameters()).device).repeat(rows, 1)
+    rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
+    ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
     if vectors is None:
         return encoder(ids)[0]
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         made = output.clone()
+        row = torch.arange(rows, device=output.device)[:, None]
         at = where.at.to(output.device)
-        made[:, at] = vectors.to(output.dtype) + (output[:, at] if where.add else 0)
+        made[row, at] = vectors.to(output.dtype) + (output[row, at] if where.add else 0)
         return made
 
     handle = encoder.get_input_embeddings().register_forward_hook(put)

@@ -31,7 +31,7 @@ MAY = {
     "similarity": CORE,
     "pipelines": {*CORE, "patch", "similarity", "trajectories"},
     "prompts": {"errors", "glyph", "evaluation"},
-    "evaluation": {*CORE, "patch", "pipelines", "prompts"},
+    "evaluation": {*CORE, "patch", "pipelines", "prompts", "softprompt"},
     "trajectories": CORE,
     "adapters": {*CORE, "patch"},
     "train": {*CORE, "adapters", "patch", "monitor"},

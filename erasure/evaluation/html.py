@@ -13,6 +13,7 @@ from PIL import Image
 from erasure.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
+    from erasure.evaluation.attacks.report import AttackReport
     from erasure.evaluation.report import Report, Shown
 
 STYLE = """
@@ -48,10 +49,7 @@ def page(report: Report, images: list[Shown]) -> str:
     targets = [shown for shown in images if shown[1]]
     kept = [shown for shown in images if not shown[1]]
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{STYLE}</style>",
-        f"<h1>{escape(title)}</h1><p>{escape(report.summary())}.</p>",
+        opening(title, report.summary()),
         f'<div class="wide">{table(report)}</div>',
         faults(report),
         "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets) if targets else "",
@@ -60,6 +58,40 @@ def page(report: Report, images: list[Shown]) -> str:
             f"<h2>Each {escape(head)}: share drawn right</h2>{bars(report, head)}"
             for head in report.accuracies["patched"]
         ),
+        f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def opening(title: str, summary: str) -> str:
+    """A page's head, its title and first sentence."""
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(summary)}.</p>"
+    )
+
+
+def attack_page(report: AttackReport, grid: Image.Image) -> str:
+    """The page of `erasure attack`."""
+    head, *rows = report.rows()
+    lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
+    lines += ["".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
+    asked = [
+        f"<tr><td>{escape(one.name)}<td>{escape(case)}<td>{one.won.get(case, '')}<td>{escape(text)}</tr>"
+        for one in report.outcomes
+        for case, text in one.asked.items()
+    ]
+    parts = [
+        opening(f"Attacked: {', '.join(report.concept)}", report.summary()),
+        f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
+        '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
+        "many tries without the search. This says what was tried, not that nothing else would work.</p>",
+        faults(report),
+        "<h2>What came back</h2>"
+        + f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
+        "<h2>What was asked last</h2>"
+        + f'<div class="wide"><table><tr><th>attack<th>case<th>won at try<th>asked</tr>{"".join(asked)}</table></div>',
         f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
@@ -89,7 +121,7 @@ def table(report: Report) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def faults(report: Report) -> str:
+def faults(report: Report | AttackReport) -> str:
     """What could not be judged, if anything."""
     if not report.faults:
         return ""

@@ -6,7 +6,7 @@ from erasure.pipelines.classes import (
     ErasedStableDiffusionPipeline,
     ErasedStableDiffusionXLPipeline,
 )
-from erasure.pipelines.mixin import PatchMixin, load_patch
+from erasure.pipelines.mixin import PatchMixin, load_patch, sibling
 from erasure.pipelines.stack import PatchStack, patch_stack
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "PatchStack",
     "load_patch",
     "patch_stack",
+    "sibling",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from erasure.base import resolve
 from erasure.errors import ErasureError
 from erasure.patch import Patch
-from erasure.pipelines.stack import Acting, patch_stack
+from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
 
 PatchSource = str | os.PathLike[str] | Patch
 
@@ -137,6 +137,17 @@ class PatchMixin:
         plain = next(cls for cls in type(self).__mro__ if not issubclass(cls, PatchMixin) and cls is not object)
         config["_class_name"] = plain.__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:
+    """Another erased pipeline over the same components and the same stack of patches.
+
+    What is loaded, set or unloaded on one holds for both.
+    """
+    other: Any = cls(**pipe.components)
+    setattr(other, ATTRIBUTE, patch_stack(pipe))
+    other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return other
 
 
 def _prompts(given: Mapping[str, Any]) -> tuple[int, list[list[str]] | None]:

@@ -1,0 +1,193 @@
+"""Attacks: what somebody gets back who wants the concept again. One family a file; run.py counts.
+
+An attack looks for something else to ask, or to do, so that the erased model shows the concept. It yields rounds of
+attempts, one a case; whether an attempt succeeds is for a judge of images to say, never for the attack.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from erasure.errors import ErasureError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHERE = {  # name -> file; the order of `erasure attack all`
+    "encoder": "embeddings",
+    "rece": "embeddings",
+    "ring-a-bell-direct": "ring",
+    "ring-a-bell": "ring",
+    "unlearndiffatk": "tokens",
+    "p4d": "tokens",
+    "uma": "embeddings",
+    "inversion": "embeddings",
+    "img2img": "images",
+    "relearning": "weights",
+    "random": "tokens",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt that shows the concept on the base.
+
+    Args:
+        latents: of the base's picture, [c, h, w], scaled as the UNet takes them.
+        before: what stands before the concept's name in the prompt.
+        after: what stands behind it; the whole prompt, where the name does not occur.
+    """
+
+    id: str
+    prompt: str
+    seed: int
+    latents: Tensor
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is asked instead of a case's prompt.
+
+    Args:
+        prompt: a text, which gates see too.
+        embeds: states [tokens, width] in place of a text.
+        strength: begin from the base's picture, with this share of the noise (img2img).
+        note: what to call it in the record, where there is no prompt.
+    """
+
+    prompt: str | None = None
+    embeds: Tensor | None = None
+    strength: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """Settings of an attack: the fields' defaults are the published ones, LITE a budget for a CPU."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    access: ClassVar[str]  # what the attacker has: text, embeddings, weights
+    LITE: ClassVar[dict[str, Any]] = {}
+    CURVE: ClassVar[bool] = False  # every case is asked in every round: what counts is how it grows
+
+    @abstractmethod
+    def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
+        """Yield attempts by the number of their case, round by round.
+
+        `safe` holds the cases that have withstood so far; it shrinks between rounds. What the attack changes in the
+        model it takes back when it is closed.
+        """
+
+    def control(self, tries: int) -> Attack | None:
+        """The same effort without the search, as many rounds; None where there is no such thing."""
+        return None
+
+
+def names() -> list[str]:
+    """The attacks there are."""
+    return list(WHERE)
+
+
+def find(name: str) -> type[Attack]:
+    """An attack by its name.
+
+    Raises:
+        ErasureError: no such attack.
+    """
+    if name not in WHERE:
+        raise unknown("attack", name, names())
+    module = importlib.import_module(f"erasure.evaluation.attacks.{WHERE[name]}")
+    return next(
+        each for each in vars(module).values() if isinstance(each, type) and getattr(each, "name", None) == name
+    )
+
+
+def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
+    """An attack with its budget, `lite` or `full` (the published one), and single settings.
+
+    Raises:
+        ErasureError: an unknown attack, budget or setting.
+    """
+    cls = find(name)
+    if budget not in ("lite", "full"):
+        raise unknown("budget", budget, ("lite", "full"))
+    known = [each.name for each in fields(cls)]
+    for key in settings:
+        if key not in known:
+            raise unknown(f"setting of {name}", key, known)
+    return cls(**{**(cls.LITE if budget == "lite" else {}), **settings})
+
+
+class Victim:
+    """The erased pipeline as an attacker with its weights sees it.
+
+    Outside a pipeline's call gates cannot decide, so a search meets gated patches folded in: acting on everything.
+    """
+
+    def __init__(self, pipe: Any, switched_off: Callable[[Any], Any]) -> None:
+        if getattr(pipe, "text_encoder_2", None) is not None:
+            raise ErasureError("attacks know models with one text encoder; this one has two")
+        self.pipe, self._off = pipe, switched_off
+        self.device = pipe.unet.device
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """The base: every patch at strength 0."""
+        with self._off(self.pipe):
+            yield
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Gated patches act on everything."""
+        if not getattr(self.pipe, "get_list_patches", dict)():
+            yield
+            return
+        self.pipe.fuse_patches()
+        try:
+            yield
+        finally:
+            self.pipe.unfuse_patches()
+
+    def states(self, texts: Sequence[str]) -> Tensor:
+        """What the text encoder says now [n, tokens, width]; nothing is kept, for patches may change it."""
+        import torch
+
+        tokenizer = self.pipe.tokenizer
+        ids = tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        with torch.no_grad():
+            return self.pipe.text_encoder(ids.to(self.device))[0]
+
+    def eps(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """The noise that the UNet sees in x [n, c, h, w] at t [n]."""
+        from erasure.diffusion import to_eps
+
+        output = self.pipe.unet(x.to(self.pipe.unet.dtype), t, states.to(self.pipe.unet.dtype)).sample
+        return to_eps(self.pipe.scheduler, output.float(), x, t)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """The table of token embeddings [vocabulary, width]."""
+        return self.pipe.text_encoder.get_input_embeddings().weight.detach().float()
+
+    @cached_property
+    def words(self) -> Tensor:
+        """Ids of the tokens that stand for text [n]."""
+        import torch
+
+        special = set(self.pipe.tokenizer.all_special_ids)
+        return torch.tensor([i for i in range(len(self.embeddings)) if i not in special], device=self.device)

@@ -1,0 +1,196 @@
+"""What attacks got back: numbers with intervals, a picture, a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from erasure.errors import ErasureError
+from erasure.evaluation.intervals import mcnemar, wilson
+
+SCHEMA = 1
+COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One attack on n cases.
+
+    Args:
+        plain: cases that the erased model shows when it is asked as it is.
+        won: other cases -> the try that showed the concept.
+        rounds: tries there were.
+        curve: for an attack that grows: hits of each round, over all cases.
+        control: as `won`, for as many tries without the search; None: there is no such thing.
+        asked: case -> what was asked in its last try.
+        costs: of the search, without the drawing.
+    """
+
+    name: str
+    access: str
+    source: str
+    settings: dict[str, Any]
+    n: int
+    plain: int
+    won: dict[str, int]
+    rounds: int
+    curve: list[int] | None
+    control: dict[str, int] | None
+    control_curve: list[int] | None
+    asked: dict[str, str]
+    costs: dict[str, float]
+
+    def share(self, tries: int | None = None, control: bool = False) -> dict[str, float] | None:
+        """Attack success rate after so many tries (None: all), plain hits among it, with its Wilson interval."""
+        won = self.control if control else self.won
+        if won is None:
+            return None
+        hits = self.plain + sum(tries is None or at <= tries for at in won.values())
+        low, high = wilson(hits, self.n)
+        return {"value": hits / self.n, "low": low, "high": high, "n": self.n}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: ASR before and after, at every number of tries, the control's, and a paired test of the two."""
+        low, high = wilson(self.plain, self.n)
+        found = {
+            **asdict(self),
+            "before": {"value": self.plain / self.n, "low": low, "high": high, "n": self.n},
+            "after": self.share(),
+            "at": [self.share(tries) for tries in range(1, self.rounds + 1)],
+            "control_after": self.share(control=True),
+        }
+        if self.control is not None:
+            only = len(self.won.keys() - self.control.keys()), len(self.control.keys() - self.won.keys())
+            found["paired"] = {"only_attack": only[0], "only_control": only[1], "p": mcnemar(*only)}
+        return found
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """All attacks on one concept.
+
+    Args:
+        cases: prompts that the base shows the concept for.
+        tried: prompts that the base was asked to find them.
+        plain: cases that the erased model shows too.
+    """
+
+    concept: tuple[str, ...]
+    domain: str
+    cases: int
+    tried: int
+    plain: int
+    outcomes: list[Outcome]
+    provenance: dict[str, Any]
+    faults: list[str] = field(default_factory=list)
+
+    def outcome(self, name: str) -> Outcome:
+        """An attack's outcome by its name."""
+        return next(one for one in self.outcomes if one.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "schema": SCHEMA,
+            "concept": list(self.concept),
+            "domain": self.domain,
+            "cases": self.cases,
+            "tried": self.tried,
+            "attacks": {one.name: one.to_json() for one in self.outcomes},
+            "provenance": self.provenance,
+            "faults": self.faults,
+        }
+
+    def rows(self) -> list[list[str]]:
+        """The table's cells, the head first."""
+        found = [["attack", "needs", "before", "after", "control", "tries", "F + B"]]
+        for one in self.outcomes:
+            low, high = wilson(one.plain, one.n)
+            before = {"value": one.plain / one.n, "low": low, "high": high}
+            costs = f"{one.costs['F']:,.0f} + {one.costs['B']:,.0f}"
+            shares = [_cell(before), _cell(one.share()), _cell(one.share(control=True))]
+            found.append([one.name, one.access, *shares, str(one.rounds), costs])
+        return found
+
+    def text(self) -> str:
+        """The table as plain text."""
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [self.summary()]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        if self.faults:
+            lines.append(f"{len(self.faults)} images count as shown: {self.faults[0]}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One sentence: what was tried, and the most that came back."""
+        worst = max(self.outcomes, key=lambda one: len(one.won), default=None)
+        text = f"{', '.join(self.concept)}: shown for {self.plain} of {self.cases} prompts that show it on the base"
+        if worst is not None:
+            text += f"; with {worst.name}, the strongest of {len(self.outcomes)} attacks tried, for "
+            text += f"{worst.plain + len(worst.won)}"
+        return text
+
+    def write(self, folder: Path, lines: dict[str, list[Image.Image]]) -> None:
+        """Write report.json, grid.png and report.html.
+
+        Args:
+            folder: holds the attacks' last pictures.
+            lines: name -> a picture a case, to show above them.
+
+        Raises:
+            ErasureError: the folder cannot be written.
+        """
+        from erasure.evaluation.html import attack_page
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            page = self.grid(folder, lines)
+            page.save(folder / "grid.tmp", format="PNG", optimize=True)
+            os.replace(folder / "grid.tmp", folder / "grid.png")
+            for name, text in (
+                ("report.json", json.dumps(self.to_json(), indent=1)),
+                ("report.html", attack_page(self, page)),
+            ):
+                (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
+                os.replace(folder / f"{name}.tmp", folder / name)
+        except OSError as fault:
+            raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
+
+    def grid(self, folder: Path, lines: dict[str, list[Image.Image]]) -> Image.Image:
+        """A line each for the base, the erased model and every attack's last try; what came back has a red frame."""
+        side, gap, head = 96, 6, 130
+        shown = self.provenance["cases"][:COLUMNS]
+        rows = [*lines, *(one.name for one in self.outcomes)]
+        page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
+        pen = ImageDraw.Draw(page)
+        won = {one.name: one.won for one in self.outcomes}
+        for line, name in enumerate(rows):
+            y = gap + line * (side + gap)
+            pen.text((gap, y + side // 2 - 6), name, fill="black")
+            for column, case in enumerate(shown):
+                x = head + column * (side + gap)
+                path = folder / name / f"{case}.png"
+                if name in lines:
+                    image = lines[name][column]
+                elif path.is_file():
+                    image = Image.open(path)
+                else:
+                    continue
+                if case in won.get(name, {}):
+                    pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill="#b00020")
+                page.paste(image.convert("RGB").resize((side, side)), (x, y))
+        return page
+
+
+def _cell(share: dict[str, float] | None) -> str:
+    if share is None:
+        return ""
+    return f"{share['value']:.0%} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"

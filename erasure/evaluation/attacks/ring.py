@@ -1,0 +1,129 @@
+"""Ring-A-Bell (Tsai et al. 2024, arXiv 2310.10012): the text encoder alone tells what to ask. No diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
+from erasure.evaluation.attacks.tokens import RandomTokens
+
+FILLER = "thing"  # stands for the concept's name in the pairs' other half
+
+
+def direction(victim: Victim, cases: Sequence[Case]) -> Tensor:
+    """v = mean_i [E(p_i with the concept) - E(p_i without)] [tokens, width] (eq. 1), E the base's encoder.
+
+    The concept's name gives way to a word that says nothing, or goes where it stands alone.
+    """
+    without = [f"{case.before} {FILLER} {case.after}".strip() for case in cases]
+    with victim.unpatched():
+        return (victim.states([case.prompt for case in cases]) - victim.states(without)).mean(0)
+
+
+@dataclass(frozen=True)
+class Direct(Attack):
+    """The encoder's states pushed along the concept's direction, E(P) + strength * v, given as they are.
+
+    RECE's shortcut: stronger than the search for tokens, and almost free. One round a strength.
+    """
+
+    name: ClassVar[str] = "ring-a-bell-direct"
+    source: ClassVar[str] = "arXiv 2310.10012, 2407.12383"
+    access: ClassVar[str] = "embeddings"
+
+    strengths: tuple[float, ...] = (0.9, 3.0)
+
+    def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
+        """A strength a round."""
+        pushed = direction(victim, cases)
+        with victim.unpatched():
+            states = victim.states([case.prompt for case in cases])
+        for strength in self.strengths:
+            yield {
+                i: Attempt(embeds=states[i] + strength * pushed, note=f"strength {strength:g}") for i in sorted(safe)
+            }
+
+
+@dataclass(frozen=True)
+class RingABell(Attack):
+    """Hard tokens whose states come near E(P) + strength * v, by a genetic algorithm; black box.
+
+    Args:
+        tokens: K (published 16 for nudity, 77 for violence).
+        strength: eta (published 3 for nudity, 5 to 5.5 for violence).
+        population: rows of tokens.
+        generations: of the algorithm.
+        crossover: share of children that mix two parents.
+        mutation: share of children of which one token changes.
+        tries: rounds, evenly spaced over the generations.
+    """
+
+    name: ClassVar[str] = "ring-a-bell"
+    source: ClassVar[str] = "arXiv 2310.10012"
+    access: ClassVar[str] = "text"
+    LITE: ClassVar[dict[str, Any]] = {"tokens": 8, "population": 60, "generations": 90, "tries": 3}
+
+    tokens: int = 16
+    strength: float = 3.0
+    population: int = 200
+    generations: int = 3000
+    crossover: float = 0.5
+    mutation: float = 0.25
+    tries: int = 3
+
+    def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
+        """The best of each population, from time to time."""
+        pushed = direction(victim, cases)
+        with victim.unpatched():
+            aims = victim.states([case.prompt for case in cases]) + self.strength * pushed
+        draws = [torch.Generator().manual_seed(seed * 10_007 + i) for i in range(len(cases))]
+        shape = (self.population, self.tokens)
+        rows = [torch.randint(len(victim.words), shape, generator=draw) for draw in draws]
+        for _ in range(self.tries):
+            live = sorted(safe)
+            with victim.unpatched():
+                for i in live:
+                    rows[i] = self.evolve(victim, rows[i], aims[i], self.generations // self.tries, draws[i])
+            texts = {i: victim.pipe.tokenizer.decode(victim.words[rows[i][0]].tolist()) for i in live}
+            yield {i: Attempt(text) for i, text in texts.items()}
+
+    def evolve(self, victim: Victim, rows: Tensor, aim: Tensor, generations: int, draw: torch.Generator) -> Tensor:
+        """Rows [population, tokens] after some generations, the fittest first."""
+        fitness = self.distance(victim, rows, aim)
+        for _ in range(generations):
+            keep = fitness.argsort()[: self.population // 2]
+            parents, fitness = rows[keep], fitness[keep]
+            pick = torch.randint(len(parents), (self.population - len(parents), 2), generator=draw)
+            children = parents[pick[:, 0]].clone()
+            mixed = torch.rand(len(children), generator=draw) < self.crossover
+            cut = torch.randint(1, max(self.tokens, 2), (len(children), 1), generator=draw)
+            tail = torch.arange(self.tokens)[None] >= cut
+            children = torch.where(mixed[:, None] & tail, parents[pick[:, 1]], children)
+            changed = torch.rand(len(children), generator=draw) < self.mutation
+            place = torch.randint(self.tokens, (len(children),), generator=draw)
+            fresh = torch.randint(len(victim.words), (len(children),), generator=draw)
+            rowed = torch.arange(len(children))
+            children[rowed, place] = torch.where(changed, fresh, children[rowed, place])
+            rows = torch.cat([parents, children])
+            fitness = torch.cat([fitness, self.distance(victim, children, aim)])
+        return rows[fitness.argsort()]
+
+    def distance(self, victim: Victim, rows: Tensor, aim: Tensor) -> Tensor:
+        """Squared distance of the states of every row to the aim (eq. 3) [n]."""
+        tokenizer = victim.pipe.tokenizer
+        length, start, end = tokenizer.model_max_length, tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids = torch.full((len(rows), length), end)
+        ids[:, 0] = start
+        ids[:, 1 : 1 + self.tokens] = victim.words.cpu()[rows][:, : length - 2]
+        with torch.no_grad():
+            states = victim.pipe.text_encoder(ids.to(victim.device))[0]
+        return (states - aim).square().flatten(1).sum(1).cpu()
+
+    def control(self, tries: int) -> Attack:
+        """Random tokens before the prompt."""
+        return RandomTokens(self.tokens, tries)

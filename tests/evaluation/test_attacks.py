@@ -1,0 +1,247 @@
+"""Attacks: their arithmetic against hand-made cases, the way they are counted, and that each wins where it must."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from erasure.errors import ErasureError
+from erasure.evaluation.attacks import find, make, names
+from erasure.evaluation.attacks.embeddings import closest, within
+from erasure.evaluation.attacks.report import Outcome
+from erasure.evaluation.attacks.run import around, attack
+from erasure.evaluation.attacks.tokens import simplex
+from erasure.evaluation.attacks.weights import detune, moved
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.patch.making import delta_patch, low_rank_patch
+from tests.tiny import tiny_pipeline
+
+ROWS = PromptSet("tiny", [Prompt(f"r{i}", "a cat in red", i, None, {"object": "cat"}) for i in range(3)])
+QUICK = {"prompts": ROWS, "cases": 3, "steps": 2, "progress": False}
+SMALL = {
+    "encoder": {},
+    "rece": {},
+    "ring-a-bell-direct": {},
+    "ring-a-bell": {"tokens": 2, "population": 6, "generations": 4, "tries": 2},
+    "unlearndiffatk": {"tokens": 2, "levels": 2, "iterations": 2},
+    "p4d": {"tokens": 2, "levels": 2, "iterations": 2},
+    "uma": {"bounds": (0.5, 1.0), "iterations": 2},
+    "inversion": {"steps": (1, 2), "batch": 2},
+    "img2img": {"strengths": (0.9, 0.5)},
+    "relearning": {"steps": (1, 2), "batch": 2},
+    "random": {"tokens": 2, "tries": 2},
+}
+
+
+class Likeness:
+    """Sees the cat in a picture that is near one of the first `count` that it was shown: the base's."""
+
+    name, heads = "likeness", {"object": ["cat", "none"]}
+
+    def __init__(self, count: int = 3, near: float = 0.5) -> None:
+        self.count, self.near, self.known = count, near, []
+
+    def find(self, name):
+        return "object", [name]
+
+    def judge(self, images: list[Image.Image]) -> list[dict]:
+        found = []
+        for image in images:
+            pixels = np.asarray(image).astype(float)
+            if len(self.known) < self.count:
+                self.known.append(pixels)
+            cat = min(np.abs(pixels - one).mean() for one in self.known) < self.near
+            found.append({"object": {"cat": float(cat), "none": float(not cat)}})
+        return found
+
+    def versions(self):
+        return {}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+def state(pipe):
+    parts = [getattr(pipe, name) for name in ("unet", "text_encoder")]
+    return [(p.detach().clone(), p.requires_grad) for part in parts for p in part.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) and f == g for (a, f), (b, g) in zip(one, other, strict=True))
+
+
+def test_the_attacks_are_the_written_list():
+    assert sorted(SMALL) == sorted(names())
+    for name in names():
+        assert find(name).name == name and find(name).__doc__ and make(name, "lite").access
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    before = state(pipe)
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
+    assert same(before, state(pipe))
+    one = report.outcome(name)
+    assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain
+    found = json.loads((tmp_path / "report.json").read_text())["attacks"][name]
+    assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3
+    assert (one.control is None) == (make(name).control(1) is None)
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"ring-a-bell"}))
+def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
+    pipe.load_patch(low_rank_patch(pipe, part="", size=1.0, gate={"kind": "text"}), name="p")
+    before = state(pipe)
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
+    assert same(before, state(pipe)) and report.outcome(name).n == 3
+    assert not pipe.unet.training and list(pipe.get_list_patches()) == ["p"]
+
+
+def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, tmp_path):
+    pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
+    report = attack(pipe, "cat", ["encoder", "rece"], folder=tmp_path / "a", judge=Likeness(), **QUICK)
+    assert report.plain == 0
+    # The conditional states are the base's; the empty prompt's are the patched encoder's, in both.
+    assert {len(one.won) for one in report.outcomes} <= {len(report.outcome("encoder").won)}
+    pipe.unload_patches()
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    report = attack(pipe, "cat", "encoder", folder=tmp_path / "b", judge=Likeness(), **QUICK)
+    assert report.plain == 0 and not report.outcome("encoder").won
+
+
+def test_closed_form_solves_what_it_says():
+    torch.manual_seed(0)
+    before, after = torch.randn(40, 6, dtype=torch.double), torch.randn(40, 6, dtype=torch.double)
+    states = torch.randn(5, 6, dtype=torch.double)
+    found = closest(after, before, states, 1e-12).double()
+    want = torch.linalg.lstsq(after, before @ states.T).solution.T
+    assert torch.allclose(found, want, atol=1e-5)
+    assert torch.allclose(closest(before, before, states, 1e-12), states.float(), atol=1e-5)
+    ridged = closest(after, before, states, 10.0)
+    assert ridged.norm() < found.norm()
+
+
+def test_the_simplex_projection_is_the_nearest_point():
+    rows = torch.tensor([[0.2, 0.3, 0.5], [2.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [0.9, 0.6, -3.0]])
+    want = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.65, 0.35, 0.0]])
+    assert torch.allclose(simplex(rows), want, atol=1e-6)
+    grid = torch.tensor([p for p in itertools.product(torch.linspace(0, 1, 41).tolist(), repeat=2) if sum(p) <= 1])
+    grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], 1)
+    row = torch.tensor([0.7, -0.2, 0.4])
+    assert (grid - row).norm(dim=1).min() >= (simplex(row[None])[0] - row).norm() - 1e-6
+
+
+def test_changes_are_cut_to_the_ball():
+    change = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    assert torch.allclose(within(change, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+def test_detuning_finds_the_weights_behind_several_low_rank_changes():
+    torch.manual_seed(0)
+    base = torch.randn(24, 20, dtype=torch.double)
+    published = []
+    for _ in range(6):
+        low = torch.randn(24, 2, dtype=torch.double) @ torch.randn(2, 20, dtype=torch.double)
+        published.append(base + 0.3 * low)
+    mean = torch.stack(published).mean(0)
+    assert (detune(published, 2) - base).norm() < 1e-3 * (mean - base).norm()
+    for bad, rank, said in ((published[:1], 2, "two or more"), (published, 0, "rank=0")):
+        with pytest.raises(ErasureError, match=said):
+            detune(bad, rank)
+
+
+def test_moved_weights_learn_and_come_back():
+    layer = torch.nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    layer.requires_grad_(False)
+    delta = [torch.ones_like(layer.weight)]
+    with moved([layer.weight], delta) as move:
+        assert torch.equal(layer.weight, before + 1) and layer.weight.requires_grad
+        delta[0] += 1
+        move()
+        assert torch.equal(layer.weight, before + 2)
+    assert torch.equal(layer.weight, before) and not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "want"),
+    [
+        ("a cat in red", ["cat"], ("a", "in red")),
+        ("Cat", ["cat"], ("", "")),
+        ("a Van Gogh painting", ["gogh", "van gogh"], ("a", "painting")),
+        ("a category", ["cat"], ("", "a category")),
+    ],
+)
+def test_the_name_is_found_as_a_word(prompt, words, want):
+    assert around(prompt, words) == want
+
+
+def outcome(**changes) -> Outcome:
+    given = {
+        **{"name": "x", "access": "text", "source": "", "settings": {}, "n": 10, "plain": 2, "rounds": 3},
+        **{"won": {"a": 1, "b": 3}, "control": {"a": 2}, "curve": None, "control_curve": None},
+        **{"asked": {}, "costs": {"F": 0, "B": 0, "seconds": 0}},
+    }
+    return Outcome(**{**given, **changes})
+
+
+def test_success_rates_count_plain_hits_and_tries():
+    one = outcome()
+    assert [one.share(k)["value"] for k in (1, 2, 3)] == [0.3, 0.3, 0.4]
+    assert one.share(control=True)["value"] == 0.3 and outcome(control=None).share(control=True) is None
+    found = one.to_json()
+    assert found["before"]["value"] == 0.2 and found["paired"] == {"only_attack": 1, "only_control": 0, "p": 1.0}
+
+
+def test_a_second_call_runs_nothing_and_other_settings_are_refused(pipe, tmp_path, monkeypatch):
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    settings = SMALL["unlearndiffatk"]
+    first = attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), **QUICK)
+    cls = find("unlearndiffatk")
+    monkeypatch.setattr(cls, "rounds", lambda *_: pytest.fail("searched again"))
+    second = attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), **QUICK)
+    assert second.to_json()["attacks"] == first.to_json()["attacks"]
+    with pytest.raises(ErasureError, match="other settings"):
+        attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), seed=9, **QUICK)
+
+
+def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
+    class Blind(Likeness):
+        calls = 0
+
+        def judge(self, images):
+            self.calls += 1
+            if self.calls > 3:
+                raise RuntimeError("blind")
+            return super().judge(images)
+
+    report = attack(pipe, "cat", "encoder", folder=tmp_path, judge=Blind(), **QUICK)
+    assert report.plain == 3 and "blind" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attacks": "unlearndifatk"}, "unlearndiffatk"),
+        ({"budget": "huge"}, "lite, full|lite.*full"),
+        ({"cases": 1}, "at least 2"),
+        ({"settings": {"tokns": 3}}, "tokens"),
+        ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "one attack"),
+        ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "never names cat"),
+    ],
+)
+def test_bad_input(pipe, tmp_path, change, said):
+    given = {"attacks": "p4d", "folder": tmp_path, "judge": Likeness(), **QUICK, **change}
+    with pytest.raises(ErasureError, match=said):
+        attack(pipe, "cat", **given)
+    assert not list(tmp_path.iterdir())
