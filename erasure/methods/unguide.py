@@ -37,6 +37,7 @@ from erasure.train import Gradient, Run
 from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states, shifts
 
 OTHERS = 16  # prompts that the gate is set by
+STYLED = 6  # of the concept's own, in styles or with objects
 CALIBRATED = 3  # noises each
 
 
@@ -61,7 +62,7 @@ class UnGuide(Gradient):
         decide_steps: of the sampler that decides.
         decide_guidance: of the sampler that decides.
         ratio: how many times more than the empty prompt the LoRA must move a prompt that names the concept; None:
-            halfway between the concept's prompts and those of its neighbours and a sample of other words.
+            what tells the concept's prompts best from those of its neighbours and a sample of other words.
         repeats: noises to decide by, at most.
         early: stop the repeats when the decision is clear.
         parity: reproduce the official script: its defaults and its quirks.
@@ -133,7 +134,8 @@ class UnGuide(Gradient):
             generator=torch.Generator().manual_seed(run.seed),
             normal=True,
         )
-        return State(base, pairs, self.others(base, concepts, run.seed), pool, adapter, run.seed)
+        others = self.others(base, concepts, run.seed)
+        return State(base, pairs, self.named(concepts, others), others, pool, adapter, run.seed)
 
     @staticmethod
     def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
@@ -143,6 +145,17 @@ class UnGuide(Gradient):
         words = list(dict.fromkeys([*near[: OTHERS // 4], *(text for text in found if " in " not in text)]))
         styled = [text for text in found if " in " in text]
         return [*words[: OTHERS // 2], *styled[: OTHERS // 2]]
+
+    @staticmethod
+    def named(concepts: list[Concept], others: list[str]) -> list[str]:
+        """The concepts' prompts, alone and where others' objects or styles stand beside them."""
+        found = [prompt for one in concepts for prompt, _ in one.prompt_pairs()]
+        for one in concepts:
+            prompt = prompt_of(one.kind, one.name)
+            for text in [text for text in others if " in " in text][:STYLED]:
+                thing, look = text.split(" in ", 1)
+                found.append(f"{thing} in {prompt}" if one.kind == "style" else f"{prompt} in {look}")
+        return list(dict.fromkeys(found))
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The objective on one batch."""
@@ -179,10 +192,7 @@ class UnGuide(Gradient):
         }
 
     def calibrated(self, state: State, ways: dict[str, Any]) -> float:
-        """The geometric middle between the concept that the LoRA moves least and the other prompt that it moves most.
-
-        In units of what it moves the empty prompt; never below the paper's 1.
-        """
+        """The cut between named and other prompts, in units of what the LoRA moves the empty one; at least 1."""
         base, seeds = state.base, range(CALIBRATED)
 
         def moved(prompt: str) -> float:
@@ -190,9 +200,23 @@ class UnGuide(Gradient):
 
         with state.adapter.off():
             plain = moved("")
-            named = min(moved(prompt) for prompt in dict.fromkeys(c for c, _ in state.pairs))
-            other = max((moved(prompt) for prompt in state.others), default=plain)
-        return round(max(1.0, math.sqrt(named * other) / plain), 3) if plain > 0 else 1.0
+            named, other = ([moved(prompt) for prompt in texts] for texts in (state.named, state.others))
+        return round(max(1.0, cut(named, other) / plain), 3) if plain > 0 and other else 1.0
+
+
+def cut(above: list[float], below: list[float]) -> float:
+    """The number that parts two samples of positive numbers with the best balanced accuracy.
+
+    Of several as good, the geometric middle of the widest gap between neighbouring values.
+    """
+    values = sorted({*above, *below})
+
+    def merit(pair: tuple[float, float]) -> tuple[float, float]:
+        right = sum(x >= pair[1] for x in above) / len(above) + sum(x <= pair[0] for x in below) / len(below)
+        return right, math.log(pair[1] / max(pair[0], 1e-12))
+
+    low, high = max(zip(values, values[1:], strict=False), key=merit, default=(values[0], values[0]))
+    return math.sqrt(low * high)
 
 
 @dataclass
@@ -201,6 +225,7 @@ class State:
 
     base: Base
     pairs: list[tuple[str, str]]
+    named: list[str]
     others: list[str]
     pool: TrajectoryPool | None
     adapter: LowRankTerm

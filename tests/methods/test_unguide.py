@@ -12,7 +12,8 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
-from erasure.methods.unguide import UnGuide
+from erasure.methods.unguide import UnGuide, cut
+from erasure.neighbours import prompt_of
 from erasure.train import Run
 from tests.tiny import tiny_pipeline
 
@@ -104,3 +105,20 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
 def test_settings_that_make_no_sense(base, setting, message):
     with pytest.raises(ErasureError, match=message):
         erase(base, "cat", "unguide", progress=False, **{**SMALL, **setting})
+
+
+def test_the_gates_cut_parts_two_samples():
+    assert cut([4.0, 9.0], [1.0, 0.5]) == 2.0
+    assert cut([4.0, 9.0, 16.0], [1.0, 0.5, 10.0]) == 2.0  # one stray value does not move it
+    assert cut([2.0], [2.0]) == 2.0
+
+
+def test_the_gate_is_set_by_the_concept_in_styles_too():
+    texts = ["a dog", "a dog in ink style", "a house in the style of Monet"]
+    cat, monet = Concept("cat"), Concept("Van Gogh", kind="style")
+    found = UnGuide.named([cat], texts)
+    assert found[: len(cat.prompt_pairs())] == [prompt for prompt, _ in cat.prompt_pairs()]
+    assert found[-2:] == ["a cat in ink style", "a cat in the style of Monet"]
+    assert UnGuide.named([monet], texts)[-2:] == [
+        f"{thing} in {prompt_of('style', 'Van Gogh')}" for thing in ("a dog", "a house")
+    ]
