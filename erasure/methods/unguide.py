@@ -151,10 +151,11 @@ class UnGuide(Gradient):
         """The concepts' prompts, alone and where others' objects or styles stand beside them."""
         found = [prompt for one in concepts for prompt, _ in one.prompt_pairs()]
         for one in concepts:
-            prompt = prompt_of(one.kind, one.name)
             for text in [text for text in others if " in " in text][:STYLED]:
                 thing, look = text.split(" in ", 1)
-                found.append(f"{thing} in {prompt}" if one.kind == "style" else f"{prompt} in {look}")
+                found.append(
+                    f"{thing} in {prompt_of(one.kind, one.name)}" if one.kind == "style" else f"a {one.name} in {look}"
+                )
         return list(dict.fromkeys(found))
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
