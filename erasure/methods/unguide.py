@@ -37,7 +37,7 @@ from erasure.train import Gradient, Run
 from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states, shifts
 
 OTHERS = 16  # prompts that the gate is set by
-STYLED = 6  # of the concept's own, in styles or with objects
+STYLED = 6  # of the concept's own, in styles
 CALIBRATED = 3  # noises each
 
 
@@ -148,14 +148,10 @@ class UnGuide(Gradient):
 
     @staticmethod
     def named(concepts: list[Concept], others: list[str]) -> list[str]:
-        """The concepts' prompts, alone and where others' objects or styles stand beside them."""
+        """The concepts' prompts; styles stand beside objects there already, here objects in the others' styles too."""
+        looks = [text.split(" in ", 1)[1] for text in others if " in " in text][:STYLED]
         found = [prompt for one in concepts for prompt, _ in one.prompt_pairs()]
-        for one in concepts:
-            for text in [text for text in others if " in " in text][:STYLED]:
-                thing, look = text.split(" in ", 1)
-                found.append(
-                    f"{thing} in {prompt_of(one.kind, one.name)}" if one.kind == "style" else f"a {one.name} in {look}"
-                )
+        found += [f"a {one.name} in {look}" for one in concepts if one.kind != "style" for look in looks]
         return list(dict.fromkeys(found))
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:

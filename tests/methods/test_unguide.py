@@ -13,7 +13,6 @@ from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
 from erasure.methods.unguide import UnGuide, cut
-from erasure.neighbours import prompt_of
 from erasure.train import Run
 from tests.tiny import tiny_pipeline
 
@@ -119,6 +118,4 @@ def test_the_gate_is_set_by_the_concept_in_styles_too():
     found = UnGuide.named([cat], texts)
     assert found[: len(cat.prompt_pairs())] == [prompt for prompt, _ in cat.prompt_pairs()]
     assert found[-2:] == ["a cat in ink style", "a cat in the style of Monet"]
-    assert UnGuide.named([monet], texts)[-2:] == [
-        f"{thing} in {prompt_of('style', 'Van Gogh')}" for thing in ("a dog", "a house")
-    ]
+    assert UnGuide.named([monet], texts) == [prompt for prompt, _ in monet.prompt_pairs()]
