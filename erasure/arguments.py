@@ -105,6 +105,16 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     attack.add_argument("--seed", type=int, default=0)
     attack.add_argument("-o", "--out", type=Path, default=Path("attack"))
 
+    verify = add("verify", "measure and attack a patch, and write what was found into a copy of it", model, sampling)
+    verify.add_argument("file", type=Path)
+    verify.add_argument("--attack", action="append", metavar="NAME", help="default: three of them; `none` for none")
+    verify.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    verify.add_argument("--limit", type=int, help="at most this many prompts")
+    verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
+    verify.add_argument("--budget", default="lite", help="of the attacks: lite (for a CPU) or full (as published)")
+    verify.add_argument("--force", action="store_true", help="verify on another base where the shapes fit")
+    verify.add_argument("-o", "--out", type=Path, default=Path("verified"))
+
     bench = add("bench", "methods x concepts on glyph, as a table")
     bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
     bench.add_argument("--concepts", nargs="+", help='"a+b" are erased together; default: configs/concepts/glyph.yaml')

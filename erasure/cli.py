@@ -232,6 +232,35 @@ def run_attack(given: argparse.Namespace) -> None:
     _say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
 
+def run_verify(given: argparse.Namespace) -> None:
+    """`erasure verify`."""
+    from erasure.base import quiet
+    from erasure.evaluation.verify import ATTACKS, verify
+    from erasure.patch import read_header
+    from erasure.pipelines import ErasedStableDiffusionPipeline
+
+    read_header(given.file)  # a bad file fails before the model loads
+    quiet()
+    pipe = ErasedStableDiffusionPipeline.from_pretrained(given.model)
+    pipe.set_progress_bar_config(disable=True)
+    found = verify(
+        pipe,
+        given.file,
+        folder=given.out,
+        attacks=ATTACKS if given.attack is None else [name for name in given.attack if name != "none"],
+        prompts=given.prompts,
+        limit=given.limit,
+        cases=given.cases,
+        budget=given.budget,
+        force=given.force,
+        steps=given.steps,
+        guidance=given.guidance,
+        batch_size=given.batch_size,
+        progress=not given.json,
+    )
+    _say(given, found.to_json(), found.text())
+
+
 def run_patch(given: argparse.Namespace) -> None:
     """`erasure patch info|import|export`."""
     from erasure.patch import Patch
@@ -319,6 +348,7 @@ RUN = {
     "generate": run_generate,
     "evaluate": run_evaluate,
     "attack": run_attack,
+    "verify": run_verify,
     "patch": run_patch,
     "methods": run_methods,
     "models": run_models,

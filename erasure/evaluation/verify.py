@@ -1,0 +1,250 @@
+"""`verify`: measure a patch, attack it, and write what was found into a copy of it and into a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erasure.errors import ErasureError
+
+if TYPE_CHECKING:
+    from erasure.evaluation.attacks.report import AttackReport
+    from erasure.evaluation.judges import Judge
+    from erasure.evaluation.promptset import PromptSet
+    from erasure.evaluation.report import Report
+    from erasure.patch import Patch
+
+SCHEMA = 1
+# One attack each of those who write prompts, hold embeddings, hold weights.
+ATTACKS = ("unlearndiffatk", "inversion", "rece")
+CAVEAT = "These are the prompts and attacks that were tried; others may bring the concept back."
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found, and what an earlier verification of the same file had found.
+
+    Args:
+        patch: the copy with the results in its header.
+        card: the model card.
+        results: as they stand in the header.
+        earlier: those of the file that was given, or None.
+    """
+
+    patch: Path
+    card: Path
+    results: dict[str, Any]
+    earlier: dict[str, Any] | None
+
+    def changed(self) -> list[str]:
+        """Figures of which the earlier value lies outside the new interval; empty without earlier ones."""
+        found = []
+        for group in ("metrics", "attacks"):
+            for name, cell in self.results[group].items():
+                old = ((self.earlier or {}).get(group) or {}).get(name)
+                if isinstance(old, dict) and not cell["low"] <= old.get("value", cell["value"]) <= cell["high"]:
+                    found.append(f"{name}: {_share(old)} before, now {_share(cell)}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "patch": str(self.patch),
+            "card": str(self.card),
+            "results": self.results,
+            "earlier": self.earlier,
+            "changed": self.changed(),
+        }
+
+    def text(self) -> str:
+        """For people."""
+        lines = [table(self.results), ""]
+        if self.earlier is not None:
+            changed = self.changed()
+            lines.append(
+                "differs from the file's own results:\n  " + "\n  ".join(changed)
+                if changed
+                else "the file's own results lie within these intervals"
+            )
+        lines += [CAVEAT, f"{self.patch}: the patch with these results", f"{self.card}: its model card"]
+        return "\n".join(lines)
+
+
+def verify(
+    pipe: Any,
+    source: str | os.PathLike[str],
+    *,
+    folder: str | os.PathLike[str],
+    attacks: Sequence[str] = ATTACKS,
+    prompts: str | PromptSet | None = None,
+    limit: int | None = None,
+    cases: int = 12,
+    budget: str = "lite",
+    judge: Judge | None = None,
+    force: bool = False,
+    progress: bool = True,
+    **sampling: Any,
+) -> Verification:
+    """Measure what a patch erases, keeps, and gives back under attack; nothing is written into the file itself.
+
+    `folder` gets the copy of the patch with the results in its header, README.md (the model card), grid.png, and the
+    reports of both runs. A second call goes on from what is there.
+
+    Args:
+        pipe: an erased pipeline of the patch's base, without patches; it has none again at the end.
+        source: the patch file.
+        attacks: names of attacks; may be empty.
+        prompts: a prompt set with labels; None: glyph's prompts about the concepts.
+        limit: at most about this many prompts.
+        cases: prompts to attack.
+        budget: lite or full.
+        judge: default: glyph's.
+        force: verify on another base than the patch's, where the shapes fit.
+        sampling: steps, guidance, batch_size.
+
+    Raises:
+        ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
+            `evaluate` and `attack` refuse.
+    """
+    from erasure.evaluation.attacks.run import attack
+    from erasure.evaluation.run import evaluate
+    from erasure.patch import Patch
+    from erasure.prompts.about import about
+
+    path, out = Path(source), Path(folder)
+    patch = Patch.load(path)
+    if pipe.get_list_patches():
+        raise ErasureError(
+            f"{', '.join(pipe.get_list_patches())}: loaded already; verify takes a pipeline without patches"
+        )
+    if out.resolve() == path.resolve().parent:
+        raise ErasureError(f"{out} holds the patch itself: give another folder, its copy gets the same name")
+    names = list(patch.names)
+    rows: Any = about(names, limit) if prompts is None else prompts
+    shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
+    pipe.load_patch(patch, name="verified", force=force)
+    try:
+        whole = {"whole": True} if prompts is None else {"limit": limit}
+        measured = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
+        attacked = None
+        if attacks:
+            options = {"cases": cases, "budget": budget, **shared}
+            attacked = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
+    finally:
+        pipe.unload_patches()
+    results = summary(measured, attacked)
+    try:
+        shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
+        os.replace(out / "grid.tmp", out / "grid.png")
+        card_text = card(patch, path.name, results)
+        (out / "README.tmp").write_text(card_text, encoding="utf-8")
+        os.replace(out / "README.tmp", out / "README.md")
+    except OSError as fault:
+        raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
+    made = dataclasses.replace(patch, results=results, stored={})
+    copy = made.save(out / path.name, dtype=str(patch.stored["dtype"]))
+    return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
+
+
+def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
+    """What goes into the header: every figure with n, interval and the base's value, and how it came about."""
+    metrics = {
+        entry["name"]: {key: entry[key] for key in ("value", "low", "high", "n", "base", "higher_is_better")}
+        for entry in measured.metrics()
+    }
+    found = {} if attacked is None else attacked.to_json()["attacks"]
+    return {
+        "schema": SCHEMA,
+        "concept": list(measured.concept),
+        "metrics": metrics,
+        "attacks": {
+            name: {
+                **one["after"],
+                "before": one["before"]["value"],
+                "control": None if one["control_after"] is None else one["control_after"]["value"],
+                "tries": one["rounds"],
+                "access": one["access"],
+                "settings": one["settings"],
+            }
+            for name, one in found.items()
+        },
+        "how": {key: measured.provenance[key] for key in measured.provenance if key != "patches"},
+        "note": CAVEAT,
+    }
+
+
+def _share(cell: dict[str, Any]) -> str:
+    """A share in percent, a score as it is, with its interval where it has one."""
+    value = cell["value"]
+    if any(not 0 <= cell.get(key, 0) <= 1 for key in ("value", "low", "high")):
+        return f"{value:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+    low, high = cell.get("low", value), cell.get("high", value)
+    return f"{value:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Both tables as Markdown."""
+    lines = ["| what | base | with the patch | images |", "|---|---|---|---|"]
+    for name, cell in results["metrics"].items():
+        arrow = "↑" if cell["higher_is_better"] else "↓"
+        base = "" if cell["base"] is None else _share({"value": cell["base"]}).split(" [")[0]
+        score = name.startswith(("CLIP", "KID"))
+        shown = f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]" if score else _share(cell)
+        base = f"{cell['base']:.1f}" if score and cell["base"] is not None else base
+        lines.append(f"| {name} {arrow} | {base} | {shown} | {cell['n']} |")
+    if results["attacks"]:
+        lines += [
+            "",
+            "| attack | needs | before | after | as many tries without the search | prompts |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, cell in results["attacks"].items():
+            control = "" if cell["control"] is None else f"{cell['control']:.0%}"
+            lines.append(
+                f"| {name} | {cell['access']} | {cell['before']:.0%} | {_share(cell)} | {control} | {cell['n']} |"
+            )
+    return "\n".join(lines)
+
+
+def card(patch: Patch, file: str, results: dict[str, Any]) -> str:
+    """A model card for the hub."""
+    names, base = ", ".join(patch.names), patch.base or "unknown"
+    info, how = patch.info(), results["how"]
+    made = f"{info['parameters']:,} parameters, gate: {info['gate']}. Loads in: {', '.join(info['loaders'])}."
+    source = f"Judge: {how['judge']['name']}; prompts: {how['prompts']['name']} ({how['prompts']['used']}); "
+    source += f"{how['steps']} steps, guidance {how['guidance']}. Anyone can measure it again:"
+    return f"""---
+base_model: {base}
+library_name: erasure-diffusion
+tags: [concept-erasure, {patch.method}]
+---
+# {names}, erased from {base}
+
+A patch by the method `{patch.method}`. {made}
+
+![The same prompts and seeds, without the patch and with it](grid.png)
+
+## What was measured
+{table(results)}
+
+95 % intervals (Wilson for shares, bootstrap for scores). {CAVEAT}
+
+{source}
+
+```
+erasure verify {file} --model {base}
+```
+
+## How to load it
+```python
+from erasure import ErasedStableDiffusionPipeline
+
+pipe = ErasedStableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_patch("{file}")
+```
+"""
