@@ -28,7 +28,7 @@ TOGETHER = 4
 SMALL = 32  # side of the latents up to which a model is small
 RECORDS = "records.jsonl"
 PARTS = "records.part-*.jsonl"  # one a process, until the main one merges them
-PIECE = 1 << 22  # numbers that a checksum widens at once
+PIECE = 1 << 18  # numbers that a checksum widens at once: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -169,16 +169,17 @@ def checksum(module: Any) -> str:
 
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
+    places = torch.arange(1, PIECE + 1)
     for name, value in sorted(getattr(module, "_orig_mod", module).state_dict().items()):
         sums = []
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype}{list(value.shape)}".encode())
         if isinstance(value, torch.Tensor) and not value.is_meta and value.element_size() in whole:
             bits = value.detach().contiguous().view(-1).view(whole[value.element_size()])
+            places = places.to(bits.device)
             for piece in bits.split(PIECE):
                 wide = piece.long()
-                places = torch.arange(1, len(wide) + 1, device=wide.device)
-                sums.append(torch.stack([wide.sum(), (wide * places).sum()]))
+                sums.append(torch.stack([wide.sum(), (wide * places[: len(wide)]).sum()]))
         digest.update(f"{name}:{torch.stack(sums).tolist() if sums else ''}".encode())
     return digest.hexdigest()[:16]
 

@@ -110,16 +110,17 @@ def crew(cpu: bool) -> Iterator[Crew]:
 
     try:
         state = PartialState(cpu=cpu)
-        if state.num_processes == 1:
-            group = None
-        else:
+        # The state may have been made before, for another device: torch knows how many we are.
+        index, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        group = None
+        if count > 1:
             state.wait_for_everyone()
             # The default group gives up after minutes, which is shorter than the last batches of a slow neighbour.
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as fault:
         raise ErasureError(f"the processes of this run cannot find each other: {fault}") from fault
     try:
-        yield Crew(state.process_index, state.num_processes, group)
+        yield Crew(index, count, group)
     finally:
         if group is not None:
             dist.destroy_process_group(group)
