@@ -30,7 +30,8 @@ from erasure.evaluation.generate import checksum, generate
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.shards import Crew
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from tests.tiny import tiny_pipeline
+from tests.patch.making import low_rank_patch
+from tests.tiny import WORDS, tiny_pipeline
 
 GLYPH = PromptSet("ten", PromptSet.read("glyph-objects").rows[:10])
 TINY = PromptSet("tiny", [Prompt(f"r{i}", "a cat", i, None, {"object": "cat"}) for i in range(8)])
@@ -148,6 +149,15 @@ def test_every_byte_is_the_same_for_any_batch_size_and_order(glyph, whole, tmp_p
     few = PromptSet("few", GLYPH.rows[6:1:-1])
     generate(glyph, few, tmp_path / "few", steps=STEPS, progress=False)
     assert content(tmp_path / "few").items() < whole.items()
+
+
+def test_a_patch_gated_by_text_does_not_see_the_prompts_beside(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipe.load_patch(low_rank_patch(pipe, gate={"kind": "text", "texts": ["cat"]}))
+    rows = [Prompt(word, f"a photo of {word}", i) for i, word in enumerate(WORDS)]
+    there = generate(pipe, PromptSet("there", rows), tmp_path / "there", steps=2, progress=False)
+    back = generate(pipe, PromptSet("back", rows[::-1]), tmp_path / "back", steps=2, progress=False)
+    assert there == back[::-1] and len({str(record.gates) for record in there}) > 2
 
 
 def test_on_an_accelerator_shapes_are_fixed_and_batch_sizes_agree_within_one_level(glyph, tmp_path, monkeypatch):
