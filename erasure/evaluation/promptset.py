@@ -1,4 +1,4 @@
-"""Prompt sets: rows of id, prompt, seed and labels, from a CSV."""
+"""Prompt sets: rows of id, prompt, seed and labels, read from and written to CSV."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from erasure.errors import ErasureError, unknown
+from erasure.evaluation.condition import Condition
 
 FOLDER = Path(__file__).resolve().parent.parent / "prompts"
 REQUIRED = ("id", "prompt", "seed")
 FIXED = (*REQUIRED, "guidance")
+# How the columns are called when written; labels follow under their own names.
+FORMS = {"ours": FIXED, "published": ("case_number", "prompt", "evaluation_seed", "evaluation_guidance")}
 
 
 @dataclass(frozen=True)
@@ -53,53 +56,91 @@ class PromptSet:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str]) -> PromptSet:
-        """A set by its name in the package, or from a CSV file.
+        """A set by its name in the package, from a file, or of a data set on the hub (`hub:owner/name/file.csv`).
 
-        The columns are id, prompt, seed, optionally guidance; every other column is a label.
+        Our columns are id, prompt, seed, optionally guidance; every other column is a label. Published forms and
+        their column names are understood as well: see published.py.
 
         Raises:
-            ErasureError: no such set or file, a missing column, or a bad cell, with its row and column.
+            ErasureError: no such set or file, no column of prompts, or a bad cell, with its row and column.
         """
+        # Both need Prompt from here.
+        from erasure.evaluation import hub, published
+
         text = os.fspath(source)
-        path = FOLDER / f"{text}.csv" if text in names() else Path(text)
+        if text.startswith(hub.PREFIX):
+            path = hub.fetch(text)
+        else:
+            path = FOLDER / f"{text}.csv" if text in names() else Path(text)
         if not path.is_file():
             raise unknown("prompt set", text, names())
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as fault:
-            raise ErasureError(f"{path}: cannot be read: {fault}") from None
-        lines = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-        try:
-            columns = lines.fieldnames or []
-            for column in REQUIRED:
-                if column not in columns:
-                    raise ErasureError(
-                        f"{path}: column {column!r} is missing; it has {', '.join(columns) or 'no columns'}"
-                    )
-            rows = [_row(path, number, cells) for number, cells in enumerate(lines, 2)]
-        except csv.Error as fault:
-            raise ErasureError(f"{path}, line {lines.line_num}: {fault}") from None
-        return cls(path.stem, rows)
+        return cls(path.stem, published.read(path))
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write as CSV, under a temporary name first."""
+    def write(self, path: str | os.PathLike[str], form: str = "ours") -> None:
+        """Write as CSV in one of FORMS, under a temporary name first.
+
+        Raises:
+            ErasureError: an unknown form, a label whose name the form needs itself, an unwritable path.
+        """
         target = Path(path)
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(self.csv(), encoding="utf-8")
-        os.replace(temporary, target)
+        text = self.csv(form)
+        temporary = target.with_name(f"{target.name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="")
+            os.replace(temporary, target)
+        except OSError as fault:
+            raise ErasureError(f"{target}: cannot be written: {fault.strerror or fault}") from None
 
-    def csv(self) -> str:
-        """The set as CSV text."""
+    def csv(self, form: str = "ours") -> str:
+        """The set as CSV text in one of FORMS.
+
+        Raises:
+            ErasureError: an unknown form, a label whose name the form needs itself.
+        """
+        if form not in FORMS:
+            raise unknown("form of a prompt set", form, FORMS)
         labels = list(dict.fromkeys(label for row in self.rows for label in row.labels))
+        if form != "ours":
+            from erasure.evaluation.published import reserved
+
+            clash = [label for label in labels if label.casefold() in reserved()]
+            if clash:
+                raise ErasureError(f"{self.name}: a label is named {clash[0]!r}, which the {form} form needs itself")
         guided = any(row.guidance is not None for row in self.rows)
-        columns = [*REQUIRED, *(["guidance"] if guided else []), *labels]
+        columns = [*FORMS[form][: None if guided else -1], *labels]
         out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(columns)
         for row in self.rows:
-            cells = {"id": row.id, "prompt": row.prompt, "seed": row.seed, **row.labels}
-            writer.writerow({**cells, "guidance": "" if row.guidance is None else row.guidance})
+            fixed = [row.id, row.prompt, row.seed, *([row.guidance] if guided else [])]
+            writer.writerow([*fixed, *(row.labels.get(label, "") for label in labels)])
         return out.getvalue()
+
+    def where(self, *conditions: str) -> PromptSet:
+        """The rows that meet every condition, such as `nudity_percentage>50` or `categories=sexual`.
+
+        The columns are id, prompt, seed, guidance and the labels; see condition.py for what the signs mean.
+
+        Raises:
+            ErasureError: a malformed condition, an unknown column, a cell that cannot be compared, no row left.
+        """
+        wanted = [Condition.parse(text) for text in conditions]
+        columns = [*FIXED, *dict.fromkeys(label for row in self.rows for label in row.labels)]
+        for one in wanted:
+            if one.column not in columns:
+                raise unknown(f"column of prompt set {self.name!r}", one.column, columns)
+        found = [row for row in self.rows if all(self._meets(row, one) for one in wanted)]
+        called = f"{self.name}[{', '.join(map(str, wanted))}]" if wanted else self.name
+        if not found:
+            raise ErasureError(f"{called}: none of the {len(self.rows)} rows is left")
+        return PromptSet(called, found)
+
+    def _meets(self, row: Prompt, condition: Condition) -> bool:
+        cell = getattr(row, condition.column) if condition.column in FIXED else row.labels.get(condition.column)
+        try:
+            return condition.holds("" if cell is None else str(cell))
+        except ErasureError as fault:
+            raise ErasureError(f"{self.name}, row {row.id!r}, column {condition.column!r}: {fault}") from None
 
     @property
     def sha256(self) -> str:
@@ -109,23 +150,6 @@ class PromptSet:
     def label_values(self, label: str) -> list[str]:
         """The distinct values of a label, in order of their rows; rows without it are left out."""
         return list(dict.fromkeys(row.labels[label] for row in self.rows if row.labels.get(label)))
-
-
-def _row(path: Path, number: int, cells: dict[str, str]) -> Prompt:
-    if None in cells or None in cells.values():
-        raise ErasureError(f"{path}, row {number}: has another number of cells than the header")
-    if not cells["id"].strip():
-        raise ErasureError(f"{path}, row {number}, column 'id': empty")
-    try:
-        seed = int(cells["seed"])
-    except ValueError:
-        raise ErasureError(f"{path}, row {number}, column 'seed': {cells['seed']!r} is no whole number") from None
-    try:
-        guidance = float(cells["guidance"]) if cells.get("guidance") else None
-    except ValueError:
-        raise ErasureError(f"{path}, row {number}, column 'guidance': {cells['guidance']!r} is no number") from None
-    labels = {key: value for key, value in cells.items() if key not in FIXED and value}
-    return Prompt(cells["id"], cells["prompt"], seed, guidance, labels)
 
 
 def mixed(rows: list[Prompt]) -> list[Prompt]:

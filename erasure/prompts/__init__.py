@@ -1,1 +1,1 @@
-"""Prompt sets as CSV files, and the script that writes glyph's."""
+"""Prompt sets as CSV files, and the script that writes them."""

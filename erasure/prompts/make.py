@@ -1,4 +1,4 @@
-"""Write glyph's prompt sets from its vocabulary: `python -m erasure.prompts.make`."""
+"""Write the package's prompt sets, from glyph's vocabulary and subjects.yaml: `python -m erasure.prompts.make`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from erasure.evaluation.promptset import FOLDER, Prompt, PromptSet
 from erasure.glyph import objects, styles, vocabulary
 from erasure.glyph.captions import article
+from erasure.prompts.subjects import build_subjects, facts
 
 # Ways to ask that are none of the training captions (captions.py).
 PLAIN = (
@@ -99,17 +100,28 @@ SETS = {
 }
 
 
+SPACING = 10_000  # between the first seeds of two sets, so that no seed is used twice
+
+
 def build(name: str) -> PromptSet:
-    """One of the sets; seeds differ from row to row and from set to set."""
-    start = 10_000 * (1 + list(SETS).index(name))
+    """One of glyph's sets; seeds differ from row to row and from set to set."""
+    start = SPACING * (1 + list(SETS).index(name))
     rows = [Prompt(f"{name}-{i:04d}", text, start + i, None, labels) for i, (text, labels) in enumerate(SETS[name]())]
     return PromptSet(f"glyph-{name}", rows)
 
 
+def build_all() -> list[PromptSet]:
+    """Every set of the package."""
+    first = 1 + len(SETS)
+    return [
+        *(build(name) for name in SETS),
+        *(build_subjects(name, SPACING * (first + i)) for i, name in enumerate(facts()["sets"])),
+    ]
+
+
 def main() -> None:
     """Write every set."""
-    for name in SETS:
-        made = build(name)
+    for made in build_all():
         made.write(FOLDER / f"{made.name}.csv")
         print(f"{made.name}: {len(made.rows)} rows")
 

@@ -11,7 +11,8 @@ from erasure.evaluation.promptset import Prompt, PromptSet, names
 from erasure.glyph import objects, styles
 from erasure.glyph.captions import caption
 from erasure.glyph.render import scenes
-from erasure.prompts.make import SETS, build
+from erasure.prompts.make import build_all
+from erasure.prompts.subjects import facts, fill
 
 
 def test_there_and_back(tmp_path):
@@ -26,9 +27,11 @@ def test_there_and_back(tmp_path):
     assert read.label_values("object") == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_the_packages_sets_are_what_the_script_writes(name):
-    assert PromptSet.read(f"glyph-{name}") == build(name)
+def test_the_packages_sets_are_what_the_script_writes():
+    made = build_all()
+    assert sorted(one.name for one in made) == names()
+    for one in made:
+        assert PromptSet.read(one.name) == one
 
 
 def test_every_object_and_style_is_asked_for():
@@ -50,7 +53,7 @@ def test_plain_prompts_are_no_training_captions():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'id' is missing"),
+        ("", "is empty"),
         ("id,prompt\na,b\n", "'seed' is missing"),
         ("id,prompt,seed\n", "no rows"),
         ("id,prompt,seed\na,b,1\na,c,2\n", "row 3, column 'id': 'a' stands twice"),
@@ -70,3 +73,24 @@ def test_bad_files_name_row_and_column(tmp_path, text, says):
 def test_an_unknown_set_lists_the_known():
     with pytest.raises(ErasureError, match="did you mean 'glyph-objects'"):
         PromptSet.read("glyph-objetcs")
+
+
+def test_subjects_are_asked_for_in_every_template():
+    for name, entry in facts()["sets"].items():
+        rows = PromptSet.read(name)
+        assert rows.label_values(entry["label"]) == entry["names"]
+        assert len(rows.rows) == len(entry["names"]) * len(entry["templates"])
+        assert all(row.labels[entry["label"]] in row.prompt for row in rows.rows)
+        assert len({row.prompt for row in rows.rows}) == len(rows.rows)
+
+
+def test_any_subject_fills_the_templates():
+    made = fill(["owl", "cat"], "object", first_seed=5)
+    assert made.rows[0].prompt == "a photo of an owl" and made.rows[0].seed == 5
+    assert made.label_values("object") == ["owl", "cat"]
+    assert [row.prompt for row in fill(["ink"], "style", ["{x}!"]).rows] == ["ink!"]
+    with pytest.raises(ErasureError, match="did you mean 'object'"):
+        fill(["owl"], "objekt")
+    for bad in ("a photo", "{x} and {y}", "{x} {", "{x} {0}"):
+        with pytest.raises(ErasureError, match="template"):
+            fill(["owl"], "object", [bad])
