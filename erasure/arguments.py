@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", default="glyph", help="glyph, a hub id, a diffusers folder or a .safetensors file")
+    model.add_argument(
+        "--device", help="where to compute: cpu, cuda, cuda:1, mps; default: an accelerator if there is one"
+    )
     _erasing(add, model)
     _drawing(add, model)
     _listing(add, model)

@@ -72,6 +72,13 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
+def best_device() -> torch.device:
+    """The accelerator that this process's launcher gave it, else the first one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 @dataclass
 class Base:
     """A loaded checkpoint: the components that erasing needs, in one copy.
@@ -86,15 +93,26 @@ class Base:
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def load(cls, model: str | os.PathLike[str] = "glyph", **options: Any) -> Base:
+    def load(
+        cls, model: str | os.PathLike[str] = "glyph", *, device: str | torch.device | None = None, **options: Any
+    ) -> Base:
         """Load a checkpoint by the name of an embedded one, folder, file or hub id.
 
+        Args:
+            model: its name.
+            device: where to compute; None: `best_device()`.
+            options: those of diffusers' `from_pretrained`.
+
         Raises:
-            ErasureError: the model is unknown or cannot be loaded.
+            ErasureError: the model is unknown or cannot be loaded; there is no such device.
         """
         from erasure.pipelines import ErasedStableDiffusionPipeline
 
-        return cls(os.fspath(model), ErasedStableDiffusionPipeline.from_pretrained(model, **options))
+        pipe = ErasedStableDiffusionPipeline.from_pretrained(model, **options)
+        try:
+            return cls(os.fspath(model), pipe.to(device or best_device()))
+        except (RuntimeError, AssertionError) as fault:
+            raise ErasureError(f"{model} cannot be put on {device or best_device()}: {fault}") from None
 
     @classmethod
     def of(cls, value: Base | str | os.PathLike[str] | Any) -> Base:

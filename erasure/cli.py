@@ -48,21 +48,30 @@ def _quiet() -> None:
 
 
 def _say(given: argparse.Namespace, data: Any, text: str) -> None:
-    print(json.dumps(data, indent=1) if given.json else text)
+    from erasure.evaluation.shards import speaks
+
+    if speaks():  # one of the processes that a launcher started
+        print(json.dumps(data, indent=1) if given.json else text)
 
 
 def _pipeline(given: argparse.Namespace) -> Any:
     """The model with the patches of the command line, which are read first: they fail quicker."""
-    from erasure.base import quiet
     from erasure.patch import Patch
-    from erasure.pipelines import ErasedStableDiffusionPipeline
 
     files = [(Patch.load(path), strength) for path, strength in map(_strength, given.patch)]
-    quiet()
-    pipe = ErasedStableDiffusionPipeline.from_pretrained(given.model)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _model(given)
     for patch, strength in files:
         pipe.load_patch(patch, strength=strength, force=given.force)
+    return pipe
+
+
+def _model(given: argparse.Namespace) -> Any:
+    """The model without patches."""
+    from erasure.base import Base, quiet
+
+    quiet()
+    pipe = Base.load(given.model, device=given.device).pipe
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -108,14 +117,14 @@ def _concepts(given: argparse.Namespace) -> list[Any]:
 
 def run_erase(given: argparse.Namespace) -> None:
     """`erasure erase`."""
-    from erasure.base import quiet
+    from erasure.base import Base, quiet
     from erasure.config import parse_overrides
     from erasure.methods import erase
 
     concepts = _concepts(given)
     quiet()
     patch = erase(
-        given.model,
+        Base.load(given.model, device=given.device),
         concepts,
         given.method,
         out=given.out,
@@ -234,17 +243,12 @@ def run_attack(given: argparse.Namespace) -> None:
 
 def run_verify(given: argparse.Namespace) -> None:
     """`erasure verify`."""
-    from erasure.base import quiet
     from erasure.evaluation.verify import ATTACKS, verify
     from erasure.patch import read_header
-    from erasure.pipelines import ErasedStableDiffusionPipeline
 
     read_header(given.file)  # a bad file fails before the model loads
-    quiet()
-    pipe = ErasedStableDiffusionPipeline.from_pretrained(given.model)
-    pipe.set_progress_bar_config(disable=True)
     found = verify(
-        pipe,
+        _model(given),
         given.file,
         folder=given.out,
         attacks=ATTACKS if given.attack is None else [name for name in given.attack if name != "none"],

@@ -92,8 +92,8 @@ def generate(
         if Path(row.id).name != row.id or row.id.startswith("."):
             raise ErasureError(f"{prompts.name}: the id {row.id!r} is no file name")
     artist = _Artist(pipe, Path(folder), steps, _shapes(pipe, prompts, guidance, batch_size))
-    with crew(_on_cpu(pipe)) as us:
-        settings = us.each(lambda: _settings(pipe, steps, guidance))
+    with crew(on_cpu(pipe)) as us:
+        settings = us.each(lambda: conditions(pipe, steps, guidance))
         strange = {key for other in settings for key in _changed(settings[0], other)}
         if strange:
             raise ErasureError(f"the processes hold different pipelines ({', '.join(sorted(strange))} differ)")
@@ -115,7 +115,8 @@ def _scale(row: Prompt, guidance: float) -> float:
     return guidance if row.guidance is None else row.guidance
 
 
-def _on_cpu(pipe: Any) -> bool:
+def on_cpu(pipe: Any) -> bool:
+    """Whether the pipeline computes on the CPU."""
     # Offloaded pipelines rest on the CPU and run elsewhere: diffusers knows where.
     device = getattr(pipe, "_execution_device", None) or getattr(pipe, "device", "cpu")
     return str(device).startswith("cpu")
@@ -124,7 +125,7 @@ def _on_cpu(pipe: Any) -> bool:
 def _shapes(pipe: Any, prompts: PromptSet, guidance: float, batch_size: int) -> dict[float, int]:
     """Guidance scale -> how many pictures a call makes: the same for every share and resume of the prompt set."""
     scales = [_scale(row, guidance) for row in prompts.rows]
-    if _on_cpu(pipe):
+    if on_cpu(pipe):
         side = getattr(getattr(getattr(pipe, "unet", None), "config", None), "sample_size", None)
         return dict.fromkeys(scales, TOGETHER if isinstance(side, int) and side <= SMALL else 1)
     return {scale: min(batch_size, scales.count(scale)) for scale in set(scales)}
@@ -141,7 +142,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _settings(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
+def conditions(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
     """All that a picture depends on beside its row, as JSON would give it back."""
     import torch
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, read_image
+from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.metrics import Judged, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
+from erasure.evaluation.shards import crew
 
 if TYPE_CHECKING:
     from erasure.concept import Concept
@@ -72,16 +73,35 @@ def evaluate(
         "batch_size": batch_size,
         "progress": progress,
     }
-    patches = acting(pipe)
     base_at = Path(base_folder) if base_folder else target_folder / "base"
     patched = generate(pipe, chosen, target_folder / "patched", **options)
     with switched_off(pipe):
         base = generate(pipe, chosen, base_at, **options)
-    faults: list[str] = []
-    runs = {
-        "base": judge_run(judge, base_at, base, faults),
-        "patched": judge_run(judge, target_folder / "patched", patched, faults),
+    records = {"base": base, "patched": patched}
+    details = {
+        "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
+        "patches": acting(pipe),
+        "scheduler": type(pipe.scheduler).__name__,
+        "steps": options["steps"],
+        "guidance": options["guidance"],
     }
+    # Of several processes that have drawn, one judges and writes.
+    with crew(on_cpu(pipe)) as us:
+        return us.first(lambda: _judged(judge, target, records, base_at, target_folder, details))
+
+
+def _judged(
+    judge: Judge,
+    target: Target,
+    records: dict[str, list[Record]],
+    base_at: Path,
+    folder: Path,
+    details: dict[str, Any],
+) -> Report:
+    """Judge both runs, measure them and write the report."""
+    faults: list[str] = []
+    places = {"base": base_at, "patched": folder / "patched"}
+    runs = {name: judge_run(judge, places[name], rows, faults) for name, rows in records.items()}
     report = Report(
         concept=target.labels,
         domain=target.domain,
@@ -89,17 +109,13 @@ def evaluate(
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
         paired={head: paired(runs, target, head) for head in judge.heads},
         provenance={
-            "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
-            "patches": patches,
-            "scheduler": type(pipe.scheduler).__name__,
-            "steps": options["steps"],
-            "guidance": options["guidance"],
+            **details,
             "judge": {"name": judge.name, **judge.versions()},
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
         faults=faults,
     )
-    report.write(target_folder, _show(patched, target), base_at)
+    report.write(folder, _show(records["patched"], target), base_at)
     return report
 
 

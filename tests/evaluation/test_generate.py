@@ -161,7 +161,7 @@ def test_a_patch_gated_by_text_does_not_see_the_prompts_beside(tmp_path):
 
 
 def test_on_an_accelerator_shapes_are_fixed_and_batch_sizes_agree_within_one_level(glyph, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_on_cpu", lambda pipe: False)
+    monkeypatch.setattr(module, "on_cpu", lambda pipe: False)
     rows = PromptSet("seven", GLYPH.rows[:7])
     for size in (1, 3, 5):
         generate(glyph, rows, tmp_path / str(size), steps=STEPS, batch_size=size, progress=False)
@@ -296,7 +296,7 @@ class Painter:
 
 
 def test_pictures_are_not_kept_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_on_cpu", lambda pipe: False)
+    monkeypatch.setattr(module, "on_cpu", lambda pipe: False)
     rows = PromptSet("many", [Prompt(f"{i:05d}", "a cat", i) for i in range(2000)])
     pipe = Painter()
     assert len(generate(pipe, rows, tmp_path, batch_size=16, progress=False)) == 2000

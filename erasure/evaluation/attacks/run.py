@@ -180,8 +180,7 @@ def attack(
     hit = asking.shows(plain, found)
     out = Path(folder)
     shared = {
-        **generate._settings(pipe, asking.steps),
-        "guidance": asking.guidance,
+        **generate.conditions(pipe, asking.steps, asking.guidance),
         "cases": [case.id for case in found],
         "judge": {"name": judge.name, **judge.versions()},
         "seed": seed,
