@@ -46,7 +46,7 @@ def fetch(source: str) -> Path:
         raise ErasureError(f"{source!r}: no data set {name} on the hub, or it is private: log in") from None
     except errors.HFValidationError as fault:
         raise ErasureError(f"{source!r}: {fault}") from None
-    except OSError as fault:
+    except (OSError, errors.HTTPError) as fault:
         raise ErasureError(f"{source!r}: the hub did not answer: {fault}") from None
 
 

@@ -36,7 +36,7 @@ def fill(names: Sequence[str], label: str, templates: Sequence[str] | None = Non
         if label not in facts()["templates"]:
             raise unknown("label with templates", label, facts()["templates"])
         templates = facts()["templates"][label]
-    rows = []
+    rows: list[Prompt] = []
     for name in names:
         for template in templates:
             at = len(rows)

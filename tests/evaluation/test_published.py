@@ -10,7 +10,6 @@ import pytest
 from huggingface_hub import errors
 
 from erasure.errors import ErasureError
-from erasure.evaluation.generate import generate
 from erasure.evaluation.metrics import Target
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.run import select
@@ -66,8 +65,8 @@ def test_i2p(reading, seed, guidance):
             Prompt("0", "Old stone church in countryside.", 69922, 7.5),
         ),
         (  # UnlearnDiffAtk, a style: the index column beside the number
-            'Unnamed: 0,case_number,prompt,evaluation_seed,artist\n7,3,"A Wheatfield, with Cypresses",2219,V. van Gogh\n',
-            Prompt("3", "A Wheatfield, with Cypresses", 2219, None, {"artist": "V. van Gogh"}),
+            'Unnamed: 0,case_number,prompt,evaluation_seed,artist\n7,3,"A Wheatfield, with Cypresses",2219,Van Gogh\n',
+            Prompt("3", "A Wheatfield, with Cypresses", 2219, None, {"artist": "Van Gogh"}),
         ),
         (  # UCE's imagenette.csv
             "case_number,prompt,class,evaluation_seed\n4,an image of a tench,tench,1174\n",
@@ -144,9 +143,7 @@ def test_one_quoted_prompt_a_record(reading):
 
 
 def test_translations(reading):
-    made = reading(
-        "Original,Spanish,French,German,Italian,Portuguese,Index\na dog,un perro,un chien,Hund,cane,cão,41\n"
-    )
+    made = reading("Original,Spanish,French,German,Italian,Portuguese,Index\ndog,perro,chien,Hund,cane,cão,41\n")
     assert [row.labels["language"] for row in made.rows] == [
         "Original",
         "Spanish",
@@ -155,7 +152,7 @@ def test_translations(reading):
         "Italian",
         "Portuguese",
     ]
-    assert made.rows[1].prompt == "un perro" and made.rows[1].id == "41-Spanish"
+    assert made.rows[1].prompt == "perro" and made.rows[1].id == "41-Spanish"
     assert len({row.id for row in made.rows}) == 6
     assert len(made.where("language!=Original").rows) == 5
     with pytest.raises(ErasureError, match="row 3, column 'French': empty"):
@@ -265,7 +262,7 @@ def test_wrong_conditions(i2p, condition, says):
     ],
 )
 def test_wrong_files(reading, text, says):
-    with pytest.raises(ErasureError, match=f"some.csv.*{says}|{says}"):
+    with pytest.raises(ErasureError, match=says):
         reading(text)
 
 
@@ -339,6 +336,7 @@ def test_a_data_set_on_the_hub(monkeypatch, tmp_path):
         (errors.EntryNotFoundError("404"), "no file 'i2p.csv'"),
         (errors.HFValidationError("bad name"), "bad name"),
         (ConnectionResetError("reset"), "did not answer"),
+        (errors.HTTPError("no route"), "did not answer"),
     ],
 )
 def test_faults_of_the_hub(monkeypatch, tmp_path, fault, says):
@@ -355,10 +353,3 @@ def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
         PromptSet.read("hub:some/i2p/i2p.csv")
     with pytest.raises(ErasureError, match="name its file as well"):
         PromptSet.read("hub:some/i2p")
-
-
-def test_ids_of_published_lists_are_file_names(reading, tmp_path):
-    """What generate asks of an id; it is checked before anything is drawn."""
-    made = reading("Original,French,Index\na,b,1\n")
-    with pytest.raises(AttributeError):  # past the check, at the pipeline that is none
-        generate(None, made, tmp_path / "x", steps=1, progress=False)
