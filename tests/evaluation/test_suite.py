@@ -1,0 +1,122 @@
+"""Suites: what they ask, what is said to be missing, and that they run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from erasure.errors import ErasureError
+from erasure.evaluation import judges
+from erasure.evaluation.suite import Suite, names, run_suite
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.standin import BrightnessJudge
+from tests.patch.making import delta_patch
+from tests.tiny import tiny_pipeline
+
+QUICK = {"steps": 2, "guidance": 2.0, "progress": False}
+SMALL = """
+about: a test
+source: none
+judge: brightness
+parts:
+  asked:
+    template: "a {object} in {style}"
+    seeds: ["1", "2"]
+    fill: {object: [cat, dog], style: [flat]}
+  words:
+    template: "the {word}"
+    put: {object: "{concept}"}
+    role: synonym
+    fill: {word: [tree, church]}
+  away:
+    prompts: "{data}/none.csv"
+    get: the moon
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    monkeypatch.setitem(judges.KINDS, "brightness", "x")
+    monkeypatch.setattr(judges, "_factory", lambda kind: BrightnessJudge)
+    return path
+
+
+def test_the_suites_are_the_written_list():
+    assert names() == ["esd-styles", "glyph-full", "glyph-quick", "hub", "i2p", "mace-objects", "unlearncanvas"]
+    for name in names():
+        suite = Suite.read(name)
+        assert suite.about and suite.source and (suite.base == "glyph") == name.startswith("glyph")
+        assert suite.differs or suite.base == "glyph"
+
+
+def test_the_parts_become_one_set(small):
+    rows, missing = Suite.read(small).rows(["cat"])
+    assert [row.prompt for row in rows.rows] == ["a cat in flat"] * 2 + ["a dog in flat"] * 2 + [
+        "the tree",
+        "the church",
+    ]
+    assert [row.seed for row in rows.rows][:4] == [1, 2, 1, 2]
+    assert rows.rows[0].labels == {"object": "cat", "style": "flat"}
+    assert rows.rows[-1].labels == {"word": "church", "object": "cat", "role": "synonym"}
+    assert missing == ["part away: {data}/none.csv: no --data folder was given; the moon"]
+
+
+def test_published_sizes():
+    rows, _ = Suite.read("unlearncanvas").rows(["Van Gogh"])
+    assert len(rows.rows) == 5100 and rows.rows[0].prompt == "A Architectures image in Abstractionism style."
+    assert len(rows.label_values("style")) == 51 and "Van Gogh" in rows.label_values("style")
+    rows, missing = Suite.read("mace-objects").rows(["ship"])
+    assert {row.prompt for row in rows.rows if row.labels.get("role")} == {
+        f"a photo of the {word}" for word in ("vessel", "boat", "watercraft")
+    }
+    assert len(missing) == 2  # airplane's and automobile's other words are not asked
+
+
+def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipe.load_patch(delta_patch(pipe), name="p")
+    found = run_suite(pipe, "cat", str(small), folder=tmp_path / "out", **QUICK)
+    assert found.report.metric("UA").n == 2 and found.report.metric("leak").n == 2
+    assert found.attacks is None and len(found.missing) == 1
+    assert json.loads((tmp_path / "out" / "suite.json").read_text())["missing"] == found.missing
+    assert "missing: part away" in found.text() and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    path = tmp_path / "other.yaml"
+    path.write_text(SMALL.replace("judge: brightness", "judge: classifier:{data}/nowhere?labels={objects}"))
+    from erasure.evaluation.judges import _factory  # the fixture's
+
+    assert _factory
+    found = run_suite(pipe, "cat", str(path), folder=tmp_path / "out", judge="nobody", **QUICK)
+    assert found.report is None and "nobody" in found.missing[-1]
+    assert len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 6
+    assert len(list((tmp_path / "out" / "base" / "images").glob("*.png"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SMALL.replace("about: a test\n", ""), "about must be there"),
+        (SMALL + "colour: red\n", "colour"),
+        (SMALL.replace("role: synonym", "role: cousin"), "synonym"),
+        (SMALL.replace("    seeds:", "    prompts: x\n    seeds:"), "not both"),
+        ("about: a\nsource: b\nparts: [1]\n", "mapping"),
+        ("about: a\nsource: b\nparts: {x: {template: 'a {y}'}}\n", "nothing can be asked"),
+        ("about: [", "YAML"),
+    ],
+)
+def test_bad_suites(tmp_path, text, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ErasureError, match=said):
+        Suite.read(path).rows(["cat"])
+
+
+def test_an_unknown_suite_names_the_others():
+    with pytest.raises(ErasureError, match="glyph-quick"):
+        Suite.read("glyph-quik")
