@@ -85,15 +85,25 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
     sampling.add_argument("--batch-size", type=int, default=16)
 
+    def judging(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--judge", help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; default: glyph"
+        )
+
     generate = add("generate", "make images, with patches or without", model, patches, sampling)
     generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
-    generate.add_argument("--prompts", help="a prompt set: a name or a CSV file")
+    generate.add_argument("--prompts", help="a prompt set: a name, a CSV file or hub:owner/name")
+    generate.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("-o", "--out", type=Path, default=Path("out"))
 
     evaluate = add("evaluate", "measure what is erased and what is kept", model, patches, sampling)
     evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
-    evaluate.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    evaluate.add_argument("--suite", help="a recipe: a name (see `erasure suites`) or a YAML file")
+    evaluate.add_argument("--data", type=Path, help="the folder of a suite's own files")
+    evaluate.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
+    evaluate.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
+    judging(evaluate)
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
 
@@ -101,7 +111,8 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
     attack.add_argument("--attack", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
     attack.add_argument("--list", action="store_true", help="name the attacks and end")
-    attack.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    attack.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
+    judging(attack)
     attack.add_argument("--cases", type=int, default=12, help="prompts to attack")
     attack.add_argument("--budget", default="lite", help="lite (for a CPU) or full (as published)")
     attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the one attack")
@@ -111,7 +122,8 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     verify = add("verify", "measure and attack a patch, and write what was found into a copy of it", model, sampling)
     verify.add_argument("file", type=Path)
     verify.add_argument("--attack", action="append", metavar="NAME", help="default: three of them; `none` for none")
-    verify.add_argument("--prompts", help="a prompt set: a name or a CSV file with labels")
+    verify.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
+    judging(verify)
     verify.add_argument("--limit", type=int, help="at most this many prompts")
     verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
     verify.add_argument("--budget", default="lite", help="of the attacks: lite (for a CPU) or full (as published)")
@@ -136,5 +148,7 @@ def _listing(add: Add, model: argparse.ArgumentParser) -> None:
     methods = add("methods", "the methods there are; with a name, its settings")
     methods.add_argument("name", nargs="?")
     add("models", "the models that come with the package, and what else --model takes")
+    suites = add("suites", "the suites that come with the package; with a name, its parts")
+    suites.add_argument("name", nargs="?")
     prompts = add("prompts", "the prompt sets that come with the package; with a name, its rows")
     prompts.add_argument("name", nargs="?")

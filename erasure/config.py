@@ -93,7 +93,10 @@ def coerce(value: Any, hint: Any) -> Any:
         if option is str and isinstance(value, str):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(str(item) for item in value)
+            kind = typing.get_args(option)[0]
+            return tuple(kind(item) for item in value)
+        if dict in (option, typing.get_origin(option)) and isinstance(value, dict):
+            return {str(key): one for key, one in value.items()}
     raise TypeError(value)
 
 

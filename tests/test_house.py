@@ -45,7 +45,8 @@ MAY = {
     "plan": {*CORE, "methods", "train"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts"},
-    "cli": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "arguments", "formats"},
+    "cli": {*CORE, "arguments", "commands"},
+    "commands": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "formats"},
     "arguments": set(),
 }
 

@@ -64,6 +64,7 @@ class Part:
             ErasureError: what it needs is not there, or a malformed part.
         """
         words = {"concept": concepts[0], "data": "" if data is None else os.fspath(data)}
+        found: Sequence[Prompt]
         if self.template is not None:
             found = self._filled(words)
         elif self.prompts == "about":
@@ -91,7 +92,7 @@ class Part:
 
     def _filled(self, words: dict[str, str]) -> list[Prompt]:
         names = list(self.fill)
-        rows = []
+        rows: list[Prompt] = []
         for values in itertools.product(*self.fill.values()):
             chosen = {name: _put_in(value, words) for name, value in zip(names, values, strict=True)}
             text = _put_in(self.template or "", {**words, **chosen})
@@ -127,7 +128,7 @@ class Suite:
 
     about: str
     source: str
-    parts: dict[str, Any]
+    parts: dict[str, Part]
     judge: str = "glyph"
     base: str = "glyph"
     steps: int | None = None
@@ -258,7 +259,7 @@ def run_suite(
         recipe = replace(recipe, parts={name: replace(part, limit=limit) for name, part in recipe.parts.items()})
     rows, missing = recipe.rows(concepts, None if data is None else Path(data))
     out = Path(folder)
-    given = {"steps": recipe.steps, "guidance": recipe.guidance}
+    given: dict[str, Any] = {"steps": recipe.steps, "guidance": recipe.guidance}
     given |= {key: value for key, value in sampling.items() if value is not None}
     report = attacked = None
     named = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}

@@ -236,6 +236,7 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
         ({"budget": "huge"}, "lite, full|lite.*full"),
         ({"cases": 1}, "at least 2"),
         ({"settings": {"tokns": 3}}, "tokens"),
+        ({"settings": {"tokens": "many"}}, "expected int"),
         ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "one attack"),
         ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "never names cat"),
     ],

@@ -10,10 +10,11 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from erasure.config import build
 from erasure.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
@@ -115,16 +116,12 @@ def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
     """An attack with its budget, `lite` or `full` (the published one), and single settings.
 
     Raises:
-        ErasureError: an unknown attack, budget or setting.
+        ErasureError: an unknown attack, budget or setting, or a value of the wrong type.
     """
     cls = find(name)
     if budget not in ("lite", "full"):
         raise unknown("budget", budget, ("lite", "full"))
-    known = [each.name for each in fields(cls)]
-    for key in settings:
-        if key not in known:
-            raise unknown(f"setting of {name}", key, known)
-    return cls(**{**(cls.LITE if budget == "lite" else {}), **settings})
+    return build(cls, cls.LITE if budget == "lite" else {}, settings)
 
 
 class Victim:

@@ -1,0 +1,48 @@
+"""What the subcommands do: parses nothing, calls the Python API, prints. Heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def say(given: argparse.Namespace, data: Any, text: str) -> None:
+    """Print the result: text, or with --json one document."""
+    from erasure.evaluation.shards import speaks
+
+    if speaks():  # one of the processes that a launcher started
+        print(json.dumps(data, indent=1) if given.json else text)
+
+
+def model(given: argparse.Namespace) -> Any:
+    """The model without patches."""
+    from erasure.base import Base, quiet
+
+    quiet()
+    pipe = Base.load(given.model, device=given.device).pipe
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipeline(given: argparse.Namespace) -> Any:
+    """The model with the patches of the command line, which are read first: they fail quicker."""
+    from erasure.patch import Patch
+
+    files = [(Patch.load(path), factor) for path, factor in map(strength, given.patch)]
+    pipe = model(given)
+    for patch, factor in files:
+        pipe.load_patch(patch, strength=factor, force=given.force)
+    return pipe
+
+
+def strength(item: str) -> tuple[str, float]:
+    """`file` or `file:0.5`."""
+    path, sign, number = item.rpartition(":")
+    if not sign or Path(item).is_file():
+        return item, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        return item, 1.0

@@ -1,0 +1,95 @@
+"""Commands that erase: demo, erase, plan, bench."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from erasure.commands import say
+from erasure.errors import ErasureError
+
+
+def run_demo(given: argparse.Namespace) -> None:
+    """`erasure demo`."""
+    from erasure.base import quiet
+    from erasure.demo import demo
+
+    quiet()
+    tell = (lambda _: None) if given.json else print
+    found = demo(given.concept, given.out, progress=not given.json, say=tell)
+    say(given, found.to_json(), f"{found.summary}\n4. {found.seconds:.0f} s; the report: {found.report}")
+
+
+def named(given: argparse.Namespace) -> list[Any]:
+    """The concepts of the command line.
+
+    Raises:
+        ErasureError: an alias, an anchor or a neighbour for several concepts at once.
+    """
+    from erasure.concept import Concept
+
+    details = {"aliases": given.alias, "anchor": given.anchor, "keep": given.keep, "kind": given.kind}
+    details = {key: value for key, value in details.items() if value}
+    if len(given.concept) > 1 and details.keys() - {"kind"}:
+        raise ErasureError(
+            "--alias, --anchor and --keep belong to one concept: erase several from Python, "
+            "erase(model, [{'name': .., 'anchor': ..}, ..])"
+        )
+    return Concept.list_of([{"name": name, **details} if details else name for name in given.concept])
+
+
+def run_erase(given: argparse.Namespace) -> None:
+    """`erasure erase`."""
+    from erasure.base import Base, quiet
+    from erasure.config import parse_overrides
+    from erasure.methods import erase
+
+    concepts = named(given)
+    quiet()
+    patch = erase(
+        Base.load(given.model, device=given.device),
+        concepts,
+        given.method,
+        out=given.out,
+        config=given.config,
+        seed=given.seed,
+        progress=False if given.json else None,
+        preview_every=given.preview_every,
+        trackers=given.log,
+        **parse_overrides(given.set),
+    )
+    names = ", ".join(repr(one.name) for one in concepts)
+    costs = patch.costs
+    text = f"{given.out}: {given.method} erases {names}, {costs['F']} F + {costs['B']} B, {costs['seconds']} s"
+    say(given, {"patch": str(given.out), **patch.info()}, text)
+
+
+def run_plan(given: argparse.Namespace) -> None:
+    """`erasure plan`."""
+    from erasure.base import quiet
+    from erasure.config import parse_overrides, read_yaml
+    from erasure.plan import plan
+
+    concepts = named(given)
+    settings = read_yaml(given.config) if given.config else {}
+    quiet()
+    found = plan(given.model, concepts, given.method, seed=given.seed, **{**settings, **parse_overrides(given.set)})
+    say(given, found.to_json(), found.text())
+
+
+def run_bench(given: argparse.Namespace) -> None:
+    """`erasure bench`."""
+    from erasure.base import quiet
+    from erasure.bench import bench
+    from erasure.config import parse_overrides
+
+    quiet()
+    table = bench(
+        given.methods,
+        given.concepts,
+        given.out,
+        limit=given.limit,
+        progress=not given.json,
+        overrides=parse_overrides(given.set),
+    )
+    say(given, table.to_json(), table.markdown())

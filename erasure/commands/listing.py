@@ -1,0 +1,91 @@
+"""Commands that show what there is: patch, methods, models, suites, prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from erasure.commands import say
+from erasure.errors import ErasureError
+
+
+def run_patch(given: argparse.Namespace) -> None:
+    """`erasure patch info|import|export`."""
+    from erasure.patch import Patch
+
+    if given.action != "info":
+        from erasure.base import quiet
+        from erasure.formats import export_patch, import_patch
+
+        if given.out is None:
+            raise ErasureError(f"patch {given.action}: say where to write with -o")
+        if given.action == "export":
+            export_patch(Patch.load(given.file), given.out, given.format)
+        else:
+            quiet()
+            import_patch(given.file, given.format, given.model).save(given.out)
+        say(given, {"file": str(given.out)}, f"{given.out}: written")
+        return
+    found = Patch.load(given.file).info()
+    width = max(map(len, found))
+    lines = [f"{key:{width}}  {value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
+    say(given, found, "\n".join(lines))
+
+
+def run_methods(given: argparse.Namespace) -> None:
+    """`erasure methods`."""
+    import dataclasses
+    import inspect
+
+    from erasure import methods
+
+    if given.name:
+        cls = methods.find(given.name)
+        fields = {f.name: {"default": f.default, "type": str(f.type)} for f in dataclasses.fields(cls)}
+        say(given, fields, f"{inspect.getdoc(inspect.getmodule(cls))}\n\n{inspect.getdoc(cls)}")
+        return
+    rows = {
+        name: (inspect.getdoc(inspect.getmodule(methods.find(name))) or "").split("\n")[0] for name in methods.names()
+    }
+    say(given, rows, "\n".join(rows.values()))
+
+
+def run_models(given: argparse.Namespace) -> None:
+    """`erasure models`."""
+    from erasure.base import BUNDLED
+
+    also = "also: a hub id (owner/name), a diffusers folder, a .safetensors file"
+    say(given, BUNDLED, "\n".join([*(f"{name}: {text}" for name, text in BUNDLED.items()), also]))
+
+
+def run_suites(given: argparse.Namespace) -> None:
+    """`erasure suites`."""
+    from erasure.evaluation.suite import Suite, names
+
+    if given.name:
+        suite = Suite.read(given.name)
+        parts = {
+            name: part.prompts or f"{part.template} ({', '.join(f'{len(v)} {k}' for k, v in part.fill.items())})"
+            for name, part in suite.parts.items()
+        }
+        lines = [suite.about, f"source: {suite.source}", f"made for: {suite.base}", f"judge: {suite.judge}"]
+        lines += [f"part {name}: {text}" for name, text in parts.items()]
+        lines += [f"differs: {suite.differs}"] if suite.differs else []
+        found = {"about": suite.about, "source": suite.source, "base": suite.base, "judge": suite.judge, "parts": parts}
+        say(given, found, "\n".join(lines))
+        return
+    rows = {name: Suite.read(name).about for name in names()}
+    say(given, rows, "\n".join(f"{name:16}{text}" for name, text in rows.items()))
+
+
+def run_prompts(given: argparse.Namespace) -> None:
+    """`erasure prompts`."""
+    from erasure.evaluation.promptset import PromptSet, names
+
+    if given.name:
+        rows = PromptSet.read(given.name).rows
+        found = [{"id": row.id, "prompt": row.prompt, "seed": row.seed, **row.labels} for row in rows]
+        say(given, found, "\n".join(f"{row.id}  {row.prompt}" for row in rows))
+        return
+    sizes = {name: len(PromptSet.read(name).rows) for name in names()}
+    say(given, sizes, "\n".join(f"{name}: {count} prompts" for name, count in sizes.items()))

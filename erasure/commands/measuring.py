@@ -1,0 +1,147 @@
+"""Commands that draw and judge: generate, evaluate, attack, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from erasure.commands import model, pipeline, say, strength
+from erasure.errors import ErasureError
+
+
+def run_generate(given: argparse.Namespace) -> None:
+    """`erasure generate`."""
+    from erasure.evaluation.generate import GUIDANCE, STEPS, generate
+    from erasure.evaluation.promptset import Prompt, PromptSet
+
+    if bool(given.prompt) == bool(given.prompts):
+        raise ErasureError("give prompts, or a prompt set with --prompts, and not both")
+    if given.prompts:
+        rows = _rows(given.prompts, given.where)
+    else:
+        rows = PromptSet(
+            "command", [Prompt(f"{i:04d}", text, given.seed + i, None, {}) for i, text in enumerate(given.prompt)]
+        )
+    made = generate(
+        pipeline(given),
+        rows,
+        given.out,
+        steps=given.steps or STEPS,
+        guidance=GUIDANCE if given.guidance is None else given.guidance,
+        batch_size=given.batch_size,
+        progress=not given.json,
+    )
+    say(given, {"folder": str(given.out), "images": len(made)}, f"{given.out}: {len(made)} images")
+
+
+def run_evaluate(given: argparse.Namespace) -> None:
+    """`erasure evaluate`."""
+    from erasure.evaluation import evaluate
+    from erasure.evaluation.suite import Suite, run_suite
+
+    concept = _gone(given)
+    options = {
+        "folder": given.out,
+        "limit": given.limit,
+        "steps": given.steps,
+        "guidance": given.guidance,
+        "batch_size": given.batch_size,
+        "progress": not given.json,
+    }
+    if given.suite:
+        if given.prompts or given.where:
+            raise ErasureError("a suite brings its own prompts: give --suite, or --prompts and --where")
+        suite = Suite.read(given.suite)
+        found = run_suite(pipeline(given), concept, suite, data=given.data, judge=given.judge, **options)
+        say(given, found.to_json(), f"{found.text()}\n{given.out / 'report.html'}")
+        return
+    if given.where and not given.prompts:
+        raise ErasureError("--where chooses among the rows of --prompts")
+    if given.prompts:
+        options["prompts"] = _rows(given.prompts, given.where)
+    report = evaluate(pipeline(given), concept, judge=_judge(given), **options)
+    say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
+
+
+def _rows(source: str, conditions: list[str]) -> Any:
+    """A prompt set, or those of its rows that fit."""
+    from erasure.evaluation.promptset import PromptSet
+
+    rows = PromptSet.read(source)
+    return rows.where(*conditions) if conditions else rows
+
+
+def _judge(given: argparse.Namespace) -> Any:
+    """The judge of the command line, or None for the usual one."""
+    from erasure.evaluation.judges import find_judge
+
+    return find_judge(given.judge) if given.judge else None
+
+
+def _gone(given: argparse.Namespace) -> Any:
+    """What should be gone: the concept of the command line, or what the patches say."""
+    from erasure.patch import read_header
+
+    if given.concept is not None:
+        return given.concept
+    if not given.patch:
+        raise ErasureError("say which concept should be gone, or give --patch")
+    concepts = [
+        entry for item in given.patch for entry in json.loads(read_header(strength(item)[0])["erasure.concepts"])
+    ]
+    return [entry["name"] for entry in concepts]
+
+
+def run_attack(given: argparse.Namespace) -> None:
+    """`erasure attack`."""
+    from erasure.config import parse_overrides
+    from erasure.evaluation.attacks import find, names
+    from erasure.evaluation.attacks.run import attack
+
+    if given.list:
+        rows = {name: (find(name).__doc__ or "").split("\n")[0] for name in names()}
+        say(given, rows, "\n".join(f"{name:20}{text}" for name, text in rows.items()))
+        return
+    report = attack(
+        pipeline(given),
+        _gone(given),
+        given.attack or "all",
+        folder=given.out,
+        prompts=given.prompts,
+        cases=given.cases,
+        budget=given.budget,
+        settings=parse_overrides(given.set),
+        judge=_judge(given),
+        steps=given.steps,
+        guidance=given.guidance,
+        batch_size=given.batch_size,
+        seed=given.seed,
+        progress=not given.json,
+    )
+    say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
+
+
+def run_verify(given: argparse.Namespace) -> None:
+    """`erasure verify`."""
+    from erasure.evaluation.verify import ATTACKS, verify
+    from erasure.patch import read_header
+
+    read_header(given.file)  # a bad file fails before the model loads
+    found = verify(
+        model(given),
+        given.file,
+        folder=given.out,
+        attacks=ATTACKS if given.attack is None else [name for name in given.attack if name != "none"],
+        prompts=given.prompts,
+        limit=given.limit,
+        cases=given.cases,
+        budget=given.budget,
+        judge=_judge(given),
+        force=given.force,
+        steps=given.steps,
+        guidance=given.guidance,
+        batch_size=given.batch_size,
+        progress=not given.json,
+    )
+    say(given, found.to_json(), found.text())
