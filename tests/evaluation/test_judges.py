@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from erasure.errors import ErasureError
 from erasure.evaluation import evaluate, judges
@@ -221,6 +222,24 @@ def test_zero_shot_is_what_clip_says(clip):
     assert len(judge.clip_scores(images[:1], ["cat " * 200])) == 1
 
 
+def test_a_clip_with_half_its_weights_does_not_judge_at_random(clip, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(clip, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if not key.startswith("text_model")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ErasureError, match=r"lacks text_model.*at random"):
+        ClipJudge(str(folder), labels="cat,dog")
+
+
+def test_images_of_any_mode_are_judged_as_rgb(vit, clip):
+    images = noise(2)
+    for judge in (ClassifierJudge(vit), ClipJudge(clip, labels="cat,dog"), NudeNetJudge()):
+        for mode in ("RGBA", "L", "P"):
+            converted = [image.convert(mode) for image in images]
+            assert judge.judge(converted) == judge.judge([image.convert("RGB") for image in converted])
+
+
 def test_templates_and_texts_are_averaged_as_unit_vectors(clip):
     image = noise(1)
     single = ClipJudge(
@@ -277,7 +296,7 @@ def open_model(tmp_path):
     return folder, model.eval()
 
 
-def test_open_clip_says_what_open_clip_says(open_model):
+def test_open_clip_says_what_open_clip_says(open_model, monkeypatch):
     import open_clip
 
     folder, model = open_model
@@ -291,6 +310,11 @@ def test_open_clip_says_what_open_clip_says(open_model):
     verdicts = judge.judge(images)
     torch.testing.assert_close(rows(verdicts, "object_cosines"), cosines, atol=1e-3, rtol=1e-4)
     assert judge.versions()["library"].startswith("open_clip") and cosines.std(1).min() > 0.1
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    from_file = ClipJudge(f"open_clip:tiny/{folder / 'open_clip_model.safetensors'}", labels=labels)
+    torch.testing.assert_close(rows(from_file.judge(images), "object_cosines"), cosines, atol=1e-3, rtol=1e-4)
+    assert from_file.versions()["sha256"] == judge.versions()["sha256"]
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(ErasureError, match=r"no \.safetensors"):
         ClipJudge(f"open_clip:local-dir:{folder}", labels=labels)

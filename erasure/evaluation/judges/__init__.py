@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import typing
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
@@ -128,13 +127,16 @@ def _factory(kind: str) -> Callable[..., Judge]:
 
 def _options(kind: str, make: Callable[..., Judge], text: str) -> dict[str, Any]:
     """`a=1&b=x` as keyword arguments of `make`, each of the type its parameter asks for."""
-    parameters = inspect.signature(make).parameters.values()
+    try:
+        signature = inspect.signature(make, eval_str=True)
+    except NameError:  # of a plug-in whose types are for type checkers only
+        signature = inspect.signature(make)
+    parameters = signature.parameters.values()
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = [p.name for p in parameters if p.name != "source" and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    try:
-        hints = typing.get_type_hints(vars(make).get("__init__", make) if isinstance(make, type) else make)
-    except NameError:  # of a plug-in whose types are for type checkers only
-        hints = {}
+    hints = {
+        p.name: p.annotation for p in parameters if not isinstance(p.annotation, str) and p.annotation is not p.empty
+    }
     found: dict[str, Any] = {}
     for item in filter(None, text.split("&")):
         key, sign, value = (part.strip() for part in item.partition("="))
