@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -19,13 +20,26 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap_mean(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of a mean (Efron 1979), from a fixed seed."""
-    if not values:
+def bootstrap_mean(
+    values: Sequence[float], draws: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean (Efron 1979), from a fixed seed; of differences of pairs: the paired bootstrap.
+
+    Args:
+        groups: of each value, such as its prompt: whole groups are drawn, for values of one group are not independent
+            (cluster bootstrap; Davison & Hinkley 1997, section 3.8). A single group says nothing about others: then
+            values are drawn.
+    """
+    if not len(values):
         return math.nan, math.nan
     data = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(data), size=(draws, len(data)))
-    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
+    sums, sizes = data, np.ones(len(data))
+    if groups is not None and len(set(groups)) > 1:
+        place = {group: at for at, group in enumerate(dict.fromkeys(groups))}
+        where = np.array([place[group] for group in groups])
+        sums, sizes = np.bincount(where, data), np.bincount(where).astype(np.float64)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
     return float(low), float(high)
 
 

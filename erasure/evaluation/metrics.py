@@ -1,20 +1,24 @@
-"""What was erased and what was kept: UA, IRA, CRA and CLIP score, each with n and a 95 % interval.
+"""What was erased and what was kept, each figure with n and a 95 % interval.
 
 UnlearnCanvas (Zhang et al. 2024, arXiv 2402.11846): for a concept e of domain D and the other domain D',
 UA = 1 - accuracy in D over images prompted with e; IRA = mean accuracy in D over images prompted with other
 concepts of D; CRA = mean accuracy in D' over images NOT prompted with e. CRA over the images prompted with e
 is given apart, as CRA_target.
+
+MACE (arXiv 2403.06135) calls 1 - UA, IRA and leak Acc_e, Acc_s and Acc_g, and H_o the harmonic mean of UA, IRA and
+1 - leak. SPM (arXiv 2312.16145): CS and CER, over the target images and the judge's CLIP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from erasure.evaluation.distance import split_kid
+from erasure.concept import Concept
+from erasure.evaluation.distance import enough, frechet, halves, kid
 from erasure.evaluation.generate import Record
 from erasure.evaluation.intervals import bootstrap_mean, wilson
 from erasure.evaluation.judges import Verdict
@@ -39,12 +43,18 @@ class Metric:
 
 @dataclass(frozen=True)
 class Judged:
-    """One image and what the judge said; `verdict` None is an image that is missing, broken or not judged."""
+    """One image and what the judge said; `verdict` None is an image that is missing, broken or not judged.
+
+    Args:
+        clip: score of its own prompt.
+        against: for a target image, scores of the concept's name and of what should stand in its place.
+    """
 
     record: Record
     verdict: Verdict | None
     clip: float | None
     features: np.ndarray | None = None
+    against: tuple[float, float] | None = None
 
     @property
     def role(self) -> str:
@@ -63,15 +73,25 @@ class Judged:
 
 @dataclass(frozen=True)
 class Target:
-    """The labels to be erased, in their domain, and the other domain (None: the prompts name no other)."""
+    """The labels to be erased, in their domain, and the other domain (None: the prompts name no other).
+
+    Args:
+        anchor: what should stand in the concept's place; empty: nothing in particular.
+    """
 
     domain: str
     labels: tuple[str, ...]
     other: str | None
+    anchor: str = ""
 
     def hits(self, record: Record) -> bool:
         """Whether the record's prompt names the concept."""
         return record.labels.get(self.domain) in self.labels
+
+    def texts(self, record: Record) -> tuple[str, str]:
+        """For a record of the concept: the prompt of its name alone, and what should stand in its place."""
+        kind = "style" if self.domain == "style" else "object"
+        return Concept(record.labels[self.domain], kind=kind).prompt_pairs()[0][0], self.anchor
 
 
 def share(name: str, marks: Iterable[bool], better: bool, meaning: str) -> Metric | None:
@@ -83,11 +103,13 @@ def share(name: str, marks: Iterable[bool], better: bool, meaning: str) -> Metri
     return Metric(name, sum(values) / len(values), len(values), low, high, better, meaning)
 
 
-def mean(name: str, values: list[float], better: bool, meaning: str) -> Metric | None:
-    """A mean with its bootstrap interval."""
+def mean(
+    name: str, values: list[float], better: bool, meaning: str, groups: Sequence[Hashable] | None = None
+) -> Metric | None:
+    """A mean with its bootstrap interval; see `bootstrap_mean` for groups."""
     if not values:
         return None
-    low, high = bootstrap_mean(values)
+    low, high = bootstrap_mean(values, groups=groups)
     return Metric(name, sum(values) / len(values), len(values), low, high, better, meaning)
 
 
@@ -102,6 +124,7 @@ def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Me
     erased = [j for j in rest if target.hits(j.record)]
     kept = [j for j in rest if not target.hits(j.record)]
     domain, other = target.domain, target.other
+    before = {j.record.id: j for j in base}
     labelled = [j for j in kept if j.record.labels.get(domain)]
 
     def seen(j: Judged) -> bool:
@@ -120,13 +143,19 @@ def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Me
             share("CRA_target", right(erased, other), True, f"target prompts: {other} right"),
         ]
     found += [
-        harmonic([m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
+        harmonic("H", [m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
         share("leak", [seen(j) for j in synonyms], False, "other words for the target on which it is seen"),
         share("neighbours", right([j for j in labelled if j.role == "neighbour"], domain), True, "neighbours right"),
         mean("CLIP_target", clip_scores(erased), False, "100 cos of target images and their prompts"),
         mean("CLIP_kept", clip_scores(kept), True, "100 cos of kept images and their prompts"),
-        kernel_distance(kept, {j.record.id: j for j in base}),
+        clip_change(kept, before),
+        *set_distances(kept, before),
+        *named_scores(erased),
     ]
+    by_name = {metric.name: metric for metric in found if metric is not None}
+    if by_name.keys() >= {"UA", "IRA", "leak"}:
+        closed = replace(by_name["leak"], name="1 - leak", value=1 - by_name["leak"].value)
+        found.append(harmonic("H_o", [by_name["UA"], by_name["IRA"], closed]))
     return [metric for metric in found if metric is not None]
 
 
@@ -135,28 +164,67 @@ def clip_scores(rows: list[Judged]) -> list[float]:
     return [j.clip for j in rows if j.clip is not None]
 
 
-def harmonic(shares: list[Metric]) -> Metric | None:
+def harmonic(name: str, shares: list[Metric]) -> Metric | None:
     """Harmonic mean of shares, 0 where one is 0; interval from 2,000 draws of each share (parametric bootstrap)."""
     if len(shares) < 2:
         return None
     rng = np.random.default_rng(0)
     draws = np.stack([rng.binomial(m.n, m.value, 2000) / m.n for m in shares])
-    low, high = np.percentile(len(shares) / (1 / np.maximum(draws, 1e-9)).sum(0), [2.5, 97.5])
-    value = len(shares) / sum(1 / max(m.value, 1e-9) for m in shares)
+    with np.errstate(divide="ignore"):  # a share of 0 leaves 1 / infinity
+        low, high = np.percentile(len(shares) / (1 / draws).sum(0), [2.5, 97.5])
+        value = len(shares) / (1 / np.array([m.value for m in shares])).sum()
     meaning = f"harmonic mean of {', '.join(m.name for m in shares)}"
-    return Metric("H", value, min(m.n for m in shares), float(low), float(high), True, meaning)
+    return Metric(name, float(value), min(m.n for m in shares), float(low), float(high), True, meaning)
 
 
-def kernel_distance(kept: list[Judged], base: dict[str, Judged]) -> Metric | None:
-    """1,000 KID of the kept images to the base's, over disjoint halves; the base's own row is the noise floor."""
+def clip_change(kept: list[Judged], base: dict[str, Judged]) -> Metric | None:
+    """CLIP score less the base's at the same seed (paired bootstrap, over prompts)."""
+    found = []
+    for j in kept:
+        before = base[j.record.id].clip if j.record.id in base else None
+        if j.clip is not None and before is not None:
+            found.append((j.clip - before, j.record.prompt))
+    meaning = "CLIP score of kept images less the base's of the same seed"
+    return mean("CLIP_change", [each for each, _ in found], True, meaning, [prompt for _, prompt in found])
+
+
+def named_scores(erased: list[Judged]) -> list[Metric | None]:
+    """SPM's CS, mean of max(0, 2.5 cos) of target images and the concept's name, and CER.
+
+    CER is the share of target images that are at least as near to what should stand in the concept's place. An image
+    that could not be judged is none of them.
+    """
+    scored = [j.against for j in erased if j.against is not None]
+    if not scored:
+        return []
+    marks = [j.against is not None and j.against[1] >= j.against[0] for j in erased]
+    return [
+        mean("CS", [max(0.0, 2.5 * name / 100) for name, _ in scored], False, "2.5 cos of target images and the name"),
+        share("CER", marks, True, "target images no nearer to the concept's name than to its stand-in"),
+    ]
+
+
+def set_distances(kept: list[Judged], base: dict[str, Judged]) -> list[Metric]:
+    """1,000 KID and FD of the kept images to the base's, over disjoint halves; the base's own row is the noise floor.
+
+    FD is left out where there are too few images for it.
+    """
     pairs = [(j.features, base[j.record.id].features) for j in kept if j.record.id in base]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(both) < 8:
-        return None
-    values = split_kid(np.stack([a for a, _ in both]), np.stack([b for _, b in both]))
-    low, high = (1000 * float(v) for v in np.percentile(values, [2.5, 97.5]))
-    meaning = "1000 KID of kept images to the base's (judge's features)"
-    return Metric("KID", 1000 * float(np.mean(values)), len(both), low, high, False, meaning)
+        return []
+    made, plain = np.stack([a for a, _ in both]), np.stack([b for _, b in both])
+
+    def between(name: str, distance: Callable[[np.ndarray, np.ndarray], float], scale: float, said: str) -> Metric:
+        values = scale * np.array(halves(distance, made, plain))
+        low, high = np.percentile(values, [2.5, 97.5])
+        meaning = f"{said} of kept images to the base's (judge's features)"
+        return Metric(name, float(values.mean()), len(both), float(low), float(high), False, meaning)
+
+    found = [between("KID", kid, 1000, "1000 KID")]
+    if enough(*made.shape):
+        found.append(between("FD", frechet, 1, "Frechet distance"))
+    return found
 
 
 def accuracies(judged: list[Judged], head: str) -> dict[str, tuple[int, int]]:

@@ -101,7 +101,7 @@ def _judged(
     """Judge both runs, measure them and write the report."""
     faults: list[str] = []
     places = {"base": base_at, "patched": folder / "patched"}
-    runs = {name: judge_run(judge, places[name], rows, faults) for name, rows in records.items()}
+    runs = {name: judge_run(judge, places[name], rows, target, faults) for name, rows in records.items()}
     report = Report(
         concept=target.labels,
         domain=target.domain,
@@ -140,7 +140,8 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
             f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there) or 'none'}"
         )
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
-    return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None)
+    anchor = getattr(concept, "anchor", None) or ""
+    return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)
 
 
 def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
@@ -179,7 +180,7 @@ def switched_off(pipe: Any) -> Iterator[None]:
         pipe.set_patches(before)
 
 
-def judge_run(judge: Judge, folder: Path, records: list[Record], faults: list[str]) -> list[Judged]:
+def judge_run(judge: Judge, folder: Path, records: list[Record], target: Target, faults: list[str]) -> list[Judged]:
     """What the judge says of every picture; a picture it cannot read or judge is kept as a failure."""
     images = [read_image(folder, record) for record in records]
     found: list[Judged] = []
@@ -189,13 +190,14 @@ def judge_run(judge: Judge, folder: Path, records: list[Record], faults: list[st
             found.append(Judged(record, None, None))
             continue
         try:
-            verdict, clip = judge.judge([image])[0], judge.clip_scores([image], [record.prompt])[0]
-            features = judge.features([image])[0]
+            verdict, features = judge.judge([image])[0], judge.features([image])[0]
+            texts = [record.prompt, *(target.texts(record) if target.hits(record) else ())]
+            clip, *others = judge.clip_scores([image] * len(texts), texts)
         except Exception as fault:
             faults.append(f"{record.id}: {judge.name} failed: {type(fault).__name__}: {fault}")
             found.append(Judged(record, None, None))
             continue
-        found.append(Judged(record, verdict, clip, features))
+        found.append(Judged(record, verdict, clip, features, (others[0], others[1]) if others else None))
     return found
 
 
