@@ -65,7 +65,7 @@ class Table:
 
     def means(self) -> list[dict[str, Any]]:
         """Mean over the concepts of a method and group that nothing was tuned on, with a bootstrap interval."""
-        from erasure.evaluation.intervals import bootstrap_mean
+        from erasure.evaluation.intervals import bootstrap_mean, wilson
 
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -79,8 +79,12 @@ class Table:
                 if cells:
                     values = [cell.value for cell in cells]
                     # A mean over one concept has no spread: its own interval stands.
-                    one = (cells[0].low, cells[0].high)
-                    low, high = bootstrap_mean(values) if len(cells) > 1 else one
+                    low, high = (cells[0].low, cells[0].high) if len(cells) == 1 else bootstrap_mean(values)
+                    if len(cells) > 1 and name not in (*SCORES, "H"):
+                        # Few concepts may agree by chance: never narrower than all their images together.
+                        n = sum(cell.n for cell in cells)
+                        pooled = wilson(sum(cell.value * cell.n for cell in cells), n)
+                        low, high = min(low, pooled[0]), max(high, pooled[1])
                     base = sum(cell.base for cell in cells) / len(cells)
                     entry[name] = {"value": sum(values) / len(values), "low": low, "high": high, "base": base}
             for cost in COSTS:
@@ -119,7 +123,8 @@ class Table:
 
 
 NOTE = (
-    "Shares with 95 % intervals (a concept: Wilson; a mean: bootstrap over concepts); in brackets the base. "
+    "Shares with 95 % intervals (a concept: Wilson; a mean: the wider of bootstrap over concepts and Wilson over all "
+    "images); in brackets the base. "
     "UA: target images without the target. leak: other words for it that still show it. IRA, neighbours, CRA: other "
     "prompts drawn right in the target's domain, among its nearest, in the other domain. H: harmonic mean of UA, IRA "
     "and CRA. CLIP_kept, KID: kept images against their prompts and against the base's (1000 KID over features of "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
-from erasure.methods import configure
+from erasure.methods import configured
 from erasure.train import Gradient, Run
 
 PROBE = 4  # samples in the timed call
@@ -65,8 +65,7 @@ def plan(model: Any, concept: Any, method: str, *, seed: int = 0, **overrides: A
         ErasureError: as `erase`.
     """
     concepts = Concept.list_of(concept)
-    kinds = {one.kind for one in concepts}
-    built = configure(method, kinds.pop() if len(kinds) == 1 else "mixed", overrides)
+    built = configured(method, concepts, overrides)
     base = Base.of(model)
     counts, largest, trained = _dry(built, base, concepts, seed)
     forward, backward, kept = _probe(base)

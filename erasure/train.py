@@ -9,7 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +40,9 @@ class Gradient:
     What `loss` gives may depend on the state, the step and the trained tensors alone, so that a resumed run is the
     same run; anything else that changes on the way goes through `snapshot` and `restore`.
     """
+
+    # Settings of which several concepts, erased together, get as much each as one alone.
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
 
     iterations: int
     learning_rate: float

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from erasure import config, methods
-from erasure.concept import KINDS
+from erasure.concept import KINDS, Concept
 from erasure.errors import ErasureError
+from erasure.methods import configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,16 @@ def test_presets_name_real_settings_and_restate_no_default():
             config.build(cls, values)
             for key, value in values.items():
                 assert defaults[key] != value, f"{path.stem}: {kind}.{key} restates the default"
+
+
+def test_concepts_erased_together_get_as_much_each():
+    one, weapon = Concept("cat"), Concept("weapon", aliases=("bomb", "gun"), kind="content")
+    alone, both = configured("spm", [one]), configured("spm", [one, Concept("dog")])
+    assert (both.iterations, both.trajectories, both.rank) == (2 * alone.iterations, 2 * alone.trajectories, 2)
+    assert configured("spm", [weapon]).iterations == 3 * alone.iterations
+    assert configured("spm", [one, Concept("dog")], {"iterations": 7}).iterations == 7
+    parity = [configured("spm", concepts, {"parity": True}) for concepts in ([one], [one, Concept("dog")])]
+    assert parity[0] == parity[1]
 
 
 def test_parity_settings_are_real_and_differ_from_the_defaults():

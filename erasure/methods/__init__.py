@@ -48,14 +48,29 @@ def find(name: str) -> type[Any]:
     )
 
 
-def configure(name: str, kind: str, *layers: Mapping[str, Any]) -> Any:
-    """A method with its settings: defaults, preset of the concept's kind, then `layers`."""
+def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1) -> Any:
+    """A method with its settings: defaults, preset of the concept's kind, then `layers`.
+
+    Of `count` things erased together, each gets what the method gives one (PER_CONCEPT); what `layers` say is for all.
+    """
     from erasure import config
 
     cls = find(name)
     given = {key: value for layer in layers for key, value in layer.items()}
-    published = cls.PARITY if given.get("parity") else config.preset(name, kind)
-    return config.build(cls, published, *layers)
+    if given.get("parity"):
+        return config.build(cls, cls.PARITY, *layers)
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults |= config.preset(name, kind)
+    grown = {key: defaults[key] * count for key in getattr(cls, "PER_CONCEPT", ())} if count > 1 else {}
+    return config.build(cls, config.preset(name, kind), grown, *layers)
+
+
+def configured(method: str, concepts: Sequence[Concept], *layers: Mapping[str, Any]) -> Any:
+    """A method with its settings for these concepts."""
+    kinds = {one.kind for one in concepts}
+    # A content concept is as many things as it has names: a weapon is a bomb, a dagger, ...
+    count = sum(len(one.names) if one.kind == "content" else 1 for one in concepts)
+    return configure(method, kinds.pop() if len(kinds) == 1 else "mixed", *layers, count=count)
 
 
 def erase(
@@ -95,9 +110,8 @@ def erase(
     from erasure.train import Run
 
     wanted = Concept.list_of(concept)
-    kinds = {one.kind for one in wanted}
     file = configuration.read_yaml(Path(config)) if config is not None else {}
-    built = configure(method, kinds.pop() if len(kinds) == 1 else "mixed", file, overrides)
+    built = configured(method, wanted, file, overrides)
     target = Path(out) if out is not None else None
     if target is not None:
         check_writable(target)

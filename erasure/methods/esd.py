@@ -61,6 +61,7 @@ class ESD(Gradient):
     """
 
     method: ClassVar[str] = "esd"
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories")
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 200,
         "batch_size": 1,

@@ -69,6 +69,7 @@ class UnGuide(Gradient):
     """
 
     method: ClassVar[str] = "unguide"
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 200,
         "batch_size": 1,
