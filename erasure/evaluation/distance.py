@@ -32,8 +32,8 @@ def kid(first: np.ndarray, second: np.ndarray) -> float:
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
     """|| mu - mu' ||^2 + tr(S + S' - 2 (S S')^1/2) of features [n, d] and [m, d]; in float64.
 
-    Biased upwards: for equal distributions of n = m images it is about tr(S) (d + 5) / 2n (less where few directions hold
-    most of the spread), never 0. Comparable only between sets of one size; read it against base-against-base of
+    Biased upwards: for equal distributions of n = m images it is about tr(S) (d + 5) / 2n (less where few directions
+    hold most of the spread), never 0. Comparable only between sets of one size: read it against base-against-base of
     the same size (`halves`), or take KID.
     """
     # With S = A^T A and S' = B^T B the trace of the root is the sum of the singular values of A B^T: no root of a

@@ -23,7 +23,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 def bootstrap_mean(
     values: Sequence[float], draws: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean (Efron 1979), from a fixed seed; of differences of pairs: the paired bootstrap.
+    """95 % percentile interval of a mean (Efron 1979), from a fixed seed; of pairs' differences: the paired bootstrap.
 
     Args:
         groups: of each value, such as its prompt: whole groups are drawn, for values of one group are not independent
