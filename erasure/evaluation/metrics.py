@@ -41,6 +41,21 @@ class Metric:
         return asdict(self)
 
 
+DIGITS = {"CLIP": 1, "KID": 1, "FD": 1, "CS": 2}  # of scores, by the beginning of their names; the rest are shares
+
+
+def figure(name: str, value: float) -> str:
+    """A metric's value for people: a share in percent, a score as it is."""
+    digits = next((count for start, count in DIGITS.items() if name.startswith(start)), None)
+    return f"{value:.0%}" if digits is None else f"{value:.{digits}f}"
+
+
+def spread(name: str, value: float, low: float, high: float) -> str:
+    """The value with its interval."""
+    ends = [figure(name, one).removesuffix("%") for one in (low, high)]
+    return f"{figure(name, value)} [{ends[0]}, {ends[1]}]"
+
+
 @dataclass(frozen=True)
 class Judged:
     """One image and what the judge said; `verdict` None is an image that is missing, broken or not judged.

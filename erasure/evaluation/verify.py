@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
+from erasure.evaluation.metrics import figure, spread
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
@@ -48,7 +49,7 @@ class Verification:
             for name, cell in self.results[group].items():
                 old = ((self.earlier or {}).get(group) or {}).get(name)
                 if isinstance(old, dict) and not cell["low"] <= old.get("value", cell["value"]) <= cell["high"]:
-                    found.append(f"{name}: {_share(old)} before, now {_share(cell)}")
+                    found.append(f"{name}: {figure(name, old['value'])} before, now {_cell(name, cell)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def verify(
         ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
             `evaluate` and `attack` refuse.
     """
+    from erasure.evaluation.attacks import find
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.run import evaluate
     from erasure.patch import Patch
@@ -124,6 +126,8 @@ def verify(
         )
     if out.resolve() == path.resolve().parent:
         raise ErasureError(f"{out} holds the patch itself: give another folder, its copy gets the same name")
+    for name in attacks:
+        find(name)
     names = list(patch.names)
     rows: Any = about(names, limit) if prompts is None else prompts
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
@@ -178,13 +182,8 @@ def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
     }
 
 
-def _share(cell: dict[str, Any]) -> str:
-    """A share in percent, a score as it is, with its interval where it has one."""
-    value = cell["value"]
-    if any(not 0 <= cell.get(key, 0) <= 1 for key in ("value", "low", "high")):
-        return f"{value:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
-    low, high = cell.get("low", value), cell.get("high", value)
-    return f"{value:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+def _cell(name: str, cell: dict[str, Any]) -> str:
+    return spread(name, cell["value"], cell["low"], cell["high"])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -192,11 +191,8 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| what | base | with the patch | images |", "|---|---|---|---|"]
     for name, cell in results["metrics"].items():
         arrow = "↑" if cell["higher_is_better"] else "↓"
-        base = "" if cell["base"] is None else _share({"value": cell["base"]}).split(" [")[0]
-        score = name.startswith(("CLIP", "KID"))
-        shown = f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]" if score else _share(cell)
-        base = f"{cell['base']:.1f}" if score and cell["base"] is not None else base
-        lines.append(f"| {name} {arrow} | {base} | {shown} | {cell['n']} |")
+        base = "" if cell["base"] is None else figure(name, cell["base"])
+        lines.append(f"| {name} {arrow} | {base} | {_cell(name, cell)} | {cell['n']} |")
     if results["attacks"]:
         lines += [
             "",
@@ -206,7 +202,7 @@ def table(results: dict[str, Any]) -> str:
         for name, cell in results["attacks"].items():
             control = "" if cell["control"] is None else f"{cell['control']:.0%}"
             lines.append(
-                f"| {name} | {cell['access']} | {cell['before']:.0%} | {_share(cell)} | {control} | {cell['n']} |"
+                f"| {name} | {cell['access']} | {cell['before']:.0%} | {_cell('', cell)} | {control} | {cell['n']} |"
             )
     return "\n".join(lines)
 

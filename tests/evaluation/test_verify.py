@@ -1,0 +1,80 @@
+"""`verify`: the results in a copy of the patch, the model card, and a second opinion on earlier results."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from erasure.errors import ErasureError
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.evaluation.verify import CAVEAT, verify
+from erasure.patch import Patch
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.test_attacks import Likeness
+from tests.patch.making import delta_patch
+from tests.tiny import tiny_pipeline
+
+ROWS = PromptSet(
+    "tiny", [Prompt(f"r{i}", f"a {o} in red", i, None, {"object": o}) for i, o in enumerate(["cat"] * 4 + ["dog"] * 4)]
+)
+QUICK = {"prompts": ROWS, "steps": 2, "cases": 2, "progress": False}
+
+
+class Judge(Likeness):
+    heads = {"object": ["cat", "dog", "none"]}
+
+    def clip_scores(self, images, texts):
+        return [float(len(text)) for text in texts]
+
+    def features(self, images):
+        return [None] * len(images)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+@pytest.fixture
+def source(pipe, tmp_path):
+    patch = delta_patch(pipe, part="resnets", size=0.5, concepts=[{"name": "cat"}])
+    return patch.save(tmp_path / "cat.safetensors", dtype="bf16")
+
+
+def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, source, tmp_path):
+    before = source.read_bytes()
+    found = verify(pipe, source, folder=tmp_path / "out", attacks=["encoder"], judge=Judge(), **QUICK)
+    assert source.read_bytes() == before and not pipe.get_list_patches()
+    copy = Patch.load(found.patch)
+    assert copy.results == found.results and copy.stored["dtype"] == "bf16"
+    assert copy.payload.digest == Patch.load(source).payload.digest
+    assert found.results["metrics"]["UA"]["n"] == 4 and found.results["attacks"]["encoder"]["n"] == 2
+    assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
+    card = found.card.read_text()
+    assert card.startswith("---\nbase_model: tiny\n") and CAVEAT in card and "| UA ↑ |" in card
+    assert (tmp_path / "out" / "grid.png").is_file() and "safe" not in card.replace("safetensors", "")
+
+
+def test_a_second_opinion(pipe, source, tmp_path):
+    first = verify(pipe, source, folder=tmp_path / "a", attacks=[], judge=Judge(), **QUICK)
+    again = verify(pipe, first.patch, folder=tmp_path / "b", attacks=[], judge=Judge(), **QUICK)
+    assert again.earlier == first.results and again.changed() == [] and "lie within" in again.text()
+    lied = {**first.results, "metrics": {"UA": {"value": 5.0}}}
+    path = dataclasses.replace(Patch.load(source), results=lied, stored={}).save(tmp_path / "lied.safetensors")
+    caught = verify(pipe, path, folder=tmp_path / "c", attacks=[], judge=Judge(), **QUICK)
+    assert len(caught.changed()) == 1 and "UA" in caught.text().split("differs")[1]
+
+
+def test_bad_input(pipe, source, tmp_path):
+    with pytest.raises(ErasureError, match="another folder"):
+        verify(pipe, source, folder=tmp_path, judge=Judge(), **QUICK)
+    with pytest.raises(ErasureError, match="unlearndiffatk"):
+        verify(pipe, source, folder=tmp_path / "x", attacks=["unlearn"], judge=Judge(), **QUICK)
+    assert not pipe.get_list_patches() and not (tmp_path / "x").exists()
+    pipe.load_patch(source, name="p")
+    with pytest.raises(ErasureError, match="without patches"):
+        verify(pipe, source, folder=tmp_path / "x", judge=Judge(), **QUICK)
+    source.write_bytes(source.read_bytes()[:100])
+    with pytest.raises(ErasureError, match="cat.safetensors"):
+        verify(pipe, source, folder=tmp_path / "x", judge=Judge(), **QUICK)
