@@ -7,7 +7,7 @@ pictures with noise eps. With L(c) = E_{t, eps} || eps - e(x_t, t, c) ||^2:
     margin   L(stand-in) - L(concept) on pictures of the concept, the diffusion classifier (UnlearnDiffAtk, arXiv
              2310.11868, without its search; Li et al. 2023, arXiv 2303.16203): above 0 the model takes them for it
     closed-form leak   || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||  for other words for the
-             concept, over all keys and values of the cross-attentions: 1 untouched, 0 the word says what the stand-in says
+             concept, over all keys and values of the cross-attentions: 1 untouched, 0 the word says the stand-in
 
 Gates decide only inside a pipeline's call: gated patches are folded in, so the drift of kept prompts is then what they
 would suffer were the gate open.
@@ -128,9 +128,7 @@ def inside(
             found.append(mean(name, values.mean(1).tolist(), False, f"{said} {model}"))
     meaning = "how far other words for the target still stand from its stand-in, in keys and values; the base's is 1"
     found.append(mean("closed_leak", ratios, False, meaning))
-    folded = tuple(
-        name for name, entry in listed.items() if entry["strength"] and entry.get("gate", "always") != "always"
-    )
+    folded = tuple(name for name, entry in listed.items() if entry["strength"] and entry["gate"] != "always")
     return Inside({metric.name: metric for metric in found if metric is not None}, counts, folded)
 
 
@@ -165,7 +163,7 @@ def answers(
     """
     scheduler, n = victim.pipe.scheduler, len(latents)
     edges = _edges(scheduler)
-    t = (edges[:-1] + torch.rand(n, BINS, generator=draw) * edges.diff()).long().to(victim.device)
+    t = (edges[:-1] + (torch.rand(n, BINS, generator=draw) * edges.diff()).long()).to(victim.device)
     noise = torch.randn((n, BINS, *latents.shape[1:]), generator=draw).to(latents)
     rows = torch.arange(n, device=latents.device).repeat_interleave(BINS)
     x = add_noise(scheduler, latents[rows], noise.flatten(0, 1), t.flatten())
@@ -190,25 +188,26 @@ def answers(
 
 def _edges(scheduler: Any) -> Tensor:
     """Where the bins of timesteps begin, and the end of the last [BINS + 1]."""
-    return torch.linspace(0, len(scheduler.alphas_cumprod), BINS + 1).round()
+    return torch.linspace(0, len(scheduler.alphas_cumprod), BINS + 1).round().long()
 
 
 def _drifts(role: str, drift: Tensor, pipe: Any, groups: Sequence[str] | None = None) -> Iterator[Metric | None]:
     """Over all timesteps, then by bin."""
     said, better = f"squared distance of the noise from the base's, relative, on {role} prompts", role == "target"
     yield mean(f"drift_{role}", drift.mean(1).tolist(), better, said, groups)
-    edges = _edges(pipe.scheduler).long().tolist()
+    edges = _edges(pipe.scheduler).tolist()
     for at, values in enumerate(drift.T):
         span = f"{edges[at]}-{edges[at + 1] - 1}"
         yield mean(f"drift_{role} {span}", values.tolist(), better, f"{said}, timesteps {span}", groups)
 
 
 def closed_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[float]:
-    """For each word || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||; words that the base's encoder
-    cannot tell from the stand-in are left out."""
-    texts = [
-        text for word in words for text in Concept(word, anchor=concept.anchor, kind=concept.kind).prompt_pairs()[0]
-    ]
+    """For each word || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||.
+
+    Words that the base's encoder cannot tell from the stand-in are left out.
+    """
+    named = [Concept(word, anchor=concept.anchor, kind=concept.kind) for word in words]
+    texts = [text for one in named for text in one.prompt_pairs()[0]]
     if not texts:
         return []
 

@@ -65,7 +65,7 @@ def test_the_batch_size_only_rounds(pipe):
 
 
 def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
-    """A UNet that says k x, with k from the states: base 1 for the prompt and 2 for the stand-in, erased three times."""
+    """A UNet that says k x, with k from the states: base 1 for the prompt, 2 for the stand-in; erased, thrice."""
     victim = Victim(pipe, switched_off)
     pipe.load_patch(delta_patch(pipe), name="p")
     prompts = ["a cat", "a dog", "a car"]

@@ -77,7 +77,7 @@ def test_frechet_is_biased_as_it_says_and_halves_show_it():
 def test_frechet_needs_covariances_of_full_rank(n, d, so):
     assert enough(n, d) is so
     half = np.random.default_rng(0).normal(size=(n // 2, d))
-    assert (np.linalg.matrix_rank(np.cov(half, rowvar=False)) == d) is so
+    assert (int(np.linalg.matrix_rank(np.cov(half, rowvar=False))) == d) is so
 
 
 def test_kid_is_torchmetrics():
