@@ -29,7 +29,8 @@ def main() -> None:
     quiet()
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    found, lines = {}, []
+    found: dict[str, object] = {}
+    lines: list[list[str]] = []
     for concept in args.concepts:
         for method in args.methods:
             pipe.load_patch(args.bench / method / concept / "patch.safetensors", name="attacked")

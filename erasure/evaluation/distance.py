@@ -40,7 +40,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
     # matrix, and none of a negative eigenvalue. A QR decomposition gives the least A, of min(n, d) rows.
     roots = []
     for rows in (first.astype(np.float64), second.astype(np.float64)):
-        roots.append(np.linalg.qr((rows - rows.mean(0)) / np.sqrt(len(rows) - 1), mode="r"))
+        roots.append(np.linalg.qr((rows - rows.mean(0)) / np.sqrt(len(rows) - 1)).R)
     gap = first.mean(0, dtype=np.float64) - second.mean(0, dtype=np.float64)
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return float(gap @ gap + sum((root**2).sum() for root in roots) - 2 * cross)

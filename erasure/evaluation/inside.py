@@ -110,7 +110,7 @@ def inside(
     draw = torch.Generator().manual_seed(seed)
     pairs = _around(one.prompt_pairs(), pictures)
     others = _around(list(kept), pictures)
-    listed = getattr(pipe, "get_list_patches", dict)()
+    listed: Any = getattr(pipe, "get_list_patches", dict)()
     with torch.no_grad(), counting(pipe.unet, counts):
         options: dict[str, Any] = {
             "num_inference_steps": generate.STEPS if steps is None else steps,

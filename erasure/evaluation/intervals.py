@@ -33,7 +33,8 @@ def bootstrap_mean(
     if not len(values):
         return math.nan, math.nan
     data = np.asarray(values, dtype=np.float64)
-    sums, sizes = data, np.ones(len(data))
+    sums: np.ndarray = data
+    sizes: np.ndarray = np.ones(len(data))
     if groups is not None and len(set(groups)) > 1:
         place = {group: at for at, group in enumerate(dict.fromkeys(groups))}
         where = np.array([place[group] for group in groups])

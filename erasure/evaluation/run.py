@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,13 @@ from erasure.evaluation.report import Report
 from erasure.evaluation.shards import crew
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from erasure.concept import Concept
     from erasure.evaluation.judges import Judge
 
 TARGET_IMAGES = 36  # of the concept: six images an object would leave an interval of half the scale
+BATCH = 16  # pictures judged at once
 SHOWN = 12  # pairs of each kind in the report
 
 
@@ -181,24 +185,56 @@ def switched_off(pipe: Any) -> Iterator[None]:
 
 
 def judge_run(judge: Judge, folder: Path, records: list[Record], target: Target, faults: list[str]) -> list[Judged]:
-    """What the judge says of every picture; a picture it cannot read or judge is kept as a failure."""
-    images = [read_image(folder, record) for record in records]
+    """What the judge says of every picture; a picture it cannot read or judge is kept as a failure.
+
+    All that it said goes to `folder/scores.jsonl`, a line a picture. Only one batch of pictures is in memory.
+    """
     found: list[Judged] = []
-    for record, image in zip(records, images, strict=True):
-        if image is None:
-            faults.append(f"{record.id}: the image is missing or broken")
-            found.append(Judged(record, None, None))
-            continue
-        try:
-            verdict, features = judge.judge([image])[0], judge.features([image])[0]
-            texts = [record.prompt, *(target.texts(record) if target.hits(record) else ())]
-            clip, *others = judge.clip_scores([image] * len(texts), texts)
-        except Exception as fault:
-            faults.append(f"{record.id}: {judge.name} failed: {type(fault).__name__}: {fault}")
-            found.append(Judged(record, None, None))
-            continue
-        found.append(Judged(record, verdict, clip, features, (others[0], others[1]) if others else None))
+    for start in range(0, len(records), BATCH):
+        part = [(record, read_image(folder, record)) for record in records[start : start + BATCH]]
+        for record, image in part:
+            if image is None:
+                faults.append(f"{record.id}: the image is missing or broken")
+        there = [(record, image) for record, image in part if image is not None]
+        judged = {one.record.id: one for one in _batch(judge, there, target, faults)}
+        found += [judged.get(record.id) or Judged(record, None, None) for record, _ in part]
+    lines = [json.dumps({"id": j.record.id, "verdict": j.verdict, "clip": j.clip}) + "\n" for j in found]
+    try:
+        (folder / "scores.tmp").write_text("".join(lines), encoding="utf-8")
+        os.replace(folder / "scores.tmp", folder / "scores.jsonl")
+    except OSError as fault:
+        raise ErasureError(f"{folder}: the scores cannot be written: {fault.strerror or fault}") from None
     return found
+
+
+def _batch(judge: Judge, part: list[tuple[Record, Image.Image]], target: Target, faults: list[str]) -> list[Judged]:
+    """Judge pictures together; where that fails, one by one, to know which it is."""
+    if not part:
+        return []
+    images = [image for _, image in part]
+    # With the prompt of every picture, and the concept's name and its stand-in where the prompt asks for it.
+    asked = [(i, text) for i, (record, _) in enumerate(part) for text in _texts(record, target)]
+    try:
+        verdicts, features = judge.judge(images), judge.features(images)
+        scores = judge.clip_scores([images[i] for i, _ in asked], [text for _, text in asked])
+    except Exception as fault:
+        if len(part) > 1:
+            return [one for each in part for one in _batch(judge, [each], target, faults)]
+        faults.append(f"{part[0][0].id}: {judge.name} failed: {type(fault).__name__}: {fault}")
+        return [Judged(part[0][0], None, None)]
+    by_row: dict[int, list[float | None]] = {}
+    for (i, _), score in zip(asked, scores, strict=True):
+        by_row.setdefault(i, []).append(score)
+    found = []
+    for i, (record, _) in enumerate(part):
+        clip, *others = by_row[i]
+        pair = (others[0], others[1]) if others and None not in others else None
+        found.append(Judged(record, verdicts[i], clip, features[i], pair))  # type: ignore[arg-type]
+    return found
+
+
+def _texts(record: Record, target: Target) -> list[str]:
+    return [record.prompt, *(target.texts(record) if target.hits(record) else ())]
 
 
 def paired(runs: dict[str, list[Judged]], target: Target, head: str) -> dict[str, float]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # One attack each of those who write prompts, hold embeddings, hold weights.
 ATTACKS = ("unlearndiffatk", "inversion", "rece")
+CLOSE = 1e-6  # of equal values, intervals have no width
 CAVEAT = "These are the prompts and attacks that were tried; others may bring the concept back."
 
 
@@ -48,8 +49,9 @@ class Verification:
         for group in ("metrics", "attacks"):
             for name, cell in self.results[group].items():
                 old = ((self.earlier or {}).get(group) or {}).get(name)
-                if isinstance(old, dict) and not cell["low"] <= old.get("value", cell["value"]) <= cell["high"]:
-                    found.append(f"{name}: {figure(name, old['value'])} before, now {_cell(name, cell)}")
+                was = old.get("value") if isinstance(old, dict) else None
+                if isinstance(was, int | float) and not cell["low"] - CLOSE <= was <= cell["high"] + CLOSE:
+                    found.append(f"{name}: {figure(name, was)} before, now {_cell(name, cell)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def verify(
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
     pipe.load_patch(patch, name="verified", force=force)
     try:
-        whole = {"whole": True} if prompts is None else {"limit": limit}
+        whole = {"whole": True} if prompts is None or limit is None else {"limit": limit}
         measured = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
         attacked = None
         if attacks:
