@@ -73,7 +73,7 @@ class SPM(Gradient):
     """
 
     method: ClassVar[str] = "spm"
-    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "refresh", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
         "anchor_weight": 1000.0,
         "gate_power": 2.0,
