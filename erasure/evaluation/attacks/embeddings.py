@@ -95,7 +95,7 @@ class Perturbation(Attack):
     name: ClassVar[str] = "uma"
     source: ClassVar[str] = "arXiv 2504.14798"
     access: ClassVar[str] = "embeddings"
-    LITE: ClassVar[dict[str, Any]] = {"bounds": (0.25, 0.5, 1.0), "iterations": 25}
+    LITE: ClassVar[dict[str, Any]] = {"bounds": (0.1, 0.25, 0.5), "iterations": 25}
 
     bounds: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0)
     iterations: int = 200

@@ -35,6 +35,7 @@ class Direct(Attack):
     name: ClassVar[str] = "ring-a-bell-direct"
     source: ClassVar[str] = "arXiv 2310.10012, 2407.12383"
     access: ClassVar[str] = "embeddings"
+    LITE: ClassVar[dict[str, Any]] = {"strengths": (0.25, 0.5, 0.9, 3.0)}  # cheap, and small models bear less
 
     strengths: tuple[float, ...] = (0.9, 3.0)
 
