@@ -38,7 +38,7 @@ def bootstrap_mean(
     if groups is not None and len(set(groups)) > 1:
         place = {group: at for at, group in enumerate(dict.fromkeys(groups))}
         where = np.array([place[group] for group in groups])
-        sums, sizes = np.bincount(where, data), np.bincount(where).astype(np.float64)
+        sums, sizes = np.bincount(where, data), np.bincount(where)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
     return float(low), float(high)
