@@ -40,6 +40,20 @@ class Row:
     costs: dict[str, float]
     bytes: int
 
+    def cell(self, name: str) -> Cell | None:
+        """A metric; `kept` is the mean of IRA and CRA, of whichever there is.
+
+        Both count the same images in part, so that `kept` gets the mean of their bounds: as wide as if one followed
+        from the other.
+        """
+        if name != "kept":
+            return self.cells.get(name)
+        both = [self.cells[one] for one in ("IRA", "CRA") if one in self.cells]
+        if not both:
+            return None
+        mean = {key: sum(getattr(one, key) for one in both) / len(both) for key in ("value", "low", "high", "base")}
+        return Cell(**mean, n=min(one.n for one in both))
+
     @property
     def group(self) -> str:
         """Rows of one group are averaged."""
@@ -74,8 +88,8 @@ class Table:
         found = []
         for (group, method), rows in groups.items():
             entry: dict[str, Any] = {"group": group, "method": method, "concepts": len(rows)}
-            for name in SHOWN:
-                cells = [row.cells[name] for row in rows if name in row.cells]
+            for name in (*SHOWN, "kept"):
+                cells = [cell for row in rows if (cell := row.cell(name))]
                 if cells:
                     values = [cell.value for cell in cells]
                     # A mean over one concept has no spread: its own interval stands.
@@ -144,9 +158,13 @@ def figure(name: str, value: float) -> str:
 
 def spread(name: str, cell: Mapping[str, float]) -> str:
     """A figure with its interval."""
-    if name in SCORES:
-        return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
-    return f"{cell['value']:.0%} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+    return f"{figure(name, cell['value'])} [{interval(name, cell)}]"
+
+
+def interval(name: str, cell: Mapping[str, float], between: str = ", ") -> str:
+    """The two ends of an interval, without a unit."""
+    low, high = (f"{cell[end]:.1f}" if name in SCORES else f"{100 * cell[end]:.0f}" for end in ("low", "high"))
+    return f"{low}{between}{high}"
 
 
 def concepts() -> tuple[list[str], list[str]]:
@@ -171,7 +189,7 @@ def bench(
     Args:
         methods: names of methods; `all` for all of them.
         wanted: concepts, "a+b" for several erased together; None: those of `configs/concepts/glyph.yaml`.
-        folder: for patches, images, and the table as bench.json, bench.md and bench.png.
+        folder: for patches, images, and the table as bench.json, bench.md, bench.html and bench.png.
         limit: prompts a concept, about.
         overrides: settings for every run.
 
@@ -203,8 +221,32 @@ def bench(
         table = Table(rows, settings)
         _put(folder / "bench.json", json.dumps(table.to_json(), indent=1))
         _put(folder / "bench.md", table.markdown() + "\n")
-    picture(rows, folder).save(folder / "bench.png", optimize=True)
+    write(Table(rows, settings), folder)
     return Table(rows, settings)
+
+
+def write(table: Table, folder: Path) -> None:
+    """Write bench.png and bench.html from the runs that lie in a bench's folder.
+
+    Raises:
+        ErasureError: a run's report is gone.
+    """
+    from erasure.bench_page import page
+
+    image = picture(table.rows, folder)
+    image.save(folder / "bench.tmp", format="PNG", optimize=True)
+    os.replace(folder / "bench.tmp", folder / "bench.png")
+    reports = {}
+    for row in table.rows:
+        place = _place(folder, row.method, row.concept) / "report.json"
+        try:
+            reports[row.method, row.concept] = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as fault:
+            raise ErasureError(
+                f"{place} cannot be read, so bench.html was not written: {fault}. "
+                f"Delete {place.with_name('result.json')} and run the bench again: it judges that run anew"
+            ) from None
+    _put(folder / "bench.html", page(table, reports, image))
 
 
 def _place(folder: Path, method: str, name: str) -> Path:

@@ -63,12 +63,12 @@ def page(report: Report, images: list[Shown]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def opening(title: str, summary: str) -> str:
-    """A page's head, its title and first sentence."""
+def opening(title: str, summary: str, style: str = "") -> str:
+    """A page's head, with what it adds to the style, its title and first sentence."""
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1><p>{escape(summary)}.</p>"
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style><h1>{escape(title)}</h1><p>{escape(summary)}.</p>"
     )
 
 

@@ -1,0 +1,211 @@
+"""The bench as one self-contained HTML page: tables, erase against keep, interference, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from erasure import __version__
+from erasure.bench import BETTER, COSTS, NOTE, SHOWN, Row, Table, figure, interval
+from erasure.evaluation import charts
+from erasure.evaluation.html import opening, picture
+
+Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> what report.json holds
+STYLE = """
+.tight th,.tight td{padding:.3rem .45rem;white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums}
+.tight td:nth-child(2),.tight th:nth-child(2){text-align:left}.tight .new td{border-top:2px solid var(--line)}
+.wide img{max-width:none;image-rendering:pixelated}h3{font-size:1rem;margin:1.4rem 0 .3rem}
+"""
+
+
+def page(table: Table, reports: Reports, image: Image.Image) -> str:
+    """The whole page.
+
+    Args:
+        table: the bench.
+        reports: what each run's report.json holds.
+        image: base and methods side by side.
+    """
+    methods = list(dict.fromkeys(row.method for row in table.rows))
+    parts = [
+        opening("Bench: what is erased, what is kept", summary(table, methods), charts.STYLE + STYLE),
+        f"<h2>Means</h2>{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>",
+        "<h2>Erased against kept</h2>" + tradeoff(table, methods),
+        "<h2>Interference: what erasing one concept does to the others</h2>" + INTERFERENCE,
+        *(f"<h3>{escape(method)}</h3>{interference(table, method, reports)}" for method in methods),
+        "<h2>Every concept</h2>" + _wide(concepts(table)),
+        "<h2>The same seeds, before and after</h2>"
+        f'<div class="wide" tabindex="0">{picture(image, "a line a concept: target prompts, then prompts to keep")}'
+        "</div>",
+        f"<h2>How this was made</h2><pre>{escape(json.dumps(made(table, reports), indent=1))}</pre></html>",
+    ]
+    return "\n".join(parts)
+
+
+INTERFERENCE = (
+    '<p class="soft">A line: the concept erased. A column: what the prompts ask for. In a cell: by how many points '
+    "the share drawn right changed against the base, red for a loss, blue for a gain; below, the number of images "
+    "(a cell of one image says 0 or 100). Framed: what the line is meant to erase. Blank: not asked for.</p>"
+)
+
+
+def summary(table: Table, methods: list[str]) -> str:
+    """One sentence: how much was run, and the best compromise in each group."""
+    names = {row.concept for row in table.rows}
+    text = f"{_count(len(methods), 'method')}, {_count(len(names), 'concept')}, {_count(len(table.rows), 'run')}"
+    best: dict[str, dict[str, Any]] = {}
+    for entry in table.means():
+        there = best.get(entry["group"])
+        if "H" in entry and (there is None or entry["H"]["value"] > there["H"]["value"]):
+            best[entry["group"]] = entry
+    told = [
+        f"{group} {entry['method']} (erased {entry['UA']['value']:.0%}, kept {entry['kept']['value']:.0%})"
+        for group, entry in sorted(best.items())
+    ]
+    return text + ("; highest H: " + ", ".join(told) if told else "")
+
+
+def means(table: Table) -> str:
+    """The means, the base's line first in each group."""
+    rows = [_head("concepts")]
+    seen = set()
+    for entry in sorted(table.means(), key=lambda entry: entry["group"]):
+        name = _group(entry)
+        if entry["group"] not in seen:
+            seen.add(entry["group"])
+            base = [figure(key, entry[key]["base"]) if key in entry else "" for key in SHOWN]
+            rows.append(_line([escape(name), "<i>base</i>", *base, *[""] * (len(COSTS) + 1)], "new"))
+        cells = [_cell(key, entry[key]) if key in entry else "" for key in SHOWN]
+        rows.append(_line([escape(name), escape(entry["method"]), *cells, *_costs(entry, entry["bytes"])]))
+    return "".join(rows)
+
+
+def concepts(table: Table) -> str:
+    """Every run, with the base's figure in brackets."""
+    rows, last = [_head("concept")], ""
+    for row in table.rows:
+        cells = [
+            _cell(key, asdict(row.cells[key]), f" ({figure(key, row.cells[key].base)})") if key in row.cells else ""
+            for key in SHOWN
+        ]
+        name = short(row) + (" *" if row.tuned else "")
+        rows.append(
+            _line(
+                [escape(name), escape(row.method), *cells, *_costs(row.costs, row.bytes)],
+                "new" if row.concept != last else "",
+            )
+        )
+        last = row.concept
+    return "".join(rows)
+
+
+def tradeoff(table: Table, methods: list[str]) -> str:
+    """A plot a group: one point a method, and the base's."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in table.means():
+        if "UA" in entry and "kept" in entry:
+            groups.setdefault(entry["group"], []).append(entry)
+    plots = []
+    for group, entries in sorted(groups.items()):
+        points = [
+            charts.Point(entry["method"], _ends(entry["kept"]), _ends(entry["UA"]), methods.index(entry["method"]))
+            for entry in entries
+        ]
+        # Methods that measured other concepts of a group met another base.
+        for kept, ua in sorted({(entry["kept"]["base"], entry["UA"]["base"]) for entry in entries}):
+            points.append(charts.Point("base", (kept, kept, kept), (ua, ua, ua), -1))
+        title = _group(max(entries, key=lambda entry: entry["concepts"]))
+        plots.append(f"<div><h3>{escape(title)}</h3>{charts.plot(points, 'kept', 'erased (UA)', title)}</div>")
+    return (
+        f'<div class="plots">{"".join(plots)}</div><p class="soft">Up and right is better. Kept: mean of IRA and CRA. '
+        "Lines through the marks: 95 % intervals, over concepts where there are several; concepts for tuning are left "
+        "out. The axes begin where the figures do.</p>"
+    )
+
+
+def interference(table: Table, method: str, reports: Reports) -> str:
+    """The matrix of one method: concept erased x label measured."""
+    rows: dict[str, dict[str, charts.Change]] = {}
+    own: dict[str, list[str]] = {}
+    columns: dict[str, dict[str, None]] = {}
+    for row in table.rows:
+        if row.method != method:
+            continue
+        found = reports[method, row.concept]
+        name = short(row)
+        own[name] = [f"{found['domain']}/{label}" for label in found["concept"]]
+        cells = rows.setdefault(name, {})
+        for head, labels in found["accuracies"]["patched"].items():
+            for label, after in labels.items():
+                before = found["accuracies"]["base"][head].get(label, (0, 0))
+                columns.setdefault(head, {})[label] = None
+                cells[f"{head}/{label}"] = charts.Change(tuple(before), tuple(after))
+    # What is erased somewhere comes first, in the order of the lines: the framed cells form a diagonal.
+    erased = list(dict.fromkeys(key for keys in own.values() for key in keys))
+    order = {key: at for at, key in enumerate(erased)}
+    listed = {
+        head: sorted(names, key=lambda name: (order.get(f"{head}/{name}", len(order)), name))
+        for head, names in columns.items()
+    }
+    return charts.matrix(rows, listed, own)
+
+
+def made(table: Table, reports: Reports) -> dict[str, Any]:
+    """Settings and versions; where runs differ, all that there were."""
+    found: dict[str, Any] = {"erasure": __version__, "settings": table.settings, "runs": len(table.rows)}
+    for key in ("judge", "scheduler", "steps", "guidance", "versions"):
+        values: list[Any] = []
+        for report in reports.values():
+            value = report["provenance"].get(key)
+            if value is not None and value not in values:
+                values.append(value)
+        found[key] = values[0] if len(values) == 1 else values
+    return found
+
+
+def short(row: Row) -> str:
+    """A concept's name; of several that are erased together the first and how many more."""
+    first, *more = row.concept.split("+")
+    return f"{first} + {len(more)} more" if more else first
+
+
+def _group(entry: Mapping[str, Any]) -> str:
+    if " " in entry["group"]:  # "4 together"
+        return entry["group"] if entry["concepts"] == 1 else f"{entry['concepts']} x {entry['group']}"
+    names = {"identities": "identity"}
+    one = names.get(entry["group"], entry["group"].removesuffix("s"))
+    return f"1 {one}" if entry["concepts"] == 1 else f"{entry['concepts']} {entry['group']}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ends(entry: Mapping[str, float]) -> tuple[float, float, float]:
+    return entry["value"], entry["low"], entry["high"]
+
+
+def _cell(name: str, cell: Mapping[str, float], more: str = "") -> str:
+    return f"<b>{figure(name, cell['value'])}</b>{more}<small>{interval(name, cell, ' to ')}</small>"
+
+
+def _costs(costs: Mapping[str, float], size: float) -> list[str]:
+    return [*(f"{costs[cost]:,.0f}" for cost in COSTS), f"{size / 1000:,.0f}"]
+
+
+def _head(first: str) -> str:
+    titles = [first, "method", *(f"{name} {BETTER.get(name, '↑')}" for name in SHOWN), *COSTS, "KB"]
+    return f"<tr>{''.join(f'<th>{escape(title)}' for title in titles)}</tr>"
+
+
+def _line(cells: list[str], kind: str = "") -> str:
+    return f"<tr{f' class={kind}' if kind else ''}>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
+
+
+def _wide(rows: str) -> str:
+    return f'<div class="wide" tabindex="0"><table class="tight">{rows}</table></div>'
