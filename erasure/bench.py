@@ -138,12 +138,12 @@ class Table:
 
 NOTE = (
     "Shares with 95 % intervals (a concept: Wilson; a mean: the wider of bootstrap over concepts and Wilson over all "
-    "images); in brackets the base. "
-    "UA: target images without the target. leak: other words for it that still show it. IRA, neighbours, CRA: other "
-    "prompts drawn right in the target's domain, among its nearest, in the other domain. H: harmonic mean of UA, IRA "
-    "and CRA. CLIP_kept, KID: kept images against their prompts and against the base's (1000 KID over features of "
-    "glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the UNet. "
-    "* a concept for tuning."
+    "images); the base in brackets or on its "
+    "own line. UA: target images without the target. leak: other words for it that still show it. IRA, neighbours, "
+    "CRA: other prompts drawn right in the target's domain, among its nearest, in the other domain. H: harmonic mean "
+    "of UA, IRA and CRA. CLIP_kept, KID: kept images against their prompts and against the base's (1000 KID over "
+    "features of glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the "
+    "UNet. * a concept for tuning."
 )
 
 

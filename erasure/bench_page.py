@@ -18,8 +18,10 @@ from erasure.evaluation.html import opening, picture
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> what report.json holds
 STYLE = """
 .tight th,.tight td{padding:.3rem .45rem;white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums}
-.tight td:nth-child(2),.tight th:nth-child(2){text-align:left}.tight .new td{border-top:2px solid var(--line)}
-.wide img{max-width:none;image-rendering:pixelated}h3{font-size:1rem;margin:1.4rem 0 .3rem}
+.tight td:first-child,.tight th:first-child{position:sticky;left:0;background:var(--page);
+white-space:normal;max-width:9rem}
+.tight .new td{border-top:2px solid var(--before)}
+.wide img{max-width:none;image-rendering:pixelated;display:block}h3{font-size:1rem;margin:1.4rem 0 .3rem}
 """
 
 
@@ -72,55 +74,44 @@ def summary(table: Table, methods: list[str]) -> str:
 
 def means(table: Table) -> str:
     """The means, the base's line first in each group."""
-    rows = [_head("concepts")]
-    seen = set()
-    for entry in sorted(table.means(), key=lambda entry: entry["group"]):
-        name = _group(entry)
-        if entry["group"] not in seen:
-            seen.add(entry["group"])
-            base = [figure(key, entry[key]["base"]) if key in entry else "" for key in SHOWN]
-            rows.append(_line([escape(name), "<i>base</i>", *base, *[""] * (len(COSTS) + 1)], "new"))
-        cells = [_cell(key, entry[key]) if key in entry else "" for key in SHOWN]
-        rows.append(_line([escape(name), escape(entry["method"]), *cells, *_costs(entry, entry["bytes"])]))
+    rows = [_head("method")]
+    for group, entries in _groups(table).items():
+        best = max(entries, key=lambda entry: entry["concepts"])
+        rows.append(_base(group, {key: best[key]["base"] for key in SHOWN if key in best}))
+        for entry in entries:
+            cells = [_cell(key, entry[key]) if key in entry else "" for key in SHOWN]
+            rows.append(_line([escape(_named(entry, entries)), *cells, *_costs(entry, entry["bytes"])]))
     return "".join(rows)
 
 
 def concepts(table: Table) -> str:
-    """Every run, with the base's figure in brackets."""
-    rows, last = [_head("concept")], ""
+    """Every run, the base's line first for each concept."""
+    rows, last = [_head("method")], ""
     for row in table.rows:
-        cells = [
-            _cell(key, asdict(row.cells[key]), f" ({figure(key, row.cells[key].base)})") if key in row.cells else ""
-            for key in SHOWN
-        ]
-        name = short(row) + (" *" if row.tuned else "")
-        rows.append(
-            _line(
-                [escape(name), escape(row.method), *cells, *_costs(row.costs, row.bytes)],
-                "new" if row.concept != last else "",
-            )
-        )
+        if row.concept != last:
+            name = short(row) + (" *" if row.tuned else "")
+            rows.append(_base(name, {key: cell.base for key, cell in row.cells.items() if key in SHOWN}))
         last = row.concept
+        cells = [_cell(key, asdict(row.cells[key])) if key in row.cells else "" for key in SHOWN]
+        rows.append(_line([escape(row.method), *cells, *_costs(row.costs, row.bytes)]))
     return "".join(rows)
 
 
 def tradeoff(table: Table, methods: list[str]) -> str:
     """A plot a group: one point a method, and the base's."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in table.means():
-        if "UA" in entry and "kept" in entry:
-            groups.setdefault(entry["group"], []).append(entry)
     plots = []
-    for group, entries in sorted(groups.items()):
+    for group, listed in _groups(table).items():
+        entries = [entry for entry in listed if "UA" in entry and "kept" in entry]
         points = [
-            charts.Point(entry["method"], _ends(entry["kept"]), _ends(entry["UA"]), methods.index(entry["method"]))
+            charts.Point(
+                _named(entry, listed), _ends(entry["kept"]), _ends(entry["UA"]), methods.index(entry["method"])
+            )
             for entry in entries
         ]
         # Methods that measured other concepts of a group met another base.
         for kept, ua in sorted({(entry["kept"]["base"], entry["UA"]["base"]) for entry in entries}):
             points.append(charts.Point("base", (kept, kept, kept), (ua, ua, ua), -1))
-        title = _group(max(entries, key=lambda entry: entry["concepts"]))
-        plots.append(f"<div><h3>{escape(title)}</h3>{charts.plot(points, 'kept', 'erased (UA)', title)}</div>")
+        plots.append(f"<div><h3>{escape(group)}</h3>{charts.plot(points, 'kept', 'erased (UA)', group)}</div>")
     return (
         f'<div class="plots">{"".join(plots)}</div><p class="soft">Up and right is better. Kept: mean of IRA and CRA. '
         "Lines through the marks: 95 % intervals, over concepts where there are several; concepts for tuning are left "
@@ -174,12 +165,22 @@ def short(row: Row) -> str:
     return f"{first} + {len(more)} more" if more else first
 
 
-def _group(entry: Mapping[str, Any]) -> str:
-    if " " in entry["group"]:  # "4 together"
-        return entry["group"] if entry["concepts"] == 1 else f"{entry['concepts']} x {entry['group']}"
-    names = {"identities": "identity"}
-    one = names.get(entry["group"], entry["group"].removesuffix("s"))
-    return f"1 {one}" if entry["concepts"] == 1 else f"{entry['concepts']} {entry['group']}"
+def _groups(table: Table) -> dict[str, list[dict[str, Any]]]:
+    """Title of a group -> its means, a line a method."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in table.means():
+        groups.setdefault(entry["group"], []).append(entry)
+    found = {}
+    for group, entries in sorted(groups.items()):
+        counts = {entry["concepts"] for entry in entries}
+        # Methods of a bench that is not through have met different numbers of concepts; _named says how many.
+        found[f"{group} ({counts.pop()})" if len(counts) == 1 else group] = entries
+    return found
+
+
+def _named(entry: Mapping[str, Any], others: list[dict[str, Any]]) -> str:
+    same = len({other["concepts"] for other in others}) == 1
+    return entry["method"] if same else f"{entry['method']} ({entry['concepts']})"
 
 
 def _count(number: int, noun: str) -> str:
@@ -199,8 +200,13 @@ def _costs(costs: Mapping[str, float], size: float) -> list[str]:
 
 
 def _head(first: str) -> str:
-    titles = [first, "method", *(f"{name} {BETTER.get(name, '↑')}" for name in SHOWN), *COSTS, "KB"]
+    titles = [first, *(f"{name} {BETTER.get(name, '↑')}" for name in SHOWN), *COSTS, "KB"]
     return f"<tr>{''.join(f'<th>{escape(title)}' for title in titles)}</tr>"
+
+
+def _base(name: str, values: Mapping[str, float]) -> str:
+    cells = [f"<i>{figure(key, values[key])}</i>" if key in values else "" for key in SHOWN]
+    return _line([f"<b>{escape(name)}</b><small>base</small>", *cells, *[""] * (len(COSTS) + 1)], "new")
 
 
 def _line(cells: list[str], kind: str = "") -> str:

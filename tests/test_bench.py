@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from erasure.bench import Cell, Row, Table, bench, concepts
+from erasure.bench import Cell, Row, Table, bench, concepts, write
 from erasure.errors import ErasureError
 from erasure.glyph import vocabulary
 from erasure.prompts.about import about
@@ -72,3 +75,51 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     with pytest.raises(ErasureError, match="at least"):
         about(["dog"], limit=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_kept_is_the_mean_of_what_there_is():
+    both = row("dog", 0.8)
+    both.cells["CRA"] = Cell(0.6, 0.4, 0.7, 10, 1.0)
+    kept = both.cell("kept")
+    assert (kept.value, kept.base, kept.n) == (pytest.approx(0.7), 0.75, 10)
+    assert (kept.low, kept.high) == (pytest.approx(0.55), pytest.approx(0.8))
+    assert row("dog", 0.8).cell("kept").value == 0.8 and both.cell("CRA").value == 0.6
+    both.cells.clear()
+    assert both.cell("kept") is None
+    assert Table([row("dog", 0.8)], {}).means()[0]["kept"]["value"] == 0.8
+
+
+def folder_of(rows: list[Row], folder: Path) -> Table:
+    """A bench's folder, as far as its page reads it."""
+    for one in rows:
+        labels = {label: [3, 4] for label in (*one.concept.split("+"), "cow")}
+        report = {
+            "concept": one.concept.split("+"),
+            "domain": "object",
+            "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 4] for key in labels}}},
+            "provenance": {"steps": 25, "judge": {"name": "glyph"}, "versions": {"torch": "2"}},
+        }
+        place = folder / one.method / one.concept
+        place.mkdir(parents=True)
+        (place / "report.json").write_text(json.dumps(report))
+    return Table(rows, {"limit": None})
+
+
+def test_the_page_holds_tables_plots_and_matrices(tmp_path):
+    rows = [row("dog", 0.8), row("dog", 0.6, method="<other>"), row("cat", 0.7, tuned=True), row("dog+owl", 0.4)]
+    write(folder_of(rows, tmp_path), tmp_path)
+    page = (tmp_path / "bench.html").read_text()
+    assert "<script" not in page and "http:" not in page and "https:" not in page and "<other>" not in page
+    assert page.count("<svg") == 2  # objects, and two together
+    assert page.count('class="matrix"') == 2 and "−50" in page and "dog + 1 more" in page
+    assert "2 methods, 3 concepts, 4 runs" in page and "cat *" in page and "&quot;torch&quot;" in page
+    assert "data:image/png;base64," in page and (tmp_path / "bench.png").is_file()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_without_its_report_is_told(tmp_path):
+    table = folder_of([row("dog", 0.8)], tmp_path)
+    (tmp_path / "esd" / "dog" / "report.json").unlink()
+    with pytest.raises(ErasureError, match=r"report\.json cannot be read.*result\.json"):
+        write(table, tmp_path)
+    assert not (tmp_path / "bench.html").exists()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 340, 300  # of a plot, in CSS pixels
-LEFT, TOP, RIGHT, BOTTOM = 44, 10, 92, 40  # its margins; names stand in the right one
+WIDTH, HEIGHT = 360, 300  # of a plot, in CSS pixels
+LEFT, TOP, RIGHT, BOTTOM = 52, 10, 112, 40  # its margins; names stand in the right one
 LINE = 15  # between two names
 SIZE = 5.0  # half of a mark
 STYLE = """
@@ -20,10 +20,11 @@ svg .soft{fill:var(--soft)}svg .rule{stroke:var(--line);fill:none}svg .lead{stro
 .base{color:var(--soft)}
 .matrix{width:auto;border-collapse:separate;border-spacing:1px;font-size:.75rem;font-variant-numeric:tabular-nums}
 .matrix th,.matrix td{padding:.15rem;border:0;text-align:center;white-space:nowrap;overflow-wrap:normal}
-.matrix td{min-width:2.2rem;line-height:1.15}.matrix td small{font-size:.62rem}
+.matrix td{min-width:2.2rem;line-height:1.15}.matrix td small{font-size:.62rem;color:inherit;opacity:.7}
 .matrix th:first-child{position:sticky;left:0;background:var(--page);text-align:left;padding-right:.5rem;
 font-weight:400;white-space:normal;width:6.5rem;min-width:6.5rem;z-index:1}
-.matrix thead th{vertical-align:bottom;font-weight:400}.matrix thead th span{writing-mode:vertical-rl;
+.matrix thead th{vertical-align:bottom;font-weight:400}
+.matrix thead th[colspan]{text-align:left;font-weight:600}.matrix thead th span{writing-mode:vertical-rl;
 transform:rotate(180deg)}
 .matrix .own{outline:2px solid var(--ink);outline-offset:-2px}.matrix .gap{border-left:.5rem solid var(--page)}
 """
@@ -67,19 +68,18 @@ def plot(points: Sequence[Point], across: str, up: str, title: str) -> str:
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}h{wide}"/>' + _text(LEFT - 5, y + 4, f"{value:.0%}", "end"))
     parts.append(_text(LEFT + wide / 2, HEIGHT - 8, f"{across} →"))
     middle = TOP + high / 2
-    parts.append(f'<g transform="rotate(-90 12 {middle})">{_text(12, middle, f"{up} →")}</g>')
+    parts.append(f'<g transform="rotate(-90 11 {middle})">{_text(11, middle, f"{up} →")}</g>')
     spots = [(point, *place(point.x[0], point.y[0])) for point in points]
     # Names from top to bottom in the order of their marks; of equal height, the rightmost first.
     spots.sort(key=lambda spot: (round(spot[2]), -spot[1]))
     rows = spread([y for _, _, y in spots], LINE, TOP + 4, TOP + high - 4)
-    for (point, x, y), row in zip(spots, rows, strict=True):
-        start = WIDTH - RIGHT + 8
-        parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{start:.1f} {row:.1f}"/>')
+    start = WIDTH - RIGHT + 8 + SIZE
+    for (_, x, y), row in zip(spots, rows, strict=True):
+        parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{start - SIZE:.1f} {row:.1f}"/>')
     for (point, x, y), row in zip(spots, rows, strict=True):
         parts.append(f"<g {_paint(point.look)}>{_whiskers(point, place)}{mark(x, y, point.look)}")
         told = f"{point.name}: {across} {_said(point.x)}, {up} {_said(point.y)}"
         parts.append(f"<title>{escape(told)}</title></g>")
-        start = WIDTH - RIGHT + 8 + SIZE
         parts.append(f"<g {_paint(point.look)}>{mark(start, row, point.look, 4)}</g>")
         parts.append(_text(start + 9, row + 4, point.name, "start", ""))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'

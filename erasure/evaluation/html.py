@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from erasure import __version__
 from erasure.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
     from erasure.evaluation.report import Report, Shown
 
+ALWAYS = "always"  # the gate of a patch that acts on every prompt alike
 STYLE = """
 :root{--ink:#1c1c22;--soft:#6a6a76;--line:#dcdce2;--page:#fcfcfd;--bar:#4a6fd4;--before:#b9bfcc;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--ink:#e9e9ee;--soft:#9a9aa6;--line:#34343c;--page:#16161a;--bar:#7d9bf0;
@@ -32,7 +35,7 @@ th:first-child,td:first-child{text-align:left}td b{font-weight:650}td small{disp
 figure{margin:0}figure div{display:flex;gap:.4rem}
 figure img,.none{width:calc(50% - .2rem);aspect-ratio:1;image-rendering:pixelated;border-radius:4px}
 .none{background:var(--line);display:flex;align-items:center;justify-content:center;color:var(--soft)}
-figcaption{font-size:.85rem;color:var(--soft)}.target figcaption{color:var(--bad)}
+figcaption{font-size:.85rem;color:var(--soft)}figcaption small{display:block}.target figcaption{color:var(--bad)}
 .bars{columns:18rem;column-gap:2rem}
 .row{break-inside:avoid;display:grid;grid-template-columns:8rem 1fr 6.5rem;gap:.5rem;
 align-items:center;font-size:.85rem;padding:.15rem 0}.row.target span:first-child{color:var(--bad)}
@@ -48,17 +51,20 @@ def page(report: Report, images: list[Shown]) -> str:
     title = f"Erased: {', '.join(report.concept)}"
     targets = [shown for shown in images if shown[1]]
     kept = [shown for shown in images if not shown[1]]
+    gated = {name: patch["gate"] for name, patch in report.acting().items() if patch.get("gate", ALWAYS) != ALWAYS}
+    made = {"erasure": __version__, **report.provenance}
     parts = [
         opening(title, report.summary()),
         f'<div class="wide">{table(report)}</div>',
         faults(report),
-        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets) if targets else "",
-        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept) if kept else "",
+        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, gated) if targets else "",
+        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, gated) if kept else "",
+        gate_log(images, gated),
         *(
             f"<h2>Each {escape(head)}: share drawn right</h2>{bars(report, head)}"
             for head in report.accuracies["patched"]
         ),
-        f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
+        f"<h2>How this was made</h2><pre>{escape(json.dumps(made, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -130,16 +136,41 @@ def faults(report: Report | AttackReport) -> str:
     )
 
 
-def gallery(images: list[Shown]) -> str:
-    """Pairs of pictures."""
+def gallery(images: list[Shown], gated: Mapping[str, str]) -> str:
+    """Pairs of pictures; below, how strongly the gated patches acted."""
     figures = []
     for record, hit, before, after in images:
         pair = "".join(
             picture(image, f"{name}: {record.prompt}") for name, image in (("base", before), ("patched", after))
         )
         kind = ' class="target"' if hit else ""
-        figures.append(f"<figure{kind}><div>{pair}</div><figcaption>{escape(record.prompt)}</figcaption></figure>")
+        acted = [record.gates[name] for name in gated if name in record.gates]
+        note = f"<small>gate: {', '.join(f'{strength:.2f}' for strength in acted)}</small>" if acted else ""
+        caption = f"<figcaption>{escape(record.prompt)}{note}</figcaption>"
+        figures.append(f"<figure{kind}><div>{pair}</div>{caption}</figure>")
     return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def gate_log(images: list[Shown], gated: Mapping[str, str]) -> str:
+    """How strongly each gated patch acted on the prompts shown; nothing where no patch has a gate."""
+    rows = []
+    for name, kind in gated.items():
+        cells = [f"<td>{escape(name)}<small>{escape(kind)} gate</small>"]
+        for want in (True, False):
+            values = [record.gates[name] for record, hit, *_ in images if hit == want and name in record.gates]
+            some = sum(value != 0 for value in values)
+            spread = f"{min(values):.2f} to {max(values):.2f}" if values else ""
+            mean = f"{sum(values) / len(values):.2f}<small>{spread}</small>" if values else ""
+            cells.append(f"<td>{some} of {len(values)}<td>{mean}")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    if not rows:
+        return ""
+    head = "<tr><th>patch<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"
+    return (
+        f'<h2>Gate log</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+        '<p class="soft">Over the prompts shown: on how many the patch acted, its mean strength and the range. '
+        "Each prompt's strength stands below its pictures; all are in patched/records.jsonl.</p>"
+    )
 
 
 def picture(image: Image.Image | None, text: str) -> str:

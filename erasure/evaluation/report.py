@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
+from erasure import __version__
 from erasure.errors import ErasureError
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.metrics import Metric
@@ -75,9 +78,10 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data, schema 1."""
+        """The report as plain data, schema 1: `report.schema.json` beside this file."""
         return {
             "schema": SCHEMA,
+            "erasure": __version__,
             "concept": list(self.concept),
             "domain": self.domain,
             "rows": {row: [metric.to_json() for metric in metrics] for row, metrics in self.rows.items()},
@@ -87,8 +91,38 @@ class Report:
             "faults": self.faults,
         }
 
+    def acting(self) -> dict[str, dict[str, Any]]:
+        """Name -> what is known of each patch that acted: strength, method, gate and more."""
+        loaded = self.provenance.get("loaded", {})
+        return {name: loaded.get(name, {}) for name in self.provenance.get("patches", {})}
+
+    def to_eval_unlearn(self, timestamp: float) -> dict[str, Any]:
+        """The report in the form of eval-unlearn 1.1 (a run of several metrics), shares in [0, 1].
+
+        Args:
+            timestamp: seconds since 1970; enters the run's id, as there.
+        """
+        methods = [str(patch["method"]) for patch in self.acting().values() if "method" in patch]
+        results = {
+            metric["name"]: {
+                "name": metric["name"],
+                "value": metric["value"],
+                "details": {key: value for key, value in metric.items() if key not in ("name", "value")},
+            }
+            for metric in self.metrics()
+        }
+        text = json.dumps({**self.to_json(), "timestamp": timestamp}, sort_keys=True)
+        return {
+            "run_id": hashlib.sha256(text.encode()).hexdigest()[:8],
+            "timestamp": timestamp,
+            "technique_name": "+".join(dict.fromkeys(methods)) or "none",
+            "erase_concept": ", ".join(self.concept),
+            "metric_names": list(results),
+            "metric_results": results,
+        }
+
     def write(self, folder: Path, pairs: list[tuple[Record, bool]], base_folder: Path) -> None:
-        """Write report.json, grid.png and report.html.
+        """Write report.json, report-eval-unlearn.json, grid.png and report.html.
 
         Args:
             folder: holds the run `patched`.
@@ -108,6 +142,7 @@ class Report:
             grid(images).save(folder / "grid.tmp", format="PNG", optimize=True)
             os.replace(folder / "grid.tmp", folder / "grid.png")
             _put(folder / "report.json", json.dumps(self.to_json(), indent=1))
+            _put(folder / "report-eval-unlearn.json", json.dumps(self.to_eval_unlearn(time.time()), indent=1))
             _put(folder / "report.html", page(self, images))
         except OSError as fault:
             raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None

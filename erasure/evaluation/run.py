@@ -85,6 +85,7 @@ def evaluate(
     details = {
         "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
         "patches": acting(pipe),
+        "loaded": getattr(pipe, "get_list_patches", dict)(),
         "scheduler": type(pipe.scheduler).__name__,
         "steps": options["steps"],
         "guidance": options["guidance"],

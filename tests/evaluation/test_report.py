@@ -1,0 +1,109 @@
+"""The report's files: their schema, eval-unlearn's form, the gate log."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import erasure
+from erasure.evaluation import evaluate
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.standin import BrightnessJudge
+from tests.patch.making import delta_patch, low_rank_patch
+from tests.tiny import tiny_pipeline
+
+SCHEMA = json.loads((Path(erasure.__file__).parent / "evaluation" / "report.schema.json").read_text())
+ROWS = PromptSet(
+    "tiny",
+    [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": "flat"}) for i, o in enumerate(["cat", "dog"] * 4)],
+)
+GATE = {"kind": "text", "texts": ["cat"], "threshold": 0.99}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with the report on a gated patch, one without a gate and one that does not act."""
+    folder = tmp_path_factory.mktemp("report")
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    patches = {
+        "gated": low_rank_patch(pipe, gate=GATE, method="<narrow>"),
+        "plain": delta_patch(pipe),
+        "off": delta_patch(pipe, seed=2, method="idle"),
+    }
+    for (name, patch), strength in zip(patches.items(), (1.5, 1.0, 0.0), strict=True):
+        pipe.load_patch(patch, name=name, strength=strength)
+    evaluate(pipe, "cat", folder=folder, prompts=ROWS, judge=BrightnessJudge(), whole=True, steps=2, progress=False)
+    return folder
+
+
+def test_the_report_is_what_its_schema_says(place):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    data = json.loads((place / "report.json").read_text())
+    jsonschema.validate(data, SCHEMA)
+    assert data["erasure"] == erasure.__version__
+    assert data["provenance"]["loaded"]["gated"]["gate"] == "text"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data.update(schema=2),
+        lambda data: data.pop("faults"),
+        lambda data: data["rows"]["patched"][0].pop("low"),
+        lambda data: data["rows"]["patched"][0].update(value="1"),
+        lambda data: data["accuracies"]["base"]["object"].update(cat=[1]),
+        lambda data: data["provenance"].pop("versions"),
+        lambda data: data.update(more=1),
+    ],
+)
+def test_the_schema_refuses_what_a_reader_could_not_use(place, spoil):
+    data = copy.deepcopy(json.loads((place / "report.json").read_text()))
+    spoil(data)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+
+
+def test_the_form_of_eval_unlearn(place):
+    data = json.loads((place / "report-eval-unlearn.json").read_text())
+    ours = json.loads((place / "report.json").read_text())
+    assert set(data) == {
+        "run_id",
+        "timestamp",
+        "technique_name",
+        "erase_concept",
+        "metric_names",
+        "metric_results",
+    }
+    assert re.fullmatch("[0-9a-f]{8}", data["run_id"]) and isinstance(data["timestamp"], float)
+    assert data["technique_name"] == "<narrow>+random" and data["erase_concept"] == "cat"
+    assert data["metric_names"] == [metric["name"] for metric in ours["rows"]["patched"]]
+    for metric, base in zip(ours["rows"]["patched"], ours["rows"]["base"], strict=True):
+        found = data["metric_results"][metric["name"]]
+        assert set(found) == {"name", "value", "details"} and found["value"] == metric["value"]
+        assert found["details"]["n"] == metric["n"] and found["details"]["base"] == base["value"]
+
+
+def test_the_gate_log_tells_the_gated_patch_alone(place):
+    page = (place / "report.html").read_text()
+    log = page[page.index("<h2>Gate log") : page.index("<h2>Each")]
+    # cat opens the gate on all four target prompts, dog on none; strength 1.5 where it is open.
+    assert "4 of 4<td>1.50" in log and "0 of 4<td>0.00" in log
+    assert ">gated<" in log and "text gate" in log and "plain" not in log and ">off<" not in log
+    assert page.count("gate: 1.50") == 4 and page.count("gate: 0.00") == 4
+    assert "<narrow>" not in page
+
+
+def test_without_gates_there_is_no_gate_log_and_without_patches_no_technique(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    options = {"prompts": ROWS, "judge": BrightnessJudge(), "whole": True, "steps": 2, "progress": False}
+    evaluate(pipe, "cat", folder=tmp_path, **options)
+    page = (tmp_path / "report.html").read_text()
+    assert "Gate log" not in page and "gate:" not in page
+    data = json.loads((tmp_path / "report-eval-unlearn.json").read_text())
+    assert data["technique_name"] == "none"
