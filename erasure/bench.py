@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from erasure.errors import ErasureError, unknown
+from erasure.evaluation import metrics
+from erasure.evaluation.metrics import figure
 
 SHOWN = ("UA", "leak", "IRA", "neighbours", "CRA", "H", "CLIP_kept", "KID")
 BETTER = {"leak": "↓", "KID": "↓"}
@@ -113,7 +115,7 @@ class Table:
         lines = [_line(["concepts", "method", *titles, *COSTS, "KB"]), "|---" * (len(SHOWN) + 6) + "|"]
         seen = set()
         for entry in sorted(self.means(), key=lambda entry: entry["group"]):
-            name = f"{entry['concepts']} {entry['group']}"
+            name = f"{entry['group']} ({entry['concepts']})"
             if entry["group"] not in seen:
                 seen.add(entry["group"])
                 base = [figure(key, entry[key]["base"]) if key in entry else "" for key in SHOWN]
@@ -151,20 +153,14 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def figure(name: str, value: float) -> str:
-    """A share in percent, a score as it is."""
-    return f"{value:.1f}" if name in SCORES else f"{value:.0%}"
-
-
 def spread(name: str, cell: Mapping[str, float]) -> str:
     """A figure with its interval."""
-    return f"{figure(name, cell['value'])} [{interval(name, cell)}]"
+    return metrics.spread(name, cell["value"], cell["low"], cell["high"])
 
 
 def interval(name: str, cell: Mapping[str, float], between: str = ", ") -> str:
     """The two ends of an interval, without a unit."""
-    low, high = (f"{cell[end]:.1f}" if name in SCORES else f"{100 * cell[end]:.0f}" for end in ("low", "high"))
-    return f"{low}{between}{high}"
+    return metrics.interval(name, cell["low"], cell["high"], between)
 
 
 def concepts() -> tuple[list[str], list[str]]:

@@ -44,16 +44,20 @@ class Metric:
 DIGITS = {"CLIP": 1, "KID": 1, "FD": 1, "CS": 2}  # of scores, by the beginning of their names; the rest are shares
 
 
-def figure(name: str, value: float) -> str:
-    """A metric's value for people: a share in percent, a score as it is."""
+def figure(name: str, value: float, percent: int = 0) -> str:
+    """A metric's value for people: a share in percent with so many decimals, a score as it is."""
     digits = next((count for start, count in DIGITS.items() if name.startswith(start)), None)
-    return f"{value:.0%}" if digits is None else f"{value:.{digits}f}"
+    return f"{value:.{percent}%}" if digits is None else f"{value:.{digits}f}"
+
+
+def interval(name: str, low: float, high: float, between: str = ", ") -> str:
+    """The two ends of an interval, without a unit."""
+    return between.join(figure(name, end).removesuffix("%") for end in (low, high))
 
 
 def spread(name: str, value: float, low: float, high: float) -> str:
     """The value with its interval."""
-    ends = [figure(name, one).removesuffix("%") for one in (low, high)]
-    return f"{figure(name, value)} [{ends[0]}, {ends[1]}]"
+    return f"{figure(name, value)} [{interval(name, low, high)}]"
 
 
 @dataclass(frozen=True)

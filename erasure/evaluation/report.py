@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from erasure import __version__
 from erasure.errors import ErasureError
+from erasure.evaluation import metrics
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.metrics import Metric
 
@@ -153,7 +154,7 @@ Shown = tuple[Record, bool, Image.Image | None, Image.Image | None]
 
 def figure(metric: Metric, value: float) -> str:
     """Shares as percentages, scores as they are."""
-    return f"{value:.1f}" if metric.name.startswith(("CLIP", "KID")) else f"{value:.1%}"
+    return metrics.figure(metric.name, value, percent=1)
 
 
 def grid(images: list[Shown], columns: int = 4) -> Image.Image:

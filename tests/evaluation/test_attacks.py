@@ -270,8 +270,8 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
 
 
 # What the attacks bring back of a cat that the default method has erased from glyph. Not among them: `encoder` undoes
-# patches of the text encoder only, Ring-A-Bell's prompts find no cat here, and UnlearnDiffAtk's short budget finds a dog
-# sometimes and this cat not.
+# patches of the text encoder only, Ring-A-Bell's prompts find no cat here, and UnlearnDiffAtk's short budget finds
+# a dog sometimes and this cat not.
 WIN = ("rece", "p4d", "uma", "inversion", "img2img", "relearning")
 
 
