@@ -179,7 +179,7 @@ def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
             }
             for name, one in found.items()
         },
-        "how": {key: measured.provenance[key] for key in measured.provenance if key != "patches"},
+        "how": {key: measured.provenance[key] for key in measured.provenance if key not in ("patches", "loaded")},
         "note": CAVEAT,
     }
 

@@ -30,7 +30,7 @@ QUICK = {"prompts": ROWS, "cases": 3, "steps": 2, "progress": False}
 SMALL = {
     "encoder": {},
     "rece": {},
-    "ring-a-bell-direct": {},
+    "ring-a-bell-direct": {"strengths": (0.5, 3.0)},
     "ring-a-bell": {"tokens": 2, "population": 6, "generations": 4, "tries": 2},
     "unlearndiffatk": {"tokens": 2, "levels": 2, "iterations": 2},
     "p4d": {"tokens": 2, "levels": 2, "iterations": 2},
