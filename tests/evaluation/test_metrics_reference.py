@@ -197,7 +197,7 @@ def test_target_images_are_scored_against_the_name_and_the_anchor(tmp_path):
     sets = PromptSet("two", [Prompt(r.id, r.prompt, 0, None, dict(r.labels)) for r in records])
     target = find_target(Concept("cat", anchor="animal"), sets, Noted())
     cat, dog = judge_run(Noted(), tmp_path, records, target, [])
-    assert asked == [["a cat", "cat", "animal"], ["a dog"]]
+    assert asked == [["a cat", "cat", "animal", "a dog"]]  # one batch
     assert (cat.clip, cat.against, dog.against) == (5.0, (3.0, 6.0), None)
     assert find_target("flat", sets, Noted()).texts(records[0]) == ("flat style", "")
 
