@@ -21,7 +21,7 @@ from erasure.evaluation.report import Report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WINDOWS = {"phone": (390, 844), "desk": (1280, 800)}
-LIMIT = 120  # seconds; the start of a browser on a busy machine
+LIMIT = 300  # seconds; the start of a browser on a busy machine
 LONG = "a very long prompt about a cat in the style of somebody whosenameisonewordwithoutanyplacewhereitmightbreak"
 
 pytestmark = pytest.mark.skipif(
