@@ -60,15 +60,18 @@ def summary(table: Table, methods: list[str]) -> str:
     """One sentence: how much was run, and the best compromise in each group."""
     names = {row.concept for row in table.rows}
     text = f"{_count(len(methods), 'method')}, {_count(len(names), 'concept')}, {_count(len(table.rows), 'run')}"
-    best: dict[str, dict[str, Any]] = {}
-    for entry in table.means():
-        there = best.get(entry["group"])
-        if "H" in entry and (there is None or entry["H"]["value"] > there["H"]["value"]):
-            best[entry["group"]] = entry
-    told = [
-        f"{group} {entry['method']} (erased {entry['UA']['value']:.0%}, kept {entry['kept']['value']:.0%})"
-        for group, entry in sorted(best.items())
-    ]
+    told = []
+    for group, entries in _groups(table).items():
+        # Only methods that met all concepts of a group can be compared.
+        most = max(entry["concepts"] for entry in entries)
+        best = max(
+            (entry for entry in entries if "H" in entry and entry["concepts"] == most),
+            key=lambda entry: entry["H"]["value"],
+            default=None,
+        )
+        if best is not None:
+            shares = f"erased {best['UA']['value']:.0%}, kept {best['kept']['value']:.0%}"
+            told.append(f"{group} {best['method']} ({shares})")
     return text + ("; highest H: " + ", ".join(told) if told else "")
 
 

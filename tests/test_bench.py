@@ -110,11 +110,14 @@ def folder_of(rows: list[Row], folder: Path) -> Table:
 
 def test_the_page_holds_tables_plots_and_matrices(tmp_path):
     rows = [row("dog", 0.8), row("dog", 0.6, method="<other>"), row("cat", 0.7, tuned=True), row("dog+owl", 0.4)]
+    for one, value in zip(rows, (0.4, 0.3, 0.9, 0.2), strict=True):
+        one.cells["H"] = Cell(value, value, value, 20, 0.0)
     write(folder_of(rows, tmp_path), tmp_path)
     page = (tmp_path / "bench.html").read_text()
     assert "<script" not in page and "http:" not in page and "https:" not in page and "<other>" not in page
     assert page.count("<svg") == 2  # objects, and two together
     assert page.count('class="matrix"') == 2 and "−50" in page and "dog + 1 more" in page
+    assert "highest H: 2 together (1) esd (erased 40%, kept 40%), objects (1) esd (erased 80%, kept 80%)." in page
     assert "2 methods, 3 concepts, 4 runs" in page and "cat *" in page and "&quot;torch&quot;" in page
     assert "data:image/png;base64," in page and (tmp_path / "bench.png").is_file()
     assert not list(tmp_path.rglob("*.tmp"))

@@ -30,7 +30,13 @@ h1{font-size:1.5rem;line-height:1.25;margin:.6rem 0}h2{font-size:1.1rem;margin:2
 p,td,th,figcaption{overflow-wrap:anywhere}.soft{color:var(--soft)}.wide{overflow-x:auto}
 table{border-collapse:collapse;width:100%}
 th,td{padding:.4rem .6rem;border-bottom:1px solid var(--line);text-align:right}
-th:first-child,td:first-child{text-align:left}td b{font-weight:650}td small{display:block;color:var(--soft)}
+th:first-child,td:first-child{text-align:left}td b{font-weight:650}
+td small,th small{display:block;color:var(--soft);font-weight:400}
+.figures th,.figures td:not(:first-child){white-space:nowrap;overflow-wrap:normal}
+.figures td:first-child{min-width:6.5rem}
+.asked th,.asked td{text-align:left;vertical-align:top;white-space:nowrap;overflow-wrap:normal}
+.asked td:first-child{white-space:normal}.asked td:last-child{min-width:14rem;white-space:normal;overflow-wrap:anywhere}
+@media(max-width:30rem){th,td{padding:.35rem .25rem}}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 figure{margin:0}figure div{display:flex;gap:.4rem}
 figure img,.none{width:calc(50% - .2rem);aspect-ratio:1;image-rendering:pixelated;border-radius:4px}
@@ -90,14 +96,15 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
     ]
     parts = [
         opening(f"Attacked: {', '.join(report.concept)}", report.summary()),
-        f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
+        f'<div class="wide"><table class="figures">{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
         '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
         "many tries without the search. This says what was tried, not that nothing else would work.</p>",
         faults(report),
         "<h2>What came back</h2>"
         + f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
         "<h2>What was asked last</h2>"
-        + f'<div class="wide"><table><tr><th>attack<th>case<th>won at try<th>asked</tr>{"".join(asked)}</table></div>',
+        '<div class="wide"><table class="asked"><tr><th>attack<th>case<th>won at try<th>asked</tr>'
+        f"{''.join(asked)}</table></div>",
         f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
@@ -107,7 +114,7 @@ def table(report: Report) -> str:
     """Base and patched row of every metric."""
     from erasure.evaluation.report import ARROWS, figure
 
-    rows = ["<tr><th>metric<th>base<th>patched<th>95 % interval<th>n</tr>"]
+    rows = ["<tr><th>metric<th>base<th>patched<small>95 % interval</small><th>n</tr>"]
 
     def cell(metric: Metric | None) -> str:
         return "" if metric is None else figure(metric, metric.value)
@@ -117,14 +124,14 @@ def table(report: Report) -> str:
         rows.append(
             f"<tr><td>{escape(metric.name)} {ARROWS[metric.higher_is_better]}<small>{escape(metric.meaning)}</small>"
             f"<td>{cell(base)}<td><b>{cell(metric)}</b>"
-            f"<td>{figure(metric, metric.low)} to {figure(metric, metric.high)}<td>{metric.n}</tr>"
+            f"<small>{figure(metric, metric.low)} to {figure(metric, metric.high)}</small><td>{metric.n}</tr>"
         )
     for head, pair in report.paired.items():
         rows.append(
             f"<tr><td>kept prompts, {escape(head)}<small>right with the base only / patched only; exact McNemar</small>"
-            f"<td>{pair['only_base']:.0f}<td>{pair['only_patched']:.0f}<td>p = {pair['p']:.3g}<td></tr>"
+            f"<td>{pair['only_base']:.0f}<td>{pair['only_patched']:.0f}<small>p = {pair['p']:.3g}</small><td></tr>"
         )
-    return f"<table>{''.join(rows)}</table>"
+    return f'<table class="figures">{"".join(rows)}</table>'
 
 
 def faults(report: Report | AttackReport) -> str:
@@ -167,7 +174,7 @@ def gate_log(images: list[Shown], gated: Mapping[str, str]) -> str:
         return ""
     head = "<tr><th>patch<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"
     return (
-        f'<h2>Gate log</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+        f'<h2>Gate log</h2><div class="wide"><table class="figures">{head}{"".join(rows)}</table></div>'
         '<p class="soft">Over the prompts shown: on how many the patch acted, its mean strength and the range. '
         "Each prompt's strength stands below its pictures; all are in patched/records.jsonl.</p>"
     )
