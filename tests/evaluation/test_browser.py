@@ -35,8 +35,9 @@ function look(frame) {
   const box = first ? first.getBoundingClientRect() : {top: 1e9, bottom: 1e9, left: 0, right: 0};
   const images = [...page.images];
   return {
-    over: page.documentElement.scrollWidth - view.innerWidth,
+    over: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     width: view.innerWidth,
+    room: page.documentElement.clientWidth,
     images: images.length,
     broken: images.filter(image => !(image.complete && image.naturalWidth > 0)).length,
     summary: first ? first.textContent : "",
@@ -69,8 +70,13 @@ def look(page: Path, folder: Path) -> tuple[dict[str, dict], list[str]]:
         encoding="utf-8",
     )
     command = [
-        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
-        *("--disable-background-networking", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
+        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+        *(
+            "--no-first-run",
+            "--disable-background-networking",
+            "--enable-logging=stderr",
+            f"--user-data-dir={folder / 'profile'}",
+        ),
         *("--virtual-time-budget=20000", "--dump-dom", around.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, encoding="utf-8")
@@ -85,7 +91,7 @@ def check(page: Path, folder: Path, images: int, summary: str) -> None:
     assert not said
     for name, (width, _) in WINDOWS.items():
         found = windows[name]
-        assert found["width"] == width, name
+        assert found["width"] == found["room"] == width, name
         assert found["over"] <= 0, f"{name}: {found['over']} px too wide"
         assert found["images"] == images and found["broken"] == 0, name
         assert summary in found["summary"] and found["seen"], name
