@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     )
     _erasing(add, model)
     _drawing(add, model)
-    _listing(add, model)
+    _patching(add, common, model)
+    _listing(add)
     return top
 
 
@@ -138,13 +139,24 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
 
 
-def _listing(add: Add, model: argparse.ArgumentParser) -> None:
-    patch = add("patch", "look into a patch, or carry it from and to the files of published code", model)
-    patch.add_argument("action", choices=["info", "import", "export"])
-    patch.add_argument("file", type=Path)
-    patch.add_argument("--format", default="spm", help="of the other file: spm")
-    patch.add_argument("-o", "--out", type=Path, help="where to write what is imported or exported")
+def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:
+    patch = add("patch", "look into a patch, or carry it from and to the files of published code")
+    actions = patch.add_subparsers(dest="action", metavar="ACTION", required=True)
 
+    def action(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text, parents=[common, *parents])
+
+    action("info", "what a patch holds").add_argument("file", type=Path)
+    bring = action("import", "a patch from a published file", model)
+    bring.add_argument("file", type=Path)
+    carry = action("export", "a patch as a published file")
+    carry.add_argument("file", type=Path)
+    for command in (bring, carry):
+        command.add_argument("--format", default="spm", help="of the other file: spm")
+        command.add_argument("-o", "--out", type=Path, required=True, help="where to write")
+
+
+def _listing(add: Add) -> None:
     methods = add("methods", "the methods there are; with a name, its settings")
     methods.add_argument("name", nargs="?")
     add("models", "the models that come with the package, and what else --model takes")

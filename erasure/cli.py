@@ -7,7 +7,7 @@ import json
 import sys
 
 from erasure.arguments import parser
-from erasure.commands import erasing, listing, measuring
+from erasure.commands import erasing, listing, measuring, patching
 from erasure.errors import ErasureError
 
 
@@ -54,7 +54,7 @@ RUN = {
     "evaluate": measuring.run_evaluate,
     "attack": measuring.run_attack,
     "verify": measuring.run_verify,
-    "patch": listing.run_patch,
+    "patch": patching.run_patch,
     "methods": listing.run_methods,
     "models": listing.run_models,
     "suites": listing.run_suites,

@@ -38,7 +38,6 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["bench", "--concepts", "dgo"], "did you mean 'dog'"),
         (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
         (["patch", "import", "nowhere.safetensors", "-o", "x.safetensors"], "nowhere.safetensors"),
-        (["patch", "export", "nowhere.safetensors"], "-o"),
         (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
         (["generate"], "give prompts"),
         (["methods", "esdd"], "did you mean 'esd'"),
@@ -82,7 +81,7 @@ def test_a_plan_says_what_a_run_will_cost(capsys):
 
 
 def test_version_and_wrong_options_are_argparses(capsys):
-    for arguments, code in ((["--version"], 0), (["--nonsense"], 2), ([], 2)):
+    for arguments, code in ((["--version"], 0), (["--nonsense"], 2), ([], 2), (["patch", "export", "x"], 2)):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == code

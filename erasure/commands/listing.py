@@ -1,35 +1,10 @@
-"""Commands that show what there is: patch, methods, models, suites, prompts."""
+"""Commands that show what there is: methods, models, suites, prompts."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
 from erasure.commands import say
-from erasure.errors import ErasureError
-
-
-def run_patch(given: argparse.Namespace) -> None:
-    """`erasure patch info|import|export`."""
-    from erasure.patch import Patch
-
-    if given.action != "info":
-        from erasure.base import quiet
-        from erasure.formats import export_patch, import_patch
-
-        if given.out is None:
-            raise ErasureError(f"patch {given.action}: say where to write with -o")
-        if given.action == "export":
-            export_patch(Patch.load(given.file), given.out, given.format)
-        else:
-            quiet()
-            import_patch(given.file, given.format, given.model).save(given.out)
-        say(given, {"file": str(given.out)}, f"{given.out}: written")
-        return
-    found = Patch.load(given.file).info()
-    width = max(map(len, found))
-    lines = [f"{key:{width}}  {value if isinstance(value, str) else json.dumps(value)}" for key, value in found.items()]
-    say(given, found, "\n".join(lines))
 
 
 def run_methods(given: argparse.Namespace) -> None:
