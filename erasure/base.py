@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.conditions import Conditions, encode_prompt, predict, unconditional
 from erasure.errors import ErasureError, unknown
 
 BUNDLED = {"glyph": "the embedded checkpoint: 40 objects in 6 styles, 64x64 pixels, runs on a CPU"}
@@ -90,7 +91,7 @@ class Base:
 
     name: str
     pipe: Any
-    _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _texts: dict[str, Conditions] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(
@@ -166,30 +167,37 @@ class Base:
         tall, wide = scale if isinstance(scale, tuple) else (scale, scale)
         return config.in_channels, round(height * tall), round(width * wide)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Last hidden states [n, tokens, width] of the text encoder; each prompt is encoded once.
+        """What the text encoder says of each prompt [n, tokens, width]; each is encoded once.
 
         Raises:
             ErasureError: a prompt is longer than the text encoder reads.
         """
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        for prompt in new:
-            ids = tokenizer(prompt, truncation=False, return_tensors="pt").input_ids
-            if ids.shape[1] > tokenizer.model_max_length:
-                raise ErasureError(
-                    f"{prompt[:40]!r}... has {ids.shape[1]} tokens; the text encoder reads {tokenizer.model_max_length}"
-                )
-            ids = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            self._texts[prompt] = encoder(ids.to(encoder.device))[0][0]
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+        return self._encoded(prompts).states
+
+    def conditions(self, prompts: list[str]) -> Conditions:
+        """What the UNet is told for each prompt; the empty one is guidance's unconditional.
+
+        Raises:
+            ErasureError: a prompt is longer than the text encoder reads.
+        """
+        found = self._encoded(prompts)
+        if "" not in prompts or found.pooled is None:
+            return found
+        parts = [found[i : i + 1] for i in range(len(prompts))]
+        return Conditions.cat(
+            [part if text else unconditional(self.pipe, part) for text, part in zip(prompts, parts, strict=True)]
+        )
+
+    def predict(self, x: Tensor, t: Any, conditions: Conditions) -> Tensor:
+        """The UNet's output [n, c, h, w] for latents x at timesteps t: noise, v or clean latents, as it was trained."""
+        return predict(self.pipe, x, t, conditions)
+
+    def _encoded(self, prompts: list[str]) -> Conditions:
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._texts:
+                self._texts[prompt] = encode_prompt(self.pipe, prompt)
+        return Conditions.cat([self._texts[prompt] for prompt in prompts])
 
     def targets(self, variant: str) -> dict[str, nn.Module]:
         """The Linear and Conv2d modules of the UNet that a variant trains, by path.

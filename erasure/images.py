@@ -69,9 +69,9 @@ def drawn(
         noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
         x = torch.stack([torch.randn(base.latent_shape(), generator=one) for one in noise])
         x = x.to(base.device, base.unet.dtype) * schedule.init_noise_sigma
-        states = base.encode([""] * len(part) + part)
+        asked = base.conditions([""] * len(part) + part)
         for t in schedule.timesteps:
-            empty, named = base.unet(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, states).sample.chunk(2)
+            empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, asked).chunk(2)
             x = schedule.step(guide(empty, named, guidance), t, x).prev_sample
         parts.append(x.float().cpu())
     mean = torch.cat(parts)

@@ -121,7 +121,7 @@ def _probe(base: Base) -> tuple[float, float, float]:
     """Seconds a sample forward, seconds forward and backward, bytes a sample that a backward keeps."""
     shape = (PROBE, *base.latent_shape())
     x = torch.zeros(shape, device=base.device, dtype=base.unet.dtype)
-    states = base.encode([""] * PROBE)
+    asked = base.conditions([""] * PROBE)
     t = torch.full((PROBE,), 500, device=base.device)
     seen: dict[int, int] = {}
 
@@ -130,15 +130,15 @@ def _probe(base: Base) -> tuple[float, float, float]:
         return tensor
 
     with torch.no_grad():
-        base.unet(x, t, states)
+        base.predict(x, t, asked)
         begun = time.perf_counter()
-        base.unet(x, t, states)
+        base.predict(x, t, asked)
         forward = time.perf_counter() - begun
     weights = {p.untyped_storage().data_ptr() for p in base.unet.parameters()}
     x.requires_grad_(True)
     begun = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-        base.unet(x, t, states).sample.sum().backward()
+        base.predict(x, t, asked).sum().backward()
     both = time.perf_counter() - begun
     kept = sum(size for at, size in seen.items() if at not in weights)
     return forward / PROBE, both / PROBE, kept / PROBE

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasure.base import Base
+from erasure.conditions import Conditions
 from erasure.diffusion import guide
 
 
@@ -101,14 +102,14 @@ def walk(
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     x = torch.stack(noise).to(base.device, base.unet.dtype) * schedule.init_noise_sigma
     concept, neutral, empty = (
-        base.encode([c for c, _ in pairs]),
-        base.encode([n for _, n in pairs]),
-        base.encode([""] * len(pairs)),
+        base.conditions([c for c, _ in pairs]),
+        base.conditions([n for _, n in pairs]),
+        base.conditions([""] * len(pairs)),
     )
     # The neutral prompt is mostly the empty one: then two forwards a state are enough, and one where nothing is named.
     same = all(n == "" for _, n in pairs)
     nothing_named = same and all(c == "" for c, _ in pairs)
-    states = concept if nothing_named else torch.cat([concept, neutral] if same else [concept, neutral, empty])
+    asked = concept if nothing_named else Conditions.cat([concept, neutral] if same else [concept, neutral, empty])
     found: list[tuple[Tensor, ...]] = []
     n = len(pairs)
     for index, t in enumerate(schedule.timesteps[skip:]):
@@ -117,7 +118,7 @@ def walk(
             nothing = torch.empty(n, 0)
             found.append((scaled.float().cpu(), torch.full((n,), float(t)), torch.arange(n), nothing, nothing))
             break
-        out = base.unet(scaled.repeat(len(states) // n, 1, 1, 1), t, states).sample
+        out = base.predict(scaled.repeat(len(asked) // n, 1, 1, 1), t, asked)
         if stop is None or index == stop:
             at = torch.full((n,), float(t))
             second = out[:n] if nothing_named else out[n : 2 * n]
@@ -184,9 +185,9 @@ def late_states(
 @torch.no_grad()
 def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> TrajectoryPool:
     """Fill in the outputs of a pool of one state a pair, by the UNet as it is."""
-    texts = base.encode([n for _, n in pairs] + [c for c, _ in pairs])
+    asked = base.conditions([n for _, n in pairs] + [c for c, _ in pairs])
     x, t = pool.x.to(base.device), pool.t.to(base.device)
-    pool.neutral, pool.concept = base.unet(x.repeat(2, 1, 1, 1), t.repeat(2), texts).sample.float().cpu().chunk(2)
+    pool.neutral, pool.concept = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), asked).float().cpu().chunk(2)
     return pool
 
 
@@ -208,8 +209,8 @@ def shifts(
     """
     n = len(seeds)
     state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=False)
-    x, t, texts = state.x.to(base.device, base.unet.dtype), state.t.to(base.device), base.encode([prompt] * n)
-    before = base.unet(x, t, texts).sample.float()
+    x, t, asked = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
+    before = base.predict(x, t, asked).float()
     with patched():
-        moved = base.unet(x, t, texts).sample.float()
+        moved = base.predict(x, t, asked).float()
     return (moved - before).flatten(1).norm(dim=1).tolist()

@@ -18,13 +18,14 @@ ROOT = Path(erasure.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
 # Who may import whom (design, section 1): a package may import what stands in its row.
 LOW = {"errors", "glyph", "config"}
-CORE = {*LOW, "concept", "base", "diffusion"}
+CORE = {*LOW, "concept", "base", "conditions", "diffusion"}
 SHARED = {"neighbours", "similarity", "softprompt", "saliency", "images"}  # what methods build on
 MAY = {
     "errors": set(),
     "config": {"errors"},
     "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
     "concept": LOW,
+    "conditions": {"errors"},
     "diffusion": {"errors"},
     "base": {*CORE, "pipelines"},  # Base.load opens the erased pipeline
     "patch": CORE,

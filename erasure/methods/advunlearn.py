@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from erasure.adapters import Weights
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.conditions import Conditions, text_encoders
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.neighbours import retain_prompts
@@ -131,6 +132,11 @@ class AdvUnlearn(Gradient):
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts, the two pools, the trained layers."""
+        if len(text_encoders(base.pipe)) > 1:
+            raise ErasureError(
+                f"advunlearn trains the one text encoder of Stable Diffusion 1 and 2, and {base.name} reads two: with "
+                "one retrained the other still says the concept. Use esd, salun, spm or unguide; nothing was changed"
+            )
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
         count = None if self.parity else self.retain_trajectories  # the published loop has no pool: it takes all
         kept = retain_prompts(base, concepts, count, first=self.retain, file=self.retain_file, seed=run.seed)
@@ -188,7 +194,7 @@ class AdvUnlearn(Gradient):
         ids = self._ids(base, [state.kept[int(i)] for i in kept.pair]).to(device)
         texts = torch.cat([named.expand(len(batch), -1, -1), encoder(ids)[0]])
         x, t = torch.cat([batch.x, kept.x]).to(device), torch.cat([batch.t, kept.t]).to(device)
-        made, held = base.unet(x, t, texts).sample.float().split([len(batch), len(kept)])
+        made, held = base.predict(x, t, Conditions(texts)).float().split([len(batch), len(kept)])
         wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {
             "erase": F.mse_loss(made, wanted),
@@ -199,7 +205,7 @@ class AdvUnlearn(Gradient):
         """How far the attacked encoder's answer is from the concept itself, on fresh states."""
         batch, device = self.concept(state, number, draw), state.base.device
         texts = encode(state.base.pipe.text_encoder, state.places[number], vectors).expand(len(batch), -1, -1)
-        made = state.base.unet(batch.x.to(device), batch.t.to(device), texts).sample.float()
+        made = state.base.predict(batch.x.to(device), batch.t.to(device), Conditions(texts)).float()
         return F.mse_loss(made, batch.concept.to(device))
 
     def concept(self, state: State, number: int, draw: torch.Generator) -> TrajectoryPool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from erasure.adapters import Adapter, LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.conditions import Conditions
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.train import Gradient, Run
@@ -107,7 +108,7 @@ class ESD(Gradient):
         """Prompts and their embeddings, the pool, the adapter."""
         targets = base.targets(self.variant)
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
-        sources = base.encode([self.erase_from or prompt for prompt, _ in pairs])
+        sources = base.conditions([self.erase_from or prompt for prompt, _ in pairs])
         pool = self._pool(base, pairs, run) if self.pool else None
         adapter: Adapter
         if self.rank is None:
@@ -154,7 +155,7 @@ class ESD(Gradient):
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
-        made = state.base.unet(batch.x.to(device), batch.t.to(device), state.sources[batch.pair]).sample
+        made = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair])
         wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {"esd": F.mse_loss(made.float(), wanted)}
 
@@ -165,7 +166,7 @@ class State:
 
     base: Base
     pairs: list[tuple[str, str]]
-    sources: Tensor
+    sources: Conditions
     pool: TrajectoryPool | None
     adapter: Adapter
     seed: int

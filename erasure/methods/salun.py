@@ -201,8 +201,8 @@ class SalUn(Gradient):
         for start in range(0, len(state.forget), self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, len(state.forget)))
             x, t, eps = self.noised(base, state.forget.sample(index, draw), draw)
-            texts = base.encode([""] * len(index) + [state.forget.prompts[int(i)] for i in index])
-            empty, named = base.unet(x.repeat(2, 1, 1, 1), t.repeat(2), texts).sample.float().chunk(2)
+            asked = base.conditions([""] * len(index) + [state.forget.prompts[int(i)] for i in index])
+            empty, named = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), asked).float().chunk(2)
             made = to_eps(base.scheduler, guide(empty, named, 1 + self.mask_guidance), x, t)
             F.mse_loss(made, eps).backward()
         found = {}
@@ -229,14 +229,14 @@ class SalUn(Gradient):
             seen = add_noise(base.scheduler, state.forget.sample(forget, draw).to(base.device), eps, t)
         named = [state.forget.prompts[int(i)] for i in forget]
         kept = [state.retain.prompts[int(i)] for i in retain]
-        pseudo = base.encode([state.pseudo[text] for text in named])
+        pseudo = base.conditions([state.pseudo[text] for text in named])
         with torch.no_grad():
             if self.target == "base":
                 with state.adapter.off():
-                    wanted = base.unet(seen, t, pseudo).sample.float()
+                    wanted = base.predict(seen, t, pseudo).float()
             else:
-                wanted = base.unet(seen, t, pseudo).sample.float()
-        out = base.unet(torch.cat([x, x_r]), torch.cat([t, t_r]), base.encode(named + kept)).sample.float()
+                wanted = base.predict(seen, t, pseudo).float()
+        out = base.predict(torch.cat([x, x_r]), torch.cat([t, t_r]), base.conditions(named + kept)).float()
         made, held = out.chunk(2)
         return {
             "relabel": F.mse_loss(made, wanted),

@@ -36,6 +36,7 @@ from torch import Tensor
 from erasure.adapters import LowRankTerm
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.conditions import Conditions
 from erasure.diffusion import away
 from erasure.errors import ErasureError
 from erasure.neighbours import neighbours, prompt_of, retained
@@ -157,38 +158,38 @@ class SPM(Gradient):
         """Erasing and anchoring on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         batch = self.tuples(state, draw, step)
-        sources = base.encode([state.pairs[int(i)][0] for i in batch.pair])
+        sources = base.conditions([state.pairs[int(i)][0] for i in batch.pair])
         anchors, weights = self.anchors(state, sources, draw)
         share = len(anchors) // len(batch)
         x, t = batch.x.to(base.device), batch.t.to(base.device)
         many_x, many_t = x.repeat(share, 1, 1, 1), t.repeat(share)
         with torch.no_grad(), state.adapter.off():
-            still = base.unet(many_x, many_t, anchors).sample.float()
-        out = base.unet(torch.cat([x, many_x]), torch.cat([t, many_t]), torch.cat([sources, anchors])).sample.float()
+            still = base.predict(many_x, many_t, anchors).float()
+        asked = Conditions.cat([sources, anchors])
+        out = base.predict(torch.cat([x, many_x]), torch.cat([t, many_t]), asked).float()
         made, held = out[: len(x)], out[len(x) :]
         wanted = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
         kept = ((held - still) ** 2).mean((1, 2, 3)) * weights.to(base.device)
         return {"erase": F.mse_loss(made, wanted), "anchor": self.anchor_weight * kept.sum() / len(x)}
 
-    def anchors(self, state: State, sources: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def anchors(self, state: State, sources: Conditions, draw: torch.Generator) -> tuple[Conditions, Tensor]:
         """Embeddings of the anchors and their weights, which sum to 1 a sample.
 
         Half of the texts are neighbours (or the empty prompt), half follow the paper's law over the vocabulary.
         """
         n = len(sources)
         if self.parity:
-            noise = torch.randn((2 * n, *sources.shape[1:]), generator=draw).to(sources.device, sources.dtype)
-            size = (0.8 + 0.4 * torch.rand(2 * n, generator=draw)).to(noise)
-            length = sources.flatten(1).norm(dim=1).repeat(2) * size
-            noise = noise * (length / noise.flatten(1).norm(dim=1)).view(-1, 1, 1)
-            return torch.cat([state.base.encode([""] * n), noise]), torch.tensor([0.5] * n + [0.25] * 2 * n)
+            pooled = None if sources.pooled is None else alike(sources.pooled, draw)
+            noise = Conditions(alike(sources.states, draw), pooled)
+            empty = state.base.conditions([""] * n)
+            return Conditions.cat([empty, noise]), torch.tensor([0.5] * n + [0.25] * 2 * n)
         texts = []
         for _ in range(n):
             if torch.rand(1, generator=draw) < NEAR:
                 texts.append(state.near[int(torch.randint(len(state.near), (1,), generator=draw))])
             else:
                 texts.append(state.texts[int(torch.multinomial(state.odds, 1, generator=draw))])
-        return state.base.encode(texts), torch.ones(n)
+        return state.base.conditions(texts), torch.ones(n)
 
     def tuples(self, state: State, draw: torch.Generator, step: int) -> TrajectoryPool:
         """The batch of states of a step, with the teacher's outputs; the pool is walked anew where it is due."""
@@ -250,6 +251,14 @@ class SPM(Gradient):
             rows = similarities(state.base.pipe, [text for text in state.near if text], texts)
             threshold = round((1 + max((max(row) for row in rows), default=0.0)) / 2, 3)
         return {"kind": "text", "texts": texts, "power": self.gate_power, "threshold": threshold}
+
+
+def alike(sources: Tensor, draw: torch.Generator) -> Tensor:
+    """Noise [2n, ...] of 0.8 to 1.2 times the length of the sources [n, ...], twice over: the published anchors."""
+    noise = torch.randn((2 * len(sources), *sources.shape[1:]), generator=draw).to(sources.device, sources.dtype)
+    size = (0.8 + 0.4 * torch.rand(len(noise), generator=draw)).to(noise)
+    length = sources.flatten(1).norm(dim=1).repeat(2) * size
+    return noise * (length / noise.flatten(1).norm(dim=1)).view(-1, *[1] * (noise.dim() - 1))
 
 
 @dataclass

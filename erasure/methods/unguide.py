@@ -158,8 +158,8 @@ class UnGuide(Gradient):
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """The objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
-        texts = state.base.encode([state.pairs[int(i)][0] for i in batch.pair])
-        made = state.base.unet(batch.x.to(device), batch.t.to(device), texts).sample.float()
+        asked = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
+        made = state.base.predict(batch.x.to(device), batch.t.to(device), asked).float()
         wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {"lead": F.mse_loss(made, wanted)}
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.base import Base
+from erasure.conditions import text_encoders
 from erasure.errors import ErasureError
 from erasure.trajectories import shifts
 
@@ -78,8 +79,7 @@ class Decider:
     """Decides for one pipeline, as its weights now are; what it found is kept."""
 
     def __init__(self, pipe: Any) -> None:
-        if getattr(pipe, "text_encoder_2", None) is not None or getattr(pipe, "text_encoder", None) is None:
-            raise ErasureError(f"a latent gate decides on Stable Diffusion 1 and 2, not on {type(pipe).__name__}")
+        text_encoders(pipe)  # refuses pipelines whose prompts it cannot encode
         self._base = Base("", pipe)
         self._empty: dict[tuple[Any, int], float] = {}
         self._found: dict[tuple[Any, str], bool] = {}

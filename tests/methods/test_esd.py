@@ -62,7 +62,7 @@ def test_loss_is_the_formula_over_the_samplers_own_states(base, eta):
 def test_erase_from_feeds_the_other_prompt(base):
     method = dataclasses.replace(ESD(), **SMALL, erase_from="dog")
     state = method.prepare(base, [Concept("cat")], Run(progress=False))
-    assert torch.equal(state.sources[0], base.encode(["dog"])[0])
+    assert torch.equal(state.sources.states[0], base.encode(["dog"])[0])
     state.adapter.remove()
 
 

@@ -45,7 +45,8 @@ def test_the_loss_is_the_formula(base):
     terms = method.loss(state, 1)
     batch = state.pool.batch(2, 1, state.seed)
     draw = torch.Generator().manual_seed(state.seed * 1_000_003 + 1)
-    anchors, weights = method.anchors(state, base.encode(["cat", "cat"]), draw)
+    anchors, weights = method.anchors(state, base.conditions(["cat", "cat"]), draw)
+    anchors = anchors.states
     cat, empty = base.encode(["cat", "cat"]), base.encode(["", ""])
     with torch.no_grad():
         made, held = (base.unet(batch.x, batch.t, e).sample for e in (cat, anchors))
@@ -158,8 +159,9 @@ def test_anchors_follow_the_papers_law_and_the_neighbours(base):
 def test_parity_anchors_are_noise_of_the_concepts_length_and_the_empty_prompt(base):
     method = configure("spm", "object", {"parity": True, "iterations": 4})
     state = method.prepare(base, [Concept("cat")], Run(progress=False))
-    cat = base.encode(["cat"])
-    anchors, weights = method.anchors(state, cat, torch.Generator().manual_seed(1))
+    cat = base.conditions(["cat"])
+    found, weights = method.anchors(state, cat, torch.Generator().manual_seed(1))
+    anchors, cat = found.states, cat.states
     assert torch.equal(anchors[0], base.encode([""])[0]) and weights.tolist() == [0.5, 0.25, 0.25]
     ratio = anchors[1:].flatten(1).norm(dim=1) / cat.norm()
     assert ((ratio > 0.8) & (ratio < 1.2)).all()

@@ -171,10 +171,10 @@ class Victim:
 
     def eps(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """The noise that the UNet sees in x [n, c, h, w] at t [n]."""
+        from erasure.conditions import Conditions, predict
         from erasure.diffusion import to_eps
 
-        output = self.pipe.unet(x.to(self.pipe.unet.dtype), t, states.to(self.pipe.unet.dtype)).sample
-        return to_eps(self.pipe.scheduler, output.float(), x, t)
+        return to_eps(self.pipe.scheduler, predict(self.pipe, x, t, Conditions(states)).float(), x, t)
 
     @cached_property
     def embeddings(self) -> Tensor:
