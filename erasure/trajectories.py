@@ -191,6 +191,9 @@ def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> Tra
     return pool
 
 
+MEASURES = ("norm", "guidance")
+
+
 @torch.no_grad()
 def shifts(
     base: Base,
@@ -201,16 +204,24 @@ def shifts(
     after: int,
     steps: int,
     guidance: float,
+    measure: str = "norm",
 ) -> list[float]:
-    """|| e_L(x, p) - e_0(x, p) ||_2 for each seed, x being the base's state after `after` of `steps` steps.
+    """How far a patch moves a prompt's answer, for each seed; `patched` opens a context in which the UNet has it.
 
-    How far a patch moves a prompt's answer (UnGuide, section 3.2); `patched` opens a context in which the UNet has it.
-    Costs 2 F a step (1 for the empty prompt) and 2 F a seed.
+    x is the base's state after `after` of `steps` steps. By `norm`, || e_L(x, p) - e_0(x, p) ||_2 (UnGuide, section
+    3.2). By `guidance`, how many times the prompt's own guidance g = e_0(x, p) - e_0(x, "") the patch takes back,
+    - <e_L(x, p) - e_0(x, p), g> / ||g||^2: a LoRA that has learnt to lead p to e_0("") - eta g has 1 + eta there, and
+    what it does to prompts whose guidance points elsewhere does not count.
+
+    Costs 2 F a step (1 for the empty prompt) and 2 F a seed, or 3 by `guidance`.
     """
-    n = len(seeds)
-    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=False)
+    named, n = measure == "guidance", len(seeds)
+    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=named)
     x, t, asked = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
-    before = base.predict(x, t, asked).float()
+    before = (state.concept.to(base.device) if named else base.predict(x, t, asked)).float()
     with patched():
-        moved = base.predict(x, t, asked).float()
-    return (moved - before).flatten(1).norm(dim=1).tolist()
+        moved = (base.predict(x, t, asked).float() - before).flatten(1)
+    if not named:
+        return moved.norm(dim=1).tolist()
+    own = (before - state.neutral.to(base.device).float()).flatten(1)
+    return (-(moved * own).sum(1) / (own * own).sum(1).clamp_min(torch.finfo(own.dtype).tiny)).tolist()

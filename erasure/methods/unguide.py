@@ -12,14 +12,14 @@ Cost: a pool of T trajectories of S states takes 3TS F, each update 1F + 1B a sa
 54F + 1B an update, and 440F to decide on a prompt (10 repeats).
 
 Deviations, undone by `parity=True`: base trajectories, all of their states, with the sampler's own t (published: a
-walk with the LoRA on, t fed 39 to 58 too high); the gate's ratio is set by what the LoRA does to other prompts
-(published: 1); w = 1 where the concept is not there (published: 2, which leads other
+walk with the LoRA on, t fed 39 to 58 too high); the gate looks later, measures along the prompt's own guidance and
+needs no empty prompt (published: the length of the move, against the empty prompt's); its limit is set by what the LoRA
+does to other prompts (published: 1); w = 1 where the concept is not there (published: 2, which leads other
 prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,14 +31,15 @@ from erasure.adapters import LowRankTerm
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
-from erasure.errors import ErasureError
+from erasure.errors import ErasureError, unknown
 from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts
 from erasure.train import Gradient, Run
-from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states, shifts
+from erasure.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
 
 OTHERS = 16  # prompts that the gate is set by
 STYLED = 6  # of the concept's own, in styles
 CALIBRATED = 3  # noises each
+LEAST = 0.05  # of its guidance: a prompt that the LoRA leaves alone never opens the gate
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class UnGuide(Gradient):
         decide_after: steps, of `decide_steps`, until a prompt is decided on.
         decide_steps: of the sampler that decides.
         decide_guidance: of the sampler that decides.
-        ratio: how many times more than the empty prompt the LoRA must move a prompt that names the concept; None:
-            what tells the concept's prompts best from those of its neighbours and a sample of other words.
+        measure: of how far the LoRA moves a prompt: norm, as published, or guidance (pipelines/latent.py).
+        ratio: how many times more than the empty prompt the LoRA must move a prompt that names the concept, or how
+            many times the prompt's own guidance it must take back; None: what tells the concept's prompts best from
+            those of its neighbours and a sample of other words.
         repeats: noises to decide by, at most.
         early: stop the repeats when the decision is clear.
         parity: reproduce the official script: its defaults and its quirks.
@@ -77,7 +80,10 @@ class UnGuide(Gradient):
         "sample_steps": 50,
         "trajectory_guidance": 9.0,
         "weight_off": 2.0,
+        "decide_after": 10,
+        "decide_steps": 50,
         "decide_guidance": 7.5,
+        "measure": "norm",
         "early": False,
         "ratio": 1.0,
     }
@@ -94,9 +100,10 @@ class UnGuide(Gradient):
     trajectory_guidance: float = 3.0
     weight_on: float = -1.0
     weight_off: float = 1.0
-    decide_after: int = 10
-    decide_steps: int = 50
+    decide_after: int = 12
+    decide_steps: int = 25
     decide_guidance: float = 3.0
+    measure: str = "guidance"
     ratio: float | None = None
     repeats: int = 10
     early: bool = True
@@ -111,6 +118,8 @@ class UnGuide(Gradient):
             raise ErasureError(f"decide_after={self.decide_after}: expected 1 to {self.decide_steps - 1} steps")
         if not 0 < self.learning_rate < 1:
             raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
+        if self.measure not in MEASURES:
+            raise unknown("measure", self.measure, MEASURES)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts with what they are led to, the pool, the LoRA."""
@@ -177,7 +186,12 @@ class UnGuide(Gradient):
 
     def gate(self, state: State) -> dict[str, Any]:
         """The latent gate: its weights and how it decides."""
-        ways = {"after": self.decide_after, "steps": self.decide_steps, "guidance": self.decide_guidance}
+        ways = {
+            "after": self.decide_after,
+            "steps": self.decide_steps,
+            "guidance": self.decide_guidance,
+            "measure": self.measure,
+        }
         ratio = self.ratio if self.ratio is not None else self.calibrated(state, ways)
         return {
             "kind": "latent",
@@ -190,31 +204,31 @@ class UnGuide(Gradient):
         }
 
     def calibrated(self, state: State, ways: dict[str, Any]) -> float:
-        """The cut between named and other prompts, in units of what the LoRA moves the empty one; at least 1."""
+        """The cut between named and other prompts; by norm in units of the empty prompt's move, at least 1."""
         base, seeds = state.base, range(CALIBRATED)
 
         def moved(prompt: str) -> float:
-            return sum(shifts(base, prompt, seeds, state.adapter.on, **ways))
+            return sum(shifts(base, prompt, seeds, state.adapter.on, **ways)) / len(seeds)
 
         with state.adapter.off():
-            plain = moved("")
+            unit = moved("") if self.measure == "norm" else 1.0
             named, other = ([moved(prompt) for prompt in texts] for texts in (state.named, state.others))
-        return round(max(1.0, cut(named, other) / plain), 3) if plain > 0 and other else 1.0
+        if not other or unit <= 0:
+            return 1.0
+        found = cut(named, other) / unit
+        return round(max(1.0 if self.measure == "norm" else LEAST, found), 3)
 
 
 def cut(above: list[float], below: list[float]) -> float:
-    """The number that parts two samples of positive numbers with the best balanced accuracy.
-
-    Of several as good, the geometric middle of the widest gap between neighbouring values.
-    """
+    """The number that parts two samples with the best balanced accuracy; of several, the middle of the widest gap."""
     values = sorted({*above, *below})
 
     def merit(pair: tuple[float, float]) -> tuple[float, float]:
         right = sum(x >= pair[1] for x in above) / len(above) + sum(x <= pair[0] for x in below) / len(below)
-        return right, math.log(pair[1] / max(pair[0], 1e-12))
+        return right, pair[1] - pair[0]
 
     low, high = max(zip(values, values[1:], strict=False), key=merit, default=(values[0], values[0]))
-    return math.sqrt(low * high)
+    return (low + high) / 2
 
 
 @dataclass

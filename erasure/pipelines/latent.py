@@ -5,9 +5,10 @@ For a prompt p, N noises and the sampler's state x after some steps with the bas
     d(p) = mean || e_L(x, p) - e_0(x, p) ||_2
 
 with e_L the UNet with the patch. Where d(p) > ratio * d("") the prompt names what the patch was made for (the paper:
-ratio 1; a checkpoint on which the patch moves every named prompt more than the empty one needs a higher one). Then
-every answer of the UNet becomes w e_0 + (1 - w) e_L, with w = `on` there and w = `off` elsewhere. One UNet answers
-both times.
+ratio 1; a checkpoint on which the patch moves every named prompt more than the empty one needs a higher one). With
+`measure: guidance`, d is how many times p's own guidance the patch takes back (`trajectories.shifts`), and the limit is
+`ratio` itself. Then every answer of the UNet becomes w e_0 + (1 - w) e_L, with w = `on` there and w = `off` elsewhere.
+One UNet answers both times.
 
 The noises of p and "" are the same, so their differences are paired: with `early`, repeats stop when the mean
 difference is more than CLEAR standard errors from zero. A decision depends on the prompt and the patches alone, not on
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from erasure.base import Base
 from erasure.conditions import text_encoders
-from erasure.errors import ErasureError
-from erasure.trajectories import shifts
+from erasure.errors import ErasureError, unknown
+from erasure.trajectories import MEASURES, shifts
 
 FIRST = 3  # repeats before the first look
 CLEAR = 4.0  # standard errors
@@ -45,7 +46,9 @@ class LatentGate:
         guidance: of the deciding sampler.
         repeats: noises, at most.
         early: stop when the decision is clear.
-        ratio: how many times more than the empty prompt the patch must move a prompt.
+        ratio: how many times more than the empty prompt the patch must move a prompt; by `guidance`, how many times
+            the prompt's own guidance it must take back.
+        measure: of a move: norm, or guidance.
     """
 
     on: float = -1.0
@@ -56,10 +59,15 @@ class LatentGate:
     repeats: int = 10
     early: bool = True
     ratio: float = 1.0
+    measure: str = "norm"
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "measure":
+                if value not in MEASURES:
+                    raise unknown("measure of a latent gate", value, MEASURES)
+                continue
             right = isinstance(value, bool) if field.name == "early" else type(value) in (int, float)
             if not right or not math.isfinite(value):
                 raise ErasureError(f"a latent gate's {field.name} is {value!r}")
@@ -99,8 +107,9 @@ class Decider:
                 done = len(differences)
                 seeds = range(done, min(done + (FIRST if gate.early else gate.repeats), gate.repeats))
                 named = self._distances(gate, prompt, seeds, patched)
-                plain = self._plain(key, gate, seeds, patched)
-                differences += [a - gate.ratio * b for a, b in zip(named, plain, strict=True)]
+                by_norm = gate.measure == "norm"
+                units = self._plain(key, gate, seeds, patched) if by_norm else [1.0] * len(named)
+                differences += [a - gate.ratio * b for a, b in zip(named, units, strict=True)]
                 if clear(differences):
                     break
             self._found[key, prompt] = sum(differences) > 0
@@ -116,8 +125,8 @@ class Decider:
     def _distances(
         self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]
     ) -> list[float]:
-        options: dict[str, Any] = {"after": gate.after, "steps": gate.steps, "guidance": gate.guidance}
-        return shifts(self._base, prompt, seeds, patched, **options)
+        ways = ("after", "steps", "guidance", "measure")
+        return shifts(self._base, prompt, seeds, patched, **{name: getattr(gate, name) for name in ways})
 
 
 def clear(differences: list[float]) -> bool:

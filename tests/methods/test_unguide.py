@@ -79,6 +79,7 @@ def test_the_gate_holds_the_weights(base):
     parity = configure("unguide", "object", {"parity": True})
     gate = parity.gate(None)
     assert (gate["off"], gate["guidance"], gate["repeats"], gate["early"]) == (2.0, 7.5, 10, False)
+    assert (gate["after"], gate["steps"], gate["measure"], gate["ratio"]) == (10, 50, "norm", 1.0)
     assert (parity.iterations, parity.learning_rate, parity.trajectory_guidance) == (200, 3e-5, 9.0)
 
 
@@ -99,7 +100,12 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"rank": 0}, "rank=0"), ({"decide_after": 50}, "1 to 49"), ({"learning_rate": 2}, "between 0 and 1")],
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"decide_after": 25}, "1 to 24"),
+        ({"measure": "nrom"}, "did you mean 'norm'"),
+        ({"learning_rate": 2}, "between 0 and 1"),
+    ],
 )
 def test_settings_that_make_no_sense(base, setting, message):
     with pytest.raises(ErasureError, match=message):
@@ -107,8 +113,8 @@ def test_settings_that_make_no_sense(base, setting, message):
 
 
 def test_the_gates_cut_parts_two_samples():
-    assert cut([4.0, 9.0], [1.0, 0.5]) == 2.0
-    assert cut([4.0, 9.0, 16.0], [1.0, 0.5, 10.0]) == 2.0  # one stray value does not move it
+    assert cut([4.0, 9.0], [1.0, -0.5]) == 2.5
+    assert cut([4.0, 9.0, 16.0], [1.0, 0.5, 10.0]) == 2.5  # one stray value does not move it
     assert cut([2.0], [2.0]) == 2.0
 
 

@@ -70,8 +70,9 @@ def decide(pipe, monkeypatch, there) -> None:
     )
 
 
-def test_the_decision_is_the_formula(pipe):
-    made = patch(pipe)
+@pytest.mark.parametrize("measure", ["norm", "guidance"])
+def test_the_decision_is_the_formula(pipe, measure):
+    made = patch(pipe, measure=measure, ratio=1.0 if measure == "norm" else 1e-4)
     pipe.load_patch(made, force=True)
     base, layers = Base("", pipe), made.payload.layers["unet"]
 
@@ -80,7 +81,7 @@ def test_the_decision_is_the_formula(pipe):
         for seed in range(4):
             state = walk(base, [(prompt, "")], seeds=[seed], steps=4, guidance=2.0, stop=2, judged=False)
             with torch.no_grad():
-                before = pipe.unet(state.x, state.t, base.encode([prompt])).sample
+                before, empty = (pipe.unet(state.x, state.t, base.encode([text])).sample for text in (prompt, ""))
                 kept = {}
                 for path, (down, up, _) in layers.items():
                     module = pipe.unet.get_submodule(path)
@@ -89,13 +90,20 @@ def test_the_decision_is_the_formula(pipe):
                 after = pipe.unet(state.x, state.t, base.encode([prompt])).sample
                 for path, weight in kept.items():
                     pipe.unet.get_submodule(path).weight.data = weight
-            total += float((after - before).norm()) / 4
+            if measure == "norm":
+                total += float((after - before).norm()) / 4
+            else:
+                own = before - empty
+                total += float(((before - after) * own).sum() / (own * own).sum()) / 4
         return total
 
-    for prompt in ("cat", "a red tree", "dog"):
+    found = set()
+    for prompt in ("cat", "a red tree", "dog", "a bird", "blue"):
         draw(pipe, prompt)
-        there = distance(prompt) > distance("")
+        there = distance(prompt) > (distance("") if measure == "norm" else 1e-4)
         assert pipe.gate_log == [{"cat": 2.0 if there else 0.0}], prompt
+        found.add(there)
+    assert measure == "norm" or found == {True, False}
 
 
 @pytest.mark.parametrize(("on", "weight"), [(0.0, 0.0), (-1.0, -1.0), (0.5, 0.5)])
