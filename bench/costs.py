@@ -3,7 +3,8 @@
 F and B are samples forward and backward through the UNet. The published loop (`parity=True`) is forecast by
 `erasure plan`, which goes through every step of the loop with a UNet that answers at once, and so counts exactly;
 where it takes too many steps for that, the forecast of two shorter runs is drawn out to the full length. Ours is
-counted by the run itself, whose UA and IRA stand in the table of `erasure bench`.
+counted by the run itself, whose UA and IRA stand in the table of `erasure bench`. What the latent gate asks of the
+UNet to decide on a prompt is counted over the prompts of the bench.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ import json
 from pathlib import Path
 
 from erasure.base import quiet
+from erasure.diffusion import Counts, counting
 from erasure.methods import find, names
+from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.latent import LatentGate
 from erasure.plan import Forecast, plan
+from erasure.prompts.about import about
 
+DECISION = "latent gate, a prompt"
 SHORT = (20, 60)  # iterations after the warm-up, of the drawn-out forecast
-TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3}
+TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3, DECISION: 3}
 
 
 def published(pipe: object, concept: str, method: str) -> Forecast:
@@ -37,12 +43,33 @@ def published(pipe: object, concept: str, method: str) -> Forecast:
     return dataclasses.replace(second, **grown)
 
 
+def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, object]:
+    """F to decide whether a latent gate opens, a prompt: the published decision's, and ours as counted here."""
+    quirks = find("unguide").PARITY
+    # R noises, each walked with guidance and then asked of both networks, for the prompt and anew for the empty one.
+    theirs = 2 * LatentGate().repeats * (2 * quirks["decide_after"] + 2)
+    total = Counts()
+    pipe.load_patch(patch, name="counted")
+    for prompt in prompts:
+        asked = Counts()
+        with counting(pipe.unet, asked):
+            pipe(prompt, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        opened = pipe.gate_log[0]["counted"] != 0
+        total.forward += asked.forward - (2 if opened else 1)  # the picture's own step
+    pipe.unload_patches()
+    ours = total.forward / len(prompts)
+    return {"method": DECISION, "published": {"F": theirs, "B": 0}, "ours": {"F": round(ours, 1), "B": 0}}
+
+
 def main() -> None:
     """Write the table as Markdown and JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concept", default="dog")
     parser.add_argument("--table", type=Path, default=Path("bench/results/glyph.json"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/costs"))
+    parser.add_argument(
+        "--bench", type=Path, default=Path("build/bench"), help="where `erasure bench` left its patches"
+    )
     args = parser.parse_args()
     quiet()
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
@@ -62,18 +89,25 @@ def main() -> None:
                 "measured": measured.get(method, {}).get("costs"),
             }
         )
+    place = args.bench / "unguide" / args.concept / "patch.safetensors"
+    if place.is_file():
+        prompts = list(dict.fromkeys(row.prompt for row in about([args.concept], 45).rows))
+        row = decision(pipe, Patch.load(place), prompts)
+        ratio = row["published"]["F"] / row["ours"]["F"]
+        rows.append({**row, "F_ratio": ratio, "work_ratio": ratio, "target": TARGETS[DECISION], "measured": None})
     lines = [
         f"Erasing {args.concept!r} from glyph. F + B: samples through the UNet; work: F + 2 B.",
         "",
-        "| method | published F + B | ours F + B | F: × fewer | work: × less | target | memory, published → ours |",
+        "| method | published F + B | ours F + B | F: × fewer | work: × less | target | MB, published → ours |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         a, b = row["published"], row["ours"]
-        memory = [(x["training_bytes"] + x["activation_bytes"] + x["model_bytes"]) / 1e6 for x in (a, b)]
+        sizes = ("training_bytes", "activation_bytes", "model_bytes")
+        memory = [f"{sum(x[key] for key in sizes) / 1e6:.0f}" for x in (a, b)] if "seconds" in a else ["", ""]
         lines.append(
             f"| {row['method']} | {a['F']:,} + {a['B']:,} | {b['F']:,} + {b['B']:,} | {row['F_ratio']:.1f} "
-            f"| {row['work_ratio']:.1f} | {row['target'] or ''} | {memory[0]:.0f} → {memory[1]:.0f} MB |"
+            f"| {row['work_ratio']:.1f} | {row['target'] or ''} | {' → '.join(memory)} |"
         )
     args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")

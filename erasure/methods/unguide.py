@@ -74,6 +74,7 @@ class UnGuide(Gradient):
     method: ClassVar[str] = "unguide"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
+        "variant": "x-strict",
         "iterations": 200,
         "batch_size": 1,
         "learning_rate": 3e-5,
@@ -88,13 +89,13 @@ class UnGuide(Gradient):
         "ratio": 1.0,
     }
 
-    variant: str = "x-strict"
+    variant: str = "linear"
     rank: int = 1
     scale: float = 8.0
     negative_guidance: float = 2.0
     iterations: int = 100
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     trajectories: int = 12
     sample_steps: int = 25
     trajectory_guidance: float = 3.0
