@@ -5,6 +5,7 @@ The only file that knows architectures.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure.conditions import Conditions, encode_prompt, predict, unconditional
+from erasure.checkpoints import INDEX, Found, identify
+from erasure.conditions import Conditions, encode_prompt, predict, text_encoders, unconditional
 from erasure.errors import ErasureError, unknown
 
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 BUNDLED = {"glyph": "the embedded checkpoint: 40 objects in 6 styles, 64x64 pixels, runs on a CPU"}
 
 
@@ -46,6 +49,49 @@ def resolve(model: str | os.PathLike[str]) -> str:
             "or a hub id (owner/name)"
         )
     return name
+
+
+def look(where: str, **options: Any) -> Found:
+    """What kind of model lies where `resolve` says, without loading it; of a hub id one small file is fetched.
+
+    Args:
+        options: those of `Base.load`; what says which copy of a hub id is meant is heeded.
+
+    Raises:
+        ErasureError: a file of an unknown kind; a hub id that is not in the cache and cannot be reached.
+    """
+    path = Path(where)
+    if path.is_file():
+        return identify(path, options.get("config"))
+    if options.get("config") is not None:
+        raise ErasureError(f"{where}: `config` says what a single file is; a diffusers folder brings its own")
+    index = path / INDEX if path.is_dir() else _hub_index(where, **options)
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise ErasureError(f"{where}: its {INDEX} cannot be read: {fault!r}") from None
+    return Found("folder", f"a {name}, by its {INDEX}", {INDEX: {"_class_name": name}})
+
+
+def _hub_index(name: str, **options: Any) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+
+    wanted = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    try:
+        return Path(hf_hub_download(name, INDEX, **wanted))
+    except Exception as fault:  # the hub's client, and the one below it, have no common error
+        offline = constants.HF_HUB_OFFLINE or wanted.get("local_files_only")
+        reason = (
+            "the hub is switched off (HF_HUB_OFFLINE)" if offline else f"the hub does not give it ({_first(fault)})"
+        )
+        raise ErasureError(
+            f"{name}: {reason}, and no copy is in the cache {wanted.get('cache_dir', constants.HF_HUB_CACHE)}. "
+            f"Fetch it where there is a network (hf download {name}), or give a folder or a .safetensors file"
+        ) from None
+
+
+def _first(fault: Exception) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]
 
 
 # Which modules a named variant trains, by the module's path. Only Linear and Conv2d are ever trained.
@@ -87,10 +133,12 @@ class Base:
     Args:
         name: as the user gave it.
         pipe: the diffusers pipeline that holds the components.
+        about: what it was taken for.
     """
 
     name: str
     pipe: Any
+    about: str = ""
     _texts: dict[str, Conditions] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,16 +150,23 @@ class Base:
         Args:
             model: its name.
             device: where to compute; None: `best_device()`.
-            options: those of diffusers' `from_pretrained`.
+            options: those of diffusers' `from_pretrained`, and `config` for a file (see `checkpoints.identify`).
 
         Raises:
             ErasureError: the model is unknown or cannot be loaded; there is no such device.
         """
-        from erasure.pipelines import ErasedStableDiffusionPipeline
+        from erasure import pipelines
 
-        pipe = ErasedStableDiffusionPipeline.from_pretrained(model, **options)
+        found = look(resolve(model), **options)
+        kind = getattr(pipelines, f"Erased{found.pipeline}", None) if found.pipeline in PIPELINES else None
+        if kind is None:
+            raise ErasureError(
+                f"{model}: {found.about}. Concepts are erased from {' and '.join(PIPELINES)}; what is erased there "
+                "loads into the others of the family. Nothing was loaded"
+            )
+        pipe = kind.from_pretrained(model, **options)
         try:
-            return cls(os.fspath(model), pipe.to(device or best_device()))
+            return cls(os.fspath(model), pipe.to(device or best_device()), found.about)
         except (RuntimeError, AssertionError) as fault:
             raise ErasureError(f"{model} cannot be put on {device or best_device()}: {fault}") from None
 
@@ -125,6 +180,13 @@ class Base:
         if not hasattr(value, "unet") or not hasattr(value, "text_encoder"):
             raise ErasureError(
                 f"{type(value).__name__} is no Stable Diffusion pipeline: it has no unet or text_encoder"
+            )
+        text_encoders(value)  # refuses what lacks one
+        channels, latents = value.unet.config.in_channels, value.vae.config.latent_channels
+        if channels != latents:
+            raise ErasureError(
+                f"{type(value).__name__}: its UNet takes {channels} channels, {latents} of them latents (inpainting, "
+                "depth or editing): erase from the text-to-image model of the family, and load the patch here"
             )
         listed = value.get_list_patches() if hasattr(value, "get_list_patches") else {}
         if acting := [name for name, entry in listed.items() if entry["strength"]]:

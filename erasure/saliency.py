@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erasure.errors import ErasureError
+from erasure.original_names import compvis_names
 from erasure.patch.sparse import pack, unpack
 
 BINS = 1 << 16
@@ -142,50 +143,3 @@ def _unpacked(path: Path) -> dict[str, Tensor]:
         marked = int(numpy.unpackbits(bits.numpy()).sum())
         found[name] = unpack(bits, torch.ones(marked, dtype=torch.uint8), shape).bool()
     return found
-
-
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-def compvis_names(unet: Any) -> dict[str, str]:
-    """diffusers' parameter names to those of the original Stable Diffusion 1 code (without `diffusion_model.`)."""
-    layers = unet.config.layers_per_block
-    return {name: _compvis(name, unet, layers) for name, _ in unet.named_parameters()}
-
-
-def _compvis(name: str, unet: Any, layers: int) -> str:
-    path, _, leaf = name.rpartition(".")
-    if path in ENDS:
-        return f"{ENDS[path]}.{leaf}"
-    parts = name.split(".")
-    if parts[0] == "mid_block":
-        place = "middle_block.1" if parts[1] == "attentions" else f"middle_block.{2 * int(parts[2])}"
-        return f"{place}.{_inner(parts[1], parts[3:])}"
-    level, kind, number = int(parts[1]), parts[2], int(parts[3])
-    if parts[0] == "down_blocks":
-        if kind == "downsamplers":
-            return f"input_blocks.{(layers + 1) * (level + 1)}.0.op.{leaf}"
-        return f"input_blocks.{(layers + 1) * level + number + 1}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
-    start = (layers + 1) * level
-    if kind == "upsamplers":
-        attends = bool(getattr(unet.up_blocks[level], "attentions", None))
-        return f"output_blocks.{start + layers}.{1 + attends}.conv.{leaf}"
-    return f"output_blocks.{start + number}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
-
-
-def _inner(kind: str, parts: list[str]) -> str:
-    return ".".join([RESNET[parts[0]], *parts[1:]]) if kind == "resnets" else ".".join(parts)

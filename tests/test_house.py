@@ -26,11 +26,15 @@ MAY = {
     "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
     "concept": LOW,
     "conditions": {"errors"},
+    "clip_tokens": {"errors"},
+    "original_names": set(),
+    "checkpoints": {"errors", "config", "clip_tokens"},
+    "single_file": {*CORE, "patch", "checkpoints", "clip_tokens", "original_names"},
     "diffusion": {"errors"},
-    "base": {*CORE, "pipelines"},  # Base.load opens the erased pipeline
+    "base": {*CORE, "checkpoints", "pipelines"},  # Base.load opens the erased pipeline
     "patch": CORE,
     "similarity": CORE,
-    "pipelines": {*CORE, "patch", "similarity", "trajectories"},
+    "pipelines": {*CORE, "checkpoints", "patch", "similarity", "trajectories"},
     "prompts": {"errors", "glyph", "evaluation"},
     "evaluation": {*CORE, "patch", "pipelines", "prompts", "softprompt"},
     "trajectories": CORE,
@@ -39,7 +43,7 @@ MAY = {
     "monitor": {*CORE, "neighbours"},
     "neighbours": {*CORE, "similarity"},
     "softprompt": CORE,
-    "saliency": {*CORE, "patch"},
+    "saliency": {*CORE, "patch", "original_names"},
     "images": {*CORE, "neighbours"},
     "methods": {*CORE, "patch", "trajectories", "adapters", "train", "monitor", *SHARED},
     "formats": {*CORE, "patch"},

@@ -1,4 +1,8 @@
-"""A Stable Diffusion 1.x pipeline with random weights, small enough for a test: about 100k parameters, no network."""
+"""Stable Diffusion pipelines with random weights, small enough for a test: about 100k parameters, no network.
+
+Kinds: sd1; sd2-v, with linear projections, OpenCLIP's activation and v-prediction; sdxl, with two text encoders of
+unlike width, pooled text and sizes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 LENGTH = 12  # tokens in a prompt, the two special ones included
 WIDTH = 32  # of the text embedding
+WIDTH_2 = 24  # of the second one, on XL
 SIDE = 8  # latent pixels; images are 16 x 16
 WORDS = "a an the of in by at photo painting style cat dog car tree church van gogh monet red blue starry night".split()
 
@@ -35,19 +47,21 @@ def tiny_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer(**options: Any) -> CLIPTokenizer:
     """A CLIPTokenizer of LENGTH tokens."""
     vocabulary, merges = tiny_vocabulary()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH, **options)
 
 
-def tiny_text_encoder() -> CLIPTextModel:
-    """A CLIPTextModel of two layers."""
+def tiny_text_encoder(cls: type[Any] = CLIPTextModel, width: int = WIDTH, activation: str = "quick_gelu") -> Any:
+    """A CLIPTextModel, or one with a projection, of two layers."""
     vocabulary, _ = tiny_vocabulary()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        hidden_act=activation,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
@@ -55,23 +69,35 @@ def tiny_text_encoder() -> CLIPTextModel:
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
     )
-    return CLIPTextModel(config)
+    return cls(config)
 
 
-def tiny_unet() -> UNet2DConditionModel:
+XL = {
+    "cross_attention_dim": WIDTH + WIDTH_2,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": WIDTH_2 + 6 * 8,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+}
+DIFFERS = {"sd1": {}, "sd2-v": {"use_linear_projection": True}, "sdxl": XL}  # the UNets
+
+
+def tiny_unet(kind: str = "sd1") -> UNet2DConditionModel:
     """A UNet of two levels with cross-attention in the lower one and in the middle."""
-    return UNet2DConditionModel(
-        sample_size=SIDE,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
+    config = {
+        "sample_size": SIDE,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **DIFFERS[kind]})
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -89,27 +115,32 @@ def tiny_vae() -> AutoencoderKL:
     )
 
 
-def tiny_pipeline(cls: type[Any] = StableDiffusionPipeline, seed: int = 0) -> Any:
-    """A pipeline of class `cls` (any that takes SD 1.x components) with random weights drawn from `seed`."""
+def tiny_pipeline(cls: type[Any] | None = None, seed: int = 0, kind: str = "sd1") -> Any:
+    """A pipeline of class `cls` (any that takes the kind's components) with random weights drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder(), "vae": tiny_vae()}
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    pipe = cls(
-        **{name: part.eval() for name, part in parts.items()},
-        tokenizer=tiny_tokenizer(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        activation = "gelu" if kind == "sd2-v" else "quick_gelu"
+        parts = {"unet": tiny_unet(kind), "text_encoder": tiny_text_encoder(activation=activation), "vae": tiny_vae()}
+        if kind == "sdxl":
+            parts["text_encoder_2"] = tiny_text_encoder(CLIPTextModelWithProjection, WIDTH_2, "gelu")
+    schedule = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction" if kind == "sd2-v" else "epsilon",
+        "steps_offset": 1,
+    }
+    if kind == "sdxl":
+        more = {"tokenizer_2": tiny_tokenizer(pad_token="!"), "scheduler": EulerDiscreteScheduler(**schedule)}
+    else:
+        more = {
+            "scheduler": DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **schedule),
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+    cls = cls or (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline)
+    pipe = cls(**{name: part.eval() for name, part in parts.items()}, tokenizer=tiny_tokenizer(), **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

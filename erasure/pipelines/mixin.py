@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from erasure.base import resolve
+import torch
+
+from erasure.base import look, resolve
+from erasure.checkpoints import of_type, open_single_file
 from erasure.errors import ErasureError
 from erasure.patch import Patch
 from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
@@ -49,18 +52,30 @@ class PatchMixin:
         """The pipeline of a checkpoint: `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
 
         Stable Diffusion 1 and 2 come without safety checker unless one is passed: it would blacken images that an
-        evaluation is to judge. All other arguments are those of diffusers.
+        evaluation is to judge. Weights come as fp32 unless `dtype` (or `torch_dtype`) is passed. All other arguments are those of
+        diffusers; for a file, `config` says what it is (a name of `checkpoints.kinds()`, or a diffusers folder).
 
         Raises:
-            ErasureError: `model` names nothing.
+            ErasureError: `model` names nothing that this class can load.
         """
         where = resolve(model)
+        found = look(where, **kwargs)
+        plain = _plain(cls).__name__
+        if "StableDiffusion" in plain and ("XL" in plain) != ("XL" in found.pipeline):
+            raise ErasureError(
+                f"{model}: {found.about}; {cls.__name__} cannot hold it. erasure.Base.load finds the class itself"
+            )
         if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in kwargs:
             kwargs["safety_checker"] = None
             kwargs.setdefault("requires_safety_checker", False)
+        kwargs |= of_type(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32)
         if Path(where).is_file():
-            return cls.from_single_file(where, **kwargs)  # type: ignore[attr-defined]
-        return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
+            given = {key: value for key, value in kwargs.items() if key != "config"}
+            return open_single_file(cls, where, found, **given)
+        try:
+            return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
+        except (OSError, ValueError) as fault:
+            raise ErasureError(f"{model} cannot be loaded: {fault}") from None
 
     def load_patch(
         self, path_or_patch: PatchSource, name: str | None = None, strength: float = 1.0, force: bool = False
@@ -134,9 +149,13 @@ class PatchMixin:
     def to_json_string(self) -> str:
         """The config that `save_pretrained` writes; it names the diffusers class, so that anybody can load it."""
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        plain = next(cls for cls in type(self).__mro__ if not issubclass(cls, PatchMixin) and cls is not object)
-        config["_class_name"] = plain.__name__
+        config["_class_name"] = _plain(type(self)).__name__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _plain(cls: type[Any]) -> type[Any]:
+    """The diffusers class behind an erased one."""
+    return next(one for one in cls.__mro__ if not issubclass(one, PatchMixin) and one is not object)
 
 
 def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:

@@ -1,0 +1,148 @@
+"""Names of parameters in the original code of Stable Diffusion (CompVis, later Stability's SGM), from diffusers' names.
+
+What single files use, and the published masks of SalUn. Weights are the same: of the UNet and of CLIP only the names
+differ. In the autoencoder's attention the original layers are 1x1 convolutions, [out, in, 1, 1]. OpenCLIP, the text
+encoder of Stable Diffusion 2 and the second one of XL, keeps query, key and value in one tensor, and its projection
+transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def compvis_names(unet: Any) -> dict[str, str]:
+    """A UNet's parameter names to the original ones, without `model.diffusion_model.`: Stable Diffusion 1, 2 and XL."""
+    layers = unet.config.layers_per_block
+    return {name: _compvis(name, unet, layers) for name, _ in unet.named_parameters()}
+
+
+def _compvis(name: str, unet: Any, layers: int) -> str:
+    path, _, leaf = name.rpartition(".")
+    if path in ENDS:
+        return f"{ENDS[path]}.{leaf}"
+    parts = name.split(".")
+    if parts[0] == "mid_block":
+        place = "middle_block.1" if parts[1] == "attentions" else f"middle_block.{2 * int(parts[2])}"
+        return f"{place}.{_inner(parts[1], parts[3:])}"
+    level, kind, number = int(parts[1]), parts[2], int(parts[3])
+    if parts[0] == "down_blocks":
+        if kind == "downsamplers":
+            return f"input_blocks.{(layers + 1) * (level + 1)}.0.op.{leaf}"
+        return f"input_blocks.{(layers + 1) * level + number + 1}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
+    start = (layers + 1) * level
+    if kind == "upsamplers":
+        attends = bool(getattr(unet.up_blocks[level], "attentions", None))
+        return f"output_blocks.{start + layers}.{1 + attends}.conv.{leaf}"
+    return f"output_blocks.{start + number}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
+
+
+def _inner(kind: str, parts: list[str]) -> str:
+    return ".".join([RESNET[parts[0]], *parts[1:]]) if kind == "resnets" else ".".join(parts)
+
+
+def vae_names(vae: Any) -> dict[str, str]:
+    """An autoencoder's parameter names to the original ones, without `first_stage_model.`."""
+    levels = len(vae.config.block_out_channels)
+    return {name: _vae(name, levels) for name, _ in vae.named_parameters()}
+
+
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _vae(name: str, levels: int) -> str:
+    path, _, leaf = name.rpartition(".")
+    parts = path.split(".")
+    if len(parts) == 1:  # quant_conv, post_quant_conv
+        return name
+    half, rest = parts[0], parts[1:]
+    if rest[0] == "mid_block":
+        inner = ".".join(rest[3:])
+        place = f"attn_1.{ATTENTION[inner]}" if rest[1] == "attentions" else f"block_{int(rest[2]) + 1}.{_short(inner)}"
+        return f"{half}.mid.{place}.{leaf}"
+    if rest[0] in ("down_blocks", "up_blocks"):
+        side = rest[0].removesuffix("_blocks")
+        level = int(rest[1]) if side == "down" else levels - 1 - int(rest[1])
+        inner = f"block.{rest[3]}.{_short(rest[4])}" if rest[2] == "resnets" else f"{side}sample.conv"
+        return f"{half}.{side}.{level}.{inner}.{leaf}"
+    return f"{half}.{rest[0].replace('conv_norm_out', 'norm_out')}.{leaf}"
+
+
+def _short(layer: str) -> str:
+    return "nin_shortcut" if layer == "conv_shortcut" else layer
+
+
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def vae_tensors(vae: Any) -> dict[str, Tensor]:
+    """An autoencoder's weights under the original names and in the original shapes."""
+    names, found = vae_names(vae), {}
+    for name, value in vae.named_parameters():
+        flat = ".attentions." in name and value.dim() == 2
+        found[names[name]] = value[:, :, None, None] if flat else value
+    return found
+
+
+def clip_tensors(encoder: Any) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights by their own names, all of which begin with `text_model.`."""
+    return {f"text_model.{_bare(name)}": value for name, value in encoder.named_parameters()}
+
+
+def open_clip_tensors(encoder: Any) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as OpenCLIP names and packs them."""
+    own = {_bare(name): value for name, value in encoder.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for name, value in own.items():
+        if name in OPEN_CLIP:
+            found[OPEN_CLIP[name]] = value
+        elif name == "text_projection.weight":
+            found["text_projection"] = value.T
+        else:
+            _, _, number, layer = name.split(".", 3)
+            layer, _, leaf = layer.rpartition(".")
+            block = f"transformer.resblocks.{number}"
+            if layer == "self_attn.q_proj":
+                start = name.removesuffix(f"q_proj.{leaf}")
+                packed = [own[f"{start}{one}_proj.{leaf}"] for one in "qkv"]
+                found[f"{block}.attn.in_proj_{leaf}"] = torch.cat([one.detach() for one in packed])
+            elif layer in OPEN_CLIP_LAYER:
+                found[f"{block}.{OPEN_CLIP_LAYER[layer]}.{leaf}"] = value
+    return found
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("text_model.")
