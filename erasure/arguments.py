@@ -146,13 +146,20 @@ def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.Argumen
     def action(name: str, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=text, description=text, parents=[common, *parents])
 
-    action("info", "what a patch holds").add_argument("file", type=Path)
-    bring = action("import", "a patch from a published file", model)
+    action("info", "what a patch holds, what loads it, what export makes of it").add_argument("file", type=Path)
+    action("formats", "the published formats that are read and written")
+    bring = action("import", "a patch from a published file or folder", model)
     bring.add_argument("file", type=Path)
-    carry = action("export", "a patch as a published file")
+    bring.add_argument("--format", default="auto", help="of the file, see `erasure patch formats`; default: look at it")
+    bring.add_argument("--concept", action="append", default=[], help="what it erases; may be repeated")
+    bring.add_argument("--allow-pickle", action="store_true", help="read a .pt or .pth: as data, nothing in it is run")
+    carry = action("export", "a patch as a published file or folder")
     carry.add_argument("file", type=Path)
+    carry.add_argument("--format", required=True, help="see `erasure patch formats`")
+    carry.add_argument("--rank", type=int, help="cut differences to a LoRA of this rank; the error is stated")
+    carry.add_argument("--model", help="the base, for formats that hold weights; default: the one the patch names")
+    carry.add_argument("--force", action="store_true", help="write onto another base where the shapes fit")
     for command in (bring, carry):
-        command.add_argument("--format", default="spm", help="of the other file: spm")
         command.add_argument("-o", "--out", type=Path, required=True, help="where to write")
 
 

@@ -46,7 +46,7 @@ MAY = {
     "saliency": {*CORE, "patch", "original_names"},
     "images": {*CORE, "neighbours"},
     "methods": {*CORE, "patch", "trajectories", "adapters", "train", "monitor", *SHARED},
-    "formats": {*CORE, "patch"},
+    "formats": {*CORE, "patch", "original_names"},
     "plan": {*CORE, "methods", "train"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},

@@ -15,6 +15,12 @@ from erasure.errors import ErasureError, unknown
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 NESTED = "text_model."
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+# UNet modules whose diffusers names no loader but ComfyUI turns into the original ones: their keys are the original's.
+ORIGINAL = {
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+}
 _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -43,7 +49,7 @@ def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
     'lora_te_text_model_encoder_layers_0_mlp_fc1'
     """
     if component == "unet":
-        return "lora_unet_" + path.replace(".", "_")
+        return "lora_unet_" + ORIGINAL.get(path, path).replace(".", "_")
     nested = path if path.startswith("text_projection") else NESTED + path
     start = {"text_encoder": "lora_te1_" if two_encoders else "lora_te_", "text_encoder_2": "lora_te2_"}[component]
     return start + nested.replace(".", "_")

@@ -1,4 +1,4 @@
-"""Published files, in and out."""
+"""SPM's files, in and out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pipe() -> ErasedStableDiffusionPipeline:
 @pytest.fixture
 def file(pipe, tmp_path):
     patch = erase(pipe, "cat", "spm", progress=False, **SMALL)
-    return patch, export_patch(patch, tmp_path / "cat.safetensors", "spm")
+    return patch, export_patch(patch, tmp_path / "cat.safetensors", "spm").path
 
 
 def draw(pipe, prompt: str = "a cat") -> torch.Tensor:
@@ -113,7 +113,8 @@ def test_files_that_are_none(pipe, file, tmp_path):
     key = next(iter(key for key in tensors if key.endswith("lora_up.weight")))
     save_file(tensors, tmp_path / "plain.safetensors")
     save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "half.safetensors", metadata={"prompts": "a"})
-    save_file({"lora_unet_x.lora_up.weight": torch.ones(1)}, tmp_path / "other.safetensors", metadata={"prompts": "a"})
+    stray = {f"lora_unet_x.lora_{end}.weight": torch.ones(1, 1) for end in ("up", "down")}
+    save_file(stray, tmp_path / "other.safetensors", metadata={"prompts": "a"})
     for name, message in (("plain", "lacks `prompts`"), ("half", "lacks its"), ("other", "belongs to no layer")):
         with pytest.raises(ErasureError, match=message):
             import_patch(tmp_path / f"{name}.safetensors", "spm", base)
@@ -124,7 +125,7 @@ def test_aliases_are_erased_texts_too(pipe, tmp_path):
         pipe, {"name": "cat", "aliases": ["tree"]}, "esd", progress=False, **SMALL, rank=1, variant="transformer"
     )
     assert patch.gate == {"kind": "always"}
-    back = import_patch(export_patch(patch, tmp_path / "x.safetensors", "spm"), "spm", Base.of(pipe))
+    back = import_patch(export_patch(patch, tmp_path / "x.safetensors", "spm").path, "spm", Base.of(pipe))
     assert back.gate["texts"] == ["cat", "tree"] and back.payload.digest == patch.payload.digest
 
 

@@ -1,0 +1,107 @@
+"""PEFT's LoRA as diffusers writes it: `unet.<path>.lora_A.weight` and `lora_B`, a text encoder's beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasure.base import Base
+from erasure.errors import ErasureError
+from erasure.formats.kohya import title
+from erasure.formats.making import Found, low_rank, need_low_rank, split
+from erasure.formats.source import Source
+from erasure.patch import Patch
+from erasure.patch.file import write_file
+from erasure.patch.keys import COMPONENTS, canonical
+from erasure.patch.payload import Layer
+
+WRAPPED = "base_model.model."  # in front of everything that peft itself saves
+CONFIG = "lora_adapter_metadata"  # in the header, where diffusers puts rank and alpha
+# The factors' names: peft's, with an adapter's name or without, and those of older diffusers.
+FACTOR = re.compile(r"(?P<path>.+?)\.(?:lora_(?P<new>[AB])(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<old>down|up))\.weight")
+DOWN = {"A", "down"}
+
+
+def read_peft(source: Source, base: Base) -> Found:
+    """A LoRA under diffusers' module paths.
+
+    Alpha comes from `lora_adapter_metadata` in the header or from an `.alpha` tensor; without either it is the rank,
+    as diffusers and peft take it.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, value in source.read().items():
+        named = FACTOR.fullmatch(key)
+        if named:
+            side = "down" if (named["new"] or named["old"]) in DOWN else "up"
+            pairs.setdefault(named["path"], {})[side] = value.float()
+        elif key.endswith(".alpha") and value.numel() == 1:
+            pairs.setdefault(key.removesuffix(".alpha"), {})["alpha"] = value.float()
+        else:
+            raise ErasureError(f"{source.path}: {key} is no factor of a plain LoRA (DoRA, biases and others are not)")
+    settings = _settings(source)
+    layers: dict[str, dict[str, tuple[str, Layer]]] = {}
+    for key, parts in pairs.items():
+        if missing := [side for side in ("down", "up") if side not in parts]:
+            raise ErasureError(f"{source.path}: {key} lacks its lora_{'A' if missing[0] == 'down' else 'B'}")
+        component, path = split(key.removeprefix(WRAPPED), COMPONENTS)
+        rank = parts["down"].shape[0]
+        alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, component, path, rank)
+        layers.setdefault(component, {})[canonical(component, path)] = (key, (parts["down"], parts["up"], alpha))
+    return Found(low_rank(source, base, layers))
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    text = source.metadata.get(CONFIG)
+    try:
+        found = json.loads(text) if text is not None else {}
+    except ValueError as fault:
+        raise ErasureError(f"{source.path}: {CONFIG} in its header is not JSON: {fault}") from None
+    if not isinstance(found, dict):
+        raise ErasureError(f"{source.path}: {CONFIG} in its header is no table")
+    if any(value for key, value in found.items() if key.rpartition(".")[2] == "use_dora"):
+        raise ErasureError(f"{source.path}: DoRA, which is no sum of low rank")
+    return found
+
+
+def _alpha(settings: Mapping[str, Any], component: str, path: str, rank: int) -> float:
+    """Alpha such that alpha / rank is the scale that peft makes of the settings."""
+    one = f"{component}."
+    # peft: a pattern names the end of a path.
+    patterns = settings.get(one + "alpha_pattern") or {}
+    named = next((value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", path)), None)
+    given = named if named is not None else settings.get(one + "lora_alpha")
+    if given is None:
+        return float(rank)
+    alpha = float(given)
+    return alpha * math.sqrt(rank) if settings.get(one + "use_rslora") else alpha
+
+
+def write_peft(patch: Patch, path: Path) -> list[str]:
+    """Write a low-rank patch with its scale folded into `lora_B` and all layers at one rank.
+
+    So alpha equals the rank in every layer, which is what loaders assume where the header says nothing; and versions
+    of diffusers that take the first layer's rank for everybody's alpha are right too. Smaller layers get zeros.
+    """
+    payload = need_low_rank(patch)
+    rank = payload.ranks[-1]
+    tensors: dict[str, Tensor] = {}
+    for component, layers in payload.layers.items():
+        for name, (down, up, alpha) in layers.items():
+            scaled = up * (alpha / down.shape[0])
+            tensors[f"{component}.{name}.lora_A.weight"] = _padded(down, rank, 0)
+            tensors[f"{component}.{name}.lora_B.weight"] = _padded(scaled, rank, 1)
+    write_file(path, tensors, {"format": "pt", "modelspec.title": title(patch)})
+    return []
+
+
+def _padded(factor: Tensor, rank: int, side: int) -> Tensor:
+    shape = list(factor.shape)
+    shape[side] = rank - shape[side]
+    return torch.cat([factor, factor.new_zeros(shape)], side) if shape[side] else factor

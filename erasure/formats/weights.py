@@ -1,0 +1,69 @@
+"""Full weights: a UNet's, all or some (ESD, UCE, SalUn), a text encoder's (AdvUnlearn)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from erasure.base import Base
+from erasure.formats.making import Found, changes, need_only
+from erasure.formats.source import Source
+from erasure.patch import Patch
+from erasure.patch.file import write_file
+from erasure.patch.keys import NESTED, find_parameter
+from erasure.pipelines.stack import patch_stack
+
+UNET, TEXT = "unet", "text_encoder"
+BUFFERS = ("position_ids",)  # in old text encoders; no weights
+# What stands in AdvUnlearn's files a second time, under shorter names.
+TWINS = ("embedding.", "embeddings.", "encoder.", "final_layer_norm.")
+
+
+def read_unet(source: Source, base: Base) -> Found:
+    """Weights under diffusers' names, with `unet.` in front or without."""
+    return Found(changes(source, base, {UNET: {key.removeprefix(f"{UNET}."): v for key, v in source.read().items()}}))
+
+
+def read_text_encoder(source: Source, base: Base) -> Found:
+    """A text encoder's weights, with `text_encoder.` and `text_model.` in front, with either, or without."""
+    return Found(changes(source, base, {TEXT: text_weights(source.read())}))
+
+
+def text_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names that patches use; doubles and buffers are left out."""
+    if any(key.startswith(f"{TEXT}.") for key in tensors):
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(TWINS)}
+    plain = {key.removeprefix(f"{TEXT}.").removeprefix(NESTED): value for key, value in tensors.items()}
+    return {key: value for key, value in plain.items() if key.rpartition(".")[2] not in BUFFERS}
+
+
+def write_unet(patch: Patch, path: Path, base: Base) -> list[str]:
+    """Write the new values of the weights that change, under diffusers' names without a prefix, as ESD does.
+
+    The published loader takes them with `unet.load_state_dict(file, strict=False)`.
+    """
+    need_only(patch, UNET)
+    with patched(patch, base):
+        found = {name: find_parameter(base.unet, name) for name in patch.payload.names(UNET)}
+        tensors = {name: value.detach().cpu().clone() for name, value in found.items() if value is not None}
+    write_file(path, tensors, {"format": "pt"})
+    return []
+
+
+@contextmanager
+def patched(patch: Patch, base: Base) -> Iterator[None]:
+    """The base with the patch folded in, at full strength on every prompt; given back bit for bit.
+
+    Raises:
+        ErasureError: the patch was made from another base, or does not fit.
+    """
+    stack = patch_stack(base.pipe)
+    name = stack.load(dataclasses.replace(patch, gate={"kind": "always"}))
+    try:
+        yield
+    finally:
+        stack.delete_patches(name)

@@ -1,0 +1,191 @@
+"""Every format: written, read again, the same patch; and files that it must refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasure.base import Base
+from erasure.errors import ErasureError
+from erasure.formats import FORMATS, export_patch, import_patch, rows
+from erasure.patch import Delta, LowRank, Patch
+from erasure.pipelines import load_patch
+from tests.formats.making import close
+from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
+from tests.tiny import tiny_pipeline
+
+BOTH = ("unet", "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def base(pipe):
+    return Base.of(pipe)
+
+
+def mixed(pipe) -> Patch:
+    """Differences of weights, biases and norms of both components."""
+    unet = delta_patch(pipe, part="mid_block").payload.changes["unet"]
+    text = delta_patch(pipe, component="text_encoder", part="layers.1").payload.changes["text_encoder"]
+    norms = delta_patch(pipe, part="conv_norm_out").payload.changes["unet"]
+    return made(pipe, Delta({"unet": {**unet, **norms}, "text_encoder": text}))
+
+
+def written(pipe, form: str) -> Patch:
+    """A patch that the format can hold."""
+    if form == "spm":
+        return low_rank_patch(pipe, part="attentions")
+    if FORMATS[form].factors:
+        return low_rank_patch(pipe, components=BOTH, part="")
+    if form == "unet":
+        return delta_patch(pipe, part="attn")
+    if form == "text-encoder":
+        return delta_patch(pipe, component="text_encoder", part="layers.0")
+    return mixed(pipe)
+
+
+@pytest.mark.parametrize("form", [row["format"] for row in rows() if row["writes"]])
+def test_there_and_back(pipe, base, tmp_path, form):
+    patch, before = written(pipe, form), weights(pipe)
+    done = export_patch(patch, tmp_path / "file.safetensors", form, base)
+    assert done.format == form and done.error is None
+    back = import_patch(done.path, "auto", base)
+    assert back.config == {"imported": "file.safetensors", "format": form}
+    assert close(patch, back)
+    assert same(weights(pipe), before)
+    if back.gate["kind"] == "always":
+        load_patch(tiny_pipeline(), back)  # its fingerprint is the base's
+
+
+def test_ranks_that_differ_and_alphas_that_differ(pipe, base, tmp_path):
+    layers = dict(low_rank_patch(pipe, rank=4, alpha=1.5).payload.layers["unet"])
+    first = next(iter(layers))
+    layers[first] = tuple(low_rank_patch(pipe, rank=1, alpha=7.0).payload.layers["unet"][first])
+    patch = made(pipe, LowRank({"unet": layers}))
+    for form in ("peft", "kohya"):
+        assert close(patch, import_patch(export_patch(patch, tmp_path / form, form).path, form, base))
+
+
+def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_path):
+    exact = low_rank_patch(pipe, rank=2, part="mid_block")
+    whole = made(pipe, Delta({"unet": exact.deltas("unet")}))
+    for form in ("kohya", "peft"):
+        done = export_patch(whole, tmp_path / form, form, rank=2)
+        assert done.error < 1e-5 and close(exact, import_patch(done.path, form, base), 1e-5)
+    done = export_patch(whole, tmp_path / "one", "kohya", rank=1)
+    back = import_patch(done.path, "kohya", base).deltas("unet")
+    lost = sum(float((back[name] - change).square().sum()) for name, change in whole.deltas("unet").items())
+    total = sum(float(change.square().sum()) for change in whole.deltas("unet").values())
+    assert done.error == pytest.approx((lost / total) ** 0.5, rel=1e-4) and 0.1 < done.error < 1
+    # Nothing of rank 1 is nearer: rows of zeros, say, or another pair.
+    name, change = next(iter(whole.deltas("unet").items()))
+    assert torch.linalg.svdvals(back[name].flatten(1))[1:].max() < 1e-4 * back[name].abs().max()
+    assert (back[name] - change).norm() <= change.norm()
+
+
+def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
+    biases = made(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": torch.zeros(8, 4, 3, 3)}}))
+    with pytest.raises(ErasureError, match="no LoRA can hold it"):
+        export_patch(biases, tmp_path / "x", "kohya", rank=1)
+    weight = torch.zeros(8, 4, 3, 3)
+    weight[0, 0, 0, 0] = 2.0
+    both = made(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": weight}}))
+    assert export_patch(both, tmp_path / "x", "kohya", rank=1).error == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("kohya", {}, "holds differences: --rank R"),
+        ("spm", {"rank": 2}, "also wants a term on"),
+        ("diff", {"rank": 2}, "--rank is for formats of low rank"),
+        ("kohya", {"rank": 0}, "at least 1"),
+        ("text-encoder", {}, "of the text_encoder alone"),
+        ("unguide", {}, "a pickle"),
+        ("pfet", {}, "did you mean 'peft'"),
+        ("unet", {}, "tiny"),
+    ],
+)
+def test_exports_that_are_refused(pipe, tmp_path, form, options, message):
+    with pytest.raises(ErasureError, match=message):
+        export_patch(delta_patch(pipe), tmp_path / "x.safetensors", form, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_go_onto_their_own_base_unless_forced(pipe, tmp_path):
+    patch, other = delta_patch(pipe), tiny_pipeline(seed=1)
+    before = weights(other)
+    for form in ("unet", "checkpoint"):
+        with pytest.raises(ErasureError, match="was made from tiny"):
+            export_patch(patch, tmp_path / form, form, other)
+        assert not list(tmp_path.iterdir()) and same(weights(other), before)
+    done = export_patch(patch, tmp_path / "forced", "unet", other, force=True)
+    assert close(patch, import_patch(done.path, "unet", Base.of(other)), 1e-5)
+    with pytest.raises(ErasureError, match="low rank already"):
+        export_patch(low_rank_patch(pipe), tmp_path / "x", "kohya", rank=1)
+
+
+def test_a_gate_stays_behind_and_it_is_said(pipe, tmp_path):
+    patch = low_rank_patch(pipe, gate={"kind": "text"}, part="attentions")
+    for form in ("kohya", "peft", "diff"):
+        notes = export_patch(patch, tmp_path / form, form).notes
+        assert "its text gate stays behind: it acts on every prompt" in notes, form
+    assert not any("behind" in note for note in export_patch(patch, tmp_path / "spm", "spm").notes)
+
+
+def test_a_whole_folder_is_never_written_over(pipe, base, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("")
+    with pytest.raises(ErasureError, match="is there already"):
+        export_patch(delta_patch(pipe), tmp_path / "there", "checkpoint", base)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft", "diff"])
+def test_damaged_and_foreign_files(pipe, base, tmp_path, form):
+    """Half a pair, a stranger among the layers, a layer of another width: each is named, with counts."""
+    patch = low_rank_patch(pipe, part="attn2.to_k")
+    tensors = load_file(export_patch(patch, tmp_path / "good.safetensors", form).path)
+    count = len(patch.payload.names("unet"))
+    key = next(key for key in sorted(tensors) if not key.endswith(".alpha"))
+    stem = {"kohya": "lora_unet_nowhere", "peft": "unet.nowhere", "diff": "lora_unet_nowhere"}[form]
+    ends = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A.weight", ".lora_B.weight")}
+    stranger = {stem + end: torch.ones(1, 1) for end in ends.get(form, (".diff",))}
+    cases = {
+        "stranger": ({**tensors, **stranger}, rf"{count} of its {count + 1} layers fit .*nowhere.* belongs to no"),
+        "alien": (stranger, "0 of its 1 layers fit"),
+        "odd": ({**tensors, "unet.bundle": torch.ones(1)}, "unet.bundle"),
+        "empty": ({}, "none of|0 of its 0"),
+    }
+    if form != "diff":
+        cases["half"] = ({k: v for k, v in tensors.items() if k != key}, "lacks its")
+    wide = {k: (torch.ones(v.shape[0], v.shape[1] + 1) if k == key else v) for k, v in tensors.items()}
+    if form == "diff":
+        cases["wide"] = (wide, rf"{count - 1} of its {count} layers fit .*in the file and")
+    for name, (content, message) in cases.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file(content, file)
+        with pytest.raises(ErasureError, match=message):
+            import_patch(file, form, base)
+
+
+def test_concepts_and_methods_of_imported_files(pipe, base, tmp_path):
+    patch = delta_patch(pipe)
+    path = export_patch(patch, tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors", "esd", base).path
+    assert import_patch(path, model=base).names == ["Van Gogh"]
+    found = import_patch(path, "uce", base, concepts=["cat", "dog"])
+    assert found.method == "uce" and found.names == ["cat", "dog"]
+    assert import_patch(path, model=base).method == "unknown"
+
+
+def test_our_own_file_is_no_published_one(pipe, base, tmp_path):
+    gated = low_rank_patch(pipe, gate={"kind": "text"})
+    path = gated.save(tmp_path / "p.safetensors")
+    with pytest.raises(ErasureError, match="a patch already"):
+        import_patch(path, model=base)
+    assert import_patch(path, "kohya", base).gate == {"kind": "always"}
