@@ -84,7 +84,11 @@ class Weights:
     def payload(self) -> Delta:
         """Trained minus base, fp32."""
         return Delta(
-            {self.component: {k: (p.data.float() - self._base[k].float()).cpu() for k, p in self._params.items()}}
+            {
+                self.component: {
+                    k: (p.data.float() - self._base[k].float()).cpu().contiguous() for k, p in self._params.items()
+                }
+            }
         )
 
     def remove(self) -> None:

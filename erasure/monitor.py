@@ -94,4 +94,5 @@ class Trackers:
 
     def close(self) -> None:
         """Write what is still held."""
-        self._accelerator.end_training()
+        for tracker in self._accelerator.trackers:  # end_training would part the processes of a launch as well
+            tracker.finish()

@@ -1,4 +1,7 @@
-"""The one training loop: steps, NaN guard, checkpoints, resume, progress, previews, trackers, counts."""
+"""The one training loop: steps, NaN guard, checkpoints, resume, progress, previews, trackers, counts.
+
+Several processes go through it in step (engine.py shares the UNet's work); the main one alone writes and shows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +23,14 @@ from erasure.adapters import Adapter
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
+from erasure.engine import Engine
 from erasure.errors import ErasureError
 from erasure.monitor import Previews, Trackers
 from erasure.patch import Delta, LowRank
+from erasure.processes import Crew
 
 CHECKPOINT_EVERY = 25  # steps
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Run:
         progress: show a bar.
         previews: draws pictures on the way; None draws none.
         trackers: take the losses; None keeps them to the bar.
+        engine: how the UNet computes, which must be on; None: as it stands, in this process alone.
+        crew: the processes that do the run together.
     """
 
     seed: int = 0
@@ -100,16 +109,24 @@ class Run:
     previews: Previews | None = None
     trackers: Trackers | None = None
     costs: Counts = field(default_factory=Counts)
+    engine: Engine | None = None
+    crew: Crew = field(default_factory=Crew)
 
     def open(self, settings: dict[str, Any]) -> None:
         """Make the folder, or check that what lies there is this very run.
 
         Raises:
-            ErasureError: the folder holds a run with other settings, or cannot be written.
+            ErasureError: the folder holds a run with other settings, or cannot be written; the processes were given
+                different runs.
         """
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        if len(set(self.crew.each(lambda: key))) > 1:
+            raise ErasureError("the processes of this launch were given different runs: they do one together")
+        self.crew.first(lambda: self._open(key, settings))
+
+    def _open(self, key: str, settings: dict[str, Any]) -> None:
         if self.folder is None:
             return
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         note = self.folder / "run.json"
         try:
             if note.is_file():
@@ -129,22 +146,41 @@ class Run:
             raise ErasureError(f"{note}: unreadable; delete {self.folder} to start again") from None
 
     def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
-        """Log the losses of a step and draw its preview; what the pictures cost is not counted."""
+        """Log the losses of a step and draw its preview, in the main process; the pictures' cost is not counted."""
+        if not self.crew.main:
+            return
         if self.trackers is not None:
             values = {f"loss/{name}": value.item() for name, value in terms.items()}
             self.trackers.log({**values, "learning_rate": rate}, step)
         if self.previews is not None and self.previews.due(step):
             forward = self.costs.forward
-            self.previews.draw(step)
+            self.draw(step)
             self.costs.forward = forward
 
+    def draw(self, step: int) -> None:
+        """Draw the preview of a step, in the main process."""
+        if self.previews is not None and self.crew.main:
+            with self.engine.alone() if self.engine else nullcontext():
+                self.previews.draw(step)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """What scales the loss; it does nothing but in fp16."""
+        return self.engine.scaler() if self.engine else torch.amp.GradScaler("cpu", enabled=False)
+
     def path(self, name: str) -> Path | None:
-        """A file of the run, or None when nothing is kept."""
-        return None if self.folder is None else self.folder / name
+        """A file of the run, or None when nothing is kept.
+
+        All processes read it if it is there, as the main one sees it; if not, only the main one is told where to write.
+        """
+        if self.folder is None:
+            return None
+        path = self.folder / name
+        there = self.crew.first(path.is_file)
+        return path if there or self.crew.main else None
 
     def close(self) -> None:
         """The patch is written: the state is no longer needed."""
-        if self.folder is not None:
+        if self.folder is not None and self.crew.main:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -160,15 +196,23 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
     if restored:
         run.costs.forward, run.costs.backward = int(restored["costs"][0]), int(restored["costs"][1])
         run.costs.seconds = float(restored["costs"][2])
-    if run.previews is not None and not restored:
-        run.previews.draw(0)
+    if not restored:
+        run.draw(0)
     with counting(base.unet, Counts() if restored else run.costs):
         state = method.prepare(base, concepts, run)
     adapter: Adapter = state.adapter
     params = adapter.parameters()
     try:
-        optimizer = torch.optim.AdamW(params.values(), lr=method.learning_rate, weight_decay=method.weight_decay)
-        start = _restore(restored, params, optimizer)
+        if run.engine is not None:
+            run.engine.settle(params, inside=adapter.component == "unet")
+        optimizer = torch.optim.AdamW(
+            params.values(),
+            lr=method.learning_rate,
+            weight_decay=method.weight_decay,
+            fused=base.device.type == "cuda" or None,  # None: torch's own choice
+        )
+        scaler = run.scaler()
+        start = _restore(restored, params, optimizer, scaler)
         if restored:
             method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
         with counting(base.unet, run.costs):
@@ -178,7 +222,7 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
                 total=method.iterations,
                 desc="erasing",
                 unit="step",
-                disable=None if run.progress else True,
+                disable=None if run.progress and run.crew.main else True,
             )
             clock = time.perf_counter()
             for step in bar:
@@ -188,14 +232,16 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
                 if not torch.isfinite(loss):
                     raise _diverged(terms, step, run)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 _round(params, method.weight_rounding)
                 run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
                 bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
-                if (step + 1) % CHECKPOINT_EVERY == 0:
-                    spent = run.costs.seconds + time.perf_counter() - clock
-                    _write(run, params, optimizer, step + 1, spent, method.snapshot(state))
+                if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.crew.main:
+                    extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
+                    extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
+                    _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)
     except BaseException:
         adapter.remove()
         raise
@@ -222,18 +268,19 @@ def _round(params: dict[str, torch.nn.Parameter], to: str) -> None:
 def _write(
     run: Run, params: dict, optimizer: torch.optim.Optimizer, step: int, seconds: float, extra: dict[str, Tensor]
 ) -> None:
-    path = run.path("state.safetensors")
-    if path is None:
+    if run.folder is None:
         return
+    path = run.folder / STATE
     tensors = {
         "step": torch.tensor(step),
         "costs": torch.tensor([run.costs.forward, run.costs.backward, seconds], dtype=torch.float64),
+        **extra,
     }
-    tensors |= {f"extra.{name}": value for name, value in extra.items()}
     for name, param in params.items():
         moments = optimizer.state[param]
         tensors |= {f"weight.{name}": param.data, f"first.{name}": moments["exp_avg"]}
-        tensors |= {f"second.{name}": moments["exp_avg_sq"]}
+        # In fp16 a step that overflows is left out: Adam then has taken fewer.
+        tensors |= {f"second.{name}": moments["exp_avg_sq"], f"taken.{name}": moments["step"]}
     temporary = path.with_suffix(".tmp")
     try:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
@@ -243,20 +290,27 @@ def _write(
 
 
 def _read(run: Run) -> dict[str, Tensor]:
-    path = run.path("state.safetensors")
+    path = run.path(STATE)
     return load_file(path) if path is not None and path.is_file() else {}
 
 
 @torch.no_grad()
-def _restore(state: dict[str, Tensor], params: dict, optimizer: torch.optim.Optimizer) -> int:
+def _restore(
+    state: dict[str, Tensor], params: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> int:
     if not state:
         return 0
     step = int(state["step"])
+    fused = bool(optimizer.defaults.get("fused"))  # which counts its steps where the weights lie
     for name, param in params.items():
         param.copy_(state[f"weight.{name}"])
+        taken = state.get(f"taken.{name}", torch.tensor(float(step)))
         optimizer.state[param] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state[f"first.{name}"].to(param.device).clone(),
-            "exp_avg_sq": state[f"second.{name}"].to(param.device).clone(),
+            "step": taken.to(param.device) if fused else taken,
+            "exp_avg": torch.empty_like(param).copy_(state[f"first.{name}"]),
+            "exp_avg_sq": torch.empty_like(param).copy_(state[f"second.{name}"]),
         }
+    if scaler.is_enabled():
+        scale, tracked = state["scaler"].tolist()
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": int(tracked)})
     return step

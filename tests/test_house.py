@@ -17,12 +17,14 @@ from erasure import methods
 ROOT = Path(erasure.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
 # Who may import whom (design, section 1): a package may import what stands in its row.
-LOW = {"errors", "glyph", "config"}
+LOW = {"errors", "glyph", "config", "processes"}
 CORE = {*LOW, "concept", "base", "conditions", "diffusion"}
 SHARED = {"neighbours", "similarity", "softprompt", "saliency", "images"}  # what methods build on
 MAY = {
     "errors": set(),
     "config": {"errors"},
+    "processes": {"errors"},
+    "engine": {*CORE},
     "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
     "concept": LOW,
     "conditions": {"errors"},
@@ -39,15 +41,15 @@ MAY = {
     "evaluation": {*CORE, "patch", "pipelines", "prompts", "softprompt"},
     "trajectories": CORE,
     "adapters": {*CORE, "patch"},
-    "train": {*CORE, "adapters", "patch", "monitor"},
+    "train": {*CORE, "adapters", "engine", "patch", "monitor"},
     "monitor": {*CORE, "neighbours"},
     "neighbours": {*CORE, "similarity"},
     "softprompt": CORE,
     "saliency": {*CORE, "patch", "original_names"},
     "images": {*CORE, "neighbours"},
-    "methods": {*CORE, "patch", "trajectories", "adapters", "train", "monitor", *SHARED},
-    "formats": {*CORE, "patch", "original_names"},
-    "plan": {*CORE, "methods", "train"},
+    "methods": {*CORE, "patch", "trajectories", "adapters", "train", "engine", "monitor", *SHARED},
+    "formats": {*CORE, "patch", "pipelines", "original_names"},
+    "plan": {*CORE, "methods", "train", "engine", "adapters"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},
     "bench_page": {*CORE, "evaluation", "bench"},  # the table; bench itself imports the page as it writes it

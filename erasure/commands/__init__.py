@@ -10,7 +10,7 @@ from typing import Any
 
 def say(given: argparse.Namespace, data: Any, text: str) -> None:
     """Print the result: text, or with --json one document."""
-    from erasure.evaluation.shards import speaks
+    from erasure.processes import speaks
 
     if speaks():  # one of the processes that a launcher started
         print(json.dumps(data, indent=1) if given.json else text)

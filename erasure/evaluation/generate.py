@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from erasure.errors import ErasureError
 from erasure.evaluation.progress import meter
 from erasure.evaluation.promptset import Prompt, PromptSet
-from erasure.evaluation.shards import Crew, crew
+from erasure.processes import Crew, crew
 
 STEPS = 25
 GUIDANCE = 3.0

@@ -16,7 +16,7 @@ from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.metrics import Judged, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
-from erasure.evaluation.shards import crew
+from erasure.processes import crew
 
 if TYPE_CHECKING:
     from PIL import Image

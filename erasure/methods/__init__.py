@@ -98,7 +98,9 @@ def erase(
         progress: show a bar; None does so on a terminal.
         preview_every: draw the concept and its neighbours every so many steps, into `<out>.previews`.
         trackers: log the losses with accelerate, into `<out>.logs`: tensorboard, wandb.
-        overrides: single settings, over everything else.
+        overrides: single settings, over everything else: the method's, and how to compute (`engine.Computing`).
+
+    Started by accelerate or torchrun as several processes, they do the one run together.
 
     Raises:
         ErasureError: an unknown method, setting, model or concept, an output that cannot be written, NaN.
@@ -106,38 +108,45 @@ def erase(
     from erasure import config as configuration
     from erasure.base import Base
     from erasure.concept import Concept
+    from erasure.engine import Computing, Engine
     from erasure.monitor import Previews, Trackers
+    from erasure.processes import crew
     from erasure.train import Run
 
     wanted = Concept.list_of(concept)
     file = configuration.read_yaml(Path(config)) if config is not None else {}
-    built = configured(method, wanted, file, overrides)
+    computing, layers = Computing.split(file, overrides)
+    built = configured(method, wanted, *layers)
     target = Path(out) if out is not None else None
     if target is not None:
         check_writable(target)
     elif preview_every is not None or trackers:
         raise ErasureError("previews and logs lie beside the patch: say where with `out` (-o)")
     base = Base.of(model)
-    run = Run(
-        seed=seed,
-        folder=target.with_name(f"{target.name}.run") if target else None,
-        progress=sys.stderr.isatty() if progress is None else progress,
-    )
-    settings = {"method": method, **dataclasses.asdict(built)}
-    run.open({"settings": settings, "concepts": [one.to_json() for one in wanted], "base": base.name, "seed": seed})
-    if target is not None and preview_every is not None:
-        run.previews = Previews(base, wanted, target.with_name(f"{target.name}.previews"), preview_every)
-    if target is not None and trackers:
-        run.trackers = Trackers(trackers, target.with_name(f"{target.name}.logs"), settings)
-    try:
-        learnt = built.fit(base, wanted, run)
-    finally:
-        if run.trackers is not None:
-            run.trackers.close()
-    patch = assemble(learnt, settings, base, wanted, run)
-    if target is not None:
-        patch.save(target)
-    run.close()
+    with crew(base.device.type == "cpu") as us, Engine(base, computing, us) as engine:
+        run = Run(
+            seed=seed,
+            folder=target.with_name(f"{target.name}.run") if target else None,
+            progress=sys.stderr.isatty() if progress is None else progress,
+            engine=engine,
+            crew=us,
+        )
+        settings = {"method": method, **dataclasses.asdict(built), **engine.computing.to_json()}
+        run.open({"settings": settings, "concepts": [one.to_json() for one in wanted], "base": base.name, "seed": seed})
+        if target is not None and preview_every is not None:
+            run.previews = Previews(base, wanted, target.with_name(f"{target.name}.previews"), preview_every)
+        if target is not None and trackers:
+            run.trackers = Trackers(trackers, target.with_name(f"{target.name}.logs"), settings)
+        try:
+            learnt = built.fit(base, wanted, run)
+        finally:
+            if run.trackers is not None:
+                run.trackers.close()
+        engine.close()  # the fingerprint is taken of the base's own weights
+        patch = assemble(learnt, settings, base, wanted, run)
+        if target is not None:
+            us.first(lambda: patch.save(target))
+        run.close()
     return patch
 
 

@@ -28,7 +28,7 @@ from erasure.evaluation import generate as module
 from erasure.evaluation import progress
 from erasure.evaluation.generate import checksum, generate
 from erasure.evaluation.promptset import Prompt, PromptSet
-from erasure.evaluation.shards import Crew
+from erasure.processes import Crew
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import low_rank_patch
 from tests.tiny import WORDS, tiny_pipeline
@@ -43,7 +43,7 @@ from PIL import Image
 from erasure.errors import ErasureError
 from erasure.evaluation.generate import generate
 from erasure.evaluation.promptset import PromptSet
-from erasure.evaluation.shards import speaks
+from erasure.processes import speaks
 from erasure.pipelines import ErasedStableDiffusionPipeline
 
 folder, mode = sys.argv[1:]

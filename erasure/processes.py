@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from erasure.errors import ErasureError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 T = TypeVar("T")
+DIED = "another process of this run has died; what was made is kept, and the same call goes on from there"
 PATIENCE = timedelta(days=30)  # shares end hours apart; a process that dies is noticed at once all the same
 
 
@@ -58,9 +62,7 @@ class Crew:
             dist.all_gather_object(found, (value, told), group=self.group)
         except RuntimeError as fault:
             if own is None:
-                raise ErasureError(
-                    "another process of this run has died; what was made is kept, and the same call goes on from there"
-                ) from fault
+                raise ErasureError(DIED) from fault
         if own is not None:
             raise own
         faults = list(dict.fromkeys(message for _, message in found if message))
@@ -76,6 +78,49 @@ class Crew:
         """
         found: list[Any] = self.each(lambda: work() if self.main else None)  # type: ignore[arg-type,return-value]
         return found[0]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every process's `tensor` [n, ...], all of one shape, in order: [count x n, ...].
+
+        Raises:
+            ErasureError: a process has died.
+        """
+        if self.count == 1:
+            return tensor
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        with _noticing():
+            dist.all_gather(parts, tensor.contiguous(), group=self._group(tensor))
+        return torch.cat(parts)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of every process's `tensor`, the same in all of them.
+
+        Raises:
+            ErasureError: a process has died.
+        """
+        if self.count == 1:
+            return tensor
+        import torch.distributed as dist
+
+        total = tensor.clone()
+        with _noticing():
+            dist.all_reduce(total, group=self._group(tensor))
+        return total / self.count
+
+    def _group(self, tensor: Tensor) -> Any:
+        """Objects and tensors of the CPU go by the patient group, those of a GPU by the launcher's own."""
+        return None if tensor.is_cuda else self.group
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as fault:
+        raise ErasureError(DIED) from fault
 
 
 def launched() -> bool:
