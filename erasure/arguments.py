@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--device", help="where to compute: cpu, cuda, cuda:1, mps; default: an accelerator if there is one"
     )
+    model.add_argument("--dtype", help="of the weights: fp32 (default), fp16, bf16")
+    model.add_argument("--variant", help="which copy of the weights of a folder or hub id, such as fp16")
+    model.add_argument(
+        "--model-config", metavar="KIND", help="what a .safetensors file is, such as sd2-v, or a diffusers folder"
+    )
     _erasing(add, model)
     _drawing(add, model)
     _patching(add, common, model)
@@ -166,7 +171,8 @@ def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.Argumen
 def _listing(add: Add) -> None:
     methods = add("methods", "the methods there are; with a name, its settings")
     methods.add_argument("name", nargs="?")
-    add("models", "the models that come with the package, and what else --model takes")
+    models = add("models", "the models there are; with a name, what each variant of a method would train in it")
+    models.add_argument("name", nargs="?", help="as --model, or sd1, sd2, sd2-v, sdxl")
     suites = add("suites", "the suites that come with the package; with a name, its parts")
     suites.add_argument("name", nargs="?")
     prompts = add("prompts", "the prompt sets that come with the package; with a name, its rows")

@@ -18,6 +18,7 @@ from erasure.checkpoints import INDEX, Found, identify
 from erasure.conditions import Conditions, encode_prompt, predict, text_encoders, unconditional
 from erasure.errors import ErasureError, unknown
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 BUNDLED = {"glyph": "the embedded checkpoint: 40 objects in 6 styles, 64x64 pixels, runs on a CPU"}
 
@@ -65,7 +66,7 @@ def look(where: str, **options: Any) -> Found:
         return identify(path, options.get("config"))
     if options.get("config") is not None:
         raise ErasureError(f"{where}: `config` says what a single file is; a diffusers folder brings its own")
-    index = path / INDEX if path.is_dir() else _hub_index(where, **options)
+    index = path / INDEX if path.is_dir() else hub_file(where, INDEX, **options)
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
@@ -73,12 +74,17 @@ def look(where: str, **options: Any) -> Found:
     return Found("folder", f"a {name}, by its {INDEX}", {INDEX: {"_class_name": name}})
 
 
-def _hub_index(name: str, **options: Any) -> Path:
+def hub_file(name: str, file: str, **options: Any) -> Path:
+    """One file of a hub id, from the cache or the hub.
+
+    Raises:
+        ErasureError: it is in neither, or the hub is switched off or out of reach.
+    """
     from huggingface_hub import constants, hf_hub_download
 
     wanted = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
     try:
-        return Path(hf_hub_download(name, INDEX, **wanted))
+        return Path(hf_hub_download(name, file, **wanted))
     except Exception as fault:  # the hub's client, and the one below it, have no common error
         offline = constants.HF_HUB_OFFLINE or wanted.get("local_files_only")
         reason = (

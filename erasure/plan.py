@@ -35,6 +35,8 @@ class Forecast:
         model_bytes: the checkpoint in memory.
         training_bytes: masters, gradients, two Adam moments and the base copy of what trains.
         activation_bytes: what one backward of the largest batch keeps.
+        modules: how many modules train.
+        weights: numbers that train in them.
     """
 
     F: int
@@ -43,6 +45,8 @@ class Forecast:
     model_bytes: int
     training_bytes: int
     activation_bytes: int
+    modules: int
+    weights: int
 
     def to_json(self) -> dict[str, float]:
         """Plain data."""
@@ -55,7 +59,10 @@ class Forecast:
             f"model {_size(self.model_bytes)}, training state {_size(self.training_bytes)}, "
             f"activations {_size(self.activation_bytes)}"
         )
-        return f"{self.F:,} F + {self.B:,} B, about {self.seconds:,.1f} s here, {_size(total)} of memory ({parts})"
+        what = f"{self.modules} modules train, {self.weights:,} numbers"
+        return (
+            f"{what}; {self.F:,} F + {self.B:,} B, about {self.seconds:,.1f} s here, {_size(total)} of memory ({parts})"
+        )
 
 
 def plan(model: Any, concept: Any, method: str, *, seed: int = 0, **overrides: Any) -> Forecast:
@@ -67,21 +74,25 @@ def plan(model: Any, concept: Any, method: str, *, seed: int = 0, **overrides: A
     concepts = Concept.list_of(concept)
     built = configured(method, concepts, overrides)
     base = Base.of(model)
-    counts, largest, trained = _dry(built, base, concepts, seed)
+    counts, largest, modules, trained = _dry(built, base, concepts, seed)
     forward, backward, kept = _probe(base)
     seconds = (counts.forward - counts.backward) * forward + counts.backward * backward
     parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
     weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return Forecast(counts.forward, counts.backward, seconds, weights, 20 * trained, int(kept * largest))
+    return Forecast(
+        counts.forward, counts.backward, seconds, weights, 20 * trained, int(kept * largest), modules, trained
+    )
 
 
-def _dry(method: Gradient, base: Base, concepts: list[Concept], seed: int) -> tuple[Counts, int, int]:
-    """Counts, the largest batch that goes backward, and the numbers that train."""
+def _dry(method: Gradient, base: Base, concepts: list[Concept], seed: int) -> tuple[Counts, int, int, int]:
+    """Counts, the largest batch that goes backward, the modules that train, and the numbers in them."""
     counts, largest = Counts(), 0
     with _answering_at_once(base.unet), counting(base.unet, counts):
         state = method.prepare(base, concepts, Run(seed=seed, progress=False))
         try:
-            trained = sum(param.numel() for param in state.adapter.parameters().values())
+            params = state.adapter.parameters()
+            modules = len({name.rpartition(".")[0] for name in params})
+            trained = sum(param.numel() for param in params.values())
             for step in range(method.iterations):
                 before = counts.backward
                 torch.stack(list(method.loss(state, step).values())).sum().backward()
@@ -89,7 +100,7 @@ def _dry(method: Gradient, base: Base, concepts: list[Concept], seed: int) -> tu
             method.gate(state)
         finally:
             state.adapter.remove()
-    return counts, largest, trained
+    return counts, largest, modules, trained
 
 
 @contextmanager

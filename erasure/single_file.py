@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from erasure import __version__
+from erasure.base import DTYPES
 from erasure.checkpoints import HEADER, INDEX, UNET, read_configs
 from erasure.clip_tokens import clip_tokenizer
 from erasure.conditions import text_encoders
@@ -19,7 +20,6 @@ from erasure.errors import ErasureError, unknown
 from erasure.original_names import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.patch.file import write_file
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # modelspec's names of the architectures (github.com/Stability-AI/ModelSpec).
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
@@ -50,7 +50,7 @@ def original_tensors(pipe: Any) -> dict[str, Tensor]:
     """All weights of a pipeline under the original names, as they now are.
 
     Raises:
-        ErasureError: an architecture without original names, or a part that is not in memory.
+        ErasureError: an architecture without original names.
     """
     kind, encoders = family(pipe), [encoder for _, encoder in text_encoders(pipe)]
     names = compvis_names(pipe.unet)
@@ -68,8 +68,6 @@ def original_tensors(pipe: Any) -> dict[str, Tensor]:
         texts = {"cond_stage_model.transformer.": clip_tensors(encoders[0])}
     parts = {"first_stage_model.": vae_tensors(pipe.vae), **texts}
     found |= {f"{start}{name}": value for start, several in parts.items() for name, value in several.items()}
-    if empty := [name for name, value in found.items() if value.is_meta]:
-        raise ErasureError(f"{empty[0]} is not in memory (offloaded): load the pipeline without offloading")
     return found
 
 
@@ -102,10 +100,12 @@ def save_single_file(
             f"{', '.join(gated)}: gated, so not in the weights; a single file cannot hold a gate. "
             "fuse_patches() folds them in: they then act on every prompt. Nothing was written"
         )
-    kind = family(pipe)
+    kind, weights = family(pipe), original_tensors(pipe)
+    if absent := [name for name, value in weights.items() if value.is_meta]:
+        raise ErasureError(f"{absent[0]} is not in memory (offloaded): load the pipeline without offloading")
     tensors = {
         name: value.detach().to("cpu", DTYPES[dtype] if dtype is not None else value.dtype).contiguous()
-        for name, value in original_tensors(pipe).items()
+        for name, value in weights.items()
     }
     files, pads = configurations(pipe)
     header = {

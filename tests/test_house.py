@@ -31,6 +31,7 @@ MAY = {
     "clip_tokens": {"errors"},
     "original_names": set(),
     "checkpoints": {"errors", "config", "clip_tokens"},
+    "outline": {*CORE, "checkpoints"},
     "single_file": {*CORE, "patch", "checkpoints", "clip_tokens", "original_names"},
     "diffusion": {"errors"},
     "base": {*CORE, "checkpoints", "pipelines"},  # Base.load opens the erased pipeline
@@ -54,7 +55,7 @@ MAY = {
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},
     "bench_page": {*CORE, "evaluation", "bench"},  # the table; bench itself imports the page as it writes it
     "cli": {*CORE, "arguments", "commands"},
-    "commands": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "formats"},
+    "commands": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "outline", "formats"},
     "arguments": set(),
 }
 

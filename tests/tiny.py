@@ -80,6 +80,7 @@ XL = {
     "transformer_layers_per_block": (1, 2),
     "use_linear_projection": True,
 }
+KINDS = ("sd1", "sd2-v", "sdxl")
 DIFFERS = {"sd1": {}, "sd2-v": {"use_linear_projection": True}, "sdxl": XL}  # the UNets
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,28 @@ def say(given: argparse.Namespace, data: Any, text: str) -> None:
         print(json.dumps(data, indent=1) if given.json else text)
 
 
-def model(given: argparse.Namespace) -> Any:
-    """The model without patches."""
-    from erasure.base import Base, quiet
+def base(given: argparse.Namespace) -> Any:
+    """The checkpoint of the command line; what a single file was taken for is said."""
+    from erasure.base import DTYPES, Base, quiet
+    from erasure.errors import unknown
 
     quiet()
-    pipe = Base.load(given.model, device=given.device).pipe
+    options = {"variant": given.variant, "config": given.model_config}
+    if given.dtype is not None:
+        if given.dtype not in DTYPES:
+            raise unknown("dtype", given.dtype, DTYPES)
+        options["dtype"] = DTYPES[given.dtype]
+    found = Base.load(
+        given.model, device=given.device, **{key: value for key, value in options.items() if value is not None}
+    )
+    if Path(given.model).is_file():
+        print(f"{given.model}: taken for {found.about}", file=sys.stderr)
+    return found
+
+
+def model(given: argparse.Namespace) -> Any:
+    """The model without patches."""
+    pipe = base(given).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from erasure.commands import say
+from erasure.commands import base, say
 from erasure.errors import ErasureError
 
 
@@ -40,14 +40,12 @@ def named(given: argparse.Namespace) -> list[Any]:
 
 def run_erase(given: argparse.Namespace) -> None:
     """`erasure erase`."""
-    from erasure.base import Base, quiet
     from erasure.config import parse_overrides
     from erasure.methods import erase
 
     concepts = named(given)
-    quiet()
     patch = erase(
-        Base.load(given.model, device=given.device),
+        base(given),
         concepts,
         given.method,
         out=given.out,
@@ -66,14 +64,12 @@ def run_erase(given: argparse.Namespace) -> None:
 
 def run_plan(given: argparse.Namespace) -> None:
     """`erasure plan`."""
-    from erasure.base import quiet
     from erasure.config import parse_overrides, read_yaml
     from erasure.plan import plan
 
     concepts = named(given)
     settings = read_yaml(given.config) if given.config else {}
-    quiet()
-    found = plan(given.model, concepts, given.method, seed=given.seed, **{**settings, **parse_overrides(given.set)})
+    found = plan(base(given), concepts, given.method, seed=given.seed, **{**settings, **parse_overrides(given.set)})
     say(given, found.to_json(), found.text())
 
 

@@ -27,9 +27,22 @@ def run_methods(given: argparse.Namespace) -> None:
 
 def run_models(given: argparse.Namespace) -> None:
     """`erasure models`."""
-    from erasure.base import BUNDLED
+    from erasure.base import BUNDLED, TARGETS, quiet
 
-    also = "also: a hub id (owner/name), a diffusers folder, a .safetensors file"
+    if given.name:
+        from erasure.outline import counts, outline
+
+        quiet()
+        base = outline(given.name)
+        found = {"about": base.about, "variants": counts(base)}
+        lines = [f"{given.name}: {base.about}", f"{'variant':14}{'modules':>8}{'weights':>16}{'rank-1 term':>13}"]
+        lines += [
+            f"{name:14}{row['modules']:8}{row['weights']:16,}{row['rank_1']:13,}  {TARGETS[name][0]}"
+            for name, row in counts(base).items()
+        ]
+        say(given, found, "\n".join(lines))
+        return
+    also = "also: a hub id (owner/name), a diffusers folder, a .safetensors file (Stable Diffusion 1, 2, XL)"
     say(given, BUNDLED, "\n".join([*(f"{name}: {text}" for name, text in BUNDLED.items()), also]))
 
 

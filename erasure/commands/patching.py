@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from erasure.commands import say
+from erasure.commands import base, say
 
 
 def run_patch(given: argparse.Namespace) -> None:
@@ -46,14 +46,12 @@ def formats(given: argparse.Namespace) -> None:
 
 def import_(given: argparse.Namespace) -> None:
     """`erasure patch import`."""
-    from erasure.base import Base, quiet
     from erasure.formats import FORMATS, METHODS, import_patch
 
-    quiet()
     patch = import_patch(
         given.file,
         given.format,
-        lambda: Base.load(given.model, device=given.device or "cpu"),
+        lambda: base(given),
         concepts=given.concept,
         allow_pickle=given.allow_pickle,
     )

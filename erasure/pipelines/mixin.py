@@ -52,8 +52,9 @@ class PatchMixin:
         """The pipeline of a checkpoint: `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
 
         Stable Diffusion 1 and 2 come without safety checker unless one is passed: it would blacken images that an
-        evaluation is to judge. Weights come as fp32 unless `dtype` (or `torch_dtype`) is passed. All other arguments are those of
-        diffusers; for a file, `config` says what it is (a name of `checkpoints.kinds()`, or a diffusers folder).
+        evaluation is to judge. Weights come as fp32 unless `dtype` (or `torch_dtype`) is passed. All other arguments
+        are those of diffusers; for a file, `config` says what it is (a name of `checkpoints.kinds()`, or a diffusers
+        folder).
 
         Raises:
             ErasureError: `model` names nothing that this class can load.
