@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from erasure.checkpoints import carried
 
 LENGTH = 12  # tokens in a prompt, the two special ones included
 WIDTH = 32  # of the text embedding
@@ -146,12 +149,26 @@ def tiny_pipeline(cls: type[Any] | None = None, seed: int = 0, kind: str = "sd1"
     return pipe
 
 
-def write_tiny(folder: str | Path, seed: int = 0) -> Path:
+def blueprint(kind: str) -> Any:
+    """The parts of a true architecture (a carried configuration) on the `meta` device: shapes, no weights."""
+    files = carried(kind).files
+    parts: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(files["scheduler/scheduler_config.json"])}
+    with torch.device("meta"):
+        parts["unet"] = UNet2DConditionModel.from_config(files["unet/config.json"])
+        parts["vae"] = AutoencoderKL.from_config(files["vae/config.json"])
+        for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            if f"{name}/config.json" in files:
+                parts[name] = cls(CLIPTextConfig.from_dict(files[f"{name}/config.json"]))
+                parts[name.replace("text_encoder", "tokenizer")] = object()
+    return SimpleNamespace(**parts)
+
+
+def write_tiny(folder: str | Path, seed: int = 0, kind: str = "sd1") -> Path:
     """Write the tiny pipeline as an ordinary diffusers folder; returns the folder."""
     target = Path(folder)
-    tiny_pipeline(seed=seed).save_pretrained(target)
+    tiny_pipeline(seed=seed, kind=kind).save_pretrained(target)
     index = json.loads((target / "model_index.json").read_text())
-    if index["_class_name"] != "StableDiffusionPipeline":
+    if index["_class_name"] != f"StableDiffusion{'XL' if kind == 'sdxl' else ''}Pipeline":
         raise RuntimeError(f"unexpected class in model_index.json: {index['_class_name']}")
     return target
 
