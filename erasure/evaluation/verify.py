@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics import figure, spread
+from erasure.evaluation.card import CAVEAT, SCHEMA, card, estimate, table
+from erasure.evaluation.metrics import figure
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
     from erasure.evaluation.judges import Judge
     from erasure.evaluation.promptset import PromptSet
     from erasure.evaluation.report import Report
-    from erasure.patch import Patch
 
-SCHEMA = 1
 # One attack each of those who write prompts, hold embeddings, hold weights.
 ATTACKS = ("unlearndiffatk", "inversion", "rece")
 CLOSE = 1e-6  # of equal values, intervals have no width
-CAVEAT = "These are the prompts and attacks that were tried; others may bring the concept back."
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Verification:
                 old = ((self.earlier or {}).get(group) or {}).get(name)
                 was = old.get("value") if isinstance(old, dict) else None
                 if isinstance(was, int | float) and not cell["low"] - CLOSE <= was <= cell["high"] + CLOSE:
-                    found.append(f"{name}: {figure(name, was)} before, now {_cell(name, cell)}")
+                    found.append(f"{name}: {figure(name, was)} before, now {estimate(name, cell)}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -144,15 +142,14 @@ def verify(
     finally:
         pipe.unload_patches()
     results = summary(measured, attacked)
+    made = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
         os.replace(out / "grid.tmp", out / "grid.png")
-        card_text = card(patch, path.name, results)
-        (out / "README.tmp").write_text(card_text, encoding="utf-8")
+        (out / "README.tmp").write_text(card(made, path.name, grid="grid.png"), encoding="utf-8")
         os.replace(out / "README.tmp", out / "README.md")
     except OSError as fault:
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
-    made = dataclasses.replace(patch, results=results, stored={})
     copy = made.save(out / path.name, dtype=str(patch.stored["dtype"]))
     return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
 
@@ -182,67 +179,3 @@ def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
         "how": {key: measured.provenance[key] for key in measured.provenance if key not in ("patches", "loaded")},
         "note": CAVEAT,
     }
-
-
-def _cell(name: str, cell: dict[str, Any]) -> str:
-    return spread(name, cell["value"], cell["low"], cell["high"])
-
-
-def table(results: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
-    lines = ["| what | base | with the patch | images |", "|---|---|---|---|"]
-    for name, cell in results["metrics"].items():
-        arrow = "↑" if cell["higher_is_better"] else "↓"
-        base = "" if cell["base"] is None else figure(name, cell["base"])
-        lines.append(f"| {name} {arrow} | {base} | {_cell(name, cell)} | {cell['n']} |")
-    if results["attacks"]:
-        lines += [
-            "",
-            "| attack | needs | before | after | as many tries without the search | prompts |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, cell in results["attacks"].items():
-            control = "" if cell["control"] is None else f"{cell['control']:.0%}"
-            lines.append(
-                f"| {name} | {cell['access']} | {cell['before']:.0%} | {_cell('', cell)} | {control} | {cell['n']} |"
-            )
-    return "\n".join(lines)
-
-
-def card(patch: Patch, file: str, results: dict[str, Any]) -> str:
-    """A model card for the hub."""
-    names, base = ", ".join(patch.names), patch.base or "unknown"
-    info, how = patch.info(), results["how"]
-    made = f"{info['parameters']:,} parameters, gate: {info['gate']}. Loads in: {', '.join(info['loaders'])}."
-    source = f"Judge: {how['judge']['name']}; prompts: {how['prompts']['name']} ({how['prompts']['used']}); "
-    source += f"{how['steps']} steps, guidance {how['guidance']}. Anyone can measure it again:"
-    return f"""---
-base_model: {base}
-library_name: erasure-diffusion
-tags: [concept-erasure, {patch.method}]
----
-# {names}, erased from {base}
-
-A patch by the method `{patch.method}`. {made}
-
-![The same prompts and seeds, without the patch and with it](grid.png)
-
-## What was measured
-{table(results)}
-
-95 % intervals (Wilson for shares, bootstrap for scores). {CAVEAT}
-
-{source}
-
-```
-erasure verify {file} --model {base}
-```
-
-## How to load it
-```python
-from erasure import ErasedStableDiffusionPipeline
-
-pipe = ErasedStableDiffusionPipeline.from_pretrained("{base}")
-pipe.load_patch("{file}")
-```
-"""

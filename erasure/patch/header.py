@@ -13,6 +13,7 @@ from erasure.patch.encode import DTYPES, cross_width, two_encoders
 from erasure.patch.file import read_layout
 from erasure.patch.keys import COMPONENTS, DOWN
 from erasure.patch.payload import Delta, LowRank
+from erasure.repository import located
 
 FORMAT = 1
 KINDS = (LowRank.kind, Delta.kind)
@@ -142,7 +143,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         ErasureError: not a patch file, or one that is damaged or too new.
     """
-    layout = read_layout(path)
+    layout = read_layout(located(path).path)
     refuse_plain(layout.path, layout.metadata, list(layout.entries))
     try:
         decode_header(layout.metadata)

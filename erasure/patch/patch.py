@@ -19,6 +19,7 @@ from erasure.patch.file import read_layout, write_file
 from erasure.patch.header import FORMAT, JSON, check_fields, decode_header, loader_keys, refuse_plain, to_json
 from erasure.patch.keys import check_component
 from erasure.patch.payload import Delta, LowRank
+from erasure.repository import located
 
 ALWAYS = {"kind": "always"}
 FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
@@ -40,7 +41,8 @@ class Patch:
         seed: of the run.
         costs: F and B counts, seconds, peak memory.
         results: what verification measured, or None.
-        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error; empty otherwise.
+        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error, and from the hub its repository and
+            revision; empty otherwise.
 
     Raises:
         ErasureError: a field of the wrong type, or that cannot be written as JSON.
@@ -176,10 +178,15 @@ class Patch:
     def load(cls, path: str | os.PathLike[str]) -> Patch:
         """Read a patch file; never a pickle, and nothing is allocated before sizes are checked.
 
+        Args:
+            path: the file; or a name on the Hugging Face hub, `owner/name[@revision][/file.safetensors]`, which is
+                fetched into the hub's cache (with HF_HUB_OFFLINE set, taken from there). What lies here goes first.
+
         Raises:
             ErasureError: naming the file and what is wrong with it.
         """
-        layout = read_layout(path)
+        found = located(path)
+        layout = read_layout(found.path)
         refuse_plain(layout.path, layout.metadata, list(layout.entries))
         try:
             fields = decode_header(layout.metadata)
@@ -187,6 +194,8 @@ class Patch:
             modules, shapes = fields.pop("modules") or {}, fields.pop("sparse") or {}
             stored = {"path": str(layout.path), "bytes": layout.size, "dtype": dtype}
             stored["dtype_error"] = fields.pop("dtype_error")
+            if found.repository:
+                stored |= {"repository": found.repository, "revision": found.revision}
             return cls(payload=decode(layout.read(), kind, dtype, modules, shapes), stored=stored, **fields)
         except ErasureError as error:
             raise ErasureError(f"{layout.path}: {str(error).removeprefix(f'{layout.path}: ')}") from error

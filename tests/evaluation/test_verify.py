@@ -38,7 +38,7 @@ def pipe():
 
 @pytest.fixture
 def source(pipe, tmp_path):
-    patch = delta_patch(pipe, part="resnets", size=0.5, concepts=[{"name": "cat"}])
+    patch = delta_patch(pipe, part="resnets", size=0.5, concepts=[{"name": "cat"}], base="some/tiny")
     return patch.save(tmp_path / "cat.safetensors", dtype="bf16")
 
 
@@ -52,7 +52,7 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert found.results["metrics"]["UA"]["n"] == 4 and found.results["attacks"]["encoder"]["n"] == 2
     assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
     card = found.card.read_text()
-    assert card.startswith("---\nbase_model: tiny\n") and CAVEAT in card and "| UA ↑ |" in card
+    assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert (tmp_path / "out" / "grid.png").is_file() and "safe" not in card.replace("safetensors", "")
 
 
