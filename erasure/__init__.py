@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from erasure.concept import Concept as Concept
     from erasure.errors import ErasureError as ErasureError
     from erasure.evaluation import evaluate as evaluate
+    from erasure.hub import pull as pull
+    from erasure.hub import push as push
     from erasure.methods import erase as erase
     from erasure.patch import Patch as Patch
     from erasure.pipelines import ErasedStableDiffusionPipeline as ErasedStableDiffusionPipeline
@@ -26,6 +28,8 @@ _WHERE = {
     "erase": "erasure.methods",
     "evaluate": "erasure.evaluation",
     "load_patch": "erasure.pipelines",
+    "pull": "erasure.hub",
+    "push": "erasure.hub",
 }
 __all__ = sorted(_WHERE)
 

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _erasing(add, model)
     _drawing(add, model)
     _patching(add, common, model)
+    _sharing(add)
     _listing(add)
     return top
 
@@ -166,6 +167,57 @@ def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.Argumen
     carry.add_argument("--force", action="store_true", help="write onto another base where the shapes fit")
     for command in (bring, carry):
         command.add_argument("-o", "--out", type=Path, required=True, help="where to write")
+    _algebra(action)
+
+
+def _algebra(action: Add) -> None:
+    """Patches from patches. Files are texts, not paths: a name on the hub will do as well."""
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("file", help="a patch, or its name on the hub")
+    written = argparse.ArgumentParser(add_help=False)
+    written.add_argument("-o", "--out", type=Path, required=True, help="where to write")
+    dtyped = argparse.ArgumentParser(add_help=False)
+    dtyped.add_argument("--dtype", help="of the tensors: fp32, bf16 or fp16; default: fp32")
+    based = argparse.ArgumentParser(add_help=False)
+    based.add_argument("--model", help="the base, where it has to be read; default: what the patches say")
+    based.add_argument("--force", action="store_true", help="go on with other or unrecorded bases where the shapes fit")
+    gated = argparse.ArgumentParser(add_help=False)
+    gated.add_argument("--drop-gate", action="store_true", help="let the result act on every prompt")
+
+    scale = action("scale", "a patch with every change times a factor", one, written, dtyped)
+    scale.add_argument("factor", type=float, help="such as 0.5 or -1")
+    action("negate", "the patch that undoes a patch", one, written, dtyped)
+    merge = action("merge", "one patch that does what several do, weighted", written, dtyped, based, gated)
+    merge.add_argument("file", nargs="+", metavar="FILE[:WEIGHT]", help="patches, or their names on the hub")
+    subtract = action("subtract", "a patch without what another does", one, written, dtyped, based, gated)
+    subtract.add_argument("other", help="what is taken away")
+    resize = action("resize", "a smaller patch, and how much it differs", one, dtyped, based)
+    resize.add_argument("--rank", type=int, help="in each layer at most")
+    resize.add_argument("--energy", type=float, help="share of each layer's squared change to keep, such as 0.9")
+    resize.add_argument("--drop", action="store_true", help="leave out biases, norms and embeddings, as error")
+    resize.add_argument("--report", action="store_true", help="only tell what each rank would take and lose")
+    resize.add_argument("-o", "--out", type=Path, help="where to write; with --report, a PNG chart")
+    diff = action("diff", "the patch that leads from one checkpoint to another", written, dtyped)
+    diff.add_argument("base", help="glyph, a diffusers folder, a .safetensors file or a hub id")
+    diff.add_argument("other", help="the same, with the concept gone")
+    diff.add_argument("--concept", action="append", required=True, help="what is gone there; may be repeated")
+    diff.add_argument("--component", action="append", help="unet, text_encoder or text_encoder_2; default: all")
+    conflicts = action("conflicts", "which patches touch the same weights, and whether they pull the same way")
+    conflicts.add_argument("file", nargs="+", help="patches, or their names on the hub")
+
+
+def _sharing(add: Add) -> None:
+    push = add("push", "put a patch with its model card on the Hugging Face hub")
+    push.add_argument("file", type=Path)
+    push.add_argument("repository", help="owner/name")
+    push.add_argument("--folder", type=Path, help="lay the repository out here, and upload nothing")
+    push.add_argument("--private", action="store_true", help="make a repository that only its owner sees")
+    push.add_argument("--license", help="of the patch, as the hub calls it, such as openrail")
+    push.add_argument("--message", help="of the commit")
+    pull = add("pull", "fetch a patch from the Hugging Face hub and check it")
+    pull.add_argument("source", help="owner/name[@revision][/file.safetensors], or a folder of that layout")
+    pull.add_argument("-o", "--out", type=Path, help="where to write; default: its own name, here")
+    pull.add_argument("--overwrite", action="store_true", help="replace another file that is there")
 
 
 def _listing(add: Add) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 
 from erasure.arguments import parser
-from erasure.commands import erasing, listing, measuring, patching
+from erasure.commands import erasing, listing, measuring, patching, sharing
 from erasure.errors import ErasureError
 
 
@@ -55,6 +55,8 @@ RUN = {
     "attack": measuring.run_attack,
     "verify": measuring.run_verify,
     "patch": patching.run_patch,
+    "push": sharing.run_push,
+    "pull": sharing.run_pull,
     "methods": listing.run_methods,
     "models": listing.run_models,
     "suites": listing.run_suites,

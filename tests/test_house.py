@@ -17,7 +17,7 @@ from erasure import methods
 ROOT = Path(erasure.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
 # Who may import whom (design, section 1): a package may import what stands in its row.
-LOW = {"errors", "glyph", "config", "processes"}
+LOW = {"errors", "glyph", "config", "processes", "repository"}
 CORE = {*LOW, "concept", "base", "conditions", "diffusion"}
 SHARED = {"neighbours", "similarity", "softprompt", "saliency", "images"}  # what methods build on
 MAY = {
@@ -25,6 +25,8 @@ MAY = {
     "config": {"errors"},
     "processes": {"errors"},
     "engine": {*CORE},
+    "repository": {"errors"},
+    "hub": {*CORE, "patch", "evaluation"},
     "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
     "concept": LOW,
     "conditions": {"errors"},
@@ -55,7 +57,7 @@ MAY = {
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},
     "bench_page": {*CORE, "evaluation", "bench"},  # the table; bench itself imports the page as it writes it
     "cli": {*CORE, "arguments", "commands"},
-    "commands": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "outline", "formats"},
+    "commands": {*CORE, "patch", "pipelines", "evaluation", "methods", "demo", "bench", "plan", "outline", "formats", "hub"},
     "arguments": set(),
 }
 

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from erasure.commands import base, say
+from erasure.commands import algebra, base, say
 
 
 def run_patch(given: argparse.Namespace) -> None:
@@ -92,4 +92,11 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "formats": formats,
     "import": import_,
     "export": export,
+    "scale": algebra.run_scale,
+    "negate": algebra.run_negate,
+    "merge": algebra.run_merge,
+    "subtract": algebra.run_subtract,
+    "resize": algebra.run_resize,
+    "diff": algebra.run_diff,
+    "conflicts": algebra.run_conflicts,
 }

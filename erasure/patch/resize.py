@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from erasure.errors import ErasureError, unknown
-from erasure.patch.encode import DTYPES
+from erasure.errors import ErasureError
 from erasure.patch.lineage import fingerprints, history
 from erasure.patch.patch import Patch
 from erasure.patch.payload import Delta, Layer, LowRank
@@ -108,9 +107,9 @@ def resize(
         raise ErasureError("give either rank or energy")
     if energy is not None and not (type(energy) in (int, float) and 0 < energy <= 1):
         raise ErasureError(f"energy is a share above 0 and at most 1, not {energy!r}")
-    labels, dropped = _matrices(patch, drop)
+    labels, dropped = matrices(patch, drop)
     if rank is not None:
-        _check_rank(rank, max(full_rank(patch.payload, *label) for label in labels))
+        check_rank(rank, max(full_rank(patch.payload, *label) for label in labels))
     layers: dict[str, dict[str, Layer]] = {}
     for component, name in labels:
         spectrum = Spectrum.of(patch.payload, component, name)
@@ -143,12 +142,13 @@ def full_rank(payload: LowRank | Delta, component: str, name: str) -> int:
     return limit
 
 
-def _check_rank(rank: Any, limit: int) -> None:
+def check_rank(rank: Any, limit: int) -> None:
+    """Raise an ErasureError at what is no rank from 1 to `limit`."""
     if type(rank) is not int or not 1 <= rank <= limit:
         raise ErasureError(f"rank is a whole number from 1 to {limit}, the full rank of the patch, not {rank!r}")
 
 
-def _matrices(patch: Patch, drop: bool) -> tuple[list[Label], list[Label]]:
+def matrices(patch: Patch, drop: bool) -> tuple[list[Label], list[Label]]:
     """The parameters that low-rank terms can change, and the others.
 
     Raises:
@@ -185,73 +185,3 @@ def _errors(
         lost, total = lost + wrong, total + size
     left = sum(float(before.change(*label).double().square().sum()) for label in dropped)
     return math.sqrt((lost + left) / (total + left)) if total + left else 0.0, errors
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Size against accuracy.
-
-    Args:
-        now: kind and bytes of the patch as it is (of its tensors, in `dtype`).
-        dtype: of the tensors whose bytes are counted.
-        rows: for each rank its bytes, relative error in total, and the layer that suffers most.
-    """
-
-    now: dict[str, Any]
-    dtype: str
-    rows: list[dict[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {"now": self.now, "dtype": self.dtype, "rows": self.rows}
-
-    def text(self) -> str:
-        """A table."""
-        lines = [f"now: {self.now['kind']}, {self.now['bytes']:,} bytes in {self.dtype}"]
-        lines.append(f"{'rank':>6} {'bytes':>14} {'of now':>7} {'error':>8}  worst layer")
-        for row in self.rows:
-            share = row["bytes"] / self.now["bytes"]
-            worst = f"{row['worst_error']:.1%} {row['worst']}"
-            lines.append(f"{row['rank']:>6} {row['bytes']:>14,} {share:>7.1%} {row['error']:>8.2%}  {worst}")
-        return "\n".join(lines)
-
-
-def sizes(patch: Patch, ranks: Iterable[int] | None = None, *, dtype: str = "fp32", drop: bool = False) -> Sizes:
-    """What each rank would take and lose, without making the patches.
-
-    Args:
-        patch: low-rank or differences.
-        ranks: which to try; None: 1, 2, 4 .. up to the full rank.
-        dtype: of the tensors whose bytes are counted.
-        drop: as in `resize`.
-
-    Raises:
-        ErasureError: a rank out of range, an unknown dtype, parameters that are no matrices.
-    """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    payload = patch.payload
-    labels, dropped = _matrices(patch, drop)
-    limit = max(full_rank(payload, *label) for label in labels)
-    wanted = sorted({2**n for n in range(limit.bit_length())} | {limit}) if ranks is None else sorted(set(ranks))
-    for rank in wanted:
-        _check_rank(rank, limit)
-    width = DTYPES[dtype].itemsize
-    lost = {rank: dict[str, float]() for rank in wanted}
-    room, size = dict.fromkeys(wanted, 0), dict[str, float]()
-    for label in labels:
-        spectrum, shape = Spectrum.of(payload, *label), payload.shape(*label)
-        size[".".join(label)] = float(spectrum.values.square().sum())
-        for rank in wanted:
-            lost[rank][".".join(label)] = spectrum.lost(rank)
-            room[rank] += min(rank, len(spectrum.values)) * (shape[0] + math.prod(shape[1:])) * width
-    left = sum(float(payload.change(*label).double().square().sum()) for label in dropped)
-    total = sum(size.values()) + left
-    rows = []
-    for rank in wanted:
-        shares = {name: math.sqrt(lost[rank][name] / size[name]) if size[name] else 0.0 for name in size}
-        worst = max(shares, key=lambda name: shares[name])
-        error = math.sqrt((sum(lost[rank].values()) + left) / total) if total else 0.0
-        rows.append({"rank": rank, "bytes": room[rank], "error": error, "worst": worst, "worst_error": shares[worst]})
-    now = {"kind": payload.kind, "bytes": sum(tensor.numel() for tensor in payload.tensors()) * width}
-    return Sizes(now, dtype, rows)

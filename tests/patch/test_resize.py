@@ -10,7 +10,8 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.patch import Delta, Patch, fingerprint
-from erasure.patch.resize import resize, sizes
+from erasure.patch.resize import resize
+from erasure.patch.sizes import sizes
 from erasure.pipelines import load_patch
 from tests.patch.making import delta_patch, low_rank_patch, made
 from tests.tiny import tiny_pipeline
@@ -153,3 +154,16 @@ def test_sizes_foretell_what_resizing_does(pipe):
         sizes(dense, [0])
     with pytest.raises(ErasureError, match="dtype"):
         sizes(dense, dtype="fp8")
+
+
+def test_the_chart_is_a_picture(pipe, tmp_path):
+    from PIL import Image
+
+    found = sizes(resizable(pipe, "attn2"))
+    with Image.open(found.chart(tmp_path / "deep" / "sizes.png")) as image:
+        assert image.format == "PNG" and len(image.getcolors(100_000)) > 4
+    with pytest.raises(ErasureError, match=r"\.png"):
+        found.chart(tmp_path / "sizes.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ErasureError, match="cannot be written"):
+        found.chart(tmp_path / "file" / "x.png")
