@@ -112,12 +112,14 @@ def inside(
     others = _around(list(kept), pictures)
     listed: Any = getattr(pipe, "get_list_patches", dict)()
     with torch.no_grad(), counting(pipe.unet, counts):
-        options: dict[str, Any] = {
-            "num_inference_steps": generate.STEPS if steps is None else steps,
-            "guidance_scale": generate.GUIDANCE if guidance is None else guidance,
-        }
         ask = [shown for shown, _ in pairs]
-        made = base_latents(victim, [*ask, *others], seed, batch_size, options)
+        made = victim.base_latents(
+            [*ask, *others],
+            range(seed, seed + len(ask) + len(others)),
+            batch_size,
+            generate.STEPS if steps is None else steps,
+            generate.GUIDANCE if guidance is None else guidance,
+        )
         target = answers(victim, made[: len(ask)], ask, [without for _, without in pairs], draw, batch_size)
         rest = answers(victim, made[len(ask) :], others, None, draw, batch_size)
         ratios = closed_leak(victim, one, other_words(one) if words is None else words)
@@ -135,17 +137,6 @@ def inside(
 def _around(values: list[Any], count: int) -> list[Any]:
     """`count` of the values, from the beginning again where they end."""
     return [values[i % len(values)] for i in range(count)]
-
-
-def base_latents(victim: Victim, prompts: Sequence[str], seed: int, batch_size: int, options: dict[str, Any]) -> Tensor:
-    """The base's latents of prompts [n, c, h, w], scaled as the UNet takes them; row i from the noise of `seed` + i."""
-    found = []
-    with victim.unpatched():
-        for at in range(0, len(prompts), batch_size):
-            part = list(prompts[at : at + batch_size])
-            noise = [torch.Generator().manual_seed(seed + at + i) for i in range(len(part))]
-            found.append(victim.pipe(part, generator=noise, output_type="latent", **options).images.float())
-    return torch.cat(found)
 
 
 def answers(

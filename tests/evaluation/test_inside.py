@@ -8,7 +8,7 @@ import torch
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Victim
-from erasure.evaluation.inside import answers, base_latents, closed_leak, inside, other_words
+from erasure.evaluation.inside import answers, closed_leak, inside, other_words
 from erasure.evaluation.run import switched_off
 from erasure.patch import Delta
 from erasure.pipelines import ErasedStableDiffusionPipeline
@@ -149,10 +149,10 @@ def test_words_of_the_vocabulary():
 
 
 def test_the_bases_latents_are_the_bases(pipe):
-    victim, options = Victim(pipe, switched_off), {"num_inference_steps": 2, "guidance_scale": 3.0}
-    want = base_latents(victim, KEPT, 5, 2, options)
+    victim, given = Victim(pipe, switched_off), (KEPT, [5, 6, 9], 2, 2, 3.0)
+    want = victim.base_latents(*given)
     pipe.load_patch(delta_patch(pipe, size=1.0), name="p")
-    assert torch.equal(base_latents(victim, KEPT, 5, 2, options), want)
+    assert torch.equal(victim.base_latents(*given), want) and len(want) == 3
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,25 @@ class Victim:
         with torch.no_grad():
             return self.pipe.text_encoder(ids.to(self.device))[0]
 
+    def base_latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
+    ) -> Tensor:
+        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them; each from its own seed's noise."""
+        import torch
+
+        found = []
+        with self.unpatched():
+            for at in range(0, len(prompts), batch_size):
+                made = self.pipe(
+                    list(prompts[at : at + batch_size]),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[at : at + batch_size]],
+                    output_type="latent",
+                ).images
+                found.append(made.float())
+        return torch.cat(found)
+
     def eps(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
         """The noise that the UNet sees in x [n, c, h, w] at t [n]."""
         from erasure.conditions import Conditions, predict

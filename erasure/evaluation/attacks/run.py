@@ -92,27 +92,11 @@ class Asking:
                 found.add(i)
         return found
 
-    def base_latents(self, rows: Sequence[Any]) -> list[torch.Tensor]:
-        """Latents of the base's pictures of prompts."""
-        found: list[torch.Tensor] = []
-        with self.victim.unpatched():
-            for at in range(0, len(rows), self.batch_size):
-                part = rows[at : at + self.batch_size]
-                made = self.victim.pipe(
-                    [row.prompt for row in part],
-                    num_inference_steps=self.steps,
-                    guidance_scale=self.guidance,
-                    generator=[torch.Generator().manual_seed(row.seed) for row in part],
-                    output_type="latent",
-                ).images
-                found += list(made.float())
-        return found
-
-    def decoded(self, latents: list[torch.Tensor]) -> list[Image.Image]:
-        """The pictures of latents."""
+    def decoded(self, latents: torch.Tensor) -> list[Image.Image]:
+        """The pictures of latents [n, c, h, w]."""
         pipe = self.victim.pipe
         with torch.no_grad():
-            made = torch.stack(latents).to(self.victim.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+            made = latents.to(self.victim.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.image_processor.postprocess(pipe.vae.decode(made).sample)
 
 
@@ -216,7 +200,13 @@ def _cases(asking: Asking, rows: PromptSet, concept: Any, count: int) -> tuple[l
     tried = 0
     while len(found) < count and tried < len(wanted):
         part = wanted[tried : tried + max(LEAST, count - len(found))]
-        latents = asking.base_latents(part)
+        latents = asking.victim.base_latents(
+            [row.prompt for row in part],
+            [row.seed for row in part],
+            asking.batch_size,
+            asking.steps,
+            asking.guidance,
+        )
         images = asking.decoded(latents)
         words = [*labels, *([concept] if isinstance(concept, str) else getattr(concept, "names", concept))]
         drawn = [
