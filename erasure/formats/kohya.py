@@ -11,12 +11,12 @@ from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.making import Found, components, low_rank, need_low_rank
 from erasure.formats.source import Source
+from erasure.original_names import compvis_names
 from erasure.patch import LowRank, Patch
 from erasure.patch.encode import encode
 from erasure.patch.file import write_file
 from erasure.patch.header import loader_keys
 from erasure.patch.keys import ALPHA, DOWN, UP, kohya_prefix
-from erasure.original_names import compvis_names
 
 Place = tuple[str, str]  # component, module path
 

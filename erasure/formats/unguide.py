@@ -11,8 +11,8 @@ from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.making import Found, low_rank
 from erasure.formats.source import Source
-from erasure.patch.payload import Layer
 from erasure.original_names import compvis_names
+from erasure.patch.payload import Layer
 
 SCALE = 8.0  # the published code's, which stands in no file but train_config.json
 PREFIXES = ("model.", "diffusion_model.")

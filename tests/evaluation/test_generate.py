@@ -28,8 +28,8 @@ from erasure.evaluation import generate as module
 from erasure.evaluation import progress
 from erasure.evaluation.generate import checksum, generate
 from erasure.evaluation.promptset import Prompt, PromptSet
-from erasure.processes import Crew
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.processes import Crew
 from tests.patch.making import low_rank_patch
 from tests.tiny import WORDS, tiny_pipeline
 

@@ -127,7 +127,10 @@ def test_unguide_files_that_are_none(pipe, base, tmp_path):
     count = len(content) // 2
     cases = {
         "half": ({k: v for k, v in content.items() if k != first}, "lacks its .lora.A"),
-        "alien": ({**content, "x.lora.A": torch.ones(2, 1), "x.lora.B": torch.ones(1, 2)}, f"{count} of its {count + 1}"),
+        "alien": (
+            {**content, "x.lora.A": torch.ones(2, 1), "x.lora.B": torch.ones(1, 2)},
+            f"{count} of its {count + 1}",
+        ),
         "odd": ({**content, "bias": torch.ones(2)}, "neither"),
     }
     for name, (file, message) in cases.items():

@@ -172,7 +172,7 @@ class Victim:
     def base_latents(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
     ) -> Tensor:
-        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them; each from its own seed's noise."""
+        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them, each from its seed's noise."""
         import torch
 
         found = []

@@ -91,9 +91,7 @@ def readable(unet: nn.Module, ends: tuple[str, ...]) -> list[Tensor]:
         ErasureError: there are none.
     """
     found = [
-        module.weight
-        for path, module in unet.named_modules()
-        if path.endswith(ends) and isinstance(module, nn.Linear)
+        module.weight for path, module in unet.named_modules() if path.endswith(ends) and isinstance(module, nn.Linear)
     ]
     if not found:
         raise ErasureError(f"relearning: the UNet has no linear layer {', '.join(ends)} that could learn")
