@@ -1,0 +1,225 @@
+"""What other programs load: diffusers for real, ComfyUI and A1111 by their key maps, lycoris where it is installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from erasure.base import Base
+from erasure.formats import FORMATS, as_it_is, export_patch, exports, import_patch, rows
+from erasure.formats.loaders import LOADERS, family, missed
+from erasure.patch import Delta, LowRank
+from erasure.patch.encode import encode
+from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
+from tests.formats import truth
+from tests.formats.making import close
+from tests.patch.making import delta_patch, gap, low_rank_patch, made
+from tests.pipelines.test_gates import tiny_xl
+from tests.tiny import latents, tiny_pipeline
+
+PROMPTS = ["a photo of a cat by van gogh", "a red dog"]
+KINDS = ("sd1", "sd2", "sdxl")
+TEXT = {"kind": "text", "texts": ["van gogh"]}
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya", "spm"])
+@pytest.mark.parametrize("alpha", [2.0, 0.5])
+def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, form, alpha):
+    ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
+    parts = ("unet",) if form == "spm" else ("unet", "text_encoder")
+    patch = low_rank_patch(
+        ours, rank=4, part="attentions" if form == "spm" else "", alpha=alpha, components=parts, size=0.05, gate=TEXT
+    )
+    base = latents(ours, PROMPTS)
+    ours.load_patch(patch)
+    ours.fuse_patches()
+    found = latents(ours, PROMPTS)
+    assert gap(found, base) > 1e-3
+    done = export_patch(patch, tmp_path / "lora.safetensors", form)
+    theirs.load_lora_weights(done.path)
+    assert gap(latents(theirs, PROMPTS), found) < 1e-5
+
+
+def test_diffusers_reads_ranks_that_differ_right(tmp_path):
+    """Each layer keeps its own scale, though a file without metadata has no alpha."""
+    ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
+    layers = dict(low_rank_patch(ours, rank=4, alpha=1.0, size=0.2).payload.layers["unet"])
+    for path in list(layers)[::2]:
+        layers[path] = low_rank_patch(ours, rank=1, alpha=3.0, size=0.2).payload.layers["unet"][path]
+    patch = made(ours, LowRank({"unet": layers}))
+    ours.load_patch(patch)
+    found = latents(ours, PROMPTS)
+    for form in ("peft", "kohya"):
+        theirs.load_lora_weights(export_patch(patch, tmp_path / f"{form}.safetensors", form).path)
+        assert gap(latents(theirs, PROMPTS), found) < 1e-5, form
+        theirs.unload_lora_weights()
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_diffusers_loads_every_layer_of_xl(tmp_path, form):
+    """Also the one that only XL has, add_embedding, and both text encoders."""
+    ours, theirs = tiny_xl(ErasedStableDiffusionXLPipeline), tiny_xl(StableDiffusionXLPipeline)
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    patch = low_rank_patch(ours, part="", alpha=3.0, components=parts, size=0.05)
+    assert "add_embedding.linear_1" in patch.payload.layers["unet"]
+    ours.load_patch(patch)
+    found = latents(ours, PROMPTS, height=16, width=16)
+    theirs.load_lora_weights(export_patch(patch, tmp_path / "lora.safetensors", form).path)
+    assert gap(latents(theirs, PROMPTS, height=16, width=16), found) < 1e-5
+    assert close(
+        patch, import_patch(tmp_path / "lora.safetensors", "auto", Base.of(tiny_xl(StableDiffusionXLPipeline)))
+    )
+
+
+def test_a_lora_that_diffusers_wrote_is_read_with_its_metadata(tmp_path):
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    theirs, ours = tiny_pipeline(), tiny_pipeline(ErasedStableDiffusionPipeline)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "to_q"], alpha_pattern={"attn2.to_k": 1})
+    theirs.unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    expected = latents(theirs, PROMPTS)
+    kept = get_peft_model_state_dict(theirs.unet)
+    theirs.save_lora_weights(tmp_path, unet_lora_layers=kept, unet_lora_adapter_metadata=config.to_dict())
+    patch = import_patch(tmp_path / "pytorch_lora_weights.safetensors", "auto", Base.of(ours))
+    assert patch.config["format"] == "peft"
+    ours.load_patch(patch)
+    assert gap(latents(ours, PROMPTS), expected) < 1e-5
+
+
+def every_layer(kind: str) -> LowRank:
+    """Factors of rank 1 beside every Linear and Conv2d of a true model."""
+    layers: dict = {}
+    for component, path, module in truth.modules(kind):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            out, *rest = module.weight.shape
+            up = torch.zeros(out, 1, *[1] * (len(rest) - 1))
+            layers.setdefault(component, {})[path] = (torch.zeros(1, *rest), up, 1.0)
+    return LowRank(layers)
+
+
+def every_parameter(kind: str) -> Delta:
+    """A stand-in for the change of every parameter; only the width of the text embedding is true."""
+    changes: dict = {}
+    for component, root in vars(truth.pipeline(kind)).items():
+        for name, value in root.named_parameters():
+            width = value.shape[1] if name.endswith("attn2.to_k.weight") else 1
+            changes.setdefault(component, {})[name] = torch.ones(1, width)
+    return Delta(changes)
+
+
+def unmatched(keys: set[str], kind: str) -> dict[str, list[str]]:
+    known = truth.comfy(kind)
+    return {
+        "ComfyUI": sorted(key for key in keys if key not in known),
+        "A1111": sorted(key for key in keys if not truth.a1111(key, kind)),
+    }
+
+
+# Beside every Linear and Conv2d: what even those loaders miss that are said to take the form.
+XL_MISSES = ["lora_te2_text_projection", "lora_unet_up_blocks_0_upsamplers_0_conv"]
+MISSES = {
+    "sd1": {"ComfyUI": [], "A1111": []},
+    "sd2": {"ComfyUI": [], "A1111": []},
+    "sdxl": {"ComfyUI": [], "A1111": XL_MISSES},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_low_rank_key_has_a_layer_in_comfyui_and_a1111(kind):
+    payload = every_layer(kind)
+    assert family(payload) == kind
+    keys = {key.split(".")[0] for key in encode(payload, "fp32")[0]}
+    assert len(keys) > {"sd1": 250, "sd2": 300, "sdxl": 900}[kind]
+    found = unmatched(keys, kind)
+    assert found == MISSES[kind]
+    assert {name: missed(name, payload) for name in found} == found, "the table says what the maps say"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_knows_which_differences_are_left_out(tmp_path, kind):
+    payload = every_parameter(kind)
+    patch = made_of(payload)
+    done = export_patch(patch, tmp_path / "diff.safetensors", "diff")
+    found = unmatched({key.split(".")[0] for key in load_file(done.path)}, kind)
+    assert {name: missed(name, payload) for name in found} == found
+    unet = {name: [key for key in keys if "unet" in key] for name, keys in found.items()}
+    assert unet == {name: [key for key in keys if "unet" in key] for name, keys in MISSES[kind].items()}
+    notes = [f"{name} has no layer for {len(keys)} of its keys, the first {keys[0]}" for name, keys in found.items()]
+    assert [note for note in done.notes if "no layer" in note] == notes
+
+
+def made_of(payload):
+    from erasure.patch import Patch
+
+    return Patch(payload, "random", [{"name": "cat"}])
+
+
+def test_the_original_names_of_xl_are_those_that_diffusers_converts():
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    from erasure.saliency import compvis_names
+
+    unet = truth.pipeline("sdxl").unet
+    names = compvis_names(unet)
+    old = {f"model.diffusion_model.{theirs}": torch.tensor(i) for i, theirs in enumerate(names.values())}
+    converted, order = convert_ldm_unet_checkpoint(old, dict(unet.config)), list(names)
+    assert {key: order[int(value)] for key, value in converted.items()} == {key: key for key in order}
+
+
+def test_what_a_patch_says_of_itself():
+    pipe = tiny_pipeline()
+    gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
+    said = as_it_is(gated)
+    assert said["erasure"] == "with its gate" and said["diffusers"] == said["A1111"] == "without its gate"
+    assert set(as_it_is(low_rank_patch(pipe)).values()) == {"yes"}
+    delta = as_it_is(delta_patch(pipe))
+    assert delta["erasure"] == "yes" and delta["ComfyUI"].startswith("no: export --format diff")
+    # The short list in the file's own summary says the same.
+    for patch in (gated, delta_patch(pipe)):
+        assert patch.info()["loaders"] == [name for name, word in as_it_is(patch).items() if not word.startswith("no")]
+
+
+def test_what_export_makes_is_what_export_does(tmp_path):
+    pipe = tiny_pipeline()
+    base = Base.of(pipe)
+    for number, patch in enumerate([low_rank_patch(pipe, part="attentions"), low_rank_patch(pipe), delta_patch(pipe)]):
+        for form, word in exports(patch).items():
+            target = tmp_path / f"{number}-{form}"
+            if word.startswith("no"):
+                with pytest.raises(ValueError, match="Nothing was written"):
+                    export_patch(patch, target, form, base)
+            else:
+                assert export_patch(patch, target, form, base).path.exists()
+
+
+def test_the_matrix():
+    table = {row["format"]: row for row in rows()}
+    assert set(table) == set(FORMATS)
+    assert {form for loader in LOADERS.values() for form in loader.formats} == set(FORMATS)
+    assert table["diff"]["loaders"] == ["erasure", "ComfyUI", "A1111"] and not table["unguide"]["writes"]
+    assert all(row["about"] and row["reads"] for row in table.values())
+
+
+@pytest.mark.parametrize("form", ["kohya", "diff"])
+def test_lycoris_reads_it_too(tmp_path, form):
+    """An independent reader of kohya's keys and of .diff, where it is installed: pip install lycoris_lora."""
+    kohya = pytest.importorskip("lycoris.kohya")
+    theirs, ours = tiny_pipeline(), tiny_pipeline()
+    patch = low_rank_patch(ours, part="attentions") if form == "kohya" else delta_patch(ours, part="mid_block")
+    path = export_patch(patch, tmp_path / "x.safetensors", form).path
+    network, tensors = kohya.create_network_from_weights(1.0, str(path), None, None, theirs.unet)
+    modules = {key.split(".")[0] for key in tensors}
+    assert len(network.unet_loras) == len(modules)
+    network.merge_to(None, theirs.unet, tensors)
+    changes = patch.deltas("unet")
+    for name, value in ours.unet.named_parameters():
+        expected = value + changes[name] if name in changes else value
+        assert torch.allclose(theirs.unet.get_parameter(name), expected, atol=1e-5), name

@@ -1,0 +1,162 @@
+"""The true Stable Diffusion 1, 2 and XL on the meta device, and what ComfyUI and A1111 call their layers.
+
+The names are facts read in their sources: comfy/lora.py and comfy/utils.py, extensions-builtin/Lora/networks.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from erasure.saliency import compvis_names
+
+XL_BLOCKS = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"cross_attention_dim": 768},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "use_linear_projection": True,
+        **XL_BLOCKS,
+    },
+}
+# Width, layers and class of the text encoders.
+TEXTS = {
+    "sd1": {"text_encoder": (768, 12, CLIPTextModel)},
+    "sd2": {"text_encoder": (1024, 23, CLIPTextModel)},
+    "sdxl": {"text_encoder": (768, 12, CLIPTextModel), "text_encoder_2": (1280, 32, CLIPTextModelWithProjection)},
+}
+
+
+@cache
+def pipeline(kind: str) -> Any:
+    """Something with `unet`, `text_encoder` and for XL `text_encoder_2`, whose weights take no memory."""
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel(sample_size=64, **UNETS[kind])}
+        for name, (width, layers, cls) in TEXTS[kind].items():
+            config = CLIPTextConfig(
+                hidden_size=width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // 64,
+                intermediate_size=4 * width,
+                projection_dim=width,
+            )
+            parts[name] = cls(config)
+    return SimpleNamespace(**parts)
+
+
+def modules(kind: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """Component, path and module of everything with a weight."""
+    for component, root in vars(pipeline(kind)).items():
+        for path, module in root.named_modules():
+            if isinstance(getattr(module, "weight", None), nn.Parameter):
+                yield component, path, module
+
+
+def originals(kind: str) -> dict[str, str]:
+    """diffusers' module paths of the UNet to the original ones."""
+    names = compvis_names(pipeline(kind).unet)
+    return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
+
+
+LINEAR = ("mlp_fc1", "mlp_fc2", *(f"self_attn_{one}_proj" for one in ("q", "k", "v", "out")))
+
+
+def comfy(kind: str) -> set[str]:
+    """Every kohya key that ComfyUI knows for a model.
+
+    Of the UNet: each module by its original path and by diffusers'. Of the text encoders: six linear layers each.
+    """
+    found = {f"lora_unet_{one.replace('.', '_')}" for pair in originals(kind).items() for one in pair}
+    prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+    for component, (_, layers, _) in TEXTS[kind].items():
+        for prefix in prefixes[component]:
+            found |= {f"{prefix}text_model_encoder_layers_{n}_{leaf}" for n in range(layers) for leaf in LINEAR}
+    return found | ({"lora_te2_text_projection"} if kind == "sdxl" else set())
+
+
+OPEN_CLIP = ("ln_1", "attn", "attn_out_proj", "ln_2", "mlp_c_fc", "mlp_c_proj")
+
+
+def a1111_layers(kind: str) -> set[str]:
+    """The names that A1111 gives the layers of a model in memory, where the original code's classes are."""
+    found = {f"diffusion_model_{path.replace('.', '_')}" for path in originals(kind).values()}
+    starts = {"sd1": {"text_encoder": "transformer_"}, "sdxl": {"text_encoder": "0_transformer_"}}
+    for component, start in starts.get(kind, {}).items():
+        for part, path, _ in modules(kind):
+            if part == component:
+                found.add(f"{start}text_model_{path.removeprefix('text_model.').replace('.', '_')}")
+    for start, layers in {"sd2": {"model_": 23}, "sdxl": {"1_model_": 32}}.get(kind, {}).items():
+        found |= {f"{start}transformer_resblocks_{n}_{leaf}" for n in range(layers) for leaf in OPEN_CLIP}
+        found |= {f"{start}token_embedding", f"{start}ln_final"}
+    return found
+
+
+RESNETS = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "norm1": "in_layers_0",
+    "norm2": "out_layers_0",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def a1111_name(key: str, kind: str) -> str:
+    """What A1111 turns a kohya key into; its block numbers are those of Stable Diffusion 1, three to a level."""
+    if found := re.fullmatch(r"lora_unet_conv_(in|out)", key):
+        return {"in": "diffusion_model_input_blocks_0_0", "out": "diffusion_model_out_2"}[found[1]]
+    if found := re.fullmatch(r"lora_unet_time_embedding_linear_(\d)", key):
+        return f"diffusion_model_time_embed_{2 * int(found[1]) - 2}"
+    if found := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", key):
+        number = 3 * int(found[2]) + int(found[4]) + (found[1] == "down")
+        side = {"down": "input", "up": "output"}[found[1]]
+        return f"diffusion_model_{side}_blocks_{number}_{a1111_leaf(found[3], found[5])}"
+    if found := re.fullmatch(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)", key):
+        attends, leaf = a1111_leaf(found[1], found[3]).split("_", 1)
+        return f"diffusion_model_middle_block_{1 if int(attends) else 2 * int(found[2])}_{leaf}"
+    if found := re.fullmatch(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", key):
+        return f"diffusion_model_input_blocks_{3 + 3 * int(found[1])}_0_op"
+    if found := re.fullmatch(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", key):
+        return f"diffusion_model_output_blocks_{2 + 3 * int(found[1])}_{2 if int(found[1]) else 1}_conv"
+    if found := re.fullmatch(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", key):
+        if not found[1] and kind != "sd2":
+            return key.removeprefix("lora_te_").join(("transformer_", ""))
+        leaf = found[3]
+        for theirs, ours in {"mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj", "self_attn": "attn"}.items():
+            leaf = leaf.replace(theirs, ours)
+        return f"{'1_' if found[1] else ''}model_transformer_resblocks_{found[2]}_{leaf}"
+    return key
+
+
+def a1111_leaf(sort: str, leaf: str) -> str:
+    return f"0_{RESNETS.get(leaf, leaf)}" if sort == "resnets" else f"1_{leaf}"
+
+
+def a1111(key: str, kind: str) -> bool:
+    """Whether A1111 finds a layer for a kohya key: by its table, then by the original names behind the prefix."""
+    layers = a1111_layers_of(kind)
+    name = a1111_name(key, kind)
+    tries = [name, re.sub(r"_[qkv]_proj$", "", name), key.replace("lora_unet", "diffusion_model")]
+    tries += [key.replace("lora_te1_text_model", start + "transformer_text_model") for start in ("0_", "")]
+    return any(one in layers for one in tries)
+
+
+a1111_layers_of = cache(a1111_layers)
