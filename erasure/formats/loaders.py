@@ -55,6 +55,9 @@ LOADERS = {
     ),
 }
 
+# Loaders that give attention layers the commonest alpha of a kohya file; our exports have one.
+ONE_ALPHA = ("diffusers",)
+
 
 def family(payload: LowRank | Delta) -> str:
     """sd1, sd2 or sdxl, as far as the payload tells; sd1 where it does not."""
@@ -98,6 +101,10 @@ def as_it_is(patch: Patch) -> dict[str, str]:
             forms = [form for form in ("diff", "checkpoint") if form in loader.formats]
             found[name] = f"no: export --format {forms[0]}"
         else:
-            lost = missed(name, patch.payload)
-            found[name] = ("without its gate" if gated else "yes") + (f", but {len(lost)} layers" if lost else "")
+            found[name] = "without its gate" if gated else "yes"
+            if lost := missed(name, patch.payload):
+                found[name] += f", but not {len(lost)} layers, the first {lost[0]}"
+            alphas = {alpha for table in patch.payload.layers.values() for _, _, alpha in table.values()}
+            if name in ONE_ALPHA and len(alphas) > 1:
+                found[name] = "no: it mistakes alphas that differ: export --format kohya"
     return found

@@ -19,7 +19,7 @@ from erasure.formats.making import Found, low_rank, need_low_rank, split
 from erasure.formats.source import Source
 from erasure.patch import Patch
 from erasure.patch.file import write_file
-from erasure.patch.keys import COMPONENTS, canonical
+from erasure.patch.keys import COMPONENTS, canonical, nested
 from erasure.patch.payload import Layer
 
 WRAPPED = "base_model.model."  # in front of everything that peft itself saves
@@ -95,8 +95,10 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
     for component, layers in payload.layers.items():
         for name, (down, up, alpha) in layers.items():
             scaled = up * (alpha / down.shape[0])
-            tensors[f"{component}.{name}.lora_A.weight"] = _padded(down, rank, 0)
-            tensors[f"{component}.{name}.lora_B.weight"] = _padded(scaled, rank, 1)
+            # diffusers takes `text_model.` off where its encoder has none, and does not put it on where it has.
+            key = f"{component}.{nested(component, name)}"
+            tensors[f"{key}.lora_A.weight"] = _padded(down, rank, 0)
+            tensors[f"{key}.lora_B.weight"] = _padded(scaled, rank, 1)
     write_file(path, tensors, {"format": "pt", "modelspec.title": title(patch)})
     return []
 

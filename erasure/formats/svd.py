@@ -25,8 +25,8 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
         rank: of every layer, or less where the layer is smaller.
 
     Returns:
-        The factors, with alpha = rank, and the relative error |lost| / |change| over all tensors together
-        (Frobenius norms).
+        The factors, with alpha = `rank` in every layer, and the relative error |lost| / |change| over all tensors
+        together (Frobenius norms).
 
     Raises:
         ErasureError: a rank below 1, or a patch with no weight of a linear layer or convolution.
@@ -52,13 +52,17 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
 
 
 def _cut(change: Tensor, rank: int) -> tuple[Layer, float]:
-    """Factors of one weight, each with the root of the singular values, and the squared norm of what they lack."""
+    """Factors of one weight, each with the root of the singular values, and the squared norm of what they lack.
+
+    A layer smaller than `rank` keeps fewer; alpha is `rank` all the same (loaders want one), and up makes good for it.
+    """
     matrix = change.flatten(1)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = min(rank, len(values))
     root = values[:kept].sqrt()
     down, up = root[:, None] * right[:kept], left[:, :kept] * root
     missed = float(values[kept:].double().square().sum())
+    up = up * (kept / rank)
     if change.dim() == 4:
         down, up = down.reshape(kept, *change.shape[1:]), up[:, :, None, None]
-    return (down, up, float(kept)), missed
+    return (down, up, float(rank)), missed

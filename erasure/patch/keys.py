@@ -50,9 +50,17 @@ def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
     """
     if component == "unet":
         return "lora_unet_" + ORIGINAL.get(path, path).replace(".", "_")
-    nested = path if path.startswith("text_projection") else NESTED + path
     start = {"text_encoder": "lora_te1_" if two_encoders else "lora_te_", "text_encoder_2": "lora_te2_"}[component]
-    return start + nested.replace(".", "_")
+    return start + nested(component, path).replace(".", "_")
+
+
+def nested(component: str, path: str) -> str:
+    """The path of a module or parameter as published files and transformers 4 spell it: `text_model.` in front.
+
+    >>> nested("text_encoder_2", "text_projection"), nested("text_encoder", "final_layer_norm")
+    ('text_projection', 'text_model.final_layer_norm')
+    """
+    return path if component == "unet" or path.startswith("text_projection") else NESTED + path
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module | None:

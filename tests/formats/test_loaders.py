@@ -26,13 +26,12 @@ TEXT = {"kind": "text", "texts": ["van gogh"]}
 
 
 @pytest.mark.parametrize("form", ["peft", "kohya", "spm"])
-@pytest.mark.parametrize("alpha", [2.0, 0.5])
-def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, form, alpha):
+def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, form):
+    """Alpha is not the rank."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     parts = ("unet",) if form == "spm" else ("unet", "text_encoder")
-    patch = low_rank_patch(
-        ours, rank=4, part="attentions" if form == "spm" else "", alpha=alpha, components=parts, size=0.05, gate=TEXT
-    )
+    part = "attentions" if form == "spm" else ""
+    patch = low_rank_patch(ours, rank=4, part=part, alpha=2.0, components=parts, size=0.05, gate=TEXT)
     base = latents(ours, PROMPTS)
     ours.load_patch(patch)
     ours.fuse_patches()
@@ -176,6 +175,10 @@ def test_the_original_names_of_xl_are_those_that_diffusers_converts():
 
 def test_what_a_patch_says_of_itself():
     pipe = tiny_pipeline()
+    layers = dict(low_rank_patch(pipe).payload.layers["unet"])
+    first = next(iter(layers))
+    layers[first] = (*layers[first][:2], 7.0)
+    assert as_it_is(made(pipe, LowRank({"unet": layers})))["diffusers"].startswith("no: it mistakes alphas")
     gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
     said = as_it_is(gated)
     assert said["erasure"] == "with its gate" and said["diffusers"] == said["A1111"] == "without its gate"
@@ -209,16 +212,19 @@ def test_the_matrix():
 
 
 @pytest.mark.parametrize("form", ["kohya", "diff"])
-def test_lycoris_reads_it_too(tmp_path, form):
+def test_lycoris_reads_it_too(tmp_path, monkeypatch, form):
     """An independent reader of kohya's keys and of .diff, where it is installed: pip install lycoris_lora."""
     kohya = pytest.importorskip("lycoris.kohya")
+    # What it would train beside the file: nothing.
+    for target in ("UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME"):
+        monkeypatch.setattr(kohya.LycorisNetworkKohya, target, [])
     theirs, ours = tiny_pipeline(), tiny_pipeline()
-    patch = low_rank_patch(ours, part="attentions") if form == "kohya" else delta_patch(ours, part="mid_block")
+    patch = low_rank_patch(ours, part="attentions") if form == "kohya" else delta_patch(ours, part="ff.net")
     path = export_patch(patch, tmp_path / "x.safetensors", form).path
     network, tensors = kohya.create_network_from_weights(1.0, str(path), None, None, theirs.unet)
     modules = {key.split(".")[0] for key in tensors}
     assert len(network.unet_loras) == len(modules)
-    network.merge_to(None, theirs.unet, tensors)
+    network.merge_to(None, theirs.unet, tensors, None, None)
     changes = patch.deltas("unet")
     for name, value in ours.unet.named_parameters():
         expected = value + changes[name] if name in changes else value

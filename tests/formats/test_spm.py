@@ -26,9 +26,14 @@ def pipe() -> ErasedStableDiffusionPipeline:
     return made
 
 
+@pytest.fixture(scope="module")
+def erased():
+    return erase(tiny_pipeline(ErasedStableDiffusionPipeline), "cat", "spm", progress=False, **SMALL)
+
+
 @pytest.fixture
-def file(pipe, tmp_path):
-    patch = erase(pipe, "cat", "spm", progress=False, **SMALL)
+def file(erased, tmp_path):
+    patch = erased
     return patch, export_patch(patch, tmp_path / "cat.safetensors", "spm").path
 
 

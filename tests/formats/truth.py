@@ -95,6 +95,7 @@ def comfy(kind: str) -> set[str]:
 OPEN_CLIP = ("ln_1", "attn", "attn_out_proj", "ln_2", "mlp_c_fc", "mlp_c_proj")
 
 
+@cache
 def a1111_layers(kind: str) -> set[str]:
     """The names that A1111 gives the layers of a model in memory, where the original code's classes are."""
     found = {f"diffusion_model_{path.replace('.', '_')}" for path in originals(kind).values()}
@@ -138,7 +139,7 @@ def a1111_name(key: str, kind: str) -> str:
         return f"diffusion_model_output_blocks_{2 + 3 * int(found[1])}_{2 if int(found[1]) else 1}_conv"
     if found := re.fullmatch(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", key):
         if not found[1] and kind != "sd2":
-            return key.removeprefix("lora_te_").join(("transformer_", ""))
+            return "transformer_" + key.removeprefix("lora_te_")
         leaf = found[3]
         for theirs, ours in {"mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj", "self_attn": "attn"}.items():
             leaf = leaf.replace(theirs, ours)
@@ -152,11 +153,7 @@ def a1111_leaf(sort: str, leaf: str) -> str:
 
 def a1111(key: str, kind: str) -> bool:
     """Whether A1111 finds a layer for a kohya key: by its table, then by the original names behind the prefix."""
-    layers = a1111_layers_of(kind)
-    name = a1111_name(key, kind)
+    layers, name = a1111_layers(kind), a1111_name(key, kind)
     tries = [name, re.sub(r"_[qkv]_proj$", "", name), key.replace("lora_unet", "diffusion_model")]
     tries += [key.replace("lora_te1_text_model", start + "transformer_text_model") for start in ("0_", "")]
     return any(one in layers for one in tries)
-
-
-a1111_layers_of = cache(a1111_layers)

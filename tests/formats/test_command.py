@@ -1,0 +1,114 @@
+"""`erasure patch info | formats | import | export`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from erasure.cli import main
+from erasure.patch import Patch
+from tests.formats.making import changed, close
+from tests.patch.making import delta_patch, low_rank_patch
+from tests.tiny import tiny_pipeline, write_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tiny(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = main(["patch", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_out_and_in_again(capsys, tmp_path, model):
+    patch = delta_patch(tiny_pipeline(), base=model)
+    patch.save(tmp_path / "p.safetensors")
+    # The base is the one that the patch names.
+    code, out, _ = run(
+        capsys, "export", tmp_path / "p.safetensors", "--format", "esd", "-o", tmp_path / "esd.safetensors"
+    )
+    assert code == 0 and "written as unet" in out
+    code, out, _ = run(
+        capsys,
+        "import",
+        tmp_path / "esd.safetensors",
+        "--model",
+        model,
+        "--concept",
+        "cat",
+        "-o",
+        tmp_path / "back.safetensors",
+    )
+    assert code == 0 and "taken for unet (UNet weights under diffusers' names" in out
+    back = Patch.load(tmp_path / "back.safetensors")
+    assert close(patch, back, 1e-5) and back.names == ["cat"]
+
+
+def test_a_rank_is_cut_to_and_its_error_said(capsys, tmp_path):
+    delta_patch(tiny_pipeline()).save(tmp_path / "p.safetensors")
+    command = (
+        "export",
+        tmp_path / "p.safetensors",
+        "--format",
+        "kohya",
+        "--rank",
+        3,
+        "-o",
+        tmp_path / "lora.safetensors",
+    )
+    assert "cut to rank 3: relative error 0." in run(capsys, *command)[1]
+    found = json.loads(run(capsys, *command, "--json")[1])
+    assert 0 < found["error"] < 1 and found["format"] == "kohya" and found["notes"] == []
+
+
+def test_pickles_need_the_flag(capsys, tmp_path, model):
+    torch.save(changed(tiny_pipeline(), "unet", "attn2.to_k"), tmp_path / "unet.pt")
+    command = ("import", tmp_path / "unet.pt", "--model", model, "-o", tmp_path / "p.safetensors")
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "--allow-pickle" in err and not (tmp_path / "p.safetensors").exists()
+    code, out, _ = run(capsys, *command, "--allow-pickle", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["format"] == "unet" and found["kind"] == "delta" and found["components"] == ["unet"]
+    assert (tmp_path / "p.safetensors").exists()
+
+
+def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
+    low_rank_patch(tiny_pipeline(), gate={"kind": "text"}).save(tmp_path / "p.safetensors")
+    found = json.loads(run(capsys, "info", tmp_path / "p.safetensors", "--json")[1])
+    assert found["loads"]["erasure"] == "with its gate" and found["loads"]["ComfyUI"] == "without its gate"
+    assert found["exports"]["spm"].startswith("no: also wants") and found["exports"]["peft"].startswith("yes")
+    text = run(capsys, "info", tmp_path / "p.safetensors")[1]
+    assert "diffusers  without its gate" in text and "checkpoint" in text
+
+
+def test_the_formats_there_are(capsys):
+    table = json.loads(run(capsys, "formats", "--json")[1])
+    assert {"format", "holds", "reads", "writes", "loaders"} <= set(table[0])
+    out = run(capsys, "formats")[1]
+    assert all(row["format"] in out for row in table) and "advunlearn" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("export", "p.safetensors", "--format", "pfet", "-o", "x"), "did you mean 'peft'"),
+        (("export", "p.safetensors", "--format", "kohya", "-o", "x"), "--rank"),
+        (("export", "p.safetensors", "--format", "unet", "--model", "nowhere", "-o", "x"), "unknown model 'nowhere'"),
+        (("import", "other.safetensors", "-o", "x"), "none of spm, kohya"),
+        (("import", "other.safetensors", "--format", "kohia", "-o", "x"), "did you mean 'kohya'"),
+        (("import", "p.safetensors", "-o", "x"), "a patch already"),
+        (("import", ".", "-o", "x"), "a folder without"),
+    ],
+)
+def test_wrong_use_exits_with_2_before_a_model_loads(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    delta_patch(tiny_pipeline()).save("p.safetensors")
+    save_file({"layer1": torch.ones(1)}, "other.safetensors")
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and says in err and out == "" and not (tmp_path / "x").exists()
