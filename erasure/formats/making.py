@@ -169,6 +169,17 @@ def split(key: str, known: Iterable[str]) -> tuple[str, str]:
     return (head, rest) if head in known and rest else ("unet", key)
 
 
+def rank_of(source: Source, key: str, down: Tensor) -> int:
+    """The rank of a layer: rows of its down factor.
+
+    Raises:
+        ErasureError: it is a bare number.
+    """
+    if down.dim() == 0:
+        raise ErasureError(f"{source.path}: the down factor of {key} is one number")
+    return down.shape[0]
+
+
 def need_low_rank(patch: Patch) -> LowRank:
     """The factors of a patch that has some.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.kohya import title
-from erasure.formats.making import Found, low_rank, need_low_rank, split
+from erasure.formats.making import Found, low_rank, need_low_rank, rank_of, split
 from erasure.formats.source import Source
 from erasure.patch import Patch
 from erasure.patch.file import write_file
@@ -51,7 +51,7 @@ def read_peft(source: Source, base: Base) -> Found:
         if missing := [side for side in ("down", "up") if side not in parts]:
             raise ErasureError(f"{source.path}: {key} lacks its lora_{'A' if missing[0] == 'down' else 'B'}")
         component, path = split(key.removeprefix(WRAPPED), COMPONENTS)
-        rank = parts["down"].shape[0]
+        rank = rank_of(source, key, parts["down"])
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, component, path, rank)
         layers.setdefault(component, {})[canonical(component, path)] = (key, (parts["down"], parts["up"], alpha))
     return Found(low_rank(source, base, layers))
@@ -71,15 +71,23 @@ def _settings(source: Source) -> dict[str, Any]:
 
 
 def _alpha(settings: Mapping[str, Any], component: str, path: str, rank: int) -> float:
-    """Alpha such that alpha / rank is the scale that peft makes of the settings."""
+    """Alpha such that alpha / rank is the scale that peft makes of the settings.
+
+    A pattern names the end of a path. peft takes it for a regular expression; diffusers writes plain names, and a
+    file's expressions are not run here.
+    """
     one = f"{component}."
-    # peft: a pattern names the end of a path.
     patterns = settings.get(one + "alpha_pattern") or {}
-    named = next((value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", path)), None)
+    if not isinstance(patterns, dict):
+        raise ErasureError(f"alpha_pattern of the {component} in {CONFIG} is no table")
+    named = next((value for end, value in patterns.items() if f".{path}".endswith(f".{end}")), None)
     given = named if named is not None else settings.get(one + "lora_alpha")
     if given is None:
         return float(rank)
-    alpha = float(given)
+    try:
+        alpha = float(given)
+    except (TypeError, ValueError):
+        raise ErasureError(f"an alpha of the {component} in {CONFIG} is no number: {str(given)[:40]!r}") from None
     return alpha * math.sqrt(rank) if settings.get(one + "use_rslora") else alpha
 
 

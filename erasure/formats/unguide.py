@@ -33,7 +33,8 @@ def read_unguide(source: Source, base: Base) -> Found:
         if end is None or value.dim() != 2:
             raise ErasureError(f"{source.path}: {key} {list(value.shape)} is neither {A} [in, r] nor {B} [r, out]")
         factors.setdefault(key.removesuffix(end), {})[end] = value.float()
-    scale, layers = _scale(source.path.with_name("train_config.json")), {}
+    scale = _scale(source.path.with_name("train_config.json"))
+    layers: dict[str, dict[str, tuple[str, Layer]]] = {}
     for key, parts in factors.items():
         if missing := [end for end in (A, B) if end not in parts]:
             raise ErasureError(f"{source.path}: {key} lacks its {missing[0]}")
@@ -42,9 +43,8 @@ def read_unguide(source: Source, base: Base) -> Found:
             name = name.removeprefix(prefix)
         ours = back.get(f"{name}.weight")
         down, up = parts[A].T, parts[B].T
-        entry: tuple[str, Layer] = (key, (down, up, scale * down.shape[0]))
         component, path = ("unet", ours.removesuffix(".weight")) if ours else ("", name)
-        layers.setdefault(component, {})[path] = entry
+        layers.setdefault(component, {})[path] = (key, (down, up, scale * down.shape[0]))
     return Found(low_rank(source, base, layers), method="unguide")
 
 

@@ -1,0 +1,110 @@
+"""LoRAs in the spellings that are about: kohya's original names, peft's and older diffusers' factors, their scales."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from erasure.base import Base
+from erasure.errors import ErasureError
+from erasure.formats import export_patch, import_patch
+from erasure.saliency import compvis_names
+from tests.formats.making import close
+from tests.patch.making import low_rank_patch
+from tests.tiny import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def base():
+    return Base.of(tiny_pipeline())
+
+
+@pytest.fixture
+def written(base, tmp_path):
+    """A patch whose alpha is not its rank, and its tensors in kohya's and PEFT's form."""
+    patch = low_rank_patch(base.pipe, rank=4, alpha=2.0, part="", components=("unet", "text_encoder"))
+    paths = {form: export_patch(patch, tmp_path / f"{form}.safetensors", form).path for form in ("kohya", "peft")}
+    return patch, {form: load_file(path) for form, path in paths.items()}
+
+
+def read(base, tmp_path, tensors, metadata=None):
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    return import_patch(tmp_path / "x.safetensors", model=base)
+
+
+def test_kohyas_original_names_are_read(base, written, tmp_path):
+    """Its XL trainer names the layers as the original code does, and the first text encoder te1."""
+    patch, tensors = written
+    names = {}
+    for ours, theirs in compvis_names(base.unet).items():
+        names["lora_unet_" + ours.rpartition(".")[0].replace(".", "_")] = theirs.rpartition(".")[0].replace(".", "_")
+    renamed = {}
+    for key, value in tensors["kohya"].items():
+        prefix, _, end = key.partition(".")
+        new = f"lora_unet_{names[prefix]}" if prefix in names else prefix.replace("lora_te_", "lora_te1_")
+        renamed[f"{new}.{end}"] = value
+    assert not renamed.keys() & tensors["kohya"].keys()
+    assert close(patch, read(base, tmp_path, renamed))
+
+
+def test_without_alpha_it_is_the_rank(base, written, tmp_path):
+    patch, tensors = written
+    bare = {key: value for key, value in tensors["kohya"].items() if not key.endswith(".alpha")}
+    assert close(patch.scale(2.0), read(base, tmp_path, bare))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (("lora_A.weight", "lora_B.weight"), ("lora_A.default.weight", "lora_B.default.weight")),
+        (("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight")),
+        (("lora_A.weight", "lora_B.weight"), ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")),
+        (("text_encoder.text_model.", "unet."), ("text_encoder.", "base_model.model.unet.")),
+    ],
+)
+def test_spellings_of_peft(base, written, tmp_path, old, new):
+    patch, tensors = written
+    renamed = {key.replace(old[0], new[0]).replace(old[1], new[1]): value for key, value in tensors["peft"].items()}
+    assert not renamed.keys() & tensors["peft"].keys()
+    assert close(patch, read(base, tmp_path, renamed))
+
+
+def test_the_scale_that_peft_makes_of_its_settings(base, written, tmp_path):
+    patch, tensors = written
+    for settings, scale in (
+        ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 8}, 2.0),
+        ({f"{one}.lora_alpha": 8 for one in ("unet", "text_encoder")} | {"unet.use_rslora": True}, None),
+    ):
+        back = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(settings)})
+        if scale:
+            assert close(patch.scale(scale), back)
+        else:  # alpha / sqrt(rank) instead of alpha / rank
+            one, other = patch.deltas("unet"), back.deltas("unet")
+            assert all(torch.allclose(4.0 * one[name], other[name], atol=1e-6) for name in one)
+    alone = {"unet.lora_alpha": 4, "text_encoder.lora_alpha": 4, "unet.alpha_pattern": {"attn2.to_k": 12}}
+    found = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(alone)}).deltas("unet")
+    for name, change in patch.deltas("unet").items():
+        factor = 3.0 if name.endswith("attn2.to_k.weight") else 1.0
+        assert torch.allclose(found[name], factor * change, atol=1e-6)
+
+
+def test_what_is_no_plain_lora(base, written, tmp_path):
+    _, tensors = written
+    kohya, peft = tensors["kohya"], tensors["peft"]
+    first = next(key for key in kohya if key.endswith(".alpha"))
+    for content, metadata, message in (
+        ({**kohya, first.replace(".alpha", ".dora_scale"): torch.ones(1)}, None, "no plain LoRA"),
+        ({**kohya, first: torch.ones(2)}, None, "is not one number"),
+        ({**peft, "unet.conv_in.lora_magnitude_vector": torch.ones(1)}, None, "no factor of a plain LoRA"),
+        (peft, {"lora_adapter_metadata": '{"unet.use_dora": true}'}, "DoRA"),
+        (peft, {"lora_adapter_metadata": "{"}, "not JSON"),
+        (peft, {"lora_adapter_metadata": "[]"}, "no table"),
+        (peft, {"lora_adapter_metadata": '{"unet.lora_alpha": "four"}'}, "no number"),
+        (peft, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "no table"),
+        ({key: value.sum() for key, value in peft.items()}, None, "is one number"),
+    ):
+        with pytest.raises(ErasureError, match=message):
+            read(base, tmp_path, content, metadata)
