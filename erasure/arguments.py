@@ -154,8 +154,9 @@ def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.Argumen
 
     action("info", "what a patch holds, what loads it, what export makes of it").add_argument("file", type=Path)
     action("formats", "the published formats that are read and written")
-    bring = action("import", "a patch from a published file or folder", model)
+    bring = action("import", "a patch from a published file or folder")
     bring.add_argument("file", type=Path)
+    bring.add_argument("--model", default="glyph", help="the base that it must fit; full weights are compared with it")
     bring.add_argument("--format", default="auto", help="of the file, see `erasure patch formats`; default: look at it")
     bring.add_argument("--concept", action="append", default=[], help="what it erases; may be repeated")
     bring.add_argument("--allow-pickle", action="store_true", help="read a .pt or .pth: as data, nothing in it is run")

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 
-from erasure.commands import algebra, base, say
+from erasure.commands import algebra, say
 
 
 def run_patch(given: argparse.Namespace) -> None:
@@ -46,12 +46,14 @@ def formats(given: argparse.Namespace) -> None:
 
 def import_(given: argparse.Namespace) -> None:
     """`erasure patch import`."""
+    from erasure.base import quiet
     from erasure.formats import FORMATS, METHODS, import_patch
 
+    quiet()
     patch = import_patch(
         given.file,
         given.format,
-        lambda: base(given),
+        given.model,
         concepts=given.concept,
         allow_pickle=given.allow_pickle,
     )
@@ -68,17 +70,16 @@ def import_(given: argparse.Namespace) -> None:
 
 def export(given: argparse.Namespace) -> None:
     """`erasure patch export`."""
-    from erasure.base import Base, quiet
+    from erasure.base import quiet
     from erasure.formats import export_patch
     from erasure.patch import Patch
 
     quiet()
-    patch = Patch.load(given.file)
     done = export_patch(
-        patch,
+        Patch.load(given.file),
         given.out,
         given.format,
-        lambda: Base.load(given.model or patch.base, device="cpu"),
+        given.model,
         rank=given.rank,
         force=given.force,
     )

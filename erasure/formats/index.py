@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from erasure.patch import Delta, LowRank, Patch, fingerprint
 from erasure.patch.keys import DOWN, NESTED, UP
 
 AUTO = "auto"
-Model = Base | str | Callable[[], Base]
+Model = Base | str | Any  # a base, a model's name, or a diffusers pipeline
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def import_patch(
     Args:
         path: file or folder.
         form: one of FORMATS or METHODS, or "auto" to look at the file.
-        model: the base (or what makes it, called once the file is found good): full weights become differences from
-            it, and everything must fit it.
+        model: the base: full weights become differences from it, and everything must fit it. One that is named is
+            loaded once the file is found good.
         concepts: names of what the file erases; default: what it says, else its own name.
         allow_pickle: read a pickle, as data only; nothing in it is run.
 
@@ -282,5 +281,13 @@ def _named(form: str) -> str:
 
 
 def _base(model: Model) -> Base:
-    # Not callable(): a pipeline is, and would draw.
-    return model() if inspect.isroutine(model) else Base.of(model)
+    """The base; one that is named is loaded where no accelerator is needed, for nothing is computed with it.
+
+    Raises:
+        ErasureError: no name, or an unknown one.
+    """
+    if not isinstance(model, str):
+        return Base.of(model)
+    if not model:
+        raise ErasureError("the patch does not say which base it was made from: --model (model=). Nothing was written")
+    return Base.load(model, device="cpu")

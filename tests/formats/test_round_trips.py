@@ -76,7 +76,10 @@ def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_p
     whole = made(pipe, Delta({"unet": exact.deltas("unet")}))
     for form in ("kohya", "peft"):
         done = export_patch(whole, tmp_path / form, form, rank=2)
-        assert done.error < 1e-5 and close(exact, import_patch(done.path, form, base), 1e-5)
+        assert done.error < 1e-5 and not done.notes and close(exact, import_patch(done.path, form, base), 1e-5)
+    # More than a layer has: it keeps all it has, at the same scale.
+    done = export_patch(whole, tmp_path / "more", "kohya", rank=64)
+    assert done.error < 1e-5 and close(exact, import_patch(done.path, "kohya", base), 1e-5)
     done = export_patch(whole, tmp_path / "one", "kohya", rank=1)
     back = import_patch(done.path, "kohya", base).deltas("unet")
     lost = sum(float((back[name] - change).square().sum()) for name, change in whole.deltas("unet").items())
@@ -108,7 +111,8 @@ def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
         ("text-encoder", {}, "of the text_encoder alone"),
         ("unguide", {}, "a pickle"),
         ("pfet", {}, "did you mean 'peft'"),
-        ("unet", {}, "tiny"),
+        ("unet", {}, "unknown model 'tiny'"),
+        ("unet", {"model": ""}, "does not say which base"),
     ],
 )
 def test_exports_that_are_refused(pipe, tmp_path, form, options, message):
