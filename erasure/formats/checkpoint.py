@@ -26,7 +26,7 @@ def read_checkpoint(source: Source, base: Base) -> Found:
         part = source.part(name)
         if part is None:
             raise ErasureError(f"{source.path}: has no {name}, and {base.name} has one. Another architecture?")
-        weights[name] = part.read() if name == UNET else text_weights(part.read())
+        weights[name] = part.read() if name == UNET else text_weights(part)
     return Found(changes(source, base, weights))
 
 

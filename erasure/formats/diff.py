@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.kohya import places, title
-from erasure.formats.making import Found, Wanted, check_fit
+from erasure.formats.making import Found, Wanted, check_fit, put
 from erasure.formats.source import Source
 from erasure.patch import Delta, Patch
 from erasure.patch.encode import cross_width
@@ -33,10 +32,10 @@ def read_diff(source: Source, base: Base) -> Found:
         component, path = known.get(prefix, ("", prefix))
         name = f"{path}.{back[dot + end]}"
         wanted.append(Wanted(key, component or None, name, tuple(value.shape)))
-        if torch.count_nonzero(value):
-            found.setdefault(component, {})[name] = value.float()
+        put(source, found.setdefault(component, {}), name, key, value.float())
     check_fit(source, base, wanted)
-    return Found(Delta(found))
+    tables = {part: {name: value for name, value in table.items() if value.any()} for part, table in found.items()}
+    return Found(Delta(tables))
 
 
 def check_diff(patch: Patch) -> None:

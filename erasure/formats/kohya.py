@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from erasure.base import Base
 from erasure.errors import ErasureError
-from erasure.formats.making import Found, components, low_rank, need_low_rank, rank_of
+from erasure.formats.making import Found, components, low_rank, need_low_rank, put, rank_of
 from erasure.formats.source import Source
 from erasure.original_names import compvis_names
 from erasure.patch import LowRank, Patch
@@ -81,7 +81,7 @@ def layers_of(source: Source, base: Base, groups: Mapping[str, Mapping[str, Tens
         component, path = known.get(prefix, ("", prefix))
         down, up = parts[DOWN].float(), parts[UP].float()
         alpha = float(parts[ALPHA]) if ALPHA in parts else float(rank_of(source, prefix, down))
-        layers.setdefault(component, {})[path] = (prefix, (down, up, alpha))
+        put(source, layers.setdefault(component, {}), path, prefix, (prefix, (down, up, alpha)))
     return low_rank(source, base, layers)
 
 

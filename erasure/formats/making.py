@@ -169,6 +169,17 @@ def split(key: str, known: Iterable[str]) -> tuple[str, str]:
     return (head, rest) if head in known and rest else ("unet", key)
 
 
+def put(source: Source, table: dict[str, Any], name: str, key: str, value: Any) -> None:
+    """Put what the file holds under `key` into a table.
+
+    Raises:
+        ErasureError: something is there already: the file holds one layer under two spellings.
+    """
+    if name in table:
+        raise ErasureError(f"{source.path}: {name} stands twice, once as {key}. Nothing was written")
+    table[name] = value
+
+
 def rank_of(source: Source, key: str, down: Tensor) -> int:
     """The rank of a layer: rows of its down factor.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.kohya import title
-from erasure.formats.making import Found, low_rank, need_low_rank, rank_of, split
+from erasure.formats.making import Found, low_rank, need_low_rank, put, rank_of, split
 from erasure.formats.source import Source
 from erasure.patch import Patch
 from erasure.patch.file import write_file
@@ -53,7 +53,8 @@ def read_peft(source: Source, base: Base) -> Found:
         component, path = split(key.removeprefix(WRAPPED), COMPONENTS)
         rank = rank_of(source, key, parts["down"])
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, component, path, rank)
-        layers.setdefault(component, {})[canonical(component, path)] = (key, (parts["down"], parts["up"], alpha))
+        entry = (key, (parts["down"], parts["up"], alpha))
+        put(source, layers.setdefault(component, {}), canonical(component, path), key, entry)
     return Found(low_rank(source, base, layers))
 
 

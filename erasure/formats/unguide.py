@@ -9,7 +9,7 @@ from torch import Tensor
 
 from erasure.base import Base
 from erasure.errors import ErasureError
-from erasure.formats.making import Found, low_rank
+from erasure.formats.making import Found, low_rank, put
 from erasure.formats.source import Source
 from erasure.original_names import compvis_names
 from erasure.patch.payload import Layer
@@ -44,7 +44,7 @@ def read_unguide(source: Source, base: Base) -> Found:
         ours = back.get(f"{name}.weight")
         down, up = parts[A].T, parts[B].T
         component, path = ("unet", ours.removesuffix(".weight")) if ours else ("", name)
-        layers.setdefault(component, {})[path] = (key, (down, up, scale * down.shape[0]))
+        put(source, layers.setdefault(component, {}), path, key, (key, (down, up, scale * down.shape[0])))
     return Found(low_rank(source, base, layers), method="unguide")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from erasure.base import Base
-from erasure.formats.making import Found, changes, need_only
+from erasure.formats.making import Found, changes, need_only, put
 from erasure.formats.source import Source
 from erasure.patch import Patch
 from erasure.patch.file import write_file
@@ -25,20 +25,26 @@ TWINS = ("embedding.", "embeddings.", "encoder.", "final_layer_norm.")
 
 def read_unet(source: Source, base: Base) -> Found:
     """Weights under diffusers' names, with `unet.` in front or without."""
-    return Found(changes(source, base, {UNET: {key.removeprefix(f"{UNET}."): v for key, v in source.read().items()}}))
+    table: dict[str, Tensor] = {}
+    for key, value in source.read().items():
+        put(source, table, key.removeprefix(f"{UNET}."), key, value)
+    return Found(changes(source, base, {UNET: table}))
 
 
 def read_text_encoder(source: Source, base: Base) -> Found:
     """A text encoder's weights, with `text_encoder.` and `text_model.` in front, with either, or without."""
-    return Found(changes(source, base, {TEXT: text_weights(source.read())}))
+    return Found(changes(source, base, {TEXT: text_weights(source)}))
 
 
-def text_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by the names that patches use; doubles and buffers are left out."""
+def text_weights(source: Source) -> dict[str, Tensor]:
+    """Weights by the names that patches use; AdvUnlearn's doubles and buffers are left out."""
+    tensors, table = source.read(), dict[str, Tensor]()
     if any(key.startswith(f"{TEXT}.") for key in tensors):
         tensors = {key: value for key, value in tensors.items() if not key.startswith(TWINS)}
-    plain = {key.removeprefix(f"{TEXT}.").removeprefix(NESTED): value for key, value in tensors.items()}
-    return {key: value for key, value in plain.items() if key.rpartition(".")[2] not in BUFFERS}
+    for key, value in tensors.items():
+        if key.rpartition(".")[2] not in BUFFERS:
+            put(source, table, key.removeprefix(f"{TEXT}.").removeprefix(NESTED), key, value)
+    return table
 
 
 def write_unet(patch: Patch, path: Path, base: Base) -> list[str]:

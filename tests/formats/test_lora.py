@@ -91,6 +91,22 @@ def test_the_scale_that_peft_makes_of_its_settings(base, written, tmp_path):
         assert torch.allclose(found[name], factor * change, atol=1e-6)
 
 
+def test_one_layer_under_two_names_is_refused(base, written, tmp_path):
+    _, tensors = written
+    kohya = {key.replace("lora_te_", "lora_te1_"): value for key, value in tensors["kohya"].items()}
+    peft = {f"base_model.model.{key}": value for key, value in tensors["peft"].items()}
+    unet = dict(base.unet.state_dict())
+    text = dict(base.pipe.text_encoder.state_dict())
+    for content in (
+        {**tensors["kohya"], **kohya},
+        {**tensors["peft"], **peft},
+        {**unet, **{f"unet.{key}": value + 1 for key, value in unet.items()}},
+        {**{f"text_model.{key}": value for key, value in text.items()}, **text},
+    ):
+        with pytest.raises(ErasureError, match="stands twice"):
+            read(base, tmp_path, {key: value.clone() for key, value in content.items()})
+
+
 def test_what_is_no_plain_lora(base, written, tmp_path):
     _, tensors = written
     kohya, peft = tensors["kohya"], tensors["peft"]
