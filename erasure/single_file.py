@@ -19,6 +19,7 @@ from erasure.conditions import text_encoders
 from erasure.errors import ErasureError, unknown
 from erasure.original_names import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.patch.file import write_file
+from erasure.pipelines import patch_stack
 
 # modelspec's names of the architectures (github.com/Stability-AI/ModelSpec).
 ARCHITECTURES = {
@@ -93,9 +94,7 @@ def save_single_file(
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    listed = pipe.get_list_patches() if hasattr(pipe, "get_list_patches") else {}
-    gated = [name for name, one in listed.items() if one["strength"] and one["gate"] != "always"]
-    if gated:
+    if gated := patch_stack(pipe).gated:
         raise ErasureError(
             f"{', '.join(gated)}: gated, so not in the weights; a single file cannot hold a gate. "
             "fuse_patches() folds them in: they then act on every prompt. Nothing was written"

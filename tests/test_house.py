@@ -34,7 +34,7 @@ MAY = {
     "original_names": set(),
     "checkpoints": {"errors", "config", "clip_tokens"},
     "outline": {*CORE, "checkpoints"},
-    "single_file": {*CORE, "patch", "checkpoints", "clip_tokens", "original_names"},
+    "single_file": {*CORE, "patch", "pipelines", "checkpoints", "clip_tokens", "original_names"},
     "diffusion": {"errors"},
     "base": {*CORE, "checkpoints", "pipelines"},  # Base.load opens the erased pipeline
     "patch": CORE,
