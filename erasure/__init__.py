@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from erasure.hub import push as push
     from erasure.methods import erase as erase
     from erasure.patch import Patch as Patch
+    from erasure.pipelines import ErasedStableDiffusionImg2ImgPipeline as ErasedStableDiffusionImg2ImgPipeline
+    from erasure.pipelines import ErasedStableDiffusionInpaintPipeline as ErasedStableDiffusionInpaintPipeline
     from erasure.pipelines import ErasedStableDiffusionPipeline as ErasedStableDiffusionPipeline
+    from erasure.pipelines import ErasedStableDiffusionXLImg2ImgPipeline as ErasedStableDiffusionXLImg2ImgPipeline
+    from erasure.pipelines import ErasedStableDiffusionXLInpaintPipeline as ErasedStableDiffusionXLInpaintPipeline
+    from erasure.pipelines import ErasedStableDiffusionXLPipeline as ErasedStableDiffusionXLPipeline
     from erasure.pipelines import load_patch as load_patch
 
 _WHERE = {
     "Base": "erasure.base",
     "Concept": "erasure.concept",
+    "ErasedStableDiffusionImg2ImgPipeline": "erasure.pipelines",
+    "ErasedStableDiffusionInpaintPipeline": "erasure.pipelines",
     "ErasedStableDiffusionPipeline": "erasure.pipelines",
+    "ErasedStableDiffusionXLImg2ImgPipeline": "erasure.pipelines",
+    "ErasedStableDiffusionXLInpaintPipeline": "erasure.pipelines",
+    "ErasedStableDiffusionXLPipeline": "erasure.pipelines",
     "ErasureError": "erasure.errors",
     "Patch": "erasure.patch",
     "erase": "erasure.methods",

@@ -4,6 +4,8 @@ from erasure.pipelines.classes import (
     ErasedStableDiffusionImg2ImgPipeline,
     ErasedStableDiffusionInpaintPipeline,
     ErasedStableDiffusionPipeline,
+    ErasedStableDiffusionXLImg2ImgPipeline,
+    ErasedStableDiffusionXLInpaintPipeline,
     ErasedStableDiffusionXLPipeline,
 )
 from erasure.pipelines.mixin import PatchMixin, load_patch, sibling
@@ -13,6 +15,8 @@ __all__ = [
     "ErasedStableDiffusionImg2ImgPipeline",
     "ErasedStableDiffusionInpaintPipeline",
     "ErasedStableDiffusionPipeline",
+    "ErasedStableDiffusionXLImg2ImgPipeline",
+    "ErasedStableDiffusionXLInpaintPipeline",
     "ErasedStableDiffusionXLPipeline",
     "PatchMixin",
     "PatchStack",

@@ -87,10 +87,26 @@ class Decider:
     """Decides for one pipeline, as its weights now are; what it found is kept."""
 
     def __init__(self, pipe: Any) -> None:
-        text_encoders(pipe)  # refuses pipelines whose prompts it cannot encode
+        self.check(pipe)
         self._base = Base("", pipe)
         self._empty: dict[tuple[Any, int], float] = {}
         self._found: dict[tuple[Any, str], bool] = {}
+
+    @staticmethod
+    def check(pipe: Any) -> None:
+        """Refuse pipelines that it cannot decide on.
+
+        Raises:
+            ErasureError: saying why not.
+        """
+        kind = type(pipe).__name__
+        text_encoders(pipe)  # refuses pipelines whose prompts it cannot encode
+        config = pipe.unet.config
+        if config.in_channels != config.out_channels:
+            raise ErasureError(
+                f"a latent gate decides from latents alone, and this {kind}'s UNet takes {config.in_channels} channels "
+                f"for {config.out_channels}; use a text gate, or fuse_patches() on a text-to-image pipeline"
+            )
 
     def present(self, key: Any, gate: LatentGate, prompt: str, patched: Callable[[], Any]) -> bool:
         """Whether the prompt names what the patch was made for.
@@ -101,6 +117,12 @@ class Decider:
             prompt: the prompt.
             patched: opens a context in which the UNet has the patch.
         """
+        if self._base.unet.config.encoder_hid_dim_type is not None:
+            raise ErasureError(
+                "a latent gate decides by the prompt alone, and this UNet wants an image too (IP-Adapter): "
+                "unload_ip_adapter(), fuse_patches(), or set_patches() without the patch"
+            )
+        key = key, str(self._base.sampler("ddim").config)  # another scheduler's noise, another decision
         if (key, prompt) not in self._found:
             differences: list[float] = []
             while len(differences) < gate.repeats:
@@ -157,10 +179,12 @@ class Combination:
 
     def remove(self) -> None:
         """Give the UNet its own forward back."""
-        if self._own:
-            self._unet.forward = self._forward
-        else:
-            self._unet.__dict__.pop("forward", None)
+        # Offloading hooks come and go at the end of a call: where they have put their own back, it stays.
+        if vars(self._unet).get("forward") is self:
+            if self._own:
+                self._unet.forward = self._forward
+            else:
+                del self._unet.forward
 
     def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the UNet's forward."""

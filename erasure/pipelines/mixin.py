@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from erasure.base import look, resolve
 from erasure.checkpoints import of_type, open_single_file
 from erasure.errors import ErasureError
 from erasure.patch import Patch
+from erasure.pipelines.loras import LoraMixin
 from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
 
+log = logging.getLogger(__name__)
 PatchSource = str | os.PathLike[str] | Patch
 
 
@@ -42,10 +47,16 @@ def load_patch(
     return patch_stack(pipe).load(patch, name, strength, force)
 
 
-class PatchMixin:
-    """Verbs for patches, in front of a diffusers pipeline class that has `encode_prompt`."""
+class PatchMixin(LoraMixin):
+    """Verbs for patches, in front of a diffusers pipeline class that has `encode_prompt`.
 
-    _erasure_open: list[Acting] | None = None  # a list during a call
+    Gates look at the prompt (on XL at prompt_2 too), never at the negative prompt. Both halves of a guided batch get
+    the prompt's strength, as if a patch of that strength were folded into the weights.
+    """
+
+    _erasure_scope: ExitStack | None = None  # what ends a call, during a call
+    _erasure_acting: list[Acting] = []
+    _erasure_prompts: list[str] | str | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -116,36 +127,67 @@ class PatchMixin:
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers; within a call, the gates see the prompts here."""
         encode = super().encode_prompt  # type: ignore[misc]
-        if self._erasure_open is not None:
+        if self._erasure_scope is not None:
             given = inspect.signature(encode).bind(*args, **kwargs)
             given.apply_defaults()
-            self._close()
-            rows, prompts = _prompts(given.arguments)
+            self._erasure_scope.close()
+            rows, prompts = _prompts(given.arguments, self._erasure_prompts)
             images = given.arguments.get("num_images_per_prompt") or 1
-            self._erasure_open = patch_stack(self).open(prompts, rows, images)
+            stack = patch_stack(self)
+            if strange := stack.strange(self):
+                raise ErasureError(
+                    f"{', '.join(strange)} was replaced while patches were loaded; unload them before you replace it"
+                )
+            encoded = given.arguments.get("prompt_embeds") is not None
+            self._erasure_acting = stack.open(prompts, rows, images, self._erasure_scope, encoded)
         return encode(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, with the loaded patches at work."""
+    def __call__(self, *args: Any, erasure_prompts: list[str] | str | None = None, **kwargs: Any) -> Any:
+        """As in diffusers, with the loaded patches at work.
+
+        Args:
+            args: those of diffusers.
+            erasure_prompts: what `prompt_embeds` ask for, one text a row, for the gates.
+            kwargs: those of diffusers.
+
+        Raises:
+            ErasureError: a gate cannot tell what is asked for, or a gated layer never ran.
+        """
         stack = patch_stack(self)
         stack.gate_log = []
-        self._erasure_open = []
-        try:
+        with ExitStack() as scope:
+            scope.callback(self._erasure_end)
+            self._erasure_scope, self._erasure_prompts = scope.enter_context(ExitStack()), erasure_prompts
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            idle = sum(membrane.calls == 0 for membrane, _ in self._erasure_open)
+            idle = sum(one.calls == 0 for one in self._erasure_acting)
             if idle and not getattr(self, "interrupt", False):
                 raise ErasureError(
-                    f"{idle} of {len(self._erasure_open)} gated layers never ran: something has taken their place "
-                    "(fuse_qkv_projections, torch.compile). Load patches first, or use fuse_patches()"
+                    f"{idle} of {len(self._erasure_acting)} gated layers never ran: something has taken their place "
+                    "(fuse_qkv_projections). Load patches first, or use fuse_patches()"
                 )
-        finally:
-            self._close()
-            self._erasure_open = None
         return result
 
-    def _close(self) -> None:
-        for _, handle in self._erasure_open or []:
-            handle.remove()
+    def _erasure_end(self) -> None:
+        self._erasure_scope, self._erasure_prompts, self._erasure_acting = None, None, []
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """As in diffusers; over components that have patches the pipeline gets their stack."""
+        super().register_modules(**kwargs)  # type: ignore[misc]
+        patch_stack(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers: writes the weights as they are, with what is folded in, without gated patches.
+
+        A log says so. The folder is an ordinary checkpoint: what was folded in cannot be unloaded from it.
+        """
+        stack = patch_stack(self)
+        acting = [name for name, entry in stack.get_list_patches().items() if entry["strength"]]
+        gated = [name for name in acting if name in stack.gated]
+        if folded := [name for name in acting if name not in gated]:
+            log.warning("save_pretrained writes the erased weights, with %s folded in for good", ", ".join(folded))
+        if gated:
+            log.warning("save_pretrained leaves out %s: a gate cannot be folded into weights", ", ".join(gated))
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:
         """The config that `save_pretrained` writes; it names the diffusers class, so that anybody can load it."""
@@ -156,7 +198,7 @@ class PatchMixin:
 
 def _plain(cls: type[Any]) -> type[Any]:
     """The diffusers class behind an erased one."""
-    return next(one for one in cls.__mro__ if not issubclass(one, PatchMixin) and one is not object)
+    return next(one for one in cls.__mro__ if issubclass(one, DiffusionPipeline) and not issubclass(one, PatchMixin))
 
 
 def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:
@@ -170,12 +212,23 @@ def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:
     return other
 
 
-def _prompts(given: Mapping[str, Any]) -> tuple[int, list[list[str]] | None]:
-    """Number of prompts, and the texts of each (a pipeline with two encoders takes two)."""
-    texts = [given.get(name) for name in ("prompt", "prompt_2")]
-    columns = [[text] if isinstance(text, str) else list(text) for text in texts if text is not None]
-    if texts[0] is None:
+def _prompts(given: Mapping[str, Any], declared: list[str] | str | None) -> tuple[int, list[list[str]] | None]:
+    """Number of prompts, and the texts of each (a pipeline with two encoders takes two).
+
+    Raises:
+        ErasureError: texts declared beside a prompt, or not one for each row of embeddings.
+    """
+    prompt, second = given.get("prompt"), given.get("prompt_2")
+    if prompt is None:
         embeds = given.get("prompt_embeds")
-        return (0 if embeds is None else int(embeds.shape[0])), None
+        rows = 0 if embeds is None else int(embeds.shape[0])
+        texts = [declared] if isinstance(declared, str) else declared
+        if texts is not None and (len(texts) != rows or not all(isinstance(text, str) for text in texts)):
+            raise ErasureError(f"erasure_prompts: expected {rows} texts, one for each row of prompt_embeds")
+        return rows, None if texts is None else [[text] for text in texts]
+    if declared is not None:
+        raise ErasureError("erasure_prompts says what prompt_embeds ask for; beside a prompt it has no meaning")
+    # diffusers takes an empty prompt_2 for the prompt.
+    columns = [[text] if isinstance(text, str) else list(text) for text in (prompt, second) if text or text is prompt]
     rows = len(columns[0])
     return rows, [[column[row] for column in columns if row < len(column)] for row in range(rows)]

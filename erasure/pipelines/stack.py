@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Patch
-from erasure.patch.keys import find_module
+from erasure.patch.keys import COMPONENTS, find_module
 from erasure.patch.payload import LowRank
 from erasure.pipelines.checks import check_base, check_shapes
+from erasure.pipelines.compiled import original, uncompiled
 from erasure.pipelines.gates import TextGate, parse_gate
 from erasure.pipelines.latent import Combination, Decider, LatentGate
 from erasure.pipelines.membranes import Membrane
@@ -27,8 +26,7 @@ from erasure.pipelines.weights import FoldedWeights, Share
 from erasure.similarity import similarities
 
 ATTRIBUTE = "_erasure_stack"
-# What acts during a call, with its count of calls, and what ends it.
-Acting = tuple[Membrane | Combination, RemovableHandle | Combination]
+Acting = Membrane | Combination  # what acts during a call, with its count of calls
 # Which stack has changed a module's weights: pipelines may share components.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
 
@@ -45,16 +43,32 @@ class Loaded:
 def patch_stack(pipe: Any) -> PatchStack:
     """The one stack of a diffusers pipeline, made on first use.
 
+    Patches belong to the networks: a pipeline without patches over the components of another (`from_pipe`,
+    `AutoPipelineForImage2Image.from_pipe`, `cls(**pipe.components)`) has the other's stack.
+
     Raises:
         ErasureError: `pipe` is no pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ErasureError(f"patches go onto a diffusers pipeline, not onto {type(pipe).__name__}")
     stack = vars(pipe).get(ATTRIBUTE)
-    if stack is None:
-        stack = PatchStack(pipe)
+    if stack is None or not stack.loaded:
+        stack = _shared(pipe) or stack or PatchStack(pipe)
         setattr(pipe, ATTRIBUTE, stack)
+        if not hasattr(type(stack.pipe), "gate_log"):
+            stack.pipe = pipe  # an erased pipeline over a plain one's components can run gates
     return stack
+
+
+def _shared(pipe: Any) -> PatchStack | None:
+    """The stack of another pipeline whose patched networks are all this one's too."""
+    for name in COMPONENTS:
+        module = original(getattr(pipe, name, None))
+        owner = _OWNERS.get(module) if isinstance(module, nn.Module) else None
+        stack = owner() if owner is not None else None
+        if stack is not None and stack.loaded and not stack.strange(pipe):
+            return stack
+    return None
 
 
 class PatchStack:
@@ -81,11 +95,43 @@ class PatchStack:
         """
         module = getattr(self.pipe, name, None)
         module = getattr(module, "_orig_mod", module)
+        module = original(module)
         if not isinstance(module, nn.Module):
             raise ErasureError(f"the patch touches {name}, and {type(self.pipe).__name__} has none")
         if self._modules.get(name, module) is not module:
             raise ErasureError(f"{name} was replaced while patches were loaded; unload them before you replace it")
         return module
+
+    @property
+    def loaded(self) -> bool:
+        """Whether any patch is loaded."""
+        return bool(self._loaded)
+
+    def strange(self, pipe: Any) -> list[str]:
+        """The patched components that `pipe` has not, or has others of."""
+        return [name for name, module in self._modules.items() if original(getattr(pipe, name, None)) is not module]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copy owns the copied networks
+        self._claim()
+
+    def _claim(self) -> None:
+        for module in self._modules.values():
+            _OWNERS[module] = weakref.ref(self)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context with the base's own weights, for changes to them; folded patches come back on top of these."""
+        self._weights.fold([])
+        try:
+            yield
+        finally:
+            self._weights.fold(self._shares(self._loaded, self._fused))
+            self.forget()
+
+    def forget(self) -> None:
+        """Let latent gates decide anew: the networks answer differently now."""
+        self._decider = None
 
     def load(self, patch: Patch, name: str | None = None, strength: float = 1.0, force: bool = False) -> str:
         """Check `patch` against the pipeline and put it on the stack; returns its name.
@@ -103,14 +149,14 @@ class PatchStack:
         name = self._name(patch, name)
         strength = _number(strength)
         gate = parse_gate(patch)
-        if gate is not None and not hasattr(self.pipe, "gate_log"):
+        if gate is not None and not hasattr(type(self.pipe), "gate_log"):
+            kind = type(self.pipe).__name__
             raise ErasureError(
-                f"{name!r} has a {patch.gate['kind']} gate: {type(self.pipe).__name__} does not show it the prompts. "
-                "Make an erased pipeline of it: ErasedStableDiffusionPipeline(**pipe.components), or, for others, "
-                f"class Mine(PatchMixin, {type(self.pipe).__name__})"
+                f"{name!r} has a {patch.gate['kind']} gate: {kind} does not show it the prompts. Make an erased pipeline "
+                f"of it: Erased{kind}.from_pipe(pipe), or, if there is none, class Mine(PatchMixin, {kind})"
             )
         if isinstance(gate, LatentGate):
-            Decider(self.pipe)  # refuses pipelines that it cannot decide on
+            Decider.check(self.pipe)
         for component in patch.components:
             self._check_owner(component)
             check_shapes(name, patch, component, self.component(component))
@@ -174,42 +220,57 @@ class PatchStack:
         """The patches whose strength depends on the prompt now."""
         return {name: one for name, one in self._loaded.items() if one.gate and one.strength and not self._fused}
 
-    def open(self, prompts: list[list[str]] | None, rows: int, images: int) -> list[Acting]:
+    def open(
+        self, prompts: list[list[str]] | None, rows: int, images: int, scope: ExitStack, encoded: bool = False
+    ) -> list[Acting]:
         """Let the gated patches act for one call, and write the gate log.
 
         Args:
             prompts: for each row, the texts that it is asked for (two on XL); None where only embeddings are known.
             rows: number of prompts.
             images: images per prompt.
+            scope: what ends the call; closing it takes everything off again.
+            encoded: the prompts come as embeddings: text encoders do not run.
 
         Raises:
-            ErasureError: embeddings without a prompt, and a gated patch.
+            ErasureError: embeddings without a prompt and a gated patch, or embeddings and a gated patch of an encoder.
         """
         gated = self.gated
         if gated and prompts is None:
             raise ErasureError(
-                f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. "
-                "Give the prompt, switch the gate off with fuse_patches(), or the patch with set_patches()"
+                f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. Say what they "
+                "ask for with erasure_prompts=[...], switch the gate off with fuse_patches(), or the patch with "
+                "set_patches()"
             )
         strengths = {name: [one.strength] * rows for name, one in self._loaded.items()}
-        strengths |= {name: self._gate(one, prompts or []) for name, one in gated.items()}
+        with uncompiled(self.pipe) if gated else nullcontext():
+            strengths |= {name: self._gate(one, prompts or []) for name, one in gated.items()}
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
-        found: list[tuple[Membrane, nn.Module]] = []
+        acting = {name: one for name, one in gated.items() if any(strengths[name])}
+        bypassed = [name for name, one in acting.items() if encoded and one.patch.components != ["unet"]]
+        if bypassed:
+            raise ErasureError(
+                f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Give the "
+                "prompt, or fuse_patches() before you encode it"
+            )
+        if acting:
+            scope.enter_context(uncompiled(self.pipe))
+        membranes: list[Acting] = []
         parts: list[tuple[torch.Tensor, Callable[[], Any]]] = []
         # In order of content, as in the weights: the order of loading changes no bit.
-        for name, one in sorted(gated.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
-            if not any(strengths[name]):
-                continue
+        for name, one in sorted(acting.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
+            shares = torch.tensor(strengths[name])
             if isinstance(one.gate, LatentGate):
-                shares = torch.tensor(strengths[name]).repeat_interleave(images)
-                parts.append((shares, partial(self._patched, one.patch)))
-            else:
-                found += self._membranes(one.patch, torch.tensor(strengths[name]), images)
-        acting: list[Acting] = [(membrane, membrane.attach(module)) for membrane, module in found]
-        if parts:
-            combination = Combination(self.component("unet"), parts, whole=bool(found))
-            acting.append((combination, combination))
-        return acting
+                parts.append((shares.repeat_interleave(images), self._patched(one.patch)))
+                continue
+            for membrane, module in self._membranes(one.patch, shares, images):
+                scope.callback(membrane.attach(module).remove)
+                membranes.append(membrane)
+        if not parts:
+            return membranes
+        combination = Combination(self.component("unet"), parts, whole=bool(membranes))
+        scope.callback(combination.remove)
+        return [*membranes, combination]
 
     def _gate(self, one: Loaded, prompts: list[list[str]]) -> list[float]:
         """Strength of one gated patch for each prompt: the largest over the prompt's texts and the gate's.
@@ -222,21 +283,26 @@ class PatchStack:
             return [one.strength * max(one.gate.strength(best[text]) for text in texts) for texts in prompts]
         if not isinstance(one.gate, LatentGate):
             return [one.strength] * len(prompts)
-        gate, patched = one.gate, partial(self._patched, one.patch)
+        gate, patched = one.gate, self._patched(one.patch)
         self._decider = self._decider or Decider(self.pipe)
         key = (one.patch.payload.digest, gate)
         there = [self._decider.present(key, gate, texts[0], patched) for texts in prompts]
         return [one.strength * (1 - (gate.on if each else gate.off)) for each in there]
 
-    @contextmanager
-    def _patched(self, patch: Patch) -> Iterator[None]:
-        """The UNet with a low-rank patch at strength 1."""
-        handles = [membrane.attach(module) for membrane, module in self._membranes(patch, torch.ones(1), 1)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _patched(self, patch: Patch) -> Callable[[], AbstractContextManager[None]]:
+        """What opens a context in which the UNet has a low-rank patch at strength 1."""
+        found = self._membranes(patch, torch.ones(1), 1)  # once: factors stay where the network has brought them
+
+        @contextmanager
+        def patched() -> Iterator[None]:
+            handles = [membrane.attach(module) for membrane, module in found]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        return patched
 
     def _membranes(self, patch: Patch, strengths: torch.Tensor, images: int) -> list[tuple[Membrane, nn.Module]]:
         found: list[tuple[Membrane, nn.Module]] = []
@@ -263,8 +329,7 @@ class PatchStack:
         self._modules = {
             component: self.component(component) for one in loaded.values() for component in one.patch.components
         }
-        for module in self._modules.values():
-            _OWNERS[module] = weakref.ref(self)
+        self._claim()
 
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -144,12 +146,11 @@ def test_one_step_by_hand(pipe, monkeypatch):
     stack = patch_stack(pipe)
     with torch.no_grad():
         plain = pipe.unet(x, 5, texts).sample
-        with stack._patched(made):
+        with stack._patched(made)():
             lora = pipe.unet(x, 5, texts).sample
-        acting = stack.open([["cat"]], 1, 1)
-        both = pipe.unet(x, 5, texts).sample
-        for _, handle in acting:
-            handle.remove()
+        with ExitStack() as scope:
+            stack.open([["cat"]], 1, 1, scope)
+            both = pipe.unet(x, 5, texts).sample
         assert torch.equal(pipe.unet(x, 5, texts).sample, plain)
     assert torch.allclose(both, -1 * plain + 2 * lora, atol=1e-5)
 

@@ -244,13 +244,14 @@ def test_patch_from_fp32_loads_into_half_precision(pipe):
     assert not same(weights(pipe), base)
 
 
-def test_shared_components_are_not_patched_twice(pipe):
+def test_shared_components_share_their_patches(pipe):
+    base = weights(pipe)
     pipe.load_patch(low_rank_patch(pipe))
     twin = ErasedStableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(ErasureError, match="shared with another pipeline.*van gogh"):
-        twin.load_patch(low_rank_patch(tiny_pipeline(), seed=2))
-    pipe.unload_patches()
-    twin.load_patch(low_rank_patch(twin, seed=2))
+    assert twin.load_patch(low_rank_patch(tiny_pipeline(), seed=2)) == "van gogh-2"
+    assert list(pipe.get_list_patches()) == ["van gogh", "van gogh-2"]
+    twin.unload_patches()
+    assert same(weights(pipe), base)
 
 
 def test_replaced_component_is_noticed(pipe):

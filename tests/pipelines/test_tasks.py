@@ -1,0 +1,188 @@
+"""Every task and size, and how one pipeline becomes another."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+
+import erasure
+from erasure import pipelines
+from erasure.errors import ErasureError
+from erasure.pipelines import ErasedStableDiffusionImg2ImgPipeline, ErasedStableDiffusionPipeline, load_patch
+from tests.patch.making import delta_patch, gap, low_rank_patch, same, weights
+from tests.pipelines.making import LATENT, TASKS, TEXT, Unchanged, draw, strengths, task
+from tests.tiny import tiny_pipeline
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_folded_and_gated_in_every_task(name):
+    pipe = task(name)
+    assert getattr(erasure, name) is type(pipe)
+    with Unchanged(pipe) as base:
+        pipe.load_patch(low_rank_patch(pipe))
+        folded = draw(pipe)
+        assert gap(folded, base) > 1e-4
+        pipe.unload_patches()
+        pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+        gated = draw(pipe)
+        assert strengths(pipe) == [1.0, 0.0]
+        assert gap(gated[0], folded[0]) < 1e-5 and torch.equal(gated[1], base[1])
+        pipe.unload_patches()
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if "XL" not in name])
+def test_the_latent_gate_in_every_task_of_sd(name, monkeypatch):
+    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
+    pipe = task(name)
+    with Unchanged(pipe) as base:
+        pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
+        found = draw(pipe)
+        assert strengths(pipe) == [2.0, 0.0]
+        assert gap(found[0], base[0]) > 1e-4 and torch.equal(found[1], base[1])
+        pipe.unload_patches()
+
+
+def test_the_latent_gate_refuses_what_it_cannot_decide_on():
+    large = task("ErasedStableDiffusionXLInpaintPipeline")
+    with pytest.raises(ErasureError, match="Stable Diffusion 1 and 2, not on ErasedStableDiffusionXLInpaint"):
+        large.load_patch(low_rank_patch(large, gate=LATENT))
+    pipe = task("ErasedStableDiffusionInpaintPipeline")
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ErasureError, match="takes 9 channels for 4"):
+        pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
+
+
+def test_second_prompt_of_xl():
+    pipe = task("ErasedStableDiffusionXLPipeline")
+    pipe.load_patch(low_rank_patch(pipe, gate={"kind": "text"}))
+    draw(pipe, ["a cat", "a cat"], prompt_2=["van gogh", "a dog"])
+    assert strengths(pipe)[0] == 1.0 > strengths(pipe)[1]
+    draw(pipe, ["a cat"])
+    alone = strengths(pipe)
+    draw(pipe, ["a cat"], prompt_2="")  # diffusers takes the prompt then
+    assert strengths(pipe) == alone
+
+
+@pytest.mark.parametrize("gate", [{"kind": "always"}, TEXT])
+def test_pipelines_made_from_an_erased_one_have_its_patches(gate):
+    pipe = task("ErasedStableDiffusionPipeline")
+    # A twin that has run before the patch came has it too.
+    early = ErasedStableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    early.set_progress_bar_config(disable=True)
+    base = draw(early)
+    name = pipe.load_patch(low_rank_patch(pipe, gate=gate))
+    makers = [
+        lambda: early,
+        lambda: ErasedStableDiffusionImg2ImgPipeline.from_pipe(pipe),
+        lambda: AutoPipelineForImage2Image.from_pipe(pipe),
+        lambda: ErasedStableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False),
+    ]
+    images = []
+    for make in makers:
+        twin = make()
+        twin.set_progress_bar_config(disable=True)
+        assert type(twin) is ErasedStableDiffusionImg2ImgPipeline
+        assert list(twin.get_list_patches()) == [name]
+        images.append(draw(twin))
+        assert gap(images[-1][0], base[0]) > 1e-4 and torch.equal(images[-1], images[0])
+    twin.unload_patches()
+    assert pipe.get_list_patches() == {} and torch.equal(draw(early), base)
+
+
+def test_the_stack_outlives_the_pipeline_it_was_made_on():
+    pipe = task("ErasedStableDiffusionPipeline")
+    base = weights(pipe)
+    pipe.load_patch(delta_patch(pipe))
+    twin = AutoPipelineForInpainting.from_pipe(pipe)
+    del pipe
+    twin.unload_patches()
+    assert same(weights(twin), base)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_auto_pipelines_find_the_erased_relatives(name):
+    pipe = task(name)
+    size = "XL" if "XL" in name else ""
+    for auto, kind in (
+        (AutoPipelineForText2Image, ""),
+        (AutoPipelineForImage2Image, "Img2Img"),
+        (AutoPipelineForInpainting, "Inpaint"),
+    ):
+        assert type(auto.from_pipe(pipe)) is getattr(pipelines, f"ErasedStableDiffusion{size}{kind}Pipeline")
+
+
+def test_from_a_plain_pipeline_and_back():
+    plain = tiny_pipeline(StableDiffusionPipeline)
+    base = weights(plain)
+    load_patch(plain, delta_patch(plain), name="folded")
+    pipe = ErasedStableDiffusionPipeline.from_pipe(plain)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_patch(low_rank_patch(tiny_pipeline(), gate=TEXT), name="gated")
+    draw(pipe)
+    assert [set(entry) for entry in pipe.gate_log] == [{"folded", "gated"}] * 2
+    # A plain class draws with what is in the weights, and knows no gates.
+    back = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert back.unet is pipe.unet
+    pipe.unload_patches()
+    assert same(weights(plain), base)
+
+
+def test_networks_shared_in_part_are_not_patched_twice():
+    pipe, other = task("ErasedStableDiffusionPipeline"), tiny_pipeline(seed=1)
+    pipe.load_patch(low_rank_patch(pipe, components=("unet", "text_encoder")))
+    parts = {**pipe.components, "text_encoder": other.text_encoder}
+    twin = ErasedStableDiffusionPipeline(**parts, requires_safety_checker=False)
+    assert twin.get_list_patches() == {}
+    with pytest.raises(ErasureError, match="shared with another pipeline.*van gogh"):
+        twin.load_patch(low_rank_patch(tiny_pipeline(), seed=2))
+
+
+def test_a_network_replaced_under_a_gate_is_noticed():
+    pipe = task("ErasedStableDiffusionPipeline")
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+    pipe.unet = tiny_pipeline(seed=1).unet
+    with pytest.raises(ErasureError, match="unet was replaced"):
+        draw(pipe)
+
+
+def test_copies_keep_their_own_patches():
+    pipe = task("ErasedStableDiffusionPipeline")
+    base = weights(pipe)
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT), name="gated")
+    pipe.load_patch(delta_patch(pipe), name="folded")
+    image = draw(pipe)
+    for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        again = AutoPipelineForText2Image.from_pipe(twin)
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(again), image)
+        again.unload_patches()
+        assert same(weights(twin), base)
+    assert torch.equal(draw(pipe), image)
+
+
+def test_saving_writes_what_is_folded_in_and_says_so(tmp_path, caplog):
+    pipe = task("ErasedStableDiffusionPipeline")
+    with caplog.at_level(logging.WARNING, "erasure"):
+        pipe.save_pretrained(tmp_path / "base")
+    assert not caplog.records
+    pipe.load_patch(delta_patch(pipe), name="folded")
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT), name="gated")
+    with caplog.at_level(logging.WARNING, "erasure"):
+        pipe.save_pretrained(tmp_path / "erased")
+    assert "with folded folded in for good" in caplog.text and "leaves out gated" in caplog.text
+    back = ErasedStableDiffusionPipeline.from_pretrained(tmp_path / "erased")
+    assert same(weights(back), weights(pipe)) and back.get_list_patches() == {}
+    # The saved network is another base, and says so.
+    with pytest.raises(ErasureError, match="was made from"):
+        back.load_patch(delta_patch(task("ErasedStableDiffusionPipeline")))
