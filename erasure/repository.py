@@ -94,15 +94,18 @@ def find_patch(source: str) -> Found:
 
     given = place(source)
     if given is None:
-        raise ErasureError(f"{source!r}: owner/name, owner/name/file{SUFFIX} or owner/name@revision")
+        raise ErasureError(
+            f"{source!r} is nothing here, and on the hub it would be owner/name, owner/name/file{SUFFIX} "
+            "or owner/name@revision"
+        )
     refuse_pickles(source, given.file)
     hint = "" if given.file else f"; name its file as well, owner/name/file{SUFFIX}, to have it from the cache"
     with plainly(source, "repository", given.name, given.file, given.revision, AWAY + hint):
-        config, revision = _config(hub, given)
+        config, revision, away = _config(hub, given)
         file = given.file or config.get("file")
         if file is None:
             file = only(source, hub.list_repo_files(given.name, revision=revision))
-        path = Path(hub.hf_hub_download(given.name, file, revision=revision))
+        path = Path(hub.hf_hub_download(given.name, file, revision=revision, local_files_only=away))
     sha256 = config.get("sha256") if config.get("file") == file else None
     return Found(path, given.name, commit(path), sha256)
 
@@ -118,14 +121,20 @@ def find_in_folder(folder: Path) -> Found:
     return Found(folder / file, sha256=config.get("sha256"))
 
 
-def _config(hub: Any, given: Place) -> tuple[dict[str, str], str | None]:
-    """The repository's erasure.json, and the revision it was read at, so that the patch is of the same one."""
+def _config(hub: Any, given: Place) -> tuple[dict[str, str], str | None, bool]:
+    """The repository's erasure.json, the revision it was read at, and whether the hub is out of reach.
+
+    The patch is then taken from the same revision; and a hub that is out of reach is not asked again.
+    """
     try:
         path = Path(hub.hf_hub_download(given.name, CONFIG, revision=given.revision))
+    except hub.errors.LocalEntryNotFoundError:
+        if given.file is None:
+            raise
+        return {}, given.revision, True
     except hub.errors.EntryNotFoundError:
-        # There is none, or none in the cache: then a file that was named is enough.
-        return {}, given.revision
-    return _read(path), commit(path) or given.revision
+        return {}, given.revision, False
+    return _read(path), commit(path) or given.revision, False
 
 
 def _read(path: Path) -> dict[str, str]:

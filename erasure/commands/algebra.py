@@ -47,7 +47,8 @@ def run_resize(given: argparse.Namespace) -> None:
     if given.report:
         from erasure.patch.sizes import sizes
 
-        table = sizes(_load(given.file), given.rank and [given.rank], dtype=given.dtype or "fp32", drop=given.drop)
+        ranks = None if given.rank is None else [given.rank]
+        table = sizes(_load(given.file), ranks, dtype=given.dtype or "fp32", drop=given.drop)
         chart = f"\n{table.chart(given.out)}: the chart" if given.out else ""
         say(given, table.to_json(), table.text() + chart)
         return

@@ -58,13 +58,13 @@ class Sizes:
             raise ErasureError(f"{target}: the chart is a picture; give a name that ends in .png")
         image = Image.new("RGB", (WIDTH, HEIGHT), "white")
         draw = ImageDraw.Draw(image)
-        wide, high = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE
+        wide, high = WIDTH - 4 * EDGE, HEIGHT - 2 * EDGE
         # Bytes on a logarithmic scale: ranks double.
         ends = [math.log(row["bytes"]) for row in self.rows] + [math.log(self.now["bytes"])]
         least, span = min(ends), (max(ends) - min(ends)) or 1.0
 
         def place(count: int, error: float) -> tuple[float, float]:
-            return EDGE + wide * (math.log(count) - least) / span, EDGE + high * (1 - min(error, 1.0))
+            return 2 * EDGE + wide * (math.log(count) - least) / span, EDGE + high * (1 - min(error, 1.0))
 
         for tenth in range(0, 11, 2):
             _, y = place(self.now["bytes"], tenth / 10)
@@ -72,14 +72,20 @@ class Sizes:
             draw.text((EDGE - 6, y), f"{tenth * 10} %", "black", anchor="rm")
         marks = [place(row["bytes"], row["error"]) for row in self.rows]
         draw.line(marks, "steelblue", 2)
+        named = -math.inf
         for row, (x, y) in zip(self.rows, marks, strict=True):
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], "steelblue")
+            if x - named < EDGE:
+                continue  # names would lie on one another
+            named = x
             draw.text((x, y - 8), f"rank {row['rank']}", "black", anchor="mb")
             draw.text((x, HEIGHT - EDGE + 6), _short(row["bytes"]), "black", anchor="mt")
         x, _ = place(self.now["bytes"], 0)
         draw.line([(x, EDGE), (x, HEIGHT - EDGE)], "firebrick")
         draw.text((x - 4, EDGE), f"now {_short(self.now['bytes'])}", "firebrick", anchor="rt")
-        draw.text((EDGE, EDGE - 12), f"relative error of the change, against bytes in {self.dtype}", "black", "lb")
+        draw.text(
+            (EDGE, EDGE - 12), f"relative error of the change, against bytes in {self.dtype}", "black", anchor="lb"
+        )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp.png")
@@ -91,7 +97,7 @@ class Sizes:
 
 
 def _short(count: int) -> str:
-    return f"{count / 1e6:.3g} MB" if count >= 1e5 else f"{count / 1e3:.3g} kB"
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"
 
 
 def sizes(patch: Patch, ranks: Iterable[int] | None = None, *, dtype: str = "fp32", drop: bool = False) -> Sizes:
@@ -112,6 +118,8 @@ def sizes(patch: Patch, ranks: Iterable[int] | None = None, *, dtype: str = "fp3
     labels, dropped = matrices(patch, drop)
     limit = max(full_rank(payload, *label) for label in labels)
     wanted = sorted({2**n for n in range(limit.bit_length())} | {limit}) if ranks is None else sorted(set(ranks))
+    if not wanted:
+        raise ErasureError("give at least one rank")
     for rank in wanted:
         check_rank(rank, limit)
     width = DTYPES[dtype].itemsize
