@@ -1,0 +1,87 @@
+"""What each process of a launch does for tests/test_train_processes.py; run by torchrun with a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from erasure import train as training
+from erasure.errors import ErasureError
+from erasure.methods import erase, names
+from erasure.methods.esd import ESD
+from tests.conformance.test_methods import QUICK
+from tests.tiny import tiny_pipeline
+
+RANK = os.environ.get("RANK", "0")
+# Batches that two processes cannot share evenly.
+ODD = {name: {**settings, "batch_size": 3} for name, settings in QUICK.items()}
+ODD["unguide"] |= {"ratio": 1.0}  # which else takes a thousand UNet calls to find
+ODD["advunlearn"] |= {"retain_batch_size": 4, "learning_rate": 1e-3}
+STOP = 3  # the update after which a run is interrupted
+
+
+def interrupted(out: Path) -> None:
+    """A run of ESD that is left after STOP updates, with a checkpoint at the second."""
+    real, training.CHECKPOINT_EVERY = training.Run.watch, 2
+
+    def watch(run: training.Run, step: int, *rest: object) -> None:
+        if step == STOP:
+            raise KeyboardInterrupt
+        real(run, step, *rest)
+
+    training.Run.watch = watch
+    try:
+        erase(tiny_pipeline(), "cat", "esd", out=out, progress=False, **ODD["esd"])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        training.Run.watch = real
+
+
+def broken(folder: Path) -> str:
+    """A run in which the second process's weights are NaN from the second update on."""
+    real = ESD.loss
+
+    def loss(self, state, step):
+        if step == 1 and RANK == "1":
+            for param in state.adapter.parameters().values():
+                param.data.fill_(torch.nan)
+        return real(self, state, step)
+
+    ESD.loss = loss
+    try:
+        return told(folder / "broken.safetensors")
+    finally:
+        ESD.loss = real
+
+
+def told(out: Path, **more: object) -> str:
+    try:
+        erase(tiny_pipeline(), "cat", "esd", out=out, progress=False, **more, **ODD["esd"])
+    except ErasureError as fault:
+        return str(fault)
+    return "no error"
+
+
+def main(folder: Path) -> None:
+    found: dict[str, object] = {"costs": {}}
+    for name in names():
+        patch = erase(tiny_pipeline(), "cat", name, out=folder / f"{name}.safetensors", progress=False, **ODD[name])
+        found["costs"][name] = patch.costs
+    interrupted(folder / "resumed.safetensors")
+    found["left"] = sorted(path.name for path in (folder / "resumed.safetensors.run").iterdir())
+    erase(tiny_pipeline(), "cat", "esd", out=folder / "resumed.safetensors", progress=False, **ODD["esd"])
+    interrupted(folder / "alone.safetensors")
+    watched = {"progress": False, "preview_every": 2, **ODD["esd"]}
+    erase(tiny_pipeline(), "cat", "esd", out=folder / "watched.safetensors", **watched)
+    found["nan"] = broken(folder)
+    found["apart"] = told(folder / f"apart{RANK}.safetensors", seed=int(RANK))
+    (folder / f"found-{RANK}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
