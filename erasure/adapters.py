@@ -81,6 +81,11 @@ class Weights:
             for key, param in self._params.items():
                 param.data = trained[key]
 
+    def twin(self, module: nn.Module) -> Weights:
+        """The same, untrained, on another copy of the component."""
+        paths = dict.fromkeys(key.rpartition(".")[0] for key in self._params)
+        return Weights(module, {path: module.get_submodule(path) for path in paths}, self.component)
+
     def payload(self) -> Delta:
         """Trained minus base, fp32."""
         return Delta(
@@ -184,9 +189,19 @@ class LowRankTerm:
         finally:
             self._on = before
 
+    @property
+    def _paths(self) -> list[str]:
+        return [key.removesuffix(".down") for key in self._params if key.endswith(".down")]
+
+    def twin(self, module: nn.Module) -> LowRankTerm:
+        """The same, untrained, on another copy of the component."""
+        targets = {path: module.get_submodule(path) for path in self._paths}
+        rank = len(self._params[f"{self._paths[0]}.down"])
+        options: dict[str, Any] = {"rank": rank, "alpha": self.alpha, "component": self.component}
+        return LowRankTerm(module, targets, generator=torch.Generator(), **options)
+
     def payload(self) -> LowRank:
         """Factors by module path."""
-        paths = [key.removesuffix(".down") for key in self._params if key.endswith(".down")]
         return LowRank(
             {
                 self.component: {
@@ -195,7 +210,7 @@ class LowRankTerm:
                         self._params[f"{path}.up"].data.cpu().clone(),
                         self.alpha,
                     )
-                    for path in paths
+                    for path in self._paths
                 }
             }
         )

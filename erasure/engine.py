@@ -90,11 +90,11 @@ class Engine:
             if self.half:
                 # The first layer too: its dtype is what diffusers takes for the UNet's, and so for the latents'.
                 kept = {name for name, _ in unet.named_parameters()} - _narrowed(unet)
-                undo.callback(_cast(unet, kept, torch.float32))
+                undo.callback(cast(unet, kept, torch.float32))
             else:
-                undo.callback(_cast(unet, None, torch.float32))
+                undo.callback(cast(unet, None, torch.float32))
             for encoder in _encoders(self.base):
-                undo.callback(_cast(encoder, None, torch.float32))
+                undo.callback(cast(encoder, None, torch.float32))
             if asked.channels_last:
                 unet.to(memory_format=torch.channels_last)
                 undo.callback(unet.to, memory_format=torch.contiguous_format)
@@ -137,7 +137,7 @@ class Engine:
                 self._undo.callback(param.register_hook(self.crew.mean).remove)
         if self.half:
             frozen = {name for name, param in unet.named_parameters() if not param.requires_grad}
-            self._undo.callback(_cast(unet, frozen & _narrowed(unet), self.dtype, aside=True))
+            self._undo.callback(cast(unet, frozen & _narrowed(unet), self.dtype, aside=True))
         if self.computing.precision == "fp16" and not inside:
             self._scale = INNER_SCALE
         if self.computing.compile:
@@ -167,7 +167,7 @@ class Engine:
         # Before what trains is known, gradients could not be put together: every process then computes all of them.
         shared = self.crew.count > 1 and not self._alone and (self._settled or not torch.is_grad_enabled())
         rows = Rows(self.crew if shared else Crew(), n, self._scale)
-        sample, rest, named = (_each(value, n, rows.take) for value in (sample, rest, named))
+        sample, rest, named = (by_rows(value, n, rows.take) for value in (sample, rest, named))
         if self.computing.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
         with torch.autocast(sample.device.type, self.dtype, enabled=self.half, cache_enabled=False):
@@ -246,14 +246,14 @@ class _Put(torch.autograd.Function):
         return filled, None
 
 
-def _each(value: Any, n: int, change: Callable[[Tensor], Tensor]) -> Any:
+def by_rows(value: Any, n: int, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with every tensor in it that has `n` rows changed."""
     if isinstance(value, Tensor):
         return change(value) if value.dim() and len(value) == n else value
     if isinstance(value, dict):
-        return {key: _each(one, n, change) for key, one in value.items()}
+        return {key: by_rows(one, n, change) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_each(one, n, change) for one in value)
+        return type(value)(by_rows(one, n, change) for one in value)
     return value
 
 
@@ -273,7 +273,7 @@ def _encoders(base: Base) -> list[nn.Module]:
     return [encoder for encoder in found if encoder is not None]
 
 
-def _cast(module: nn.Module, names: set[str] | None, dtype: torch.dtype, *, aside: bool = False) -> Callable[[], None]:
+def cast(module: nn.Module, names: set[str] | None, dtype: torch.dtype, *, aside: bool = False) -> Callable[[], None]:
     """Hold the named parameters (None: all) in `dtype`; what is returned puts their own tensors back.
 
     `aside`: their own tensors wait in main memory.

@@ -1,27 +1,39 @@
 """Forecast of a run before it is started: forwards and backwards, seconds, memory.
 
 The run itself is gone through with a UNet that answers at once (zeros, joined to the graph): every call is counted
-as in the real run, so the forecast needs no second formula of a method's cost. One real call is timed and weighed.
+as in the real run, so the forecast needs no second formula of a method's cost. One real call is timed. Memory is
+that of the largest calls, gone through with tensors that have shapes but no values, in the engine of the real run.
+A UNet on the `meta` device (a configuration without weights) has counts and memory, but no seconds.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from erasure.adapters import Adapter
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
+from erasure.engine import Computing, Engine, Rows, by_rows, cast
+from erasure.errors import ErasureError
 from erasure.methods import configured
+from erasure.processes import Crew
 from erasure.train import Gradient, Run
 
 PROBE = 4  # samples in the timed call
+STATE = 16  # bytes a trained number: master, gradient, two Adam moments; what it was stays with the model
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the UNet
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,13 @@ class Forecast:
     Args:
         F: forwards, a sample each.
         B: backwards, a sample each.
-        seconds: on this machine, of the UNet's calls alone.
-        model_bytes: the checkpoint in memory.
-        training_bytes: masters, gradients, two Adam moments and the base copy of what trains.
-        activation_bytes: what one backward of the largest batch keeps.
+        seconds: on this machine, of the UNet's calls alone; 0 without weights.
+        model_bytes: the checkpoint in memory while it trains.
+        training_bytes: masters, gradients and two Adam moments of what trains.
+        activation_bytes: what the largest call that goes backward holds at most.
+        prepare_bytes: the checkpoint and the largest call without gradients, before what trains is known.
+        precision: of the UNet.
+        processes: that share the work; memory is of each, seconds are of all together.
         modules: how many modules train.
         weights: numbers that train in them.
     """
@@ -45,76 +60,131 @@ class Forecast:
     model_bytes: int
     training_bytes: int
     activation_bytes: int
-    modules: int
-    weights: int
+    prepare_bytes: int = 0
+    precision: str = "fp32"
+    processes: int = 1
+    modules: int = 0
+    weights: int = 0
 
-    def to_json(self) -> dict[str, float]:
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that a process needs, without what the libraries take for themselves."""
+        return max(self.prepare_bytes, self.model_bytes + self.training_bytes + self.activation_bytes)
+
+    def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
 
     def text(self) -> str:
         """For people."""
-        total = self.model_bytes + self.training_bytes + self.activation_bytes
         parts = (
             f"model {_size(self.model_bytes)}, training state {_size(self.training_bytes)}, "
-            f"activations {_size(self.activation_bytes)}"
+            f"activations {_size(self.activation_bytes)}, while preparing {_size(self.prepare_bytes)}"
         )
+        timed = f"about {self.seconds:,.1f} s here, " if self.seconds else ""
+        shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        total = f"{_size(self.peak_bytes)} of memory{shared} in {self.precision}"
         what = f"{self.modules} modules train, {self.weights:,} numbers"
-        return (
-            f"{what}; {self.F:,} F + {self.B:,} B, about {self.seconds:,.1f} s here, {_size(total)} of memory ({parts})"
-        )
+        return f"{what}; {self.F:,} F + {self.B:,} B, {timed}{total} ({parts})"
 
 
-def plan(model: Any, concept: Any, method: str, *, seed: int = 0, **overrides: Any) -> Forecast:
+def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int = 1, **overrides: Any) -> Forecast:
     """Forecast `erase(model, concept, method, **overrides)`; the model is left as it was.
 
     Raises:
-        ErasureError: as `erase`.
+        ErasureError: as `erase`; the UNet has no weights and the method looks at them before it starts.
     """
     concepts = Concept.list_of(concept)
-    built = configured(method, concepts, overrides)
+    computing, (rest,) = Computing.split(overrides)
+    built = configured(method, concepts, rest)
     base = Base.of(model)
-    counts, largest, modules, trained = _dry(built, base, concepts, seed)
-    forward, backward, kept = _probe(base)
-    seconds = (counts.forward - counts.backward) * forward + counts.backward * backward
-    parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    computing = computing.on(base.device)
+    walk = _dry(built, base, concepts, seed)
+    counts, bare = walk.counts, base.device.type == "meta"
+    seconds = 0.0
+    if not bare:
+        forward, both = _timed(base, walk.backward, computing)
+        seconds = ((counts.forward - counts.backward) * forward + counts.backward * both) / processes
+    bytes_of = _weighed(base, walk, computing, processes)
+    params = walk.adapter.parameters()
+    trained = sum(param.numel() for param in params.values())
     return Forecast(
-        counts.forward, counts.backward, seconds, weights, 20 * trained, int(kept * largest), modules, trained
+        counts.forward,
+        counts.backward,
+        seconds,
+        bytes_of["model"],
+        STATE * trained,
+        bytes_of["backward"],
+        bytes_of["wide"] + bytes_of["forward"],
+        computing.precision or "fp32",
+        processes,
+        len({name.rpartition(".")[0] for name in params}),
+        trained,
     )
 
 
-def _dry(method: Gradient, base: Base, concepts: list[Concept], seed: int) -> tuple[Counts, int, int, int]:
-    """Counts, the largest batch that goes backward, the modules that train, and the numbers in them."""
-    counts, largest = Counts(), 0
-    with _answering_at_once(base.unet), counting(base.unet, counts):
-        state = method.prepare(base, concepts, Run(seed=seed, progress=False))
+@dataclass
+class Walk:
+    """What a dry run met: its counts, its adapter, the largest calls with and without gradients."""
+
+    counts: Counts
+    adapter: Adapter | Any = None
+    backward: Call = ((), {})
+    forward: Call = ((), {})
+
+    def see(self, call: Call) -> None:
+        """Keep a call if it is the largest of its kind."""
+        kind = "backward" if torch.is_grad_enabled() else "forward"
+        known = getattr(self, kind)[0]
+        if not known or call[0][0].numel() > known[0].numel():
+            setattr(self, kind, call)
+
+
+class _Elsewhere(Base):
+    """A base whose UNet has no weights: everything else is computed on the CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _dry(method: Gradient, base: Base, concepts: list[Concept], seed: int) -> Walk:
+    bare = base.device.type == "meta"
+    base = _Elsewhere(base.name, base.pipe) if bare else base
+    walk = Walk(Counts())
+    with _answering_at_once(base.unet, walk), counting(base.unet, walk.counts):
         try:
-            params = state.adapter.parameters()
-            modules = len({name.rpartition(".")[0] for name in params})
-            trained = sum(param.numel() for param in params.values())
+            state = method.prepare(base, concepts, Run(seed=seed, progress=False))
+        except (NotImplementedError, RuntimeError) as fault:
+            if not bare:
+                raise
+            raise ErasureError(
+                f"a UNet without weights cannot be planned for: this method looks at them first ({fault})"
+            ) from None
+        walk.adapter = state.adapter
+        try:
             for step in range(method.iterations):
-                before = counts.backward
                 torch.stack(list(method.loss(state, step).values())).sum().backward()
-                largest = max(largest, counts.backward - before)
             method.gate(state)
         finally:
             state.adapter.remove()
-    return counts, largest, modules, trained
+    return walk
 
 
 @contextmanager
-def _answering_at_once(unet: nn.Module) -> Iterator[None]:
+def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
     """The UNet answers with (all but) zeros that hang on its inputs and on what trains in it."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
     leaf = torch.zeros((), requires_grad=True)  # stands for adapters beside the weights
 
     def answer(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        walk.see(((sample, timestep, encoder_hidden_states, *rest), named))
         out = sample * 0 + encoder_hidden_states.sum() * 0
         if torch.is_grad_enabled():
             out = out + leaf.to(out.device) * 0
-            out = out + sum(p.reshape(-1)[0] * 1e-6 for p in unet.parameters() if p.requires_grad)
+            trained = [param for param in unet.parameters() if param.requires_grad and not param.is_meta]
+            out = out + sum(param.reshape(-1)[0] * 1e-6 for param in trained)
         return (out,) if named.get("return_dict") is False else UNet2DConditionOutput(sample=out)
 
     real = unet.__dict__.get("forward")
@@ -128,31 +198,110 @@ def _answering_at_once(unet: nn.Module) -> Iterator[None]:
             unet.forward = real
 
 
-def _probe(base: Base) -> tuple[float, float, float]:
-    """Seconds a sample forward, seconds forward and backward, bytes a sample that a backward keeps."""
-    shape = (PROBE, *base.latent_shape())
-    x = torch.zeros(shape, device=base.device, dtype=base.unet.dtype)
-    asked = base.conditions([""] * PROBE)
-    t = torch.full((PROBE,), 500, device=base.device)
-    seen: dict[int, int] = {}
+def _timed(base: Base, call: Call, computing: Computing) -> tuple[float, float]:
+    """Seconds a sample forward, and forward and backward."""
+    index = torch.arange(PROBE) % len(call[0][0])
+    rest, named = by_rows(call, len(call[0][0]), lambda value: torch.zeros_like(value)[index.to(value.device)])
+    x = rest[0].requires_grad_(True)
+    with Engine(base, replace(computing, compile=False)) as engine:
+        engine.settle({}, inside=True)
+        with torch.no_grad():
+            base.unet(*rest, **named)
+            begun = _now(base.device)
+            base.unet(*rest, **named)
+            forward = _now(base.device) - begun
+        begun = _now(base.device)
+        base.unet(x, *rest[1:], **named).sample.sum().backward()
+        both = _now(base.device) - begun
+    return forward / PROBE, both / PROBE
 
-    def weigh(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.no_grad():
-        base.predict(x, t, asked)
-        begun = time.perf_counter()
-        base.predict(x, t, asked)
-        forward = time.perf_counter() - begun
-    weights = {p.untyped_storage().data_ptr() for p in base.unet.parameters()}
-    x.requires_grad_(True)
-    begun = time.perf_counter()
-    with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
-        base.predict(x, t, asked).sum().backward()
-    both = time.perf_counter() - begun
-    kept = sum(size for at, size in seen.items() if at not in weights)
-    return forward / PROBE, both / PROBE, kept / PROBE
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _weighed(base: Base, walk: Walk, computing: Computing, processes: int) -> dict[str, int]:
+    """Bytes: `wide`, the model before it is narrowed; `model`, after; `forward` and `backward`, held by the calls."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    others = 0  # the text encoders are fp32 while a run trains
+    for name, part in base.pipe.components.items():
+        if isinstance(part, nn.Module) and name != "unet":
+            wide = name.startswith("text_encoder")
+            others += sum(p.numel() * (4 if wide else p.element_size()) for p in part.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet = type(base.unet).from_config(dict(base.unet.config)).requires_grad_(False)
+        cast(unet, None, base.unet.dtype)
+        shell = Base(base.name, SimpleNamespace(unet=unet))
+        with Engine(shell, replace(computing, compile=False, channels_last=False)) as engine:
+            found = {"wide": others + _bytes(unet), "forward": 0, "backward": 0}
+            for norm in unet.modules():  # what autocast does on a GPU, and not on a CPU
+                if engine.half and isinstance(norm, nn.GroupNorm | nn.LayerNorm):
+                    norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+            if walk.forward[0]:
+                with torch.no_grad():
+                    found["forward"] = _held(unet, walk.forward, processes)
+            was = _bytes(unet)
+            inside = walk.adapter.component == "unet"
+            twin = walk.adapter.twin(unet) if inside and hasattr(walk.adapter, "twin") else None
+            engine.settle(twin.parameters() if twin else {}, inside=inside)
+            own = {id(param) for param in twin.parameters().values()} if twin else set()
+            found["model"] = others + sum(4 * p.numel() if id(p) in own else _bytes(p) for p in unet.parameters())
+            found["model"] = min(found["model"], others + was)
+            found["backward"] = _held(unet, walk.backward, processes)
+            if twin:
+                twin.remove()
+    return found
+
+
+def _held(unet: nn.Module, call: Call, processes: int) -> int:
+    """The most bytes that lie about, beside the weights, in a call of one process's share (and back again)."""
+
+    def bare(value: Tensor) -> Tensor:
+        made = torch.zeros(value.shape, dtype=value.dtype)
+        return made.requires_grad_(torch.is_grad_enabled() and value.requires_grad)
+
+    rows = Rows(Crew(0, processes), len(call[0][0])).size
+    share = by_rows(call, len(call[0][0]), lambda value: value[:rows])
+    rest, named = tree_map_only(Tensor, bare, share)
+    with _Tally() as tally:
+        out = unet(*rest, **named)
+        if torch.is_grad_enabled():
+            (out[0] if isinstance(out, tuple) else out.sample).sum().backward()
+    return tally.most
+
+
+class _Tally(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, and lets go of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    size = storage.nbytes()
+                    self._known.add(storage._cdata)
+                    self.live += size
+                    self.most = max(self.most, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _bytes(what: nn.Module | Tensor) -> int:
+    parts = what.parameters() if isinstance(what, nn.Module) else [what]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _size(count: float) -> str:
