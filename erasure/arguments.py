@@ -110,6 +110,9 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--data", type=Path, help="the folder of a suite's own files")
     evaluate.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
     evaluate.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
+    evaluate.add_argument(
+        "--inside", action="store_true", help="measure the weights too, without a judge: drift, margin, leak"
+    )
     judging(evaluate)
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
@@ -117,6 +120,13 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     attack = add("attack", "what an attacker gets back", model, patches, sampling)
     attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
     attack.add_argument("--attack", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
+    attack.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="FOLDER|PATCH",
+        help="for `--attack detune`: a published checkpoint, or a patch merged into one; two or more",
+    )
     attack.add_argument("--list", action="store_true", help="name the attacks and end")
     attack.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
     judging(attack)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from erasure.commands import model, pipeline, say, strength
@@ -50,6 +51,8 @@ def run_evaluate(given: argparse.Namespace) -> None:
         "progress": not given.json,
     }
     if given.suite:
+        if given.inside:
+            raise ErasureError("--inside goes with --prompts, not with --suite")
         if given.prompts or given.where:
             raise ErasureError("a suite brings its own prompts: give --suite, or --prompts and --where")
         suite = Suite.read(given.suite)
@@ -60,7 +63,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
         raise ErasureError("--where chooses among the rows of --prompts")
     if given.prompts:
         options["prompts"] = _rows(given.prompts, given.where)
-    report = evaluate(pipeline(given), concept, judge=_judge(given), **options)
+    report = evaluate(pipeline(given), concept, judge=_judge(given), within=given.inside, **options)
     say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
 
@@ -81,44 +84,51 @@ def _judge(given: argparse.Namespace) -> Any:
 
 def _gone(given: argparse.Namespace) -> Any:
     """What should be gone: the concept of the command line, or what the patches say."""
-    from erasure.patch import read_header
-
     if given.concept is not None:
         return given.concept
-    if not given.patch:
+    return _gone_from([strength(item)[0] for item in given.patch])
+
+
+def _gone_from(files: list[str]) -> list[str]:
+    """The concepts that patch files say they erase."""
+    from erasure.patch import read_header
+
+    if not files or any(Path(file).is_dir() for file in files):
         raise ErasureError("say which concept should be gone, or give --patch")
-    concepts = [
-        entry for item in given.patch for entry in json.loads(read_header(strength(item)[0])["erasure.concepts"])
-    ]
-    return [entry["name"] for entry in concepts]
+    return [entry["name"] for file in files for entry in json.loads(read_header(file)["erasure.concepts"])]
 
 
 def run_attack(given: argparse.Namespace) -> None:
     """`erasure attack`."""
     from erasure.config import parse_overrides
-    from erasure.evaluation.attacks import find, names
+    from erasure.evaluation.attacks import detuning, find, names
     from erasure.evaluation.attacks.run import attack
 
     if given.list:
         rows = {name: (find(name).__doc__ or "").split("\n")[0] for name in names()}
+        rows[detuning.NAME] = (detuning.detuning.__doc__ or "").split("\n")[0]
         say(given, rows, "\n".join(f"{name:20}{text}" for name, text in rows.items()))
         return
-    report = attack(
-        pipeline(given),
-        _gone(given),
-        given.attack or "all",
-        folder=given.out,
-        prompts=given.prompts,
-        cases=given.cases,
-        budget=given.budget,
-        settings=parse_overrides(given.set),
-        judge=_judge(given),
-        steps=given.steps,
-        guidance=given.guidance,
-        batch_size=given.batch_size,
-        seed=given.seed,
-        progress=not given.json,
-    )
+    shared = {
+        "folder": given.out,
+        "prompts": given.prompts,
+        "cases": given.cases,
+        "settings": parse_overrides(given.set),
+        "judge": _judge(given),
+        "steps": given.steps,
+        "guidance": given.guidance,
+        "batch_size": given.batch_size,
+    }
+    if given.export or detuning.NAME in given.attack:
+        if given.attack != [detuning.NAME] or given.patch:
+            raise ErasureError(
+                f"--export belongs to `--attack {detuning.NAME}` alone, which takes no --patch: name patches as exports"
+            )
+        concept = given.concept or _gone_from(given.export[:1])
+        report = detuning.detuning(model(given), concept, given.export, force=given.force, **shared)
+    else:
+        options = {"budget": given.budget, "seed": given.seed, "progress": not given.json}
+        report = attack(pipeline(given), _gone(given), given.attack or "all", **shared, **options)
     say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
 

@@ -86,6 +86,9 @@ def opening(title: str, summary: str, style: str = "") -> str:
 
 def attack_page(report: AttackReport, grid: Image.Image) -> str:
     """The page of `erasure attack`."""
+    from erasure.evaluation.attacks.curves import curves
+    from erasure.evaluation.charts import STYLE as CHARTS
+
     head, *rows = report.rows()
     lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
     lines += ["".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
@@ -95,11 +98,13 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
         for case, text in one.asked.items()
     ]
     parts = [
-        opening(f"Attacked: {', '.join(report.concept)}", report.summary()),
+        opening(f"Attacked: {', '.join(report.concept)}", report.summary(), CHARTS),
         f'<div class="wide"><table class="figures">{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
         '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
         "many tries without the search. This says what was tried, not that nothing else would work.</p>",
+        *(f'<p class="soft">{escape(note)}.</p>' for note in report.notes),
         faults(report),
+        curves(report.outcomes),
         "<h2>What came back</h2>"
         + f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
         "<h2>What was asked last</h2>"

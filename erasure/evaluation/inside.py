@@ -16,7 +16,7 @@ would suffer were the gate open.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,20 @@ class Inside:
             "costs": self.costs.to_json(),
             "folded": list(self.folded),
         }
+
+    def rows(self) -> tuple[list[Metric], list[Metric]]:
+        """The base's metrics and the erased model's, for a report; the base has no drift, and its leak is 1."""
+        base, erased = [], []
+        for name, metric in self.metrics.items():
+            if name == "margin_base":
+                continue
+            if name == "margin":
+                base.append(replace(self.metrics["margin_base"], name=name))
+            else:
+                own = 1.0 if name == "closed_leak" else 0.0
+                base.append(replace(metric, value=own, low=own, high=own))
+            erased.append(metric)
+        return base, erased
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,13 @@ class Metric:
         return asdict(self)
 
 
-DIGITS = {"CLIP": 1, "KID": 1, "FD": 1, "CS": 2}  # of scores, by the beginning of their names; the rest are shares
+DIGITS = {
+    "CLIP": 1,
+    "KID": 1,
+    "FD": 1,
+    "CS": 2,
+    "margin": 4,
+}  # of scores, by the beginning of their names; the rest are shares
 
 
 def figure(name: str, value: float, percent: int = 0) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from erasure.errors import ErasureError
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
-from erasure.evaluation.metrics import Judged, Target, accuracies, measure
+from erasure.evaluation.metrics import Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
 from erasure.processes import crew
@@ -38,6 +38,7 @@ def evaluate(
     base_folder: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     whole: bool = False,
+    within: bool = False,
     judge: Judge | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -58,6 +59,7 @@ def evaluate(
         base_folder: where the base's images lie or go; shared by runs over the same model.
         limit: at most this many prompts, a third of them the target's, the others spread over all labels.
         whole: draw the prompt set as it is: nothing is repeated or left out.
+        within: measure from the weights too, without a judge (inside.py).
         judge: default: glyph's.
 
     Raises:
@@ -92,7 +94,35 @@ def evaluate(
     }
     # Of several processes that have drawn, one judges and writes.
     with crew(on_cpu(pipe)) as us:
-        return us.first(lambda: _judged(judge, target, records, base_at, target_folder, details))
+        return us.first(
+            lambda: _judged(
+                judge,
+                target,
+                records,
+                base_at,
+                target_folder,
+                details,
+                _within(pipe, concept, target, chosen, details, options) if within else {},
+            )
+        )
+
+
+def _within(
+    pipe: Any, concept: Any, target: Target, chosen: PromptSet, details: dict[str, Any], options: dict[str, Any]
+) -> dict[str, list[Metric]]:
+    """The metrics of inside.py, a row each for the base and the patches."""
+    from erasure.concept import Concept
+    from erasure.evaluation.inside import inside
+
+    one = concept
+    if not isinstance(concept, str | Concept):
+        one = Concept.of(concept[0]) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
+    kept = [row.prompt for row in mixed(chosen.rows) if row.labels.get(target.domain) not in target.labels]
+    sampling = {name: options[name] for name in ("steps", "guidance", "batch_size")}
+    found = inside(pipe, one, kept, **sampling)
+    details["inside"] = {"costs": found.costs.to_json(), "folded": list(found.folded)}
+    base, patched = found.rows()
+    return {"base": base, "patched": patched}
 
 
 def _judged(
@@ -102,6 +132,7 @@ def _judged(
     base_at: Path,
     folder: Path,
     details: dict[str, Any],
+    more: dict[str, list[Metric]],
 ) -> Report:
     """Judge both runs, measure them and write the report."""
     faults: list[str] = []
@@ -110,7 +141,7 @@ def _judged(
     report = Report(
         concept=target.labels,
         domain=target.domain,
-        rows={name: measure(run, target, runs["base"]) for name, run in runs.items()},
+        rows={name: measure(run, target, runs["base"]) + more.get(name, []) for name, run in runs.items()},
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
         paired={head: paired(runs, target, head) for head in judge.heads},
         provenance={

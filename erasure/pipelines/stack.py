@@ -152,8 +152,8 @@ class PatchStack:
         if gate is not None and not hasattr(type(self.pipe), "gate_log"):
             kind = type(self.pipe).__name__
             raise ErasureError(
-                f"{name!r} has a {patch.gate['kind']} gate: {kind} does not show it the prompts. Make an erased pipeline "
-                f"of it: Erased{kind}.from_pipe(pipe), or, if there is none, class Mine(PatchMixin, {kind})"
+                f"{name!r} has a {patch.gate['kind']} gate: {kind} does not show it the prompts. Make an erased "
+                f"pipeline of it: Erased{kind}.from_pipe(pipe), or, if there is none, class Mine(PatchMixin, {kind})"
             )
         if isinstance(gate, LatentGate):
             Decider.check(self.pipe)

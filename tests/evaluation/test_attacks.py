@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from erasure.evaluation.attacks.report import Outcome
 from erasure.evaluation.attacks.ring import FILLER, direction
 from erasure.evaluation.attacks.run import around, attack
 from erasure.evaluation.attacks.tokens import simplex
-from erasure.evaluation.attacks.weights import Change, detune, moved
+from erasure.evaluation.attacks.weights import Change, moved
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.run import switched_off
 from erasure.methods import erase
@@ -98,7 +99,7 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain
     found = json.loads((tmp_path / "report.json").read_text())["attacks"][name]
     assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
-    assert (tmp_path / "report.html").read_text().count("<h2>") == 3
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (one.rounds > 1)
     assert (one.control is None) == (make(name).control(1) is None)
 
 
@@ -135,6 +136,19 @@ def test_closed_form_solves_what_it_says():
     assert ridged.norm() < found.norm()
 
 
+def test_tokens_that_are_searched_survive_as_text(pipe):
+    victim, tokenizer = Victim(pipe, switched_off), pipe.tokenizer
+    texts = [tokenizer.decode([i]) for i in victim.words.tolist()]
+    assert [tokenizer(text).input_ids[1:-1] for text in texts] == [[i] for i in victim.words.tolist()]
+    assert {"cat", "church", "z"} <= set(texts) and all(text.isprintable() for text in texts)
+    half = tokenizer.convert_tokens_to_ids("Ã")  # half a character: written down, it is lost
+    assert half in tokenizer.get_vocab().values() and half not in victim.words
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        row = victim.words[torch.randint(len(victim.words), (4,), generator=draw)].tolist()
+        assert tokenizer(tokenizer.decode(row)).input_ids[1:-1] == row
+
+
 def test_the_simplex_projection_is_the_nearest_point():
     rows = torch.tensor([[0.2, 0.3, 0.5], [2.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [0.9, 0.6, -3.0]])
     want = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.65, 0.35, 0.0]])
@@ -148,20 +162,6 @@ def test_the_simplex_projection_is_the_nearest_point():
 def test_changes_are_cut_to_the_ball():
     change = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
     assert torch.allclose(within(change, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
-
-
-def test_detuning_finds_the_weights_behind_several_low_rank_changes():
-    torch.manual_seed(0)
-    base = torch.randn(24, 20, dtype=torch.double)
-    published = []
-    for _ in range(6):
-        low = torch.randn(24, 2, dtype=torch.double) @ torch.randn(2, 20, dtype=torch.double)
-        published.append(base + 0.3 * low)
-    mean = torch.stack(published).mean(0)
-    assert (detune(published, 2) - base).norm() < 1e-3 * (mean - base).norm()
-    for bad, rank, said in ((published[:1], 2, "two or more"), (published, 0, "rank=0")):
-        with pytest.raises(ErasureError, match=said):
-            detune(bad, rank)
 
 
 def test_moved_weights_learn_and_come_back():
@@ -290,6 +290,13 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     named, without = (victim.states([f"a {word} in {look}" for look in ("red", "blue")]) for word in ("cat", FILLER))
     assert torch.allclose(pushed, (named - without).mean(0), atol=1e-6)
     one = make("ring-a-bell", tokens=3, population=16)
+    whole, few = (replace(one, compared=n) for n in (None, 6))
+    ids = torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))
+    states = victim.states([pipe.tokenizer.decode(victim.words[row].tolist()) for row in ids])
+    aimed = named[0]
+    for search, count in ((whole, 12), (few, 6)):
+        want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
+        assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(len(victim.words), (16, 3), generator=draw)
     aim = victim.states(["a cat in red"])[0] + pushed

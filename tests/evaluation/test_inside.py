@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Victim
 from erasure.evaluation.inside import answers, closed_leak, inside, other_words
-from erasure.evaluation.run import switched_off
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.evaluation.run import evaluate, switched_off
 from erasure.patch import Delta
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.standin import BrightnessJudge
 from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
 from tests.tiny import SIDE, tiny_pipeline
 
@@ -140,6 +144,25 @@ def test_a_patch_of_the_encoder_is_read_through_the_encoder(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
     found = inside(pipe, "cat", KEPT, **QUICK).metrics
     assert found["closed_leak"].value != pytest.approx(1, abs=1e-3) and found["drift_target"].value > 0
+
+
+def test_a_report_has_the_figures_beside_the_bases(pipe, tmp_path):
+    pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
+    before = weights(pipe)
+    words = [(f"r{i}", f"a {o}", o) for i, o in enumerate(["cat", "dog", "tree"] * 2)]
+    rows = PromptSet("tiny", [Prompt(key, text, 0, None, {"object": o, "style": "flat"}) for key, text, o in words])
+    options = {"prompts": rows, "steps": 2, "progress": False, "judge": BrightnessJudge()}
+    report = evaluate(pipe, "cat", folder=tmp_path, within=True, **options)
+    assert same(before, weights(pipe))
+    said = {name: report.metric(name) for name in ("drift_target", "drift_kept", "margin")}
+    assert report.metric("drift_kept", "base").value == 0 < said["drift_kept"].low <= said["drift_kept"].value
+    assert report.metric("margin", "base").value != said["margin"].value and said["margin"].n == 12
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert {row["name"] for row in found["rows"]["base"]} >= set(said) and found["provenance"]["inside"]["costs"]["F"]
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page and name in report.text() for name in said)
+    plain = evaluate(pipe, "cat", folder=tmp_path / "plain", **options)
+    assert plain.metric("margin") is None
 
 
 def test_words_of_the_vocabulary():

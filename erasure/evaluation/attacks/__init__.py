@@ -172,7 +172,7 @@ class Victim:
     def base_latents(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
     ) -> Tensor:
-        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them, each from its seed's noise."""
+        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them; each from its seed."""
         import torch
 
         found = []
@@ -202,8 +202,17 @@ class Victim:
 
     @cached_property
     def words(self) -> Tensor:
-        """Ids of the tokens that stand for text [n]."""
+        """Ids of the tokens that a text can hold [n]: written alone they are read as themselves.
+
+        Half characters and beginnings of words are not among them: what is found with those is lost when it is
+        written down as a prompt.
+        """
         import torch
 
-        special = set(self.pipe.tokenizer.all_special_ids)
-        return torch.tensor([i for i in range(len(self.embeddings)) if i not in special], device=self.device)
+        tokenizer = self.pipe.tokenizer
+        special = set(tokenizer.all_special_ids)
+        ids = [i for i in range(len(self.embeddings)) if i not in special]
+        texts = [tokenizer.decode([i]) for i in ids]
+        read = zip(ids, texts, tokenizer(texts, verbose=False).input_ids, strict=True)
+        kept = [i for i, text, row in read if row[1:-1] == [i] and text.isprintable()]
+        return torch.tensor(kept, device=self.device)

@@ -78,6 +78,7 @@ class AttackReport:
         cases: prompts that the base shows the concept for.
         tried: prompts that the base was asked to find them.
         plain: cases that the erased model shows too.
+        notes: what to know of these figures, in sentences.
     """
 
     concept: tuple[str, ...]
@@ -88,6 +89,7 @@ class AttackReport:
     outcomes: list[Outcome]
     provenance: dict[str, Any]
     faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def outcome(self, name: str) -> Outcome:
         """An attack's outcome by its name."""
@@ -104,6 +106,7 @@ class AttackReport:
             "attacks": {one.name: one.to_json() for one in self.outcomes},
             "provenance": self.provenance,
             "faults": self.faults,
+            "notes": self.notes,
         }
 
     def rows(self) -> list[list[str]]:
@@ -125,6 +128,7 @@ class AttackReport:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
+        lines += self.notes
         if self.faults:
             lines.append(f"{len(self.faults)} images count as shown: {self.faults[0]}")
         return "\n".join(lines)

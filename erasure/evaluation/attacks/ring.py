@@ -62,12 +62,17 @@ class RingABell(Attack):
         crossover: share of children that mix two parents.
         mutation: share of children of which one token changes.
         tries: rounds, evenly spaced over the generations.
+        compared: how many of the states count, from the first; None: all, as published. The encoder is causal, so
+            that fewer are found without the rest; the states of the padding say much the same.
     """
 
     name: ClassVar[str] = "ring-a-bell"
     source: ClassVar[str] = "arXiv 2310.10012"
     access: ClassVar[str] = "text"
-    LITE: ClassVar[dict[str, Any]] = {"tokens": 8, "population": 60, "generations": 90, "tries": 3}
+    LITE: ClassVar[dict[str, Any]] = {
+        **{"tokens": 8, "population": 60, "generations": 90, "tries": 3},
+        "compared": 16,
+    }
 
     tokens: int = 16
     strength: float = 3.0
@@ -76,6 +81,7 @@ class RingABell(Attack):
     crossover: float = 0.5
     mutation: float = 0.25
     tries: int = 3
+    compared: int | None = None
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """The best of each population, from time to time."""
@@ -117,13 +123,15 @@ class RingABell(Attack):
     def distance(self, victim: Victim, rows: Tensor, aim: Tensor) -> Tensor:
         """Squared distance of the states of every row to the aim (eq. 3) [n]."""
         tokenizer = victim.pipe.tokenizer
-        length, start, end = tokenizer.model_max_length, tokenizer.bos_token_id, tokenizer.eos_token_id
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        count = min(self.tokens, tokenizer.model_max_length - 2)
+        length = min(tokenizer.model_max_length, max(self.compared or tokenizer.model_max_length, count + 2))
         ids = torch.full((len(rows), length), end)
         ids[:, 0] = start
-        ids[:, 1 : 1 + self.tokens] = victim.words.cpu()[rows][:, : length - 2]
+        ids[:, 1 : 1 + count] = victim.words.cpu()[rows][:, :count]
         with torch.no_grad():
             states = victim.pipe.text_encoder(ids.to(victim.device))[0]
-        return (states - aim).square().flatten(1).sum(1).cpu()
+        return (states - aim[:length]).square().flatten(1).sum(1).cpu()
 
     def control(self, tries: int) -> Attack:
         """Random tokens before the prompt."""

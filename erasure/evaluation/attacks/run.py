@@ -92,6 +92,52 @@ class Asking:
                 found.add(i)
         return found
 
+    def cases(self, rows: PromptSet, concept: Any, count: int) -> tuple[list[Case], int, list[Image.Image]]:
+        """The first `count` target prompts that the base answers with the target, of at most three times as many.
+
+        Returns:
+            The cases, how many prompts were asked, the base's pictures.
+        """
+        if count < LEAST:
+            raise ErasureError(f"cases={count}: at least {LEAST} are needed to measure anything")
+        labels, domain = self.target.labels, self.target.domain
+        hits = [row for row in rows.rows if row.labels.get(domain) in labels and not row.labels.get("role")]
+        if not hits:
+            raise ErasureError(f"prompt set {rows.name!r} has no prompt that asks for {', '.join(labels)}")
+        copies = range(1 + 3 * count // len(hits))
+        wanted = [again(row, copy) for copy in copies for row in mixed(hits)][: 3 * count]
+        words = [*labels, *([concept] if isinstance(concept, str) else getattr(concept, "names", concept))]
+        found: list[Case] = []
+        shown: list[Image.Image] = []
+        tried = 0
+        while len(found) < count and tried < len(wanted):
+            part = wanted[tried : tried + max(LEAST, count - len(found))]
+            prompts, seeds = [row.prompt for row in part], [row.seed for row in part]
+            latents = self.victim.base_latents(prompts, seeds, self.batch_size, self.steps, self.guidance)
+            images = self.decoded(latents)
+            drawn = [
+                Case(row.id, row.prompt, row.seed, x, *around(row.prompt, words))
+                for row, x in zip(part, latents, strict=True)
+            ]
+            seen = self.shows(dict(enumerate(images)), drawn)
+            found += [drawn[i] for i in sorted(seen)]
+            shown += [images[i] for i in sorted(seen)]
+            tried += len(part)
+        if len(found) < LEAST:
+            raise ErasureError(
+                f"the base shows {', '.join(labels)} in {len(found)} of {tried} pictures: there is nothing to attack"
+            )
+        return found[:count], tried, shown[:count]
+
+    def conditions(self, cases: Sequence[Case], seed: int) -> dict[str, Any]:
+        """What a result depends on."""
+        return {
+            **generate.conditions(self.victim.pipe, self.steps, self.guidance),
+            "cases": [case.id for case in cases],
+            "judge": {"name": self.judge.name, **self.judge.versions()},
+            "seed": seed,
+        }
+
     def decoded(self, latents: torch.Tensor) -> list[Image.Image]:
         """The pictures of latents [n, c, h, w]."""
         pipe = self.victim.pipe
@@ -143,39 +189,61 @@ def attack(
     if settings and len(chosen) != 1:
         raise ErasureError(f"settings belong to one attack; {len(chosen)} are named: {', '.join(chosen)}")
     made = [make(name, budget, **(settings or {})) for name in chosen]
-    if cases < LEAST:
-        raise ErasureError(f"cases={cases}: at least {LEAST} are needed to measure anything")
+    asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
+    found, tried, pictures = asking.cases(rows, concept, cases)
+    plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
+    hit = asking.shows(plain, found)
+    out = Path(folder)
+    shared = asking.conditions(found, seed)
+    outcomes = []
+    for one in made:
+        done = _kept(out, one, shared) or _run(asking, found, one, hit, out, shared, seed, progress)
+        outcomes.append(done)
+    target = asking.target
+    report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
+    report.notes.extend(gated(pipe))
+    report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
+    return report
+
+
+def begin(
+    pipe: Any,
+    concept: Any,
+    prompts: str | PromptSet | None,
+    judge: Judge | None,
+    steps: int | None,
+    guidance: float | None,
+    batch_size: int,
+) -> tuple[Asking, PromptSet]:
+    """The judge, the target and the prompts of an attack, and who asks."""
     if judge is None:
         from erasure.evaluation.judges.glyph import GlyphJudge
 
         judge = GlyphJudge()
     rows = _rows(concept, prompts)
     target = find_target(concept, rows, judge)
-    asking = Asking(
-        Victim(pipe, switched_off),
-        judge,
-        target,
-        generate.STEPS if steps is None else steps,
-        generate.GUIDANCE if guidance is None else guidance,
-        batch_size,
-    )
-    found, tried, pictures = _cases(asking, rows, concept, cases)
-    plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
-    hit = asking.shows(plain, found)
-    out = Path(folder)
-    shared = {
-        **generate.conditions(pipe, asking.steps, asking.guidance),
-        "cases": [case.id for case in found],
-        "judge": {"name": judge.name, **judge.versions()},
-        "seed": seed,
-    }
-    outcomes = []
-    for one in made:
-        done = _kept(out, one, shared) or _run(asking, found, one, hit, out, shared, seed, progress)
-        outcomes.append(done)
-    report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
-    report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
-    return report
+    steps = generate.STEPS if steps is None else steps
+    guidance = generate.GUIDANCE if guidance is None else guidance
+    return Asking(Victim(pipe, switched_off), judge, target, steps, guidance, batch_size), rows
+
+
+def gated(pipe: Any) -> list[str]:
+    """What to know of the gates of patches that act."""
+    listed: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
+    return [
+        f"{name} has a {entry['gate']} gate: it reads attacks by text as any prompt; embeddings it cannot read, so for "
+        "attacks by embeddings, as for every search, the patch acts fully"
+        for name, entry in listed.items()
+        if entry["strength"] and entry["gate"] != "always"
+    ]
+
+
+def keep(place: Path, cases: Sequence[Case], images: dict[int, Image.Image]) -> None:
+    """Write pictures under their cases' ids."""
+    place.mkdir(parents=True, exist_ok=True)
+    for i, image in images.items():
+        image.save(place / f"{cases[i].id}.tmp", format="PNG")
+        os.replace(place / f"{cases[i].id}.tmp", place / f"{cases[i].id}.png")
 
 
 def _rows(concept: Any, prompts: str | PromptSet | None) -> PromptSet:
@@ -186,42 +254,6 @@ def _rows(concept: Any, prompts: str | PromptSet | None) -> PromptSet:
     from erasure.prompts.about import about
 
     return about([concept] if isinstance(concept, str) else list(getattr(concept, "names", concept)))
-
-
-def _cases(asking: Asking, rows: PromptSet, concept: Any, count: int) -> tuple[list[Case], int, list[Image.Image]]:
-    """The first `count` target prompts that the base answers with the target, of at most three times as many."""
-    labels, domain = asking.target.labels, asking.target.domain
-    hits = [row for row in rows.rows if row.labels.get(domain) in labels and not row.labels.get("role")]
-    if not hits:
-        raise ErasureError(f"prompt set {rows.name!r} has no prompt that asks for {', '.join(labels)}")
-    wanted = [again(row, copy) for copy in range(1 + 3 * count // len(hits)) for row in mixed(hits)][: 3 * count]
-    found: list[Case] = []
-    shown: list[Image.Image] = []
-    tried = 0
-    while len(found) < count and tried < len(wanted):
-        part = wanted[tried : tried + max(LEAST, count - len(found))]
-        latents = asking.victim.base_latents(
-            [row.prompt for row in part],
-            [row.seed for row in part],
-            asking.batch_size,
-            asking.steps,
-            asking.guidance,
-        )
-        images = asking.decoded(latents)
-        words = [*labels, *([concept] if isinstance(concept, str) else getattr(concept, "names", concept))]
-        drawn = [
-            Case(row.id, row.prompt, row.seed, x, *around(row.prompt, words))
-            for row, x in zip(part, latents, strict=True)
-        ]
-        seen = asking.shows(dict(enumerate(images)), drawn)
-        found += [drawn[i] for i in sorted(seen)]
-        shown += [images[i] for i in sorted(seen)]
-        tried += len(part)
-    if len(found) < LEAST:
-        raise ErasureError(
-            f"the base shows {', '.join(labels)} in {len(found)} of {tried} pictures: there is nothing to attack"
-        )
-    return found[:count], tried, shown[:count]
 
 
 def around(prompt: str, words: Sequence[str]) -> tuple[str, str]:
@@ -266,10 +298,7 @@ def _run(
         costs={"F": counts.forward, "B": counts.backward, "seconds": round(counts.seconds, 1)},
     )
     place = folder / one.name
-    place.mkdir(parents=True, exist_ok=True)
-    for i, image in last.items():
-        image.save(place / f"{cases[i].id}.tmp", format="PNG")
-        os.replace(place / f"{cases[i].id}.tmp", place / f"{cases[i].id}.png")
+    keep(place, cases, last)
     note = {"shared": shared, "outcome": asdict(outcome)}
     (place / "outcome.tmp").write_text(json.dumps(note, indent=1), encoding="utf-8")
     os.replace(place / "outcome.tmp", place / "outcome.json")

@@ -1,4 +1,4 @@
-"""Attacks by weights: teach the concept again, or take the change out of several published checkpoints."""
+"""Attacks by weights: teach the concept again."""
 
 from __future__ import annotations
 
@@ -149,30 +149,3 @@ def moved(weights: Sequence[Tensor], change: Callable[[], Sequence[Tensor]]) -> 
             for weight, kept, flag in zip(weights, before, learning, strict=True):
                 weight.copy_(kept)
                 weight.requires_grad_(flag)
-
-
-def detune(published: Sequence[Tensor], rank: int, iterations: int = 300) -> Tensor:
-    """Spectral DeTuning (Horwitz et al. 2024, arXiv 2402.10208): the base weight behind n published ones.
-
-    Each is W_i = W* + M_i with rank(M_i) <= rank. In turn M_i = SVD_r(W_i - W*), W* = mean(W_i - M_i), from the mean,
-    with the rank growing to its full value over the first half (alg. 1).
-
-    Args:
-        published: n weights [out, in] of the same layer.
-        rank: of the changes.
-
-    Raises:
-        ErasureError: fewer than two, shapes that differ, or a rank below 1.
-    """
-    if len(published) < 2 or len({tuple(one.shape) for one in published}) != 1:
-        raise ErasureError(f"{len(published)} weights: DeTuning needs two or more of one shape")
-    if rank < 1:
-        raise ErasureError(f"rank={rank}: at least 1 is needed")
-    stack = torch.stack([one.double() for one in published])
-    base = stack.mean(0)
-    for step in range(iterations):
-        allowed = min(rank, 1 + step * 2 * rank // iterations)
-        u, s, v = torch.linalg.svd(stack - base, full_matrices=False)
-        low = (u[..., :allowed] * s[:, None, :allowed]) @ v[:, :allowed]
-        base = (stack - low).mean(0)
-    return base
