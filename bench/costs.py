@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from erasure.base import quiet
 from erasure.diffusion import Counts, counting
@@ -43,7 +44,7 @@ def published(pipe: object, concept: str, method: str) -> Forecast:
     return dataclasses.replace(second, **grown)
 
 
-def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, object]:
+def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, Any]:
     """F to decide whether a latent gate opens, a prompt: the published decision's, and ours as counted here."""
     quirks = find("unguide").PARITY
     # R noises, each walked with guidance and then asked of both networks, for the prompt and anew for the empty one.
@@ -75,7 +76,7 @@ def main() -> None:
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     table = json.loads(args.table.read_text())["rows"]
     measured = {row["method"]: row for row in table if row["concept"] == args.concept}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in names():
         theirs, ours = published(pipe, args.concept, method), plan(pipe, args.concept, method)
         rows.append(
