@@ -225,7 +225,10 @@ class Base:
         classes = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
         if kind not in classes:
             raise unknown("sampler", kind, classes)
-        return classes[kind].from_config(self.scheduler.config)
+        config = self.scheduler.config
+        # XL's and other users' schedulers do not clip and may not say so; DDIM would, where it is not told.
+        more = {"clip_sample": False} if kind == "ddim" and "clip_sample" not in config else {}
+        return classes[kind].from_config(config, **more)
 
     def latent_shape(self, scale: float | tuple[float, float] = 1.0) -> tuple[int, int, int]:
         """Channels, height, width of the latents at `scale` (of both, or of height and width) times the native size."""

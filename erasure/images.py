@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -108,12 +111,27 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
             raise ErasureError(f"{path}: cannot be read as an image: {fault}") from None
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = raw.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        with _wide(vae):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         mean.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
         std.append(posterior.std.float().cpu() * vae.config.scaling_factor)
         inside = path.parent.relative_to(top).parts
         prompts.append(inside[-1] if inside else prompt)
     return Images(torch.cat(mean), torch.cat(std), prompts)
+
+
+@contextmanager
+def _wide(vae: Any) -> Iterator[None]:
+    """An autoencoder that says so (XL's) in fp32: its activations overflow fp16. The weights come back as they were."""
+    own = vae.dtype
+    narrow = own == torch.float16 and vae.config.force_upcast
+    try:
+        if narrow:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if narrow:
+            vae.to(own)
 
 
 def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, str]]:

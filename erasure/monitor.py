@@ -11,6 +11,7 @@ import torch
 
 from erasure.base import Base
 from erasure.concept import Concept
+from erasure.conditions import mixed
 from erasure.errors import ErasureError, unknown
 from erasure.neighbours import neighbours, prompt_of
 
@@ -38,18 +39,19 @@ class Previews:
     @torch.no_grad()
     def draw(self, step: int) -> Path:
         """Draw what the model in its present state makes of the prompts."""
-        from diffusers import DDIMScheduler
         from PIL import Image
 
         pipe, own = self.base.pipe, self.base.pipe.scheduler
-        pipe.scheduler = DDIMScheduler.from_config(own.config)
+        pipe.scheduler = self.base.sampler("ddim")
         quiet = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
         try:
             rows = []
             for seed in range(SEEDS):
                 noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
-                rows += pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
+                with mixed(pipe.unet), mixed(pipe.text_encoder):
+                    found = pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise)
+                rows += found.images
         finally:
             pipe.scheduler = own
             pipe.set_progress_bar_config(**quiet)

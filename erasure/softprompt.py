@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.conditions import mixed
 from erasure.errors import ErasureError, unknown
 
 PLACES = ("prefix", "suffix", "replace", "add")
@@ -106,7 +107,8 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
     rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
     ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
     if vectors is None:
-        return encoder(ids)[0]
+        with mixed(encoder):
+            return encoder(ids)[0]
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         made = output.clone()
@@ -117,7 +119,8 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
 
     handle = encoder.get_input_embeddings().register_forward_hook(put)
     try:
-        return encoder(ids)[0]
+        with mixed(encoder):
+            return encoder(ids)[0]
     finally:
         handle.remove()
 

@@ -87,3 +87,17 @@ def test_a_patched_pipeline_is_no_base():
 def test_something_else_is_no_base():
     with pytest.raises(ErasureError, match="no Stable Diffusion pipeline"):
         Base.of(torch.nn.Linear(2, 2))
+
+
+def test_inpainting_pipelines_are_no_base():
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(in_channels=9)
+    with pytest.raises(ErasureError, match="takes 9 channels, 4 of them latents"):
+        Base.of(pipe)
+
+
+def test_ddim_does_not_clip_where_the_schedule_does_not_say():
+    """XL's Euler schedule has no such entry; DDIM's own default would cut the latents at 1."""
+    base = Base("tiny", tiny_pipeline(kind="sdxl"))
+    assert "clip_sample" not in base.scheduler.config and base.sampler("ddim").config.clip_sample is False
+    assert Base("tiny", tiny_pipeline()).sampler("pndm").config.prediction_type == "epsilon"

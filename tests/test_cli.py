@@ -41,6 +41,9 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
         (["generate"], "give prompts"),
         (["methods", "esdd"], "did you mean 'esd'"),
+        (["models", "sdxll"], "unknown model 'sdxll'"),
+        (["generate", "a cat", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["generate", "a cat", "--model-config", "sd1"], "a diffusers folder brings its own"),
         (["prompts", "glyph-objectz"], "glyph-objects"),
         (["demo", "zebra"], "zebra"),
     ],
@@ -66,6 +69,9 @@ def test_errors_in_json(capsys):
 
 
 def test_what_there_is(capsys):
+    found = json.loads(run(capsys, "models", "sd1", "--json")[1])
+    assert found["variants"]["x"] == {"modules": 64, "weights": 43_962_560, "rank_1": 99_456}
+    assert "cross-attention: key and value" in run(capsys, "models", "glyph")[1]
     assert json.loads(run(capsys, "methods", "--json")[1])["esd"].startswith("ESD")
     assert "negative_guidance" in run(capsys, "methods", "esd")[1]
     assert "glyph" in run(capsys, "models")[1]

@@ -63,3 +63,14 @@ def test_folders_that_hold_nothing(base, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ErasureError, match="cannot be read as an image"):
         read_folder(base, tmp_path)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_an_autoencoder_that_overflows_half_precision_works_in_fp32(base, tmp_path, upcast):
+    Image.new("RGB", (16, 16), (250, 10, 10)).save(tmp_path / "a.png")
+    vae = base.pipe.vae.half()
+    vae.register_to_config(force_upcast=upcast)
+    with torch.no_grad():  # 16 bits end at 65504; the layer behind takes the size out again
+        vae.encoder.conv_in.weight.mul_(300_000)
+    assert bool(torch.isfinite(read_folder(base, tmp_path).mean).all()) is upcast
+    assert vae.dtype == torch.float16

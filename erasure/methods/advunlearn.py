@@ -188,11 +188,11 @@ class AdvUnlearn(Gradient):
             state.latest[number] = vectors
         batch, kept = self.concept(state, number, draw), self.kept(state, draw)
         if vectors is None:
-            named = encode(encoder, Slots(self._ids(base, [state.pairs[number][0]]), torch.zeros(0)), None)
+            named = encode(encoder, plain(base, [state.pairs[number][0]]), None)
         else:
             named = encode(encoder, place, vectors)
-        ids = self._ids(base, [state.kept[int(i)] for i in kept.pair]).to(device)
-        texts = torch.cat([named.expand(len(batch), -1, -1), encoder(ids)[0]])
+        others = encode(encoder, plain(base, [state.kept[int(i)] for i in kept.pair]), None)
+        texts = torch.cat([named.expand(len(batch), -1, -1), others])
         x, t = torch.cat([batch.x, kept.x]).to(device), torch.cat([batch.t, kept.t]).to(device)
         made, held = base.predict(x, t, Conditions(texts)).float().split([len(batch), len(kept)])
         wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
@@ -240,12 +240,12 @@ class AdvUnlearn(Gradient):
         """Put them back."""
         state.latest = [tensors[f"latest.{i}"].to(one.device) for i, one in enumerate(state.latest)]
 
-    @staticmethod
-    def _ids(base: Base, texts: list[str]) -> Tensor:
-        tokenizer = base.pipe.tokenizer
-        return tokenizer(
-            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+
+def plain(base: Base, texts: list[str]) -> Slots:
+    """Prompts without room for vectors."""
+    read = base.pipe.tokenizer
+    options = {"padding": "max_length", "max_length": read.model_max_length, "truncation": True}
+    return Slots(read(texts, return_tensors="pt", **options).input_ids, torch.zeros(0))
 
 
 def trained(encoder: nn.Module, layers: int | None, final_norm: bool | None = None) -> dict[str, nn.Module]:

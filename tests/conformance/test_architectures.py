@@ -84,6 +84,16 @@ def test_parity_of_spm_draws_noise_for_all_conditions(kind):
     state.adapter.remove()
 
 
+@pytest.mark.parametrize(("method", "kind"), [("esd", "sdxl"), ("advunlearn", "sd2-v")])
+def test_half_precision_weights_train_by_fp32_masters_and_come_back(method, kind):
+    pipe = tiny(kind).to(torch.bfloat16)
+    before = weights(pipe)
+    patch = erase(pipe, "cat", method, progress=False, **SHORT[method])
+    assert all(torch.equal(one, two) for one, two in zip(before, weights(pipe), strict=True))
+    component = patch.payload.components[0]
+    assert any(patch.payload.change(component, name).any() for name in patch.payload.names(component))
+
+
 def test_v_targets_lead_where_noise_targets_lead():
     """The objective over v is that over noise, each sample weighted by 1 / a(t): the minimum is the same."""
     base = Base("tiny", tiny("sd2-v"))

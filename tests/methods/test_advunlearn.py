@@ -12,7 +12,7 @@ from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
-from erasure.methods.advunlearn import AdvUnlearn, trained
+from erasure.methods.advunlearn import AdvUnlearn, plain, trained
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.softprompt import encode
 from erasure.train import Run
@@ -77,7 +77,7 @@ def test_the_loss_is_the_formula_with_the_attack_found(base):
     words = [state.kept[int(i)] for i in kept.pair]
     with torch.no_grad():
         made = base.unet(batch.x, batch.t, encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1))
-        held = base.unet(kept.x, kept.t, base.pipe.text_encoder(method._ids(base, words))[0]).sample
+        held = base.unet(kept.x, kept.t, base.pipe.text_encoder(plain(base, words).ids)[0]).sample
         with state.adapter.off():
             e_c, e_n = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", ""))
             still = base.unet(kept.x, kept.t, base.encode(words)).sample
