@@ -188,7 +188,8 @@ class Base:
                 f"{type(value).__name__} is no Stable Diffusion pipeline: it has no unet or text_encoder"
             )
         text_encoders(value)  # refuses what lacks one
-        channels, latents = value.unet.config.in_channels, value.vae.config.latent_channels
+        channels, vae = value.unet.config.in_channels, getattr(value, "vae", None)
+        latents = vae.config.latent_channels if vae is not None else channels
         if channels != latents:
             raise ErasureError(
                 f"{type(value).__name__}: its UNet takes {channels} channels, {latents} of them latents (inpainting, "

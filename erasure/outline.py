@@ -65,6 +65,8 @@ def counts(base: Base) -> dict[str, dict[str, int]]:
         found[variant] = {
             "modules": len(modules),
             "weights": sum(p.numel() for one in modules for p in one.parameters(recurse=False)),
-            "rank_1": sum(shape[0] + math.prod(shape[1:]) for shape in (one.weight.shape for one in modules)),
+            "rank_1": sum(
+                shape[0] + math.prod(shape[1:]) for shape in (one.get_parameter("weight").shape for one in modules)
+            ),
         }
     return found

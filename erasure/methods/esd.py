@@ -29,7 +29,7 @@ from torch import Tensor
 from erasure.adapters import Adapter, LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
-from erasure.conditions import Conditions
+from erasure.conditions import Conditions, text_encoders
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.train import Gradient, Run
@@ -106,6 +106,12 @@ class ESD(Gradient):
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts and their embeddings, the pool, the adapter."""
+        if self.parity and len(text_encoders(base.pipe)) > 1:
+            raise ErasureError(
+                "parity follows esd_sd.py, which trains Stable Diffusion 1 at twice its size. The script for XL is "
+                "another; its settings are negative_guidance=0, learning_rate=2e-4, iterations=200, batch_size=1, "
+                "trajectory_guidance=2, weight_rounding=bf16: give these without parity"
+            )
         targets = base.targets(self.variant)
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
         sources = base.conditions([self.erase_from or prompt for prompt, _ in pairs])

@@ -17,7 +17,7 @@ membranes on are made anew every `refresh` updates (published: one state of one 
 too high); anchors are texts, half of them near the concept (published: noise of the concept's length, and the empty
 prompt half of the time); native resolution; the text gate scales once (published: both factors, so gamma^2) and has a
 threshold. In parity mode the calls that the script makes and throws away (unconditional halves at guidance 1) are left
-out.
+out. On XL the published walks also rescale guidance by 0.7; these do not.
 
 Concepts given together share one set of membranes, whose gate takes the nearest of their names. The paper trains a set
 each and stacks them: erase one at a time and load the patches together.

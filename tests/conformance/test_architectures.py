@@ -65,6 +65,11 @@ def test_refuses_with_the_reason(method, kind):
     assert all(torch.equal(one, two) for one, two in zip(before, weights(pipe), strict=True))
 
 
+def test_parity_of_esd_is_of_the_other_script():
+    with pytest.raises(ErasureError, match="follows esd_sd.py.*without parity"):
+        erase(tiny("sdxl"), "cat", "esd", progress=False, parity=True, iterations=2)
+
+
 def test_every_method_has_an_answer():
     assert {method for method, _ in [*RUNS, *REFUSED]} == set(names())
 
