@@ -259,6 +259,9 @@ def exports(patch: Patch) -> dict[str, str]:
     for name, one in FORMATS.items():
         if one.only_read:
             continue
+        if one.check is need_low_rank and isinstance(patch.payload, Delta):
+            found[name] = "with --rank R, cut to that rank"
+            continue
         try:
             one.check(patch)
         except ErasureError as fault:

@@ -99,7 +99,7 @@ def as_it_is(patch: Patch) -> dict[str, str]:
             found[name] = "with its gate" if gated else "yes"
         elif not isinstance(patch.payload, LowRank):
             forms = [form for form in ("diff", "checkpoint") if form in loader.formats]
-            found[name] = f"no: export --format {forms[0]}"
+            found[name] = f"no: export --format {forms[0]}, or kohya --rank R"
         else:
             found[name] = "without its gate" if gated else "yes"
             if lost := missed(name, patch.payload):
