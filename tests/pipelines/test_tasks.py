@@ -176,8 +176,9 @@ def test_saving_writes_what_is_folded_in_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "erasure"):
         pipe.save_pretrained(tmp_path / "base")
     assert not caplog.records
+    gated = low_rank_patch(pipe, gate=TEXT)
     pipe.load_patch(delta_patch(pipe), name="folded")
-    pipe.load_patch(low_rank_patch(pipe, gate=TEXT), name="gated")
+    pipe.load_patch(gated, name="gated")
     with caplog.at_level(logging.WARNING, "erasure"):
         pipe.save_pretrained(tmp_path / "erased")
     assert "with folded folded in for good" in caplog.text and "leaves out gated" in caplog.text
