@@ -1,4 +1,4 @@
-"""Compiled UNets: folded patches act in them; while a gate is open the network runs uncompiled."""
+"""Compiled networks: folded patches act in them; while a gate is open the network runs uncompiled."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.compiled import compiled
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
 from tests.pipelines.making import LATENT, TEXT, draw, strengths
 from tests.tiny import tiny_pipeline
-
-
-def wrap(pipe):
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-
-
-def in_place(pipe):
-    pipe.unet.compile(backend="eager")
-
-
-def forward_alone(pipe):
-    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
 
 
 @pytest.fixture
@@ -31,61 +20,70 @@ def pipe():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compile_it", [wrap, in_place, forward_alone])
-def test_gates_open_and_close_on_a_compiled_unet(pipe, compile_it, monkeypatch):
-    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
-    base, text, latent = draw(pipe), low_rank_patch(pipe, gate=TEXT), low_rank_patch(pipe, gate=LATENT)
-    expected = []
-    for patch in (text, latent):
-        pipe.load_patch(patch)
-        expected.append(draw(pipe))
-        pipe.unload_patches()
-    compile_it(pipe)
-    closed = draw(pipe)
-    assert torch.allclose(closed, base, atol=1e-5)
-    for patch, image in zip((text, latent), expected, strict=True):
-        pipe.load_patch(patch)
-        assert torch.allclose(draw(pipe), image, atol=1e-5)
-        # No compiled graph has kept the hooks.
-        assert torch.equal(draw(pipe, ["a cat", "a cat"])[1], closed[1])
-        pipe.unload_patches()
-        assert torch.equal(draw(pipe), closed)
+def near(one, other):
+    return torch.allclose(one, other, atol=1e-5)
 
 
-def test_the_latent_gate_decides_uncompiled(pipe):
-    patch = low_rank_patch(pipe, gate={**LATENT, "ratio": 1e-3})
-    pipe.load_patch(patch)
-    draw(pipe)
-    log = strengths(pipe)
-    assert log == [2.0, 2.0]  # the patch moves every prompt
-    pipe.unload_patches()
-    wrap(pipe)
-    draw(pipe)
-    pipe.load_patch(patch)
-    draw(pipe)
-    assert strengths(pipe) == log
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_folding_before_and_after(pipe, backend):
+def test_a_wrapped_unet_folds_gates_and_gives_the_base_back(pipe):
     base, before = weights(pipe), draw(pipe)
-    patch = delta_patch(pipe)
-    first = pipe.load_patch(patch)
+    always, text = delta_patch(pipe), low_rank_patch(pipe, gate=TEXT)
+    pipe.load_patch(text)
+    gated = draw(pipe)
+    pipe.unload_patches()
+    name = pipe.load_patch(always)
     folded = draw(pipe)
-    pipe.unet = torch.compile(pipe.unet, backend=backend)
-    assert torch.allclose(draw(pipe), folded, atol=1e-5)
-    pipe.delete_patches(first)
-    assert torch.allclose(draw(pipe), before, atol=1e-5)
-    pipe.load_patch(patch)
-    assert torch.allclose(draw(pipe), folded, atol=1e-5)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert near(draw(pipe), folded)
+    pipe.delete_patches(name)
+    closed = draw(pipe)
+    assert near(closed, before)
+    pipe.load_patch(text)
+    assert near(draw(pipe), gated) and strengths(pipe) == [1.0, 0.0]
+    # No compiled graph has kept the hooks.
+    pipe.unload_patches()
+    assert torch.equal(draw(pipe), closed)
+    pipe.load_patch(always)
+    assert near(draw(pipe), folded)
     pipe.unload_patches()
     pipe.unet = pipe.unet._orig_mod
     assert same(weights(pipe), base) and torch.equal(draw(pipe), before)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_both_gates_and_a_fold_in_a_unet_compiled_block_by_block(pipe, backend):
+    kinds = {"folded": {"kind": "always"}, "text": TEXT, "latent": {**LATENT, "ratio": 1e-3}}
+    patches = {kind: low_rank_patch(pipe, part="mid_block.attentions", gate=gate) for kind, gate in kinds.items()}
+    base, expected, logs = draw(pipe), {}, {}
+    for kind, patch in patches.items():
+        pipe.load_patch(patch)
+        expected[kind], logs[kind] = draw(pipe), pipe.gate_log
+        pipe.unload_patches()
+        assert not near(expected[kind], base)
+    pipe.unet.mid_block.attentions[0].compile(backend=backend)
+    closed = draw(pipe)
+    assert near(closed, base)
+    for kind, patch in patches.items():
+        pipe.load_patch(patch)
+        assert near(draw(pipe), expected[kind]) and pipe.gate_log == logs[kind]
+        pipe.unload_patches()
+        assert torch.equal(draw(pipe), closed)
+    assert logs["latent"][1] == {"van gogh": 2.0}  # decided from the patch's own effect
+
+
+def test_every_way_of_compiling_is_seen(pipe):
+    assert not compiled(pipe)
+    own = pipe.unet.forward
+    pipe.unet.forward = torch.compile(own, backend="eager")
+    assert compiled(pipe)
+    pipe.unet.forward = own
+    assert not compiled(pipe)
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
+    assert compiled(pipe)
+
+
 def test_an_older_torch_is_told(pipe, monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance")
-    in_place(pipe)
+    pipe.unet.compile(backend="eager")
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     with pytest.raises(ErasureError, match="compiled network with this torch.*torch 2.6"):
         draw(pipe)

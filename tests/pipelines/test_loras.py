@@ -120,9 +120,10 @@ def test_fusing_in_every_order_gives_what_it_gives_without_patches(pipe, lora, k
 
 def test_fusing_on_a_plain_pipeline_is_refused_until_undone(lora):
     plain = tiny_pipeline()
+    patch = low_rank_patch(plain, part="attn")
     plain.load_lora_weights(lora)
     base = tensors(plain)
-    load_patch(plain, low_rank_patch(plain, part="attn"))
+    load_patch(plain, patch)
     plain.fuse_lora()
     with pytest.raises(ErasureError, match="LoRA was fused into unet"):
         patch_stack(plain).unload_patches()
@@ -134,7 +135,7 @@ def test_fusing_on_a_plain_pipeline_is_refused_until_undone(lora):
     # Fused before, and then only the adapter's memory given back: nothing was changed behind the patch's back.
     plain.fuse_lora()
     fused = tensors(plain)
-    load_patch(plain, low_rank_patch(plain, part="attn"))
+    load_patch(plain, patch, force=True)
     plain.unload_lora_weights()
     patch_stack(plain).unload_patches()
     assert same(tensors(plain), fused)

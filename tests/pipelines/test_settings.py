@@ -1,0 +1,261 @@
+"""Whatever one sets on an ordinary diffusers pipeline, patches act and come off without a trace."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+from erasure.errors import ErasureError
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.patch.making import delta_patch, gap, low_rank_patch, same, weights
+from tests.pipelines.making import LATENT, PROMPTS, TEXT, Unchanged, draw, hooks, strengths, task
+from tests.tiny import WIDTH, tiny_pipeline
+
+SCHEDULERS = {
+    "DDIMScheduler": {},
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "EulerDiscreteScheduler": {},
+    "EulerAncestralDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    "UniPCMultistepScheduler": {},
+    "LCMScheduler": {},
+    "DDPMScheduler": {},
+}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The latent gate's decision, as it would fall."""
+    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(pipe, name, known):
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **SCHEDULERS[name])
+    act_and_leave(pipe)
+
+
+def act_and_leave(pipe, tolerance=1e-5, **more):
+    """Each kind of patch acts on the first prompt (always, also on the second), and leaves no trace."""
+    with Unchanged(pipe, **more) as base:
+        images = {}
+        for kind, gate in (("always", {"kind": "always"}), ("text", TEXT), ("latent", {**LATENT, "on": 0.0})):
+            pipe.load_patch(low_rank_patch(pipe, gate=gate))
+            images[kind] = draw(pipe, **more)
+            assert hooks(pipe) == 0
+            if kind != "always":
+                assert strengths(pipe) == [1.0, 0.0]
+                assert torch.equal(images[kind][1], base[1]), kind
+            pipe.unload_patches()
+        assert (images["always"] - base).abs().amax((1, 2, 3)).min() > 1e-4
+        assert gap(images["text"][0], images["always"][0]) < tolerance
+        assert gap(images["latent"][0], images["always"][0]) < tolerance
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"])
+def test_the_latent_gate_decides_beside_any_scheduler(pipe, name):
+    patch = low_rank_patch(pipe, gate=LATENT)
+    pipe.load_patch(patch)
+    draw(pipe)
+    log = pipe.gate_log
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    draw(pipe)
+    assert pipe.gate_log == log  # on the same noise schedule the same decision
+
+
+SETTINGS = {
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "plain attention": lambda pipe: pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor()),
+    "chunked feed-forward": lambda pipe: pipe.unet.enable_forward_chunking(2, 1),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(pipe, name, known):
+    SETTINGS[name](pipe)
+    act_and_leave(pipe)
+
+
+CALLS = {
+    "no guidance": {"guidance_scale": 1.0},
+    "guidance rescale": {"guidance_rescale": 0.7},
+    "timesteps": {"timesteps": [601, 201]},
+    "negative prompts": {"negative_prompt": ["van gogh", "van gogh"]},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(pipe, name, known):
+    if name == "timesteps":
+        pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    act_and_leave(pipe, **CALLS[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(pipe, dtype, known):
+    pipe.to(dtype=dtype)
+    assert {value.dtype for value in weights(pipe).values()} == {dtype}
+    act_and_leave(pipe, tolerance=0.1)
+
+
+def test_layers_stored_in_eight_bits(pipe):
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    stored = {name: value.view(torch.uint8) for name, value in pipe.unet.state_dict().items() if value.itemsize == 1}
+    kept, base = {name: value.clone() for name, value in stored.items()}, draw(pipe)
+    assert kept
+    for gate in ({"kind": "always"}, TEXT):
+        pipe.load_patch(low_rank_patch(pipe, gate=gate), force=True)
+        assert not torch.equal(draw(pipe)[0], base[0])
+        pipe.unload_patches()
+        assert same(stored, kept) and torch.equal(draw(pipe), base)
+
+
+def test_several_images_of_mixed_prompts(pipe):
+    more = {"num_images_per_prompt": 2, "negative_prompt": ["a dog", "van gogh"]}
+    with Unchanged(pipe, **more) as base:
+        pipe.load_patch(low_rank_patch(pipe, gate=TEXT, components=("unet", "text_encoder"), part="", size=0.05))
+        found = draw(pipe, **more)
+        assert torch.equal(found[2:], base[2:])
+        assert (found[:2] - base[:2]).abs().amax((1, 2, 3)).min() > 1e-4
+        pipe.unload_patches()
+
+
+def test_callbacks_and_interrupt(pipe):
+    steps = []
+
+    def half_without_guidance(pipe, step, time, given):
+        steps.append(step)
+        if step == 0:
+            pipe._guidance_scale = 0.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
+        return given
+
+    def stop(pipe, step, time, given):
+        pipe._interrupt = True
+        return given
+
+    for callback in (half_without_guidance, stop):
+        more = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+        act = {**more, "num_inference_steps": 3}
+        with Unchanged(pipe, **act) as base:
+            pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+            found = draw(pipe, **act)
+            assert torch.equal(found[1], base[1]) and not torch.equal(found[0], base[0])
+            pipe.unload_patches()
+    assert steps
+
+
+def embedded(pipe, prompts):
+    positive, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
+    return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
+def test_embeddings_with_what_they_ask_for(pipe):
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+    expected, given = draw(pipe), embedded(pipe, PROMPTS)
+    assert torch.equal(draw(pipe, **given, erasure_prompts=PROMPTS), expected)
+    assert strengths(pipe) == [1.0, 0.0]
+    one = embedded(pipe, PROMPTS[:1])
+    assert torch.equal(draw(pipe, **one, erasure_prompts=PROMPTS[0]), draw(pipe, PROMPTS[:1]))
+    with pytest.raises(ErasureError, match="erasure_prompts=\\[...\\]"):
+        draw(pipe, **given)
+    for wrong in (PROMPTS[:1], "a cat", [1, 2]):
+        with pytest.raises(ErasureError, match="expected 2 texts, one for each row"):
+            draw(pipe, **given, erasure_prompts=wrong)
+    with pytest.raises(ErasureError, match="beside a prompt it has no meaning"):
+        draw(pipe, erasure_prompts=PROMPTS)
+    # What one call declared is forgotten by the next.
+    with pytest.raises(ErasureError, match="only prompt_embeds were given"):
+        draw(pipe, **given)
+
+
+def test_embeddings_and_a_gated_patch_of_the_text_encoder(pipe):
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT, components=("unet", "text_encoder")))
+    given = embedded(pipe, PROMPTS)
+    with pytest.raises(ErasureError, match="text encoder, which prompt_embeds bypass"):
+        draw(pipe, **given, erasure_prompts=PROMPTS)
+    draw(pipe, **embedded(pipe, PROMPTS[1:]), erasure_prompts=PROMPTS[1:])  # closed: nothing is bypassed
+    pipe.fuse_patches()
+    draw(pipe, **given)
+
+
+@pytest.mark.parametrize("more", [{"clip_skip": 1}, {"negative_prompt": "van gogh", "negative_prompt_2": "a dog"}])
+def test_calls_of_xl(more):
+    pipe = task("ErasedStableDiffusionXLPipeline")
+    with Unchanged(pipe, **more) as base:
+        pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+        found = draw(pipe, **more)
+        assert torch.equal(found[1], base[1]) and gap(found[0], base[0]) > 1e-4
+        pipe.unload_patches()
+
+
+def test_embeddings_on_xl():
+    pipe = task("ErasedStableDiffusionXLPipeline")
+    pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
+    expected = draw(pipe)
+    names = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds".split()
+    given = dict(zip(names, pipe.encode_prompt(PROMPTS, device="cpu"), strict=True))
+    assert torch.equal(draw(pipe, **given, erasure_prompts=PROMPTS), expected)
+
+
+def adapter(pipe):
+    """An IP-Adapter with random weights, of one image token."""
+    draw_ = torch.Generator().manual_seed(3)
+    found = {}
+    sites = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for number, name in enumerate(sites):
+        hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for leaf in ("to_k_ip", "to_v_ip"):
+            found[f"{2 * number + 1}.{leaf}.weight"] = torch.randn(hidden, WIDTH, generator=draw_)
+    image = {"proj.weight": torch.randn(4 * WIDTH, 6, generator=draw_), "proj.bias": torch.zeros(4 * WIDTH)}
+    image |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
+    return {"ip_adapter": found, "image_proj": image}
+
+
+def test_beside_an_ip_adapter(pipe):
+    plain, text, latent = draw(pipe), low_rank_patch(pipe, gate=TEXT), low_rank_patch(pipe, gate=LATENT)
+    pipe.unet._load_ip_adapter_weights([adapter(pipe)])
+    more = {"ip_adapter_image_embeds": [torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(4))]}
+    with Unchanged(pipe, **more) as base:
+        assert not torch.allclose(plain, base, atol=1e-3)
+        pipe.load_patch(text)
+        gated = draw(pipe, **more)
+        assert torch.equal(gated[1], base[1]) and not torch.equal(gated[0], base[0])
+        pipe.fuse_patches()
+        assert gap(draw(pipe, **more)[0], gated[0]) < 1e-5
+        pipe.unload_patches()
+        pipe.load_patch(latent)
+        with pytest.raises(ErasureError, match="IP-Adapter"):
+            draw(pipe, **more)
+        pipe.unload_patches()
+
+
+def test_fused_projections_are_refused_while_folded_patches_change(pipe):
+    base, before = weights(pipe), draw(pipe)
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ErasureError, match="unfuse_qkv_projections"):
+        pipe.load_patch(delta_patch(pipe))
+    pipe.unet.unfuse_qkv_projections()
+    pipe.load_patch(delta_patch(pipe))
+    folded = draw(pipe)
+    pipe.unet.fuse_qkv_projections()
+    assert torch.allclose(draw(pipe), folded, atol=1e-4)
+    with pytest.raises(ErasureError, match="unfuse_qkv_projections"):
+        pipe.unload_patches()
+    pipe.unet.unfuse_qkv_projections()
+    pipe.unload_patches()
+    after = weights(pipe)
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    assert torch.equal(draw(pipe), before)
