@@ -78,7 +78,6 @@ SETTINGS = {
     "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
     "freeu": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
     "plain attention": lambda pipe: pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor()),
-    "chunked feed-forward": lambda pipe: pipe.unet.enable_forward_chunking(2, 1),
 }
 
 
