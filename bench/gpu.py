@@ -34,7 +34,7 @@ CUT: dict[str, dict[str, Any]] = {
     "salun": {"forget_count": 8, "retain_count": 8, "sample_steps": 2},
     "advunlearn": {"warm_up": 0},
 }
-POOLS = {"trajectories": 2, "sample_steps": 3}
+POOLS = {"trajectories": 2, "sample_steps": 5}  # PNDM takes no fewer
 DRAWN = {"forget_count": 2, "retain_count": 2, "sample_steps": 2}
 ADVERSARY = {"warm_up": 0, "retain_trajectories": 2, "retain_sample_steps": 2, "attack_steps": 2}
 TINY: dict[str, dict[str, Any]] = {
@@ -64,12 +64,11 @@ def pipeline(device: str, *, tiny: bool = False, weights: bool = True) -> Any:
         text |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer", model_max_length=77)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends["pad_token_id"] = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with torch.device(device):
-            encoder = CLIPTextModel(
-                CLIPTextConfig(vocab_size=49408, pad_token_id=tokenizer.pad_token_id, **ends, **text)
-            )
+            encoder = CLIPTextModel(CLIPTextConfig(vocab_size=49408, **ends, **text))
         with torch.device(device if weights else "meta"):
             unet = UNet2DConditionModel(**shapes)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

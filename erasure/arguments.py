@@ -72,13 +72,23 @@ def _erasing(add: Add, model: argparse.ArgumentParser) -> None:
     what.add_argument("--config", type=Path, help="a YAML file of settings")
     what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     what.add_argument("--seed", type=int, default=0)
+    what.add_argument(
+        "--precision", help="of the UNet: fp32, bf16, fp16; default: bf16 on GPUs that have it, else fp32"
+    )
+    for flag, text in (
+        ("--channels-last", "lay images out channels last, which convolutions on GPUs like"),
+        ("--compile", "compile the UNet: worth it for long runs"),
+        ("--gradient-checkpointing", "less memory, about a third more time"),
+    ):
+        what.add_argument(flag, action="store_true", default=None, help=text)
 
     erase = add("erase", "erase concepts and write the patch", model, what)
     erase.add_argument("--preview-every", type=int, metavar="STEPS", help="draw pictures on the way: FILE.previews")
     erase.add_argument("--log", action="append", default=[], help="tensorboard or wandb: FILE.logs; may be repeated")
     erase.add_argument("-o", "--out", type=Path, default=Path("patch.safetensors"))
 
-    add("plan", "forecast an erasure's cost: UNet calls, seconds, memory", model, what)
+    plan = add("plan", "forecast an erasure's cost: UNet calls, seconds, memory", model, what)
+    plan.add_argument("--processes", type=int, default=1, help="that share the work, as a launcher starts them")
 
 
 def _drawing(add: Add, model: argparse.ArgumentParser) -> None:

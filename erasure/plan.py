@@ -94,6 +94,8 @@ def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int
     Raises:
         ErasureError: as `erase`; the UNet has no weights and the method looks at them before it starts.
     """
+    if processes < 1:
+        raise ErasureError(f"processes={processes}: at least 1")
     concepts = Concept.list_of(concept)
     computing, (rest,) = Computing.split(overrides)
     built = configured(method, concepts, rest)

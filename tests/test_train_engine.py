@@ -206,6 +206,17 @@ def test_settings_come_from_anywhere_and_wrong_ones_are_told():
         configured("esd", Concept.list_of("cat"), *Computing.split({"channel_last": True})[1])
 
 
+def test_the_command_line_says_how_to_compute():
+    from erasure.arguments import parser
+    from erasure.commands.erasing import settings
+
+    line = ["cat", "--precision", "bf16", "--gradient-checkpointing", "--set", "iterations=3"]
+    for command in ("erase", "plan"):
+        given = settings(parser().parse_args([command, *line]))
+        assert given == {"iterations": 3, "precision": "bf16", "gradient_checkpointing": True}
+        assert settings(parser().parse_args([command, "cat"])) == {}
+
+
 def test_every_row_is_computed_once_and_short_shares_are_filled():
     for n in (1, 3, 4, 5):
         rows = [Rows(Crew(index, 3), n).own(torch.device("cpu")).tolist() for index in range(3)]

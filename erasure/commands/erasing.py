@@ -38,9 +38,19 @@ def named(given: argparse.Namespace) -> list[Any]:
     return Concept.list_of([{"name": name, **details} if details else name for name in given.concept])
 
 
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the command line: of the method, and how to compute."""
+    from dataclasses import fields
+
+    from erasure.config import parse_overrides
+    from erasure.engine import Computing
+
+    named = {field.name: getattr(given, field.name) for field in fields(Computing)}
+    return {**parse_overrides(given.set), **{key: value for key, value in named.items() if value is not None}}
+
+
 def run_erase(given: argparse.Namespace) -> None:
     """`erasure erase`."""
-    from erasure.config import parse_overrides
     from erasure.methods import erase
 
     concepts = named(given)
@@ -54,7 +64,7 @@ def run_erase(given: argparse.Namespace) -> None:
         progress=False if given.json else None,
         preview_every=given.preview_every,
         trackers=given.log,
-        **parse_overrides(given.set),
+        **settings(given),
     )
     names = ", ".join(repr(one.name) for one in concepts)
     costs = patch.costs
@@ -64,12 +74,13 @@ def run_erase(given: argparse.Namespace) -> None:
 
 def run_plan(given: argparse.Namespace) -> None:
     """`erasure plan`."""
-    from erasure.config import parse_overrides, read_yaml
+    from erasure.config import read_yaml
     from erasure.plan import plan
 
     concepts = named(given)
-    settings = read_yaml(given.config) if given.config else {}
-    found = plan(base(given), concepts, given.method, seed=given.seed, **{**settings, **parse_overrides(given.set)})
+    file = read_yaml(given.config) if given.config else {}
+    options: dict[str, Any] = {"seed": given.seed, "processes": given.processes}
+    found = plan(base(given), concepts, given.method, **options, **{**file, **settings(given)})
     say(given, found.to_json(), found.text())
 
 
