@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure.base import Base
+from erasure.base import DTYPES, Base
 from erasure.config import build
 from erasure.errors import ErasureError, unknown
 from erasure.processes import Crew
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INNER_SCALE = 4096.0  # of gradients that only pass through the UNet in fp16: theirs are about 1e-6 at its output
 
 

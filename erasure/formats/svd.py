@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 from erasure.errors import ErasureError
 from erasure.patch import Delta, LowRank
 from erasure.patch.payload import Layer
-
-# Tables that are looked up, not multiplied: no loader puts a low-rank term beside them.
-TABLES = ("token_embedding.weight", "position_embedding.weight")
+from erasure.patch.resize import TABLES, Spectrum
 
 
 def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
@@ -43,7 +38,7 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
             if change.dim() not in (2, 4) or not name.endswith(".weight") or name.endswith(TABLES):
                 lost += size
             elif size:
-                layer, missed = _cut(change, rank)
+                layer, missed = _cut(payload, component, name, rank)
                 layers.setdefault(component, {})[name.removesuffix(".weight")] = layer
                 lost += missed
     if not layers:
@@ -51,18 +46,15 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
     return LowRank(layers), math.sqrt(lost / total)
 
 
-def _cut(change: Tensor, rank: int) -> tuple[Layer, float]:
-    """Factors of one weight, each with the root of the singular values, and the squared norm of what they lack.
+def _cut(payload: Delta, component: str, name: str, rank: int) -> tuple[Layer, float]:
+    """Factors of one weight, and the squared norm of what they lack.
 
     A layer smaller than `rank` keeps fewer; alpha is `rank` all the same (loaders want one), and up makes good for it.
     """
-    matrix = change.flatten(1)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    down, up = root[:, None] * right[:kept], left[:, :kept] * root
-    missed = float(values[kept:].double().square().sum())
+    spectrum, shape = Spectrum.of(payload, component, name), payload.shape(component, name)
+    kept = min(rank, len(spectrum.values))
+    down, up = (factor.float() for factor in spectrum.factors(kept))
     up = up * (kept / rank)
-    if change.dim() == 4:
-        down, up = down.reshape(kept, *change.shape[1:]), up[:, :, None, None]
-    return (down, up, float(rank)), missed
+    if len(shape) == 4:
+        down, up = down.reshape(kept, *shape[1:]), up[:, :, None, None]
+    return (down, up, float(rank)), spectrum.lost(kept)

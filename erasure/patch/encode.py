@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erasure.base import DTYPES
 from erasure.errors import ErasureError, unknown
 from erasure.patch.keys import ALPHA, COMPONENTS, DOWN, UP, canonical, kohya_prefix
 from erasure.patch.payload import Delta, LowRank
 from erasure.patch.sparse import MASK, VALUES, is_sparse, pack, unpack
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Modules = dict[str, list[str]]  # component -> module paths, which kohya keys alone do not tell
 Shapes = dict[str, list[int]]  # key of a sparse difference -> shape
 
