@@ -14,9 +14,9 @@ an update takes K b (F + B) for the attack and (b + b_r)(F + B). The published l
 1,939F + 36B an update with K = 30.
 
 Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: t is fed 39 to 58 too high);
-gradients of the attack are zeroed between its steps and the last step counts (published: they add up, and the
-result is from before the last update); tokens, not words, are counted; batches. `parity` has the published settings
-for objects and styles; those for nudity are layers=None and retain_weight=0.3 beside it. The published code's other
+more vectors than one; gradients of the attack are zeroed between its steps and the last step counts (published: they
+add up, and the result is from before the last update); tokens, not words, are counted; batches. `parity` has the
+published settings for objects and styles; those for nudity are layers=None and retain_weight=0.3 beside it. The published code's other
 mode, which takes turns between erasing and retaining (`retain_train=iter`), is not here: the paper does not use it.
 """
 
@@ -58,7 +58,8 @@ class AdvUnlearn(Gradient):
         retain_file: a CSV with a column `prompt` (the published retain sets have one), in place of what is found;
             prompts that name the concept, or are too long for the text encoder, are left out.
         attack: where the vectors go: prefix, suffix, replace, add.
-        attack_tokens: how many.
+        attack_tokens: how many; the published one leaves the door open to attackers with more (on cat, P4D with 16
+            tokens won 9 of 12 prompts against one, 5 of 12 against eight).
         attack_steps: K; 0 trains without an adversary.
         attack_rate: Adam's step, in standard deviations of the token embeddings.
         attack_sign: give Adam the gradient's sign (published as `fast_at`).
@@ -79,6 +80,7 @@ class AdvUnlearn(Gradient):
     method: ClassVar[str] = "advunlearn"
     PARITY: ClassVar[dict[str, Any]] = {
         "retain_weight": 0.5,
+        "attack_tokens": 1,
         "attack_steps": 30,
         "attack_rate": 1e-3 / 0.014,  # 1e-3, where CLIP-L's embeddings have a deviation of 0.014
         "warm_up": 200,
@@ -96,7 +98,7 @@ class AdvUnlearn(Gradient):
     retain: tuple[str, ...] = ()
     retain_file: str | None = None
     attack: str = "prefix"
-    attack_tokens: int = 1
+    attack_tokens: int = 8
     attack_steps: int = 3
     attack_rate: float = 0.5
     attack_sign: bool = False
