@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from erasure.patch.payload import Delta, LowRank
 # by different methods reach 0.28.
 NOTABLE = 0.2
 LOG = logging.getLogger("erasure")
+_SQUARES: weakref.WeakKeyDictionary[LowRank | Delta, dict[str, dict[str, float]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,11 @@ def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
     named = dict(patches) if isinstance(patches, Mapping) else _named(patches)
     if len(named) < 2:
         raise ErasureError("give at least two patches to compare")
-    sizes: dict[tuple[str, str], dict[str, float]] = {}
-    for name, patch in named.items():
-        for component in patch.components:
-            names = patch.payload.names(component)
-            sizes[name, component] = {each: _inner(patch.payload, patch.payload, component, each) for each in names}
     rows = []
-    for (a, one), (b, other) in itertools.combinations(named.items(), 2):
-        for component in one.components:
-            if component in other.components:
-                rows += _overlap(component, (a, one, sizes[a, component]), (b, other, sizes[b, component]))
+    for one, other in itertools.combinations(named.items(), 2):
+        for component in one[1].components:
+            if component in other[1].components:
+                rows += _overlap(component, one, other)
     return sorted(rows, key=lambda row: -abs(row.cosine))
 
 
@@ -124,11 +121,17 @@ def _named(patches: Iterable[Patch]) -> dict[str, Patch]:
     return named
 
 
-Side = tuple[str, Patch, dict[str, float]]  # name, patch, squared norm by parameter
+def _squares(payload: LowRank | Delta, component: str) -> dict[str, float]:
+    """Squared norm of the change of each parameter; payloads never change, so it is computed once."""
+    known = _SQUARES.setdefault(payload, {})
+    if component not in known:
+        known[component] = {name: _inner(payload, payload, component, name) for name in payload.names(component)}
+    return known[component]
 
 
-def _overlap(component: str, one: Side, other: Side) -> list[Overlap]:
-    (a, first, size_a), (b, second, size_b) = one, other
+def _overlap(component: str, one: tuple[str, Patch], other: tuple[str, Patch]) -> list[Overlap]:
+    (a, first), (b, second) = one, other
+    size_a, size_b = (_squares(patch.payload, component) for patch in (first, second))
     shared = sorted(size_a.keys() & size_b.keys())
     if not shared:
         return []
