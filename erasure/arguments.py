@@ -147,7 +147,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     attack.add_argument("-o", "--out", type=Path, default=Path("attack"))
 
     verify = add("verify", "measure and attack a patch, and write what was found into a copy of it", model, sampling)
-    verify.add_argument("file", type=Path)
+    verify.add_argument("file", help="a patch, or its name on the hub")
     verify.add_argument("--attack", action="append", metavar="NAME", help="default: three of them; `none` for none")
     verify.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
     judging(verify)
@@ -175,7 +175,7 @@ def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.Argumen
     action("info", "what a patch holds, what loads it, what export makes of it").add_argument("file", type=Path)
     action("formats", "the published formats that are read and written")
     bring = action("import", "a patch from a published file or folder")
-    bring.add_argument("file", type=Path)
+    bring.add_argument("file")
     bring.add_argument("--model", default="glyph", help="the base that it must fit; full weights are compared with it")
     bring.add_argument("--format", default="auto", help="of the file, see `erasure patch formats`; default: look at it")
     bring.add_argument("--concept", action="append", default=[], help="what it erases; may be repeated")

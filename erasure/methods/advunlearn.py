@@ -16,8 +16,9 @@ an update takes K b (F + B) for the attack and (b + b_r)(F + B). The published l
 Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: t is fed 39 to 58 too high);
 more vectors than one; gradients of the attack are zeroed between its steps and the last step counts (published: they
 add up, and the result is from before the last update); tokens, not words, are counted; batches. `parity` has the
-published settings for objects and styles; those for nudity are layers=None and retain_weight=0.3 beside it. The published code's other
-mode, which takes turns between erasing and retaining (`retain_train=iter`), is not here: the paper does not use it.
+published settings for objects and styles; those for nudity are layers=None and retain_weight=0.3 beside it. The
+published code's other mode, which takes turns between erasing and retaining (`retain_train=iter`), is not here: the
+paper does not use it.
 """
 
 from __future__ import annotations

@@ -12,10 +12,11 @@ Cost: a pool of T trajectories of S states takes 3TS F, each update 1F + 1B a sa
 54F + 1B an update, and 440F to decide on a prompt (10 repeats).
 
 Deviations, undone by `parity=True`: base trajectories, all of their states, with the sampler's own t (published: a
-walk with the LoRA on, t fed 39 to 58 too high); the gate looks later, measures along the prompt's own guidance and
-needs no empty prompt (published: the length of the move, against the empty prompt's); its limit is set by what the LoRA
-does to other prompts (published: 1); w = 1 where the concept is not there (published: 2, which leads other
-prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
+walk with the LoRA on, t fed 39 to 58 too high); every linear layer but those of cross-attention (published so for
+nudity; for objects keys and values of cross-attention, which on glyph move other prompts as much as the concept's); the
+gate looks later, for styles earlier and along the prompt's own guidance (pipelines/latent.py), and its limit is set by
+what the LoRA does to other prompts (published: 1); w = 1 where the concept is not there (published: 2, which leads
+other prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ class UnGuide(Gradient):
     trajectory_guidance: float = 3.0
     weight_on: float = -1.0
     weight_off: float = 1.0
-    decide_after: int = 12
+    decide_after: int = 10
     decide_steps: int = 25
     decide_guidance: float = 3.0
-    measure: str = "guidance"
+    measure: str = "norm"
     ratio: float | None = None
     repeats: int = 10
     early: bool = True

@@ -15,6 +15,7 @@ from torch import nn
 
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Patch
+from erasure.patch.conflicts import warn_of_overlap
 from erasure.patch.keys import COMPONENTS, find_module
 from erasure.patch.payload import LowRank
 from erasure.pipelines.checks import check_base, check_shapes
@@ -162,6 +163,7 @@ class PatchStack:
             check_shapes(name, patch, component, self.component(component))
         if not force:
             check_base(name, patch, self.pipe, self._weights.base)
+        warn_of_overlap(name, patch, {known: one.patch for known, one in self._loaded.items()})
         self._change({**self._loaded, name: Loaded(patch, strength, gate)})
         return name
 
