@@ -228,3 +228,19 @@ def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
     for name, value in pipe.unet.state_dict().items():
         expected = value + ours[name] if name in ours else value
         assert torch.allclose(theirs[name], expected, atol=1e-6)
+
+
+def test_text_encoders_that_do_not_fit(pipe, base, tmp_path):
+    full = {name: value.contiguous() for name, value in pipe.text_encoder.state_dict().items()}
+    count, first = len(full), next(iter(full))
+    cases = {
+        "same": (full, "the same weights as"),
+        "more": ({**full, "encoder.layers.9.mlp.fc1.bias": torch.ones(1)}, rf"{count} of its {count + 1} layers fit"),
+        "wide": ({**full, first: torch.ones(3, 3)}, rf"{count - 1} of its {count} .*\[3, 3\] in the file"),
+        "none": ({"text_model.encoder.layers.9.mlp.fc1.bias": torch.ones(1)}, "0 of its 1 layers fit"),
+        "whole": ({**full, first: torch.ones(full[first].shape, dtype=torch.int64)}, "not floating point"),
+    }
+    for name, (content, message) in cases.items():
+        save_file(content, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ErasureError, match=message):
+            import_patch(tmp_path / f"{name}.safetensors", "text-encoder", base)
