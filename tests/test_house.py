@@ -57,19 +57,7 @@ MAY = {
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},
     "bench_page": {*CORE, "evaluation", "bench"},  # the table; bench itself imports the page as it writes it
     "cli": {*CORE, "arguments", "commands"},
-    "commands": {
-        *CORE,
-        "patch",
-        "pipelines",
-        "evaluation",
-        "methods",
-        "demo",
-        "bench",
-        "plan",
-        "outline",
-        "formats",
-        "hub",
-    },
+    "commands": {*CORE, *"bench demo engine evaluation formats hub methods outline patch pipelines plan".split()},
     "arguments": set(),
 }
 
