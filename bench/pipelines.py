@@ -76,9 +76,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    pipe: Any, patch: Patch, prompts: list[str], present: bool, options: argparse.Namespace
-) -> dict[str, float]:
+def measure(pipe: Any, case: tuple[Patch, list[str], bool], options: argparse.Namespace) -> dict[str, float]:
     """Medians without and with the patch, and their ratio."""
     patch, prompts, present = case
 
@@ -111,9 +109,9 @@ def table(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
         "# What patches cost while drawing",
-        f"On glyph, {about['steps']} steps, two prompts, {about['images']} image(s) each; medians of "
-        f"{about['turns']} calls with and without in turn; {about['threads']} thread(s), {about['device']}, torch {about['torch']}, "
-        f"load {about['load before']} before and {about['load after']} after. Made by `python bench/pipelines.py`.",
+        f"On glyph, {about['steps']} steps, two prompts, {about['images']} image(s) each; medians of {about['turns']} "
+        f"calls with and without in turn; {about['threads']} thread(s), {about['device']}, torch {about['torch']}; load "
+        f"{about['load before']} before and {about['load after']} after. Made by `python bench/pipelines.py`.",
         "",
         "| patch | seconds without | with | ratio | target |",
         "|---|---|---|---|---|",
