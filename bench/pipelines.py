@@ -112,8 +112,8 @@ def table(result: dict[str, Any]) -> str:
         "# What patches cost while drawing",
         f"On glyph, {about['steps']} steps, two prompts, {about['images']} image(s) each; medians of {about['turns']} "
         f"calls with and without in turn; {about['threads']} thread(s), {about['device']}, torch {about['torch']}; "
-        f"load {about['load before']} before and {about['load after']} after; CPU seconds where there is no accelerator. "
-        "Made by `python bench/pipelines.py`.",
+        f"load {about['load before']} before and {about['load after']} after; CPU seconds where there is no "
+        "accelerator. Made by `python bench/pipelines.py`.",
         "",
         "| patch | seconds without | with | ratio | target |",
         "|---|---|---|---|---|",

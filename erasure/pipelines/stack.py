@@ -54,7 +54,8 @@ def patch_stack(pipe: Any) -> PatchStack:
         raise ErasureError(f"patches go onto a diffusers pipeline, not onto {type(pipe).__name__}")
     stack = vars(pipe).get(ATTRIBUTE)
     if stack is None or not stack.loaded:
-        stack = _shared(pipe) or stack or PatchStack(pipe)
+        kept = stack if stack is not None and stack.serves(pipe) else None
+        stack = _shared(pipe) or kept or PatchStack(pipe)
         setattr(pipe, ATTRIBUTE, stack)
         if not hasattr(type(stack.pipe), "gate_log"):
             stack.pipe = pipe  # an erased pipeline over a plain one's components can run gates
@@ -94,9 +95,7 @@ class PatchStack:
         Raises:
             ErasureError: there is none, or it was replaced while patches were loaded.
         """
-        module = getattr(self.pipe, name, None)
-        module = getattr(module, "_orig_mod", module)
-        module = original(module)
+        module = original(getattr(self.pipe, name, None))
         if not isinstance(module, nn.Module):
             raise ErasureError(f"the patch touches {name}, and {type(self.pipe).__name__} has none")
         if self._modules.get(name, module) is not module:
@@ -107,6 +106,10 @@ class PatchStack:
     def loaded(self) -> bool:
         """Whether any patch is loaded."""
         return bool(self._loaded)
+
+    def serves(self, pipe: Any) -> bool:
+        """Whether `pipe` has the networks of the pipeline that the stack was made on."""
+        return all(getattr(pipe, name, None) is getattr(self.pipe, name, None) for name in COMPONENTS)
 
     def strange(self, pipe: Any) -> list[str]:
         """The patched components that `pipe` has not, or has others of."""

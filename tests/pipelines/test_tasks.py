@@ -138,6 +138,18 @@ def test_from_a_plain_pipeline_and_back():
     assert same(weights(plain), base)
 
 
+def test_a_twin_that_goes_its_own_way_has_its_own_patches():
+    pipe, other = task("ErasedStableDiffusionPipeline"), tiny_pipeline(seed=1)
+    pipe.load_patch(low_rank_patch(pipe))
+    twin = AutoPipelineForImage2Image.from_pipe(pipe)
+    pipe.unload_patches()
+    base = weights(pipe)
+    twin.unet = other.unet
+    twin.load_patch(low_rank_patch(twin))
+    assert pipe.get_list_patches() == {} and same(weights(pipe), base)
+    assert list(twin.get_list_patches()) == ["van gogh"]
+
+
 def test_networks_shared_in_part_are_not_patched_twice():
     pipe, other = task("ErasedStableDiffusionPipeline"), tiny_pipeline(seed=1)
     pipe.load_patch(low_rank_patch(pipe, components=("unet", "text_encoder")))
