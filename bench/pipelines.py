@@ -151,14 +151,14 @@ def main() -> None:
         "torch": torch.__version__,
         "load before": round(os.getloadavg()[0], 2),
     }
+    options.output.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name, case in cases(Base("glyph", pipe)).items():
         rows[name] = measure(pipe, case, options)
         print(f"{name}: {rows[name]}", flush=True)
-    result = {"about": {**about, "load after": round(os.getloadavg()[0], 2)}, "cases": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    write(options.output / "pipelines.json", json.dumps(result, indent=2) + "\n")
-    write(options.output / "pipelines.md", table(result))
+        result = {"about": {**about, "load after": round(os.getloadavg()[0], 2)}, "cases": rows}
+        write(options.output / "pipelines.json", json.dumps(result, indent=2) + "\n")
+        write(options.output / "pipelines.md", table(result))
 
 
 if __name__ == "__main__":
