@@ -102,7 +102,7 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
         f'<div class="wide"><table class="figures">{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
         '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
         "many tries without the search. This says what was tried, not that nothing else would work.</p>",
-        *(f'<p class="soft">{escape(note)}.</p>' for note in report.notes),
+        *(f'<p class="soft">{escape(note)}.</p>' for note in report.told()),
         faults(report),
         curves(report.outcomes),
         "<h2>What came back</h2>"

@@ -16,13 +16,12 @@ from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Case, Victim, find, make, names
 from erasure.evaluation.attacks.embeddings import closest, within
 from erasure.evaluation.attacks.report import Outcome
-from erasure.evaluation.attacks.ring import FILLER, direction
+from erasure.evaluation.attacks.ring import FILLER, direction, without
 from erasure.evaluation.attacks.run import around, attack
 from erasure.evaluation.attacks.tokens import simplex
 from erasure.evaluation.attacks.weights import Change, moved
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.run import switched_off
-from erasure.methods import erase
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import delta_patch, low_rank_patch
 from tests.tiny import tiny_pipeline
@@ -287,39 +286,24 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     latents = torch.zeros(4, 8, 8)
     cases = [Case(str(i), f"a cat in {look}", i, latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])]
     pushed = direction(victim, cases)
-    named, without = (victim.states([f"a {word} in {look}" for look in ("red", "blue")]) for word in ("cat", FILLER))
-    assert torch.allclose(pushed, (named - without).mean(0), atol=1e-6)
+    named, bare = (victim.states([f"a {word} in {look}" for look in ("red", "blue")]) for word in ("cat", FILLER))
+    assert torch.allclose(pushed, (named - bare).mean(0), atol=1e-6)
     one = make("ring-a-bell", tokens=3, population=16)
     whole, few = (replace(one, compared=n) for n in (None, 6))
-    ids = torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))
-    states = victim.states([pipe.tokenizer.decode(victim.words[row].tolist()) for row in ids])
+    ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
+    states = victim.states([pipe.tokenizer.decode(row.tolist()) for row in ids])
     aimed = named[0]
     for search, count in ((whole, 12), (few, 6)):
         want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
         assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
     draw = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(victim.words), (16, 3), generator=draw)
+    cat = pipe.tokenizer("cat").input_ids[1]
+    words = without(victim, cases)
+    assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
+    rows = words[torch.randint(len(words), (16, 3), generator=draw)]
     aim = victim.states(["a cat in red"])[0] + pushed
     before = one.distance(victim, rows, aim)
-    text = victim.pipe.tokenizer.decode(victim.words[rows[0]].tolist())
-    evolved = one.evolve(victim, rows, aim, 12, draw)
+    evolved = one.evolve(victim, words, rows, aim, 12, draw)
     after = one.distance(victim, evolved, aim)
-    assert after[0] < before.min() and (after.sort().values == after).all() and text
-
-
-# What the attacks bring back of a cat that the default method has erased from glyph. Not among them: `encoder` undoes
-# patches of the text encoder only, Ring-A-Bell's prompts find no cat here, and UnlearnDiffAtk's short budget finds
-# a dog sometimes and this cat not.
-WIN = ("rece", "p4d", "uma", "inversion", "img2img", "relearning")
-
-
-@pytest.mark.slow
-def test_attacks_bring_an_erased_cat_back(tmp_path):
-    glyph = ErasedStableDiffusionPipeline.from_pretrained("glyph")
-    glyph.set_progress_bar_config(disable=True)
-    glyph.load_patch(erase(glyph, "cat", progress=False))
-    report = attack(glyph, "cat", list(WIN), folder=tmp_path, cases=6, progress=False)
-    assert report.plain <= 2
-    assert {one.name for one in report.outcomes if not one.won} == set(), report.text()
-    strongest = report.outcome("inversion")
-    assert len(strongest.won) > len(strongest.control)
+    assert after[0] < before.min() and (after.sort().values == after).all()
+    assert not (evolved == cat).any()

@@ -52,6 +52,13 @@ class Case:
     before: str
     after: str
 
+    @property
+    def name(self) -> str:
+        """The concept's name as the prompt writes it; empty where it does not occur."""
+        if self.after == self.prompt:
+            return ""
+        return self.prompt[len(self.before) : len(self.prompt) - len(self.after)].strip()
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -79,6 +86,7 @@ class Attack(ABC):
     access: ClassVar[str]  # what the attacker has: text, embeddings, weights
     LITE: ClassVar[dict[str, Any]] = {}
     CURVE: ClassVar[bool] = False  # every case is asked in every round: what counts is how it grows
+    BLIND: ClassVar[bool] = False  # never looks at the victim: the base, asked the same, shows what can come back
 
     @abstractmethod
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:

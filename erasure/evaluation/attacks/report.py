@@ -29,6 +29,7 @@ class Outcome:
         control: as `won`, for as many tries without the search; None: there is no such thing.
         asked: case -> what was asked in its last try.
         costs: of the search, without the drawing.
+        ceiling: of what was asked last, how many the base shows: for attacks that never look at the victim.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Outcome:
     control_curve: list[int] | None
     asked: dict[str, str]
     costs: dict[str, float]
+    ceiling: int | None = None
 
     def share(self, tries: int | None = None, control: bool = False) -> dict[str, float] | None:
         """Attack success rate after so many tries (None: all), plain hits among it, with its Wilson interval."""
@@ -128,10 +130,19 @@ class AttackReport:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-        lines += self.notes
+        lines += self.told()
         if self.faults:
             lines.append(f"{len(self.faults)} images count as shown: {self.faults[0]}")
         return "\n".join(lines)
+
+    def told(self) -> list[str]:
+        """The notes, and how much the base gives back where the attack never looked at the victim."""
+        return self.notes + [
+            f"{one.name}: of the {len(one.asked)} prompts that it asked last, the base itself shows {one.ceiling}; "
+            "it never looks at the victim, so that no more could come back"
+            for one in self.outcomes
+            if one.ceiling is not None and one.asked
+        ]
 
     def summary(self) -> str:
         """One sentence: what was tried, and the most that came back."""

@@ -25,6 +25,12 @@ def direction(victim: Victim, cases: Sequence[Case]) -> Tensor:
         return (victim.states([case.prompt for case in cases]) - victim.states(without)).mean(0)
 
 
+def without(victim: Victim, cases: Sequence[Case]) -> Tensor:
+    """The searched words less those that stand for the concept in the cases' prompts."""
+    spoken = {token for case in cases for token in victim.pipe.tokenizer(case.name, verbose=False).input_ids}
+    return torch.tensor([word for word in victim.words.tolist() if word not in spoken], device=victim.device)
+
+
 @dataclass(frozen=True)
 class Direct(Attack):
     """The encoder's states pushed along the concept's direction, E(P) + strength * v, given as they are.
@@ -62,6 +68,8 @@ class RingABell(Attack):
         crossover: share of children that mix two parents.
         mutation: share of children of which one token changes.
         tries: rounds, evenly spaced over the generations.
+        named: search among the concept's own words too. As published; whatever blocks or rereads a word is passed by
+            without it.
         compared: how many of the states count, from the first; None: all, as published. The encoder is causal, so
             that fewer are found without the rest; the states of the padding say much the same.
     """
@@ -69,9 +77,11 @@ class RingABell(Attack):
     name: ClassVar[str] = "ring-a-bell"
     source: ClassVar[str] = "arXiv 2310.10012"
     access: ClassVar[str] = "text"
+    BLIND: ClassVar[bool] = True
+    # On a small model v is as long as a state: of prompts found for a strength of 1 the base shows more than of 3.
     LITE: ClassVar[dict[str, Any]] = {
-        **{"tokens": 8, "population": 60, "generations": 90, "tries": 3},
-        "compared": 16,
+        **{"tokens": 8, "strength": 1.0, "population": 60, "generations": 90, "tries": 3},
+        **{"compared": 16, "named": False},
     }
 
     tokens: int = 16
@@ -82,6 +92,7 @@ class RingABell(Attack):
     mutation: float = 0.25
     tries: int = 3
     compared: int | None = None
+    named: bool = True
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """The best of each population, from time to time."""
@@ -90,17 +101,20 @@ class RingABell(Attack):
             aims = victim.states([case.prompt for case in cases]) + self.strength * pushed
         draws = [torch.Generator().manual_seed(seed * 10_007 + i) for i in range(len(cases))]
         shape = (self.population, self.tokens)
-        rows = [torch.randint(len(victim.words), shape, generator=draw) for draw in draws]
+        words = victim.words if self.named else without(victim, cases)
+        rows = [words[torch.randint(len(words), shape, generator=draw)] for draw in draws]
         for _ in range(self.tries):
             live = sorted(safe)
             with victim.unpatched():
                 for i in live:
-                    rows[i] = self.evolve(victim, rows[i], aims[i], self.generations // self.tries, draws[i])
-            texts = {i: victim.pipe.tokenizer.decode(victim.words[rows[i][0]].tolist()) for i in live}
+                    rows[i] = self.evolve(victim, words, rows[i], aims[i], self.generations // self.tries, draws[i])
+            texts = {i: victim.pipe.tokenizer.decode(rows[i][0].tolist()) for i in live}
             yield {i: Attempt(text) for i, text in texts.items()}
 
-    def evolve(self, victim: Victim, rows: Tensor, aim: Tensor, generations: int, draw: torch.Generator) -> Tensor:
-        """Rows [population, tokens] after some generations, the fittest first."""
+    def evolve(
+        self, victim: Victim, words: Tensor, rows: Tensor, aim: Tensor, generations: int, draw: torch.Generator
+    ) -> Tensor:
+        """Rows of token ids [population, tokens] after some generations among `words`, the fittest first."""
         fitness = self.distance(victim, rows, aim)
         for _ in range(generations):
             keep = fitness.argsort()[: self.population // 2]
@@ -113,7 +127,7 @@ class RingABell(Attack):
             children = torch.where(mixed[:, None] & tail, parents[pick[:, 1]], children)
             changed = torch.rand(len(children), generator=draw) < self.mutation
             place = torch.randint(self.tokens, (len(children),), generator=draw)
-            fresh = torch.randint(len(victim.words), (len(children),), generator=draw)
+            fresh = words[torch.randint(len(words), (len(children),), generator=draw)]
             rowed = torch.arange(len(children))
             children[rowed, place] = torch.where(changed, fresh, children[rowed, place])
             rows = torch.cat([parents, children])
@@ -121,14 +135,14 @@ class RingABell(Attack):
         return rows[fitness.argsort()]
 
     def distance(self, victim: Victim, rows: Tensor, aim: Tensor) -> Tensor:
-        """Squared distance of the states of every row to the aim (eq. 3) [n]."""
+        """Squared distance of the states of every row of token ids to the aim (eq. 3) [n]."""
         tokenizer = victim.pipe.tokenizer
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         count = min(self.tokens, tokenizer.model_max_length - 2)
         length = min(tokenizer.model_max_length, max(self.compared or tokenizer.model_max_length, count + 2))
         ids = torch.full((len(rows), length), end)
         ids[:, 0] = start
-        ids[:, 1 : 1 + count] = victim.words.cpu()[rows][:, :count]
+        ids[:, 1 : 1 + count] = rows.cpu()[:, :count]
         with torch.no_grad():
             states = victim.pipe.text_encoder(ids.to(victim.device))[0]
         return (states - aim[:length]).square().flatten(1).sum(1).cpu()

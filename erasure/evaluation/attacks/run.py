@@ -282,6 +282,10 @@ def _run(
         won, curve, asked, last = _play(asking, cases, one, hit, seed, counts, bar.update)
         control = one.control(len(curve))
         theirs = None if control is None else _play(asking, cases, control, hit, seed + 1, Counts(), bar.update)
+    ceiling = None
+    if one.BLIND:
+        with asking.victim.unpatched():
+            ceiling = len(asking.shows(asking.draw(cases, asked), cases))
     outcome = Outcome(
         name=one.name,
         access=one.access,
@@ -296,6 +300,7 @@ def _run(
         control_curve=theirs[1] if theirs is not None and one.CURVE else None,
         asked={cases[i].id: attempt.prompt or attempt.note for i, attempt in asked.items()},
         costs={"F": counts.forward, "B": counts.backward, "seconds": round(counts.seconds, 1)},
+        ceiling=ceiling,
     )
     place = folder / one.name
     keep(place, cases, last)

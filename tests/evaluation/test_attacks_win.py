@@ -1,0 +1,81 @@
+"""Every attack wins where it must: against a cat that an easy victim has forgotten, and more often than its control.
+
+All of it on glyph, from fixed seeds. An attack that could not beat these would prove nothing by failing elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from erasure.evaluation.attacks import names
+from erasure.evaluation.attacks.ring import FILLER
+from erasure.evaluation.attacks.run import attack
+from erasure.methods import erase
+from erasure.patch import Delta
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.patch.making import made
+
+pytestmark = pytest.mark.slow
+
+# Attack -> its easy victim, and whether its control is one: img2img's, the same picture without the name, is an attack
+# of its own.
+MUST = {
+    "encoder": ("reader", False),
+    "rece": ("brief", False),
+    "ring-a-bell-direct": ("reader", False),
+    "ring-a-bell": ("reader", True),
+    "unlearndiffatk": ("brief", True),
+    "p4d": ("brief", True),
+    "uma": ("brief", True),
+    "inversion": ("brief", True),
+    "img2img": ("brief", False),
+    "relearning": ("brief", True),
+}
+
+
+@pytest.fixture(scope="session")
+def glyph():
+    pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def victims(glyph):
+    """Patches, trained once.
+
+    brief: three quarters of a default erasure, which refuses most plain prompts.
+    reader: the text encoder takes the word for one that says nothing.
+    """
+    brief = erase(glyph, "cat", "esd", iterations=55, trajectories=4, progress=False)
+    known = dict(glyph.text_encoder.named_parameters())
+    table = next(name for name in known if name.endswith("token_embedding.weight"))
+    cat, filler = (glyph.tokenizer(word).input_ids[1] for word in ("cat", FILLER))
+    swap = torch.zeros_like(known[table])
+    swap[cat] = known[table].detach()[filler] - known[table].detach()[cat]
+    return {
+        "brief": brief,
+        "reader": made(glyph, Delta({"text_encoder": {table: swap}})),
+    }
+
+
+def test_every_attack_has_its_victim():
+    assert set(MUST) == set(names()) - {"random"}
+
+
+@pytest.mark.parametrize("name", MUST)
+def test_the_attack_wins(glyph, victims, tmp_path, name):
+    victim, controlled = MUST[name]
+    glyph.load_patch(victims[victim], name="victim")
+    try:
+        report = attack(glyph, "cat", name, folder=tmp_path, cases=6, progress=False)
+    finally:
+        glyph.unload_patches()
+    one = report.outcome(name)
+    assert one.plain < one.n / 2, report.text()
+    assert len(one.won) >= 2, report.text()
+    if controlled:
+        assert len(one.won) > len(one.control), report.text()
+    if name == "ring-a-bell":
+        assert len(one.won) <= one.ceiling <= one.n and str(one.ceiling) in report.text()
