@@ -117,7 +117,7 @@ def _within(
     one = concept
     if not isinstance(concept, str | Concept):
         one = Concept.of(concept[0]) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
-    kept = [row.prompt for row in mixed(chosen.rows) if row.labels.get(target.domain) not in target.labels]
+    kept = [row.prompt for row in mixed(list(chosen.rows)) if row.labels.get(target.domain) not in target.labels]
     sampling = {name: options[name] for name in ("steps", "guidance", "batch_size")}
     found = inside(pipe, one, kept, **sampling)
     details["inside"] = {"costs": found.costs.to_json(), "folded": list(found.folded)}

@@ -145,7 +145,8 @@ class UnlearnDiffAtk(TokenSearch):
     name: ClassVar[str] = "unlearndiffatk"
     source: ClassVar[str] = "arXiv 2310.11868"
     LITE: ClassVar[dict[str, Any]] = {
-        **{"levels": 6, "iterations": 15, "decay": 0.0},
+        # A small vocabulary's tokens say less each: 3 bring nothing back where 16 do, as in P4D.
+        **{"tokens": 16, "levels": 3, "iterations": 25, "rate": 0.03, "decay": 0.0},
         **{"lowest": 200, "highest": 850, "mixed": True},  # beyond these, the prompt hardly matters to the loss
     }
 
