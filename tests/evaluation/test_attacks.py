@@ -109,6 +109,7 @@ def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
     report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
     assert same(before, state(pipe)) and report.outcome(name).n == 3
     assert not pipe.unet.training and list(pipe.get_list_patches()) == ["p"]
+    assert "p has a text gate" in report.text() and "acts fully" in (tmp_path / "report.html").read_text()
 
 
 def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, tmp_path):
