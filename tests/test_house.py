@@ -51,7 +51,7 @@ MAY = {
     "saliency": {*CORE, "patch", "original_names"},
     "images": {*CORE, "neighbours"},
     "methods": {*CORE, "patch", "trajectories", "adapters", "train", "engine", "monitor", *SHARED},
-    "formats": {*CORE, "patch", "pipelines", "original_names"},
+    "formats": {*CORE, "patch", "pipelines", "original_names", "single_file"},
     "plan": {*CORE, "methods", "train", "engine", "adapters"},
     "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
     "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},

@@ -1,4 +1,4 @@
-"""Whole models in diffusers' folders: a pipeline with the patch in its weights, or its text encoder alone."""
+"""Whole models: a pipeline with the patch in its weights, as diffusers' folder or as one file, or its text encoder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from erasure.formats.making import Found, changes, components, need_only
 from erasure.formats.source import Source
 from erasure.formats.weights import TEXT, UNET, patched, text_weights
 from erasure.patch import Patch
+from erasure.single_file import save_single_file
 
 
 def read_checkpoint(source: Source, base: Base) -> Found:
@@ -34,6 +35,23 @@ def write_checkpoint(patch: Patch, path: Path, base: Base) -> list[str]:
     """Write the whole pipeline, patched, as a folder that `from_pretrained` loads."""
     with patched(patch, base):
         _whole(path, base.pipe.save_pretrained)
+    return []
+
+
+def read_single_file(source: Source, base: Base) -> Found:
+    """One file under the original names against the base, as `read_checkpoint`."""
+    if source.kind == "pickle":
+        raise ErasureError(f"{source.path}: whole checkpoints are only read as .safetensors files")
+    other = components(Base.load(source.path, device="cpu"))
+    if missing := sorted(set(components(base)) - set(other)):
+        raise ErasureError(f"{source.path}: has no {missing[0]}, and {base.name} has one. Another architecture?")
+    return Found(changes(source, base, {name: dict(other[name].named_parameters()) for name in components(base)}))
+
+
+def write_single_file(patch: Patch, path: Path, base: Base) -> list[str]:
+    """Write the whole pipeline, patched, as one checkpoint file under the original names."""
+    with patched(patch, base):
+        save_single_file(base.pipe, path)
     return []
 
 

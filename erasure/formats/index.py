@@ -13,7 +13,13 @@ from typing import Any
 from erasure.base import Base
 from erasure.errors import ErasureError, unknown
 from erasure.formats import loaders
-from erasure.formats.checkpoint import read_checkpoint, write_checkpoint, write_text_encoder
+from erasure.formats.checkpoint import (
+    read_checkpoint,
+    read_single_file,
+    write_checkpoint,
+    write_single_file,
+    write_text_encoder,
+)
 from erasure.formats.diff import ENDS, check_diff, read_diff, write_diff
 from erasure.formats.kohya import read_kohya, write_kohya
 from erasure.formats.making import BaseWriter, Reader, Writer, components, make_patch, need_low_rank, need_only
@@ -80,6 +86,12 @@ FORMATS = {
         check=partial(need_only, component=TEXT),
     ),
     "checkpoint": Format("a pipeline's diffusers folder", "weights", read_checkpoint, rewrite=write_checkpoint),
+    "single-file": Format(
+        "a whole checkpoint as one file, under the original names",
+        "weights",
+        read_single_file,
+        rewrite=write_single_file,
+    ),
     "unguide": Format(
         "UnGuide's lora.pth", "low rank", read_unguide, only_read="a pickle: peft holds the same, and loads without it"
     ),
@@ -231,10 +243,10 @@ def recognise(source: Source) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
     if any(key.removeprefix(f"{UNET}.").startswith(blocks) for key in keys):
         return "unet"
-    whole = any(key.startswith(("model.diffusion_model.", "cond_stage_model.")) for key in keys)
-    hint = "a whole checkpoint under the original names: give it as --model, or convert it to a diffusers folder"
-    said = hint if whole else f"none of {', '.join(FORMATS)}; its first tensor is {keys[0] if keys else 'missing'}"
-    raise ErasureError(f"{source.path}: {said}")
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        return "single-file"
+    first = keys[0] if keys else "missing"
+    raise ErasureError(f"{source.path}: none of {', '.join(FORMATS)}; its first tensor is {first}")
 
 
 def rows() -> list[dict[str, Any]]:

@@ -35,15 +35,17 @@ class Loader:
 
 
 LOADERS = {
-    "erasure": Loader(("spm", "kohya", "peft", "diff", "unet", "text-encoder", "checkpoint", "unguide"), gate=True),
-    "diffusers": Loader(("spm", "kohya", "peft", "checkpoint")),
+    "erasure": Loader(
+        ("spm", "kohya", "peft", "diff", "unet", "text-encoder", "checkpoint", "single-file", "unguide"), gate=True
+    ),
+    "diffusers": Loader(("spm", "kohya", "peft", "checkpoint", "single-file")),
     "ComfyUI": Loader(
-        ("spm", "kohya", "diff"),
+        ("spm", "kohya", "diff", "single-file"),
         # Of the text encoders only the linear layers, and XL's projection.
         misses=(("", rf"lora_te[12]?_(?!text_model_encoder_layers_\d+_{_LINEAR}$|text_projection$).*"),),
     ),
     "A1111": Loader(
-        ("spm", "kohya", "diff"),
+        ("spm", "kohya", "diff", "single-file"),
         misses=(
             ("sd1", r"lora_te_(?!text_model_encoder_layers_\d+_).*"),
             # open_clip's encoders: their norms have other names.

@@ -193,7 +193,7 @@ def test_full_weights_that_do_not_fit(pipe, base, tmp_path):
         "more": ({**full, "down_blocks.9.conv.weight": torch.ones(1)}, rf"{count} of its {count + 1} layers fit"),
         "wide": ({**full, "conv_in.weight": torch.ones(1, 2)}, rf"{count - 1} of its {count} .*conv_in.*\[1, 2\]"),
         "none": ({"down_blocks.9.conv.weight": torch.ones(1)}, "0 of its 1 layers fit"),
-        "whole": ({"model.diffusion_model.out.0.bias": torch.ones(1)}, "a whole checkpoint under the original names"),
+        "whole": ({"model.diffusion_model.out.0.bias": torch.ones(1)}, "whole.safetensors"),
         "else": ({"layer1.weight": torch.ones(1)}, "its first tensor is layer1.weight"),
         "nan": ({"conv_in.weight": torch.full_like(full["conv_in.weight"], float("nan"))}, "NaN"),
     }
