@@ -52,6 +52,12 @@ def test_links_lead_somewhere():
             assert (README.parent / link).exists(), link
 
 
+def test_the_support_matrix_is_the_codes_own():
+    from erasure.formats import matrix
+
+    assert f"<!-- formats -->\n{matrix()}\n<!-- /formats -->" in README.read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_the_main_job_erases_and_keeps(tmp_path):
     """`make demo` runs this command; a second call finds everything there."""

@@ -1,6 +1,6 @@
 """Other people's files: patches of published code read in, and ours written so that other programs read them."""
 
-from erasure.formats.index import FORMATS, METHODS, Exported, export_patch, exports, import_patch, rows
+from erasure.formats.index import FORMATS, METHODS, Exported, export_patch, exports, import_patch, matrix, rows
 from erasure.formats.loaders import as_it_is
 
-__all__ = ["FORMATS", "METHODS", "Exported", "as_it_is", "export_patch", "exports", "import_patch", "rows"]
+__all__ = ["FORMATS", "METHODS", "Exported", "as_it_is", "export_patch", "exports", "import_patch", "matrix", "rows"]

@@ -265,6 +265,17 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
+def matrix() -> str:
+    """The support matrix as Markdown, for README."""
+    heads = ["`--format`", "what", "reads", "writes", *loaders.LOADERS]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows():
+        marks = ["yes" if row[key] else "" for key in ("reads", "writes")]
+        marks += ["yes" if name in row["loaders"] else "" for name in loaders.LOADERS]
+        lines.append([f"`{row['format']}`", row["about"], *marks])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def exports(patch: Patch) -> dict[str, str]:
     """What export makes of a patch in each format, or why it cannot."""
     found = {}
