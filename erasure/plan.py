@@ -228,6 +228,7 @@ def _weighed(base: Base, walk: Walk, computing: Computing, processes: int) -> di
     """Bytes: `wide`, the model before it is narrowed; `model`, after; `forward` and `backward`, held by the calls."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    forward, backward = (_shapes(call, processes) for call in (walk.forward, walk.backward))
     others = 0  # the text encoders are fp32 while a run trains
     for name, part in base.pipe.components.items():
         if isinstance(part, nn.Module) and name != "unet":
@@ -244,7 +245,7 @@ def _weighed(base: Base, walk: Walk, computing: Computing, processes: int) -> di
                     norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
             if walk.forward[0]:
                 with torch.no_grad():
-                    found["forward"] = _held(unet, walk.forward, processes)
+                    found["forward"] = _held(unet, forward)
             was = _bytes(unet)
             inside = walk.adapter.component == "unet"
             twin = walk.adapter.twin(unet) if inside and hasattr(walk.adapter, "twin") else None
@@ -252,22 +253,39 @@ def _weighed(base: Base, walk: Walk, computing: Computing, processes: int) -> di
             own = {id(param) for param in twin.parameters().values()} if twin else set()
             found["model"] = others + sum(4 * p.numel() if id(p) in own else _bytes(p) for p in unet.parameters())
             found["model"] = min(found["model"], others + was)
-            found["backward"] = _held(unet, walk.backward, processes)
+            found["backward"] = _held(unet, backward)
             if twin:
                 twin.remove()
     return found
 
 
-def _held(unet: nn.Module, call: Call, processes: int) -> int:
-    """The most bytes that lie about, beside the weights, in a call of one process's share (and back again)."""
+@dataclass(frozen=True)
+class _Shape:
+    """What is known of a tensor without its values."""
 
-    def bare(value: Tensor) -> Tensor:
-        made = torch.zeros(value.shape, dtype=value.dtype)
-        return made.requires_grad_(torch.is_grad_enabled() and value.requires_grad)
+    shape: torch.Size
+    dtype: torch.dtype
+    trained: bool
 
-    rows = Rows(Crew(0, processes), len(call[0][0])).size
-    share = by_rows(call, len(call[0][0]), lambda value: value[:rows])
-    rest, named = tree_map_only(Tensor, bare, share)
+
+def _shapes(call: Call, processes: int) -> Any:
+    """The shapes of one process's share of a call."""
+    if not call[0]:
+        return call
+    n = len(call[0][0])
+    rows = Rows(Crew(0, processes), n).size
+    share = by_rows(call, n, lambda value: value[:rows])
+    return tree_map_only(Tensor, lambda value: _Shape(value.shape, value.dtype, value.requires_grad), share)
+
+
+def _held(unet: nn.Module, call: Any) -> int:
+    """The most bytes that lie about, beside the weights, in a call of these shapes (and back again)."""
+
+    def bare(of: _Shape) -> Tensor:
+        made = torch.zeros(of.shape, dtype=of.dtype)
+        return made.requires_grad_(torch.is_grad_enabled() and of.trained)
+
+    rest, named = tree_map_only(_Shape, bare, call)
     with _Tally() as tally:
         out = unet(*rest, **named)
         if torch.is_grad_enabled():
