@@ -104,8 +104,7 @@ def main() -> None:
     ]
     for row in rows:
         a, b = row["published"], row["ours"]
-        sizes = ("training_bytes", "activation_bytes", "model_bytes")
-        memory = [f"{sum(x[key] for key in sizes) / 1e6:.0f}" for x in (a, b)] if "seconds" in a else ["", ""]
+        memory = [f"{x['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in x else "" for x in (a, b)]
         lines.append(
             f"| {row['method']} | {a['F']:,} + {a['B']:,} | {b['F']:,} + {b['B']:,} | {row['F_ratio']:.1f} "
             f"| {row['work_ratio']:.1f} | {row['target'] or ''} | {' → '.join(memory)} |"

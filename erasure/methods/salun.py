@@ -190,7 +190,7 @@ class SalUn(Gradient):
             masks = top(self.saliency(state), self.density)
             if path is not None:
                 write_mask(masks, path)
-        if self.save_mask is not None:
+        if self.save_mask is not None and run.crew.main:
             write_mask(masks, self.save_mask)
         state.adapter.mask(masks)
 
