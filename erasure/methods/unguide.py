@@ -82,10 +82,8 @@ class UnGuide(Gradient):
         "sample_steps": 50,
         "trajectory_guidance": 9.0,
         "weight_off": 2.0,
-        "decide_after": 10,
         "decide_steps": 50,
         "decide_guidance": 7.5,
-        "measure": "norm",
         "early": False,
         "ratio": 1.0,
     }

@@ -141,6 +141,11 @@ class Decider:
         new = [seed for seed in seeds if (key, seed) not in self._empty]
         if new:
             found = self._distances(gate, "", new, patched)
+            if not all(found):
+                raise ErasureError(
+                    "the patch does not move the empty prompt, so `norm` has no unit to decide by (XL's empty prompt "
+                    "is all zeros, and keys and values of cross-attention do nothing there); measure `guidance` has one"
+                )
             self._empty |= {(key, seed): value for seed, value in zip(new, found, strict=True)}
         return [self._empty[key, seed] for seed in seeds]
 

@@ -28,6 +28,7 @@ SMALL = {
     "retain_sample_steps": 3,
     "retain_batch_size": 3,
     "attack_steps": 2,
+    "attack_tokens": 2,
     "warm_up": 0,
     "learning_rate": 1e-2,
 }

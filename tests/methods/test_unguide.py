@@ -38,7 +38,7 @@ def test_the_loss_is_the_formula(base, eta):
         with state.adapter.off():
             e_c, e_r = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", "dog"))
     assert torch.allclose(found, ((made - (e_r - eta * (e_c - e_r))) ** 2).mean(), rtol=1e-4)
-    assert not torch.allclose(found, ((made - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-2)
+    assert not torch.allclose(found, ((made - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-3)
     state.adapter.remove()
 
 
@@ -61,7 +61,7 @@ def test_the_lora_is_eight_times_its_product_whatever_the_rank(base):
         patch = erase(base, "cat", "unguide", progress=False, **SMALL, rank=rank)
         assert patch.payload.ranks == [rank]
         for path, (down, up, alpha) in patch.payload.layers["unet"].items():
-            assert path.endswith(("attn2.to_k", "attn2.to_v")) and alpha / rank == 8
+            assert "attn2" not in path and alpha / rank == 8
             assert torch.allclose(patch.payload.change("unet", f"{path}.weight"), 8 * up @ down, atol=1e-6)
 
 

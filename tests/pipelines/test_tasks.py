@@ -54,13 +54,21 @@ def test_the_latent_gate_in_every_task_of_sd(name, monkeypatch):
 
 
 def test_the_latent_gate_refuses_what_it_cannot_decide_on():
-    large = task("ErasedStableDiffusionXLInpaintPipeline")
-    with pytest.raises(ErasureError, match="Stable Diffusion 1 and 2, not on ErasedStableDiffusionXLInpaint"):
-        large.load_patch(low_rank_patch(large, gate=LATENT))
     pipe = task("ErasedStableDiffusionInpaintPipeline")
     pipe.unet.register_to_config(in_channels=9)
     with pytest.raises(ErasureError, match="takes 9 channels for 4"):
         pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
+
+
+def test_the_latent_gate_decides_on_xl():
+    pipe = task("ErasedStableDiffusionXLPipeline")
+    pipe.load_patch(low_rank_patch(pipe, gate={**LATENT, "measure": "guidance", "ratio": 1e6}))
+    draw(pipe, ["a cat", "a dog"])
+    assert strengths(pipe) == [0.0, 0.0]
+    pipe.unload_patches()
+    pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
+    with pytest.raises(ErasureError, match="does not move the empty prompt"):
+        draw(pipe, ["a cat"])
 
 
 def test_second_prompt_of_xl():
