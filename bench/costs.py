@@ -46,9 +46,8 @@ def published(pipe: object, concept: str, method: str) -> Forecast:
 
 def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, Any]:
     """F to decide whether a latent gate opens, a prompt: the published decision's, and ours as counted here."""
-    quirks = find("unguide").PARITY
     # R noises, each walked with guidance and then asked of both networks, for the prompt and anew for the empty one.
-    theirs = 2 * LatentGate().repeats * (2 * quirks["decide_after"] + 2)
+    theirs = 2 * LatentGate().repeats * (2 * LatentGate().after + 2)
     total = Counts()
     pipe.load_patch(patch, name="counted")
     for prompt in prompts:
