@@ -21,12 +21,12 @@ import torch
 
 from erasure.base import Base, quiet
 from erasure.concept import Concept
-from erasure.engine import Computing, Engine
 from erasure.glyph import CHECKPOINT
 from erasure.methods import configured, erase, names
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.plan import plan
-from erasure.train import Run, train
+from erasure.training.engine import Computing, Engine
+from erasure.training.loop import Run, train
 
 CONCEPT = Concept("cat", anchor="dog")
 # The published loops: what only their preparation takes is cut, and the warm-up, which would leave the attack out.

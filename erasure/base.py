@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure.checkpoints import INDEX, Found, identify
+from erasure.checkpoints.opening import INDEX, Found, identify
 from erasure.conditions import Conditions, encode_prompt, predict, text_encoders, unconditional
 from erasure.errors import ErasureError, unknown
 

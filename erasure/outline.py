@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from erasure.base import TARGETS, Base, hub_file, look, resolve
-from erasure.checkpoints import carried, kinds
+from erasure.checkpoints.opening import carried, kinds
 from erasure.errors import ErasureError
 
 UNET = "unet/config.json"

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from erasure.adapters import Adapter
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
-from erasure.engine import Computing, Engine, Rows, by_rows, cast
 from erasure.errors import ErasureError
 from erasure.methods import configured
 from erasure.processes import Crew
-from erasure.train import Gradient, Run
+from erasure.training.adapters import Adapter
+from erasure.training.engine import Computing, Engine, Rows, by_rows, cast
+from erasure.training.loop import Gradient, Run
 
 PROBE = 4  # samples in the timed call
 STATE = 16  # bytes a trained number: master, gradient, two Adam moments; what it was stays with the model

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from erasure.checkpoints.original_names import compvis_names
 from erasure.errors import ErasureError
-from erasure.original_names import compvis_names
 from erasure.patch.sparse import pack, unpack
 
 BINS = 1 << 16

@@ -43,7 +43,7 @@ def settings(given: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import fields
 
     from erasure.config import parse_overrides
-    from erasure.engine import Computing
+    from erasure.training.engine import Computing
 
     named = {field.name: getattr(given, field.name) for field in fields(Computing)}
     return {**parse_overrides(given.set), **{key: value for key, value in named.items() if value is not None}}

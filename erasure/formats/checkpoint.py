@@ -14,10 +14,10 @@ from torch import Tensor
 from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats.making import Found, changes, components, need_only
+from erasure.formats.single_file import save_single_file
 from erasure.formats.source import Source
 from erasure.formats.weights import TEXT, UNET, patched, text_weights
 from erasure.patch import Patch
-from erasure.single_file import save_single_file
 
 
 def read_checkpoint(source: Source, base: Base) -> Found:

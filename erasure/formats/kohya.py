@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from erasure.base import Base
+from erasure.checkpoints.original_names import compvis_names
 from erasure.errors import ErasureError
 from erasure.formats.making import Found, components, low_rank, need_low_rank, put, rank_of
 from erasure.formats.source import Source
-from erasure.original_names import compvis_names
 from erasure.patch import LowRank, Patch
 from erasure.patch.encode import encode
 from erasure.patch.file import write_file

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from erasure.base import Base
     from erasure.concept import Concept
     from erasure.patch import Patch
-    from erasure.train import Learnt, Run
+    from erasure.training.loop import Learnt, Run
 
 GROUP = "erasure.methods"  # entry points of other packages
 
@@ -108,10 +108,10 @@ def erase(
     from erasure import config as configuration
     from erasure.base import Base
     from erasure.concept import Concept
-    from erasure.engine import Computing, Engine
-    from erasure.monitor import Previews, Trackers
     from erasure.processes import crew
-    from erasure.train import Run
+    from erasure.training.engine import Computing, Engine
+    from erasure.training.loop import Run
+    from erasure.training.monitor import Previews, Trackers
 
     wanted = Concept.list_of(concept)
     file = configuration.read_yaml(Path(config)) if config is not None else {}

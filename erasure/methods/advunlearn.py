@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasure.adapters import Weights
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.conditions import Conditions, text_encoders
@@ -39,7 +38,8 @@ from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.neighbours import retain_prompts
 from erasure.softprompt import PLACES, Slots, encode, search, slots, spread, start
-from erasure.train import Gradient, Run
+from erasure.training.adapters import Weights
+from erasure.training.loop import Gradient, Run
 from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
 
 INITS = ("random", "latest")

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.adapters import Adapter, LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.conditions import Conditions, text_encoders
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
-from erasure.train import Gradient, Run
+from erasure.training.adapters import Adapter, LowRankTerm, Weights
+from erasure.training.loop import Gradient, Run
 from erasure.trajectories import TrajectoryPool, kept_pool, walk
 
 ROUNDINGS = ("none", "bf16")

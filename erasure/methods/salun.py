@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasure.adapters import Weights
 from erasure.base import BUNDLED, Base
 from erasure.concept import Concept
 from erasure.diffusion import add_noise, guide, to_eps
@@ -40,7 +39,8 @@ from erasure.errors import ErasureError, unknown
 from erasure.images import Images, drawn, read_folder, shown
 from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts, retained, words
 from erasure.saliency import read_mask, top, write_mask
-from erasure.train import Gradient, Run
+from erasure.training.adapters import Weights
+from erasure.training.loop import Gradient, Run
 
 EVERYTHING = "all"  # norms and biases too, as published
 TEACHERS = ("current", "base")

@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.adapters import LowRankTerm
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.conditions import Conditions
@@ -41,7 +40,8 @@ from erasure.diffusion import away
 from erasure.errors import ErasureError
 from erasure.neighbours import neighbours, prompt_of, retained
 from erasure.similarity import cosines, similarities
-from erasure.train import Gradient, Run
+from erasure.training.adapters import LowRankTerm
+from erasure.training.loop import Gradient, Run
 from erasure.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 
 GRID = 1000  # timesteps of training

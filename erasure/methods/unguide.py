@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.adapters import LowRankTerm
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
 from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts
-from erasure.train import Gradient, Run
+from erasure.training.adapters import LowRankTerm
+from erasure.training.loop import Gradient, Run
 from erasure.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
 
 OTHERS = 16  # prompts that the gate is set by

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from erasure.base import look, resolve
-from erasure.checkpoints import of_type, open_single_file
+from erasure.checkpoints.opening import of_type, open_single_file
 from erasure.errors import ErasureError
 from erasure.patch import Patch
 from erasure.pipelines.loras import LoraMixin

@@ -15,7 +15,7 @@ from erasure.methods import configure, erase, names
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.plan import plan
-from erasure.train import Run
+from erasure.training.loop import Run
 from tests.conformance.test_methods import QUICK
 from tests.tiny import tiny_pipeline
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasure import train as training
 from erasure.methods import erase, names
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.plan import plan
+from erasure.training import loop as training
 from tests.tiny import tiny_pipeline
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.

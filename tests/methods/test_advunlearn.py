@@ -15,7 +15,7 @@ from erasure.methods import configure, erase
 from erasure.methods.advunlearn import AdvUnlearn, plain, trained
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.softprompt import encode
-from erasure.train import Run
+from erasure.training.loop import Run
 from erasure.trajectories import walk
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 

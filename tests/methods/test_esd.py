@@ -13,7 +13,7 @@ from erasure.diffusion import away, counting
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
 from erasure.methods.esd import ESD
-from erasure.train import Run
+from erasure.training.loop import Run
 from tests.tiny import tiny_pipeline
 
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-3}

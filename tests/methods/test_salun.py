@@ -17,7 +17,7 @@ from erasure.methods import configure, erase
 from erasure.methods.salun import SalUn
 from erasure.neighbours import neighbours, prompt_of, retained, words
 from erasure.saliency import read_mask, write_mask
-from erasure.train import Run
+from erasure.training.loop import Run
 from tests.tiny import tiny_pipeline
 
 SMALL = {

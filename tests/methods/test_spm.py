@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from erasure import train as training
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import counting
@@ -17,7 +16,8 @@ from erasure.methods import configure, erase
 from erasure.methods.spm import SPM
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.similarity import cosines
-from erasure.train import Run
+from erasure.training import loop as training
+from erasure.training.loop import Run
 from erasure.trajectories import build_pool
 from tests.tiny import tiny_pipeline
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from erasure import monitor
 from erasure.errors import ErasureError
 from erasure.methods import erase
+from erasure.training import monitor
 from tests.tiny import tiny_pipeline
 
 QUICK = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 3, "progress": False}

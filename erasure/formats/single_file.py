@@ -13,11 +13,11 @@ from torch import Tensor
 
 from erasure import __version__
 from erasure.base import DTYPES
-from erasure.checkpoints import HEADER, INDEX, UNET, read_configs
-from erasure.clip_tokens import clip_tokenizer
+from erasure.checkpoints.clip_tokens import clip_tokenizer
+from erasure.checkpoints.opening import HEADER, INDEX, UNET, read_configs
+from erasure.checkpoints.original_names import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.conditions import text_encoders
 from erasure.errors import ErasureError, unknown
-from erasure.original_names import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.patch.file import write_file
 from erasure.pipelines import patch_stack
 

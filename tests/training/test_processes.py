@@ -14,18 +14,18 @@ from erasure.methods import erase, names
 from erasure.patch import Patch
 from tests.conformance.test_methods import changes, same
 from tests.tiny import tiny_pipeline
-from tests.training import ODD
+from tests.training.steps import ODD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder in which two processes on the CPU have done everything of tests/training.py."""
+    """The folder in which two processes on the CPU have done everything of tests/training/steps.py."""
     place = tmp_path_factory.mktemp("launch")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*torchrun, "-m", "tests.training", str(place)]
+    command = [*torchrun, "-m", "tests.training.steps", str(place)]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return place

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 
 from erasure.base import Base
-from erasure.checkpoints import HEADER
+from erasure.checkpoints.opening import HEADER
 from erasure.errors import ErasureError
+from erasure.formats.single_file import save_single_file
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
-from erasure.single_file import save_single_file
 from tests.patch.making import delta_patch, low_rank_patch
 from tests.tiny import KINDS, tiny_pipeline, write_tiny
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasure import train as training
-from erasure.adapters import LowRankTerm, Weights
 from erasure.base import Base
 from erasure.concept import Concept
-from erasure.engine import DTYPES, Computing, Engine, Rows
 from erasure.errors import ErasureError
 from erasure.methods import configured, erase
 from erasure.patch import Patch
 from erasure.processes import Crew
+from erasure.training import loop as training
+from erasure.training.adapters import LowRankTerm, Weights
+from erasure.training.engine import DTYPES, Computing, Engine, Rows
 from tests.conformance.test_methods import QUICK, changes, same, weights
 from tests.tiny import tiny_pipeline
 

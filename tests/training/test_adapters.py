@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasure.adapters import LowRankTerm, Weights
 from erasure.errors import ErasureError
+from erasure.training.adapters import LowRankTerm, Weights
 from tests.tiny import tiny_unet
 
 

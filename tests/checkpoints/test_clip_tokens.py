@@ -5,7 +5,7 @@ from __future__ import annotations
 import open_clip
 import pytest
 
-from erasure.clip_tokens import SIZE, clip_tokenizer
+from erasure.checkpoints.clip_tokens import SIZE, clip_tokenizer
 
 TEXTS = [
     "a photo of a cat",

@@ -2,7 +2,7 @@
 
 diffusers reads the weights (`from_single_file`). The configurations that it would fetch from the hub are carried in
 `configs/models`, a JSON each: the files of a diffusers folder by path, and what it is `like`. A file of our own
-(single_file.py) has its own configurations in its header.
+(formats/single_file.py) has its own configurations in its header.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def open_single_file(cls: Any, path: str | os.PathLike[str], found: Found, **opt
     Raises:
         ErasureError: weights that the configuration wants are not in the file, or do not fit.
     """
-    from erasure.clip_tokens import clip_tokenizer
+    from erasure.checkpoints.clip_tokens import clip_tokenizer
 
     with TemporaryDirectory(prefix="erasure-config-") as folder:
         for name, values in found.files.items():

@@ -11,11 +11,11 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 
 from erasure.base import Base, look
-from erasure.checkpoints import TELLING, UNET, carried, identify, kinds
+from erasure.checkpoints.opening import TELLING, UNET, carried, identify, kinds
+from erasure.checkpoints.original_names import compvis_names, vae_names
 from erasure.errors import ErasureError
-from erasure.original_names import compvis_names, vae_names
+from erasure.formats.single_file import original_tensors
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
-from erasure.single_file import original_tensors
 from tests.tiny import blueprint, write_tiny
 
 

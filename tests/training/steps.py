@@ -1,4 +1,4 @@
-"""What each process of a launch does for tests/test_train_processes.py; run by torchrun with a folder."""
+"""What each process of a launch does for tests/training/test_processes.py; run by torchrun with a folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from erasure import train as training
 from erasure.errors import ErasureError
 from erasure.methods import erase, names
 from erasure.methods.esd import ESD
+from erasure.training import loop as training
 from tests.conformance.test_methods import QUICK
 from tests.tiny import tiny_pipeline
 

@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from erasure.adapters import Adapter
 from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import Counts, counting
-from erasure.engine import Engine
 from erasure.errors import ErasureError
-from erasure.monitor import Previews, Trackers
 from erasure.patch import Delta, LowRank
 from erasure.processes import Crew
+from erasure.training.adapters import Adapter
+from erasure.training.engine import Engine
+from erasure.training.monitor import Previews, Trackers
 
 CHECKPOINT_EVERY = 25  # steps
 STATE = "state.safetensors"

@@ -1,0 +1,1 @@
+"""What trains: the loop with its checkpoints, the adapters, how to compute, previews and trackers."""
