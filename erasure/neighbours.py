@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -70,15 +71,26 @@ def retained(base: Base, concepts: list[Concept]) -> list[tuple[str, str]]:
     return [(kind, word) for word, kind in found.items()]
 
 
-def neighbours(base: Base, concept: Concept, count: int = COUNT) -> list[str]:
-    """The concept's `keep`, or the `count` nearest words of its kind that are not the concept."""
+def neighbours(base: Base, concept: Concept, concepts: list[Concept], count: int = COUNT) -> list[str]:
+    """The concept's `keep`, or the `count` nearest words of its kind that are none of `concepts`.
+
+    Args:
+        concepts: all that are erased together: what one of them is near to must not keep another.
+    """
     if concept.keep:
         return list(concept.keep)
-    rest = [word for kind, word in retained(base, [concept]) if (kind == "style") == (concept.kind == "style")]
+    rest = [word for kind, word in retained(base, concepts) if (kind == "style") == (concept.kind == "style")]
     if not rest:
         return []
     near = cosines(base, [prompt_of(concept.kind, word) for word in rest], [prompt_of(concept.kind, concept.name)])
     return [rest[i] for i in near[:, 0].argsort(descending=True)[:count].tolist()]
+
+
+def around(base: Base, concepts: list[Concept]) -> list[str]:
+    """Prompts of the neighbours of all concepts, each once: every concept's nearest, then every second, ..."""
+    turns = zip_longest(*(neighbours(base, one, concepts) for one in concepts))
+    pairs = (zip(concepts, turn, strict=True) for turn in turns)
+    return list(dict.fromkeys(prompt_of(one.kind, word) for turn in pairs for one, word in turn if word is not None))
 
 
 def anchored(base: Base, concept: Concept, concepts: list[Concept], *, first: bool = False) -> Concept:
@@ -93,12 +105,10 @@ def anchored(base: Base, concept: Concept, concepts: list[Concept], *, first: bo
     """
     if concept.anchor is not None:
         return concept
-    left = retained(base, concepts)
     if first:
-        near = [word for kind, word in left if (kind == "style") == (concept.kind == "style")]
+        near = [word for kind, word in retained(base, concepts) if (kind == "style") == (concept.kind == "style")]
     else:
-        kept = {word for _, word in left} | set(concept.keep)
-        near = [word for word in neighbours(base, concept) if word in kept]
+        near = neighbours(base, concept, concepts)
     if not near:
         raise ErasureError(f"{concept.name!r}: no other word to lead it to; give an anchor")
     return replace(concept, anchor=prompt_of(concept.kind, near[0]))

@@ -8,7 +8,7 @@ from erasure.base import Base
 from erasure.concept import MOST, Concept
 from erasure.errors import ErasureError
 from erasure.glyph import objects, styles
-from erasure.neighbours import COUNT, neighbours, retained, words
+from erasure.neighbours import COUNT, around, neighbours, retained, words
 from tests.tiny import tiny_pipeline
 
 
@@ -18,14 +18,15 @@ def base() -> Base:
 
 
 def test_neighbours_are_of_the_kind_and_never_the_concept(base):
-    found = neighbours(base, Concept.of("cat"))
+    cat, ink = Concept.of("cat"), Concept.of("ink")
+    found = neighbours(base, cat, [cat])
     assert len(found) == COUNT and "cat" not in found and not set(found) & set(styles())
-    assert set(neighbours(base, Concept.of("ink"))) <= set(styles()) - {"ink"}
+    assert set(neighbours(base, ink, [ink])) <= set(styles()) - {"ink"}
 
 
 def test_what_the_user_keeps_comes_first(base):
     concept = Concept("cat", keep=("dog", "zebra"))
-    assert neighbours(base, concept) == ["dog", "zebra"]
+    assert neighbours(base, concept, [concept]) == ["dog", "zebra"]
     assert [word for _, word in retained(base, [concept])][:2] == ["dog", "zebra"]
 
 
@@ -39,6 +40,18 @@ def test_other_names_of_the_concept_are_not_retained(base):
 def test_joint_concepts_are_all_left_out(base):
     kept = {word for _, word in retained(base, Concept.list_of(["cat", "dog"]))}
     assert kept == {*objects(), *styles()} - {"cat", "dog"}
+
+
+def test_no_concept_is_the_neighbour_of_another(base):
+    """Each of a family's words is among the next one's nearest: together none may keep the other."""
+    cat = Concept.of("cat")
+    names = ["cat", "guitar", *neighbours(base, cat, [cat])[:2]]
+    several = Concept.list_of(names)
+    found = around(base, several)
+    assert not set(found) & set(names)
+    assert len(found) == len(set(found)) > COUNT
+    assert found[0] == neighbours(base, cat, several)[0] and found[1] == neighbours(base, several[1], several)[0]
+    assert around(base, [Concept.of("ink")])[0].endswith(" style")
 
 
 def test_a_content_concept_brings_its_members():

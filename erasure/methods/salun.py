@@ -25,7 +25,6 @@ compares a name with tensors, so that its mask is never applied: `density=1` is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +36,7 @@ from erasure.concept import Concept
 from erasure.diffusion import add_noise, guide, to_eps
 from erasure.errors import ErasureError, unknown
 from erasure.images import Images, drawn, read_folder, shown
-from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts, retained, words
+from erasure.neighbours import anchored, around, prompt_of, retain_prompts, retained, words
 from erasure.saliency import read_mask, top, write_mask
 from erasure.training.adapters import Weights
 from erasure.training.loop import Gradient, Run
@@ -162,13 +161,10 @@ class SalUn(Gradient):
         Raises:
             ErasureError: there is nothing to retain.
         """
-        left = {word: kind for kind, word in retained(base, concepts)}
-        if not left:
+        if not retained(base, concepts):
             raise ErasureError("no retain images: every word of the vocabulary is the concept; name others with keep")
-        turns = zip_longest(*(neighbours(base, one) for one in concepts))
-        named = {word for one in concepts for word in one.keep}
-        near = [word for turn in turns for word in turn if word in left and word not in named]
-        first = [prompt_of(left[word], word) for word in dict.fromkeys(near)][: self.retain_count // 2]
+        named = {prompt_of(one.kind, word) for one in concepts for word in one.keep}  # they stay in any case
+        first = [text for text in around(base, concepts) if text not in named][: self.retain_count // 2]
         return retain_prompts(base, concepts, self.retain_count, first=first, seed=seed)
 
     def trained(self, base: Base) -> dict[str, nn.Module]:

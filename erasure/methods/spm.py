@@ -38,7 +38,7 @@ from erasure.concept import Concept
 from erasure.conditions import Conditions
 from erasure.diffusion import away
 from erasure.errors import ErasureError
-from erasure.neighbours import neighbours, prompt_of, retained
+from erasure.neighbours import around, prompt_of, retained
 from erasure.similarity import cosines, similarities
 from erasure.training.adapters import LowRankTerm
 from erasure.training.loop import Gradient, Run
@@ -125,7 +125,7 @@ class SPM(Gradient):
         """Prompts, anchors, the pool, the membranes."""
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
         targets = base.targets(self.variant)
-        near = [prompt_of(one.kind, word) for one in concepts for word in neighbours(base, one)]
+        near = around(base, concepts)
         texts = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
         if not texts:
             raise ErasureError("no anchors: every word of the vocabulary is the concept; name neighbours with keep")

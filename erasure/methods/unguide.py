@@ -32,7 +32,7 @@ from erasure.base import Base
 from erasure.concept import Concept
 from erasure.diffusion import away
 from erasure.errors import ErasureError, unknown
-from erasure.neighbours import anchored, neighbours, prompt_of, retain_prompts
+from erasure.neighbours import anchored, around, retain_prompts
 from erasure.training.adapters import LowRankTerm
 from erasure.training.loop import Gradient, Run
 from erasure.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
@@ -150,7 +150,7 @@ class UnGuide(Gradient):
     @staticmethod
     def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
         """OTHERS prompts that do not name the concepts: half of them words, neighbours first, half words in styles."""
-        near = [prompt_of(one.kind, word) for one in concepts for word in neighbours(base, one)]
+        near = around(base, concepts)
         found = retain_prompts(base, concepts, 1_000, seed=seed)
         words = list(dict.fromkeys([*near[: OTHERS // 4], *(text for text in found if " in " not in text)]))
         styled = [text for text in found if " in " in text]
