@@ -1,47 +1,68 @@
-"""What the published loops cost and what ours cost: `python bench/costs.py`, after `erasure bench`.
+"""What the published loops cost, and what ours: `python bench/costs.py`. It resumes.
 
-F and B are samples forward and backward through the UNet. The published loop (`parity=True`) is forecast by
-`erasure plan`, which goes through every step of the loop with a UNet that answers at once, and so counts exactly;
-where it takes too many steps for that, the forecast of two shorter runs is drawn out to the full length. Ours is
-counted by the run itself, whose UA and IRA stand in the table of `erasure bench`. What the latent gate asks of the
-UNet to decide on a prompt is counted over the prompts of the bench.
+Each method erases one concept twice, as published (`parity=True`: its settings, its quirks, nothing pooled) and with
+our defaults, each run in a process of its own: F and B, samples forward and backward through the UNet, as the run
+counts them, its seconds, how far its memory grew, and what it erased and kept. A published loop of more than `--most`
+F is not run: `erasure plan` goes through some of its steps with a UNet that answers at once, counts exactly, and is
+drawn out to the full length; ours is forecast beside it in the same way, so that the seconds compare. What a latent
+gate asks of the UNet to decide on a prompt is counted over the prompts of the evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from erasure.base import quiet
 from erasure.diffusion import Counts, counting
-from erasure.methods import find, names
+from erasure.evaluation import evaluate
+from erasure.methods import erase, find, names
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.latent import LatentGate
-from erasure.plan import Forecast, plan
+from erasure.plan import plan
 from erasure.prompts.about import about
 
 DECISION = "latent gate, a prompt"
 SHORT = (20, 60)  # iterations after the warm-up, of the drawn-out forecast
 TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3, DECISION: 3}
+MEASURED = ("UA", "IRA", "CRA")
 
 
-def published(pipe: object, concept: str, method: str) -> Forecast:
-    """Forecast of the published loop."""
-    quirks = find(method).PARITY
-    length, warm_up = quirks["iterations"], quirks.get("warm_up", 0)
+def forecast(pipe: Any, concept: str, method: str, *, parity: bool) -> dict[str, Any]:
+    """F, B and seconds of a loop; a long one is drawn out from two short ones."""
+    quirks = find(method).PARITY if parity else {}
+    length, warm_up = quirks.get("iterations", 0), quirks.get("warm_up", 0)
     if length <= 200:
-        return plan(pipe, concept, method, parity=True)
+        return plan(pipe, concept, method, parity=parity).to_json()
     counts = [warm_up + count for count in SHORT]
-    first, second = (plan(pipe, concept, method, parity=True, iterations=count) for count in counts)
-    grown = {}
-    for field in ("F", "B", "seconds"):
-        step = (getattr(second, field) - getattr(first, field)) / (counts[1] - counts[0])
-        grown[field] = type(getattr(first, field))(getattr(second, field) + step * (length - counts[1]))
-    return dataclasses.replace(second, **grown)
+    first, second = (plan(pipe, concept, method, parity=parity, iterations=count).to_json() for count in counts)
+    steps = (length - counts[1]) / (counts[1] - counts[0])
+    grown = {name: second[name] + (second[name] - first[name]) * steps for name in ("F", "B", "seconds")}
+    return {"F": round(grown["F"]), "B": round(grown["B"]), "seconds": grown["seconds"]}
+
+
+def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int) -> dict[str, Any]:
+    """Erase and evaluate, in this process."""
+    pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
+    pipe.set_progress_bar_config(disable=True)
+    pipe("", num_inference_steps=1)  # what the first call allocates is the base's
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    target = folder / "patch.safetensors"
+    settings = {"parity": True} if parity else {}
+    patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    pipe.load_patch(patch, name="costs")
+    shared = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
+    made = evaluate(pipe, concept, folder=folder, prompts=about([concept], limit), **shared)
+    cells = {metric.name: metric.value for metric in made.rows["patched"] if metric.name in MEASURED}
+    return {**patch.costs, "peak_kib": grown, **cells}
 
 
 def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, Any]:
@@ -57,60 +78,104 @@ def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[st
         opened = pipe.gate_log[0]["counted"] != 0
         total.forward += asked.forward - (2 if opened else 1)  # the picture's own step
     pipe.unload_patches()
-    ours = total.forward / len(prompts)
-    return {"method": DECISION, "published": {"F": theirs, "B": 0}, "ours": {"F": round(ours, 1), "B": 0}}
+    return {"published": {"F": theirs, "B": 0}, "ours": {"F": round(total.forward / len(prompts), 1), "B": 0}}
+
+
+def compare(pipe: ErasedStableDiffusionPipeline, method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Both loops of one method: run in processes of their own, or forecast."""
+    sides: dict[str, Any] = {}
+    long = forecast(pipe, args.concept, method, parity=True)
+    if long["F"] > args.most:
+        sides["forecast"] = {"published": long, "ours": forecast(pipe, args.concept, method, parity=False)}
+    for side in ("published", "ours"):
+        place = args.work / f"{method}-{side}"
+        note = place / "costs.json"
+        if side == "published" and "forecast" in sides:
+            sides[side] = long
+            continue
+        if not note.is_file():
+            command = [sys.executable, __file__, "--concept", args.concept, "--limit", str(args.limit)]
+            subprocess.run([*command, "--one", method, "--side", side, "--work", str(args.work)], check=True)
+        sides[side] = json.loads(note.read_text())
+    return sides
+
+
+def row(method: str, sides: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table, as data."""
+    theirs, ours = sides["published"], sides["ours"]
+    return {
+        "method": method,
+        **sides,
+        "F_ratio": theirs["F"] / ours["F"],
+        "work_ratio": (theirs["F"] + 2 * theirs["B"]) / (ours["F"] + 2 * ours["B"]),
+        "target": TARGETS.get(method),
+    }
+
+
+def markdown(concept: str, limit: int, rows: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    head = "F + B|F: × fewer|target|work: × less|seconds|memory, MB|UA|IRA|CRA".split("|")
+    lines = [
+        f"Erasing {concept!r} from glyph: published loop → ours. F + B: samples through the UNet; work: F + 2 B; "
+        f"memory: growth of the process while it trained; UA, IRA, CRA: of {limit} prompts. Each run has a process "
+        f"of its own with {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). *: forecast, both sides, not run.",
+        "",
+        f"| method | {' | '.join(head)} |",
+        "|---" * (len(head) + 1) + "|",
+    ]
+    for one in rows:
+        a, b = one["published"], one["ours"]
+        times = one.get("forecast", {"published": a, "ours": b})
+        star = "*" if "forecast" in one else ""
+        cells = [
+            f"{a['F']:,} + {a['B']:,}{star} → {b['F']:,} + {b['B']:,}",
+            f"{one['F_ratio']:.1f}",
+            str(one["target"] or ""),
+            f"{one['work_ratio']:.1f}",
+            _pair(times["published"], times["ours"], "seconds", "{:,.0f}" + star),
+            _pair(a, b, "peak_kib", "{:,.0f}", 1024 / 1e6),
+            *(_pair(a, b, name, "{:.0f}%", 100) for name in MEASURED),
+        ]
+        lines.append(f"| {one['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _pair(a: dict[str, Any], b: dict[str, Any], name: str, form: str, scale: float = 1.0) -> str:
+    shown = [form.format(side[name] * scale) if name in side else "" for side in (a, b)]
+    return " → ".join(shown) if any(shown) else ""
 
 
 def main() -> None:
     """Write the table as Markdown and JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concept", default="dog")
-    parser.add_argument("--table", type=Path, default=Path("bench/results/glyph.json"))
+    parser.add_argument("--methods", nargs="+", default=names())
+    parser.add_argument("--most", type=int, default=200_000, help="F of a published loop from which it is forecast")
+    parser.add_argument("--limit", type=int, default=45, help="prompts of an evaluation, about")
+    parser.add_argument("--work", type=Path, default=Path("build/costs"), help="patches and pictures; a rerun goes on")
     parser.add_argument("--out", type=Path, default=Path("bench/results/costs"))
-    parser.add_argument(
-        "--bench", type=Path, default=Path("build/bench"), help="where `erasure bench` left its patches"
-    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # what a process of its own does
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet()
+    if args.one:
+        place = args.work / f"{args.one}-{args.side}"
+        found = measure(args.concept, args.one, place, parity=args.side == "published", limit=args.limit)
+        (place / "costs.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        return
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
-    table = json.loads(args.table.read_text())["rows"]
-    measured = {row["method"]: row for row in table if row["concept"] == args.concept}
+    pipe.set_progress_bar_config(disable=True)
     rows: list[dict[str, Any]] = []
-    for method in names():
-        theirs, ours = published(pipe, args.concept, method), plan(pipe, args.concept, method)
-        rows.append(
-            {
-                "method": method,
-                "published": theirs.to_json(),
-                "ours": ours.to_json(),
-                "F_ratio": theirs.F / ours.F,
-                "work_ratio": (theirs.F + 2 * theirs.B) / (ours.F + 2 * ours.B),
-                "target": TARGETS.get(method),
-                "measured": measured.get(method, {}).get("costs"),
-            }
-        )
-    place = args.bench / "unguide" / args.concept / "patch.safetensors"
-    if place.is_file():
-        prompts = list(dict.fromkeys(row.prompt for row in about([args.concept], 45).rows))
-        row = decision(pipe, Patch.load(place), prompts)
-        ratio = row["published"]["F"] / row["ours"]["F"]
-        rows.append({**row, "F_ratio": ratio, "work_ratio": ratio, "target": TARGETS[DECISION], "measured": None})
-    lines = [
-        f"Erasing {args.concept!r} from glyph. F + B: samples through the UNet; work: F + 2 B.",
-        "",
-        "| method | published F + B | ours F + B | F: × fewer | work: × less | target | MB, published → ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        a, b = row["published"], row["ours"]
-        memory = [f"{x['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in x else "" for x in (a, b)]
-        lines.append(
-            f"| {row['method']} | {a['F']:,} + {a['B']:,} | {b['F']:,} + {b['B']:,} | {row['F_ratio']:.1f} "
-            f"| {row['work_ratio']:.1f} | {row['target'] or ''} | {' → '.join(memory)} |"
-        )
-    args.out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print("\n".join(lines))
+    for method in args.methods:
+        rows.append(row(method, compare(pipe, method, args)))
+        gated = args.work / f"{method}-ours" / "patch.safetensors"
+        if Patch.load(gated).gate["kind"] == "latent":
+            prompts = list(dict.fromkeys(one.prompt for one in about([args.concept], args.limit).rows))
+            rows.append(row(DECISION, decision(pipe, Patch.load(gated), prompts)))
+        text = markdown(args.concept, args.limit, rows)
+        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+        args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
 
     bench = add("bench", "methods x concepts on glyph, as a table")
     bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
-    bench.add_argument("--concepts", nargs="+", help='"a+b" are erased together; default: configs/concepts/glyph.yaml')
+    several = '"a+b": by one patch, "a&b": by stacked ones'
+    bench.add_argument("--concepts", nargs="+", help=f"default: configs/concepts/glyph.yaml; {several}")
     bench.add_argument("--limit", type=int, help="prompts a concept, about")
     bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
     bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))

@@ -17,6 +17,12 @@ SHOWN = ("UA", "leak", "IRA", "neighbours", "CRA", "H", "CLIP_kept", "KID")
 BETTER = {"leak": "↓", "KID": "↓"}
 SCORES = ("CLIP_kept", "KID")  # no shares
 COSTS = ("F", "B", "seconds")
+JOINT, STACK = "+", "&"  # between names: erased together by one patch; one patch each, stacked
+
+
+def members(concept: str) -> list[str]:
+    """The names in "a", "a+b" or "a&b"."""
+    return concept.split(STACK if STACK in concept else JOINT)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,9 @@ class Row:
     @property
     def group(self) -> str:
         """Rows of one group are averaged."""
-        several = self.concept.count("+") + 1
-        return f"{several} together" if several > 1 else {"identity": "identities"}.get(self.kind, f"{self.kind}s")
+        if len(names := members(self.concept)) > 1:
+            return f"{len(names)} {'stacked' if STACK in self.concept else 'together'}"
+        return {"identity": "identities"}.get(self.kind, f"{self.kind}s")
 
 
 @dataclass(frozen=True)
@@ -164,11 +171,15 @@ def interval(name: str, cell: Mapping[str, float], between: str = ", ") -> str:
 
 
 def concepts() -> tuple[list[str], list[str]]:
-    """Concepts to tune on and concepts to report, of `configs/concepts/glyph.yaml`; "a+b" are erased together."""
+    """Concepts to tune on and concepts to report, of `configs/concepts/glyph.yaml`."""
     from erasure.config import CONFIGS, read_yaml
 
     found = read_yaml(CONFIGS / "concepts" / "glyph.yaml")
-    return list(found["develop"]), [*found["report"], *("+".join(names) for names in found["together"])]
+    return list(found["develop"]), [
+        *found["report"],
+        *(JOINT.join(names) for names in found["together"]),
+        *(STACK.join(names) for names in found["stacked"]),
+    ]
 
 
 def bench(
@@ -184,7 +195,8 @@ def bench(
 
     Args:
         methods: names of methods; `all` for all of them.
-        wanted: concepts, "a+b" for several erased together; None: those of `configs/concepts/glyph.yaml`.
+        wanted: concepts, "a+b" for several erased together by one patch, "a&b" for a patch each, stacked; None:
+            those of `configs/concepts/glyph.yaml`.
         folder: for patches, images, and the table as bench.json, bench.md, bench.html and bench.png.
         limit: prompts a concept, about.
         overrides: settings for every run.
@@ -200,8 +212,8 @@ def bench(
 
     tuned, report = concepts()
     names = wanted or [*tuned, *report]
-    known = [*objects(), *styles(), *{one for name in [*tuned, *report] for one in name.split("+")}]
-    for name in [one for each in names for one in each.split("+")]:
+    known = [*objects(), *styles(), *{one for name in [*tuned, *report] for one in members(name)}]
+    for name in [one for each in names for one in members(each)]:
         if name not in known:
             raise unknown("concept", name, known)
     chosen = registry.names() if methods == ["all"] else methods
@@ -213,7 +225,7 @@ def bench(
     jobs = [(method, name) for name in names for method in chosen]
     rows = []
     for method, name in tqdm(jobs, desc="bench", disable=None if progress else True):
-        rows.append(_one(pipe, method, name, folder, settings, set(name.split("+")) <= set(tuned)))
+        rows.append(_one(pipe, method, name, folder, settings, set(members(name)) <= set(tuned)))
         table = Table(rows, settings)
         _put(folder / "bench.json", json.dumps(table.to_json(), indent=1))
         _put(folder / "bench.md", table.markdown() + "\n")
@@ -246,7 +258,8 @@ def write(table: Table, folder: Path) -> None:
 
 
 def _place(folder: Path, method: str, name: str) -> Path:
-    return folder / method / (name if len(name) < 60 else f"{name[:48]}+{name.count('+')}").replace(" ", "-")
+    short = name if len(name) < 60 else f"{name[:48]}{JOINT}{len(members(name)) - 1}"
+    return folder / method / short.replace(" ", "-")
 
 
 def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, Any], tuned: bool) -> Row:
@@ -263,10 +276,16 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
         if found.pop("settings") != settings:
             raise ErasureError(f"{place} holds a result of other settings; use another folder, or delete it")
         return Row(**{**found, "cells": {key: Cell(**cell) for key, cell in found["cells"].items()}})
-    names, target = name.split("+"), place / "patch.safetensors"
-    patch = Patch.load(target) if target.is_file() else erase(pipe, names, method, out=target, **settings["overrides"])
-    pipe.load_patch(patch, name="bench")
+    names = members(name)
+    parts = {name: names} if STACK not in name else {one: [one] for one in names}
+    targets = [_place(folder, method, part) / "patch.safetensors" for part in parts]
+    patches = [
+        Patch.load(target) if target.is_file() else erase(pipe, what, method, out=target, **settings["overrides"])
+        for target, what in zip(targets, parts.values(), strict=True)
+    ]
     try:
+        for part, patch in zip(parts, patches, strict=True):
+            pipe.load_patch(patch, name=part)
         prompts = about(names, settings["limit"])
         options: dict[str, Any] = {"base_folder": folder / "base", "progress": False, "whole": True}
         made = evaluate(pipe, names, folder=place, prompts=prompts, **options)
@@ -276,7 +295,8 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
     for metric in made.rows["patched"]:
         base = made.metric(metric.name, "base")
         cells[metric.name] = Cell(metric.value, metric.low, metric.high, metric.n, base.value if base else float("nan"))
-    row = Row(method, name, Concept.of(names[0]).kind, tuned, cells, dict(patch.costs), target.stat().st_size)
+    costs = {cost: sum(patch.costs[cost] for patch in patches) for cost in COSTS}
+    row = Row(method, name, Concept.of(names[0]).kind, tuned, cells, costs, sum(one.stat().st_size for one in targets))
     _put(note, json.dumps({**asdict(row), "settings": settings}, indent=1))
     return row
 
@@ -287,7 +307,7 @@ def picture(rows: list[Row], folder: Path, prompts: int = 3) -> Any:
 
     side, gap, head = 64, 4, 16
     methods = list(dict.fromkeys(row.method for row in rows))
-    names = [name for name in dict.fromkeys(row.concept for row in rows) if "+" not in name]
+    names = [name for name in dict.fromkeys(row.concept for row in rows) if len(members(name)) == 1]
     block = 2 * prompts * side + 3 * gap
     page = Image.new("RGB", ((len(methods) + 1) * block + gap, head + len(names) * (side + head)), "white")
     pen = ImageDraw.Draw(page)

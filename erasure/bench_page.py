@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from erasure import __version__
-from erasure.bench import BETTER, COSTS, NOTE, SHOWN, Row, Table, figure, interval
+from erasure.bench import BETTER, COSTS, JOINT, NOTE, SHOWN, STACK, Row, Table, figure, interval, members
 from erasure.evaluation import charts
 from erasure.evaluation.html import opening, picture
 
@@ -163,9 +163,9 @@ def made(table: Table, reports: Reports) -> dict[str, Any]:
 
 
 def short(row: Row) -> str:
-    """A concept's name; of several that are erased together the first and how many more."""
-    first, *more = row.concept.split("+")
-    return f"{first} + {len(more)} more" if more else first
+    """A concept's name; of several the first and how many more."""
+    first, *more = members(row.concept)
+    return f"{first} {STACK if STACK in row.concept else JOINT} {len(more)} more" if more else first
 
 
 def _groups(table: Table) -> dict[str, list[dict[str, Any]]]:

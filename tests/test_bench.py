@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erasure.bench import Cell, Row, Table, bench, concepts, write
+from erasure.bench import Cell, Row, Table, bench, concepts, members, write
 from erasure.errors import ErasureError
 from erasure.evaluation.intervals import wilson
 from erasure.glyph import vocabulary
@@ -66,8 +66,9 @@ def test_a_content_concept_is_asked_for_broadly_and_by_name():
 
 def test_the_concept_lists_are_apart():
     tuned, report = concepts()
-    assert not set(tuned) & {one for name in report for one in name.split("+")}
-    assert sorted(name.count("+") + 1 for name in report if "+" in name) == [4, 16]
+    assert not set(tuned) & {one for name in report for one in members(name)}
+    assert sorted(len(members(name)) for name in report if "+" in name) == [4, 16]
+    assert [len(members(name)) for name in report if "&" in name] == [4]
 
 
 def test_bad_input_is_told_before_any_work(tmp_path):
@@ -78,6 +79,19 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     with pytest.raises(ErasureError, match="at least"):
         about(["dog"], limit=3)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_together_is_one_patch_and_stacked_a_patch_each(tmp_path):
+    settings = {"iterations": 2, "trajectories": 1, "sample_steps": 4}
+    options = {"limit": 12, "progress": False, "overrides": settings}
+    joint, stacked, alone = bench(["esd"], ["dog+owl", "dog&owl", "dog"], tmp_path, **options).rows
+    made = {place.parent.name for place in (tmp_path / "esd").glob("*/patch.safetensors")}
+    assert made == {"dog+owl", "dog", "owl"}
+    assert (joint.group, stacked.group) == ("2 together", "2 stacked")
+    assert (stacked.bytes, stacked.costs["F"]) == (2 * alone.bytes, 2 * alone.costs["F"])
+    records = (tmp_path / "esd" / "dog&owl" / "patched" / "records.jsonl").read_text().splitlines()
+    assert set(json.loads(records[0])["gates"]) == {"dog", "owl"}
 
 
 def test_kept_is_the_mean_of_what_there_is():
