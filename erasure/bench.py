@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,21 +116,32 @@ class Table:
             found.append(entry)
         return found
 
-    def markdown(self) -> str:
-        """The tables for people: means, the base's line first in each group; then every concept."""
-        titles = [f"{name} {BETTER.get(name, '↑')}" for name in SHOWN]
-        lines = [_line(["concepts", "method", *titles, *COSTS, "KB"]), "|---" * (len(SHOWN) + 6) + "|"]
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Table:
+        """What `to_json` wrote."""
+        rows = [
+            Row(**{**row, "cells": {name: Cell(**cell) for name, cell in row["cells"].items()}}) for row in data["rows"]
+        ]
+        return cls(rows, data["settings"])
+
+    def summary(self, shown: Sequence[str] = SHOWN, costs: Sequence[str] = COSTS) -> str:
+        """The means as Markdown: a line a method, the base's first in each group."""
+        lines = _head("concepts", shown, costs)
         seen = set()
         for entry in sorted(self.means(), key=lambda entry: entry["group"]):
             name = f"{entry['group']} ({entry['concepts']})"
             if entry["group"] not in seen:
                 seen.add(entry["group"])
-                base = [figure(key, entry[key]["base"]) if key in entry else "" for key in SHOWN]
-                lines.append(_line([name, "*base*", *base, "", "", "", ""]))
-            cells = [spread(key, entry[key]) if key in entry else "" for key in SHOWN]
-            costs = [f"{entry[cost]:,.0f}" for cost in COSTS]
-            lines.append(_line([name, entry["method"], *cells, *costs, f"{entry['bytes'] / 1000:,.0f}"]))
-        lines += ["", _line(["concept", "method", *titles, *COSTS, "KB"]), "|---" * (len(SHOWN) + 6) + "|"]
+                base = [figure(key, entry[key]["base"]) if key in entry else "" for key in shown]
+                lines.append(_line([name, "*base*", *base, *[""] * (len(costs) + 1)]))
+            cells = [spread(key, entry[key]) if key in entry else "" for key in shown]
+            spent = [f"{entry[cost]:,.0f}" for cost in costs]
+            lines.append(_line([name, entry["method"], *cells, *spent, f"{entry['bytes'] / 1000:,.0f}"]))
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """The tables for people: means; then every concept."""
+        lines = [self.summary(), "", *_head("concept", SHOWN, COSTS)]
         for row in self.rows:
             cells = [
                 f"{spread(key, asdict(row.cells[key]))} ({figure(key, row.cells[key].base)})"
@@ -154,6 +165,11 @@ NOTE = (
     "features of glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the "
     "UNet. * a concept for tuning."
 )
+
+
+def _head(first: str, shown: Sequence[str], costs: Sequence[str]) -> list[str]:
+    titles = [f"{name} {BETTER.get(name, '↑')}" for name in shown]
+    return [_line([first, "method", *titles, *costs, "KB"]), "|---" * (len(shown) + len(costs) + 3) + "|"]
 
 
 def _line(cells: list[str]) -> str:

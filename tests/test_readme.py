@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def test_the_support_matrix_is_the_codes_own():
     from erasure.formats import matrix
 
     assert f"<!-- formats -->\n{matrix()}\n<!-- /formats -->" in README.read_text(encoding="utf-8")
+
+
+def test_the_tables_are_those_of_the_results():
+    """`python bench/readme.py` fills them in."""
+    made = runpy.run_path(str(README.parent / "bench" / "readme.py"))["filled"]
+    text = README.read_text(encoding="utf-8")
+    assert made(text) == text
+    with pytest.raises(ValueError, match="lacks the block costs"):
+        made(text.replace("<!-- costs -->", ""))
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ class Previews:
             raise ErasureError(f"preview every {every} steps: at least 1")
         self.base, self.folder, self.every = base, folder, every
         self.prompts = [prompt_of(one.kind, one.name) for one in concepts[:4]]
-        self.prompts += [prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], concepts)[:KEPT]]
+        self.prompts += [
+            prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], list(concepts))[:KEPT]
+        ]
 
     def due(self, step: int) -> bool:
         """Whether a picture is due when `step` updates are done."""
