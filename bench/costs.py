@@ -59,7 +59,7 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     pipe.load_patch(patch, name="costs")
-    shared = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
+    shared: dict[str, Any] = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
     made = evaluate(pipe, concept, folder=folder, prompts=about([concept], limit), **shared)
     cells = {metric.name: metric.value for metric in made.rows["patched"] if metric.name in MEASURED}
     return {**patch.costs, "peak_kib": grown, **cells}
