@@ -55,7 +55,7 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     pipe("", num_inference_steps=1)  # what the first call allocates is the base's
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     target = folder / "patch.safetensors"
-    settings = {"parity": True} if parity else {}
+    settings: dict[str, Any] = {"parity": True} if parity else {}
     patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     pipe.load_patch(patch, name="costs")
