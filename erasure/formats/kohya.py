@@ -92,28 +92,10 @@ def read_kohya(source: Source, base: Base) -> Found:
 
 def write_kohya(patch: Patch, path: Path) -> list[str]:
     """Write a low-rank patch as a plain LoRA: the native form without our header, so without the gate."""
-    payload = one_alpha(need_low_rank(patch))
+    payload = need_low_rank(patch)
     tensors, _, _ = encode(payload, "fp32")
     write_file(path, tensors, loader_keys(payload, title(patch)))
     return []
-
-
-def one_alpha(payload: LowRank) -> LowRank:
-    """The same changes with one alpha for all layers, the rest of the scale in the up factors.
-
-    diffusers takes an alpha of its own for a layer by a name that attention layers do not have after its conversion
-    (0.42.1), so that they would get the commonest one.
-    """
-    alphas = [alpha for table in payload.layers.values() for _, _, alpha in table.values()]
-    if len(set(alphas)) == 1:
-        return payload
-    common = float(payload.ranks[-1])
-    return LowRank(
-        {
-            component: {path: (down, up * (alpha / common), common) for path, (down, up, alpha) in table.items()}
-            for component, table in payload.layers.items()
-        }
-    )
 
 
 def title(patch: Patch) -> str:

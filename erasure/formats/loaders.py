@@ -57,7 +57,7 @@ LOADERS = {
     ),
 }
 
-# Loaders that give attention layers the commonest alpha of a kohya file; our exports have one.
+# Loaders that give attention layers the commonest alpha of a kohya file; what we write has one, others' may not.
 ONE_ALPHA = ("diffusers",)
 
 
@@ -106,7 +106,6 @@ def as_it_is(patch: Patch) -> dict[str, str]:
             found[name] = "without its gate" if gated else "yes"
             if lost := missed(name, patch.payload):
                 found[name] += f", but not {len(lost)} layers, the first {lost[0]}"
-            alphas = {alpha for table in patch.payload.layers.values() for _, _, alpha in table.values()}
-            if name in ONE_ALPHA and len(alphas) > 1:
-                found[name] = "no: it mistakes alphas that differ: export --format kohya"
+            if name in ONE_ALPHA and patch.stored.get("alphas", 1) > 1:
+                found[name] = "no: it mistakes alphas that differ, as this file's do: export --format kohya"
     return found

@@ -54,9 +54,8 @@ def check_spm(patch: Patch) -> tuple[LowRank, dict[str, str]]:
     """
     payload = need_low_rank(patch)
     need_only(patch, "unet")
-    scales = {(down.shape[0], alpha) for down, _, alpha in payload.layers["unet"].values()}
-    if len(scales) != 1:
-        raise ErasureError("holds one rank and one alpha for all layers")
+    if len(payload.ranks) != 1:
+        raise ErasureError("holds one rank for all layers")
     if missing := _missing(set(payload.layers["unet"])):
         raise ErasureError(f"also wants a term on {missing[0]}")
     names = patch.gate.get("texts")
@@ -64,8 +63,7 @@ def check_spm(patch: Patch) -> tuple[LowRank, dict[str, str]]:
         names = [name for one in patch.concepts for name in (one["name"], *one.get("aliases", ()))]
     if wrong := [name for name in names if "," in name]:
         raise ErasureError(f"separates concepts by commas, and one is {wrong[0]!r}")
-    rank, alpha = scales.pop()
-    return payload, {"prompts": ",".join(names), "rank": str(rank), "alpha": str(alpha)}
+    return payload, {"prompts": ",".join(names), "rank": str(payload.ranks[0]), "alpha": str(payload.alpha)}
 
 
 def write_spm(patch: Patch, path: Path) -> list[str]:

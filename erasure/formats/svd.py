@@ -20,8 +20,7 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
         rank: of every layer, or less where the layer is smaller.
 
     Returns:
-        The factors, with alpha = `rank` in every layer, and the relative error |lost| / |change| over all tensors
-        together (Frobenius norms).
+        The factors, and the relative error |lost| / |change| over all tensors together (Frobenius norms).
 
     Raises:
         ErasureError: a rank below 1, or a patch with no weight of a linear layer or convolution.
@@ -47,14 +46,10 @@ def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:
 
 
 def _cut(payload: Delta, component: str, name: str, rank: int) -> tuple[Layer, float]:
-    """Factors of one weight, and the squared norm of what they lack.
-
-    A layer smaller than `rank` keeps fewer; alpha is `rank` all the same (loaders want one), and up makes good for it.
-    """
+    """Factors of one weight, of fewer columns where the layer is smaller, and the squared norm of what they lack."""
     spectrum, shape = Spectrum.of(payload, component, name), payload.shape(component, name)
     kept = min(rank, len(spectrum.values))
     down, up = (factor.float() for factor in spectrum.factors(kept))
-    up = up * (kept / rank)
     if len(shape) == 4:
         down, up = down.reshape(kept, *shape[1:]), up[:, :, None, None]
-    return (down, up, float(rank)), spectrum.lost(kept)
+    return (down, up, float(kept)), spectrum.lost(kept)

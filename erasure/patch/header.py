@@ -169,7 +169,6 @@ def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
     width = 2048 if two_encoders(payload) else cross_width(payload)
     architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
     ranks = payload.ranks
-    alphas = {alpha for layers in payload.layers.values() for _, _, alpha in layers.values()}
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
@@ -178,6 +177,6 @@ def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
         "ss_base_model_version": base,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_alpha": f"{payload.alpha:g}",
     }
     return {**keys, "modelspec.resolution": resolution} if resolution else keys

@@ -17,7 +17,7 @@ from erasure.errors import ErasureError
 from erasure.patch.encode import cast_error, decode, encode
 from erasure.patch.file import read_layout, write_file
 from erasure.patch.header import FORMAT, JSON, check_fields, decode_header, loader_keys, refuse_plain, to_json
-from erasure.patch.keys import check_component
+from erasure.patch.keys import ALPHA, check_component
 from erasure.patch.payload import Delta, LowRank
 from erasure.repository import located
 
@@ -41,8 +41,8 @@ class Patch:
         seed: of the run.
         costs: F and B counts, seconds, peak memory.
         results: what verification measured, or None.
-        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error, and from the hub its repository and
-            revision; empty otherwise.
+        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error, how many alphas it has (files of
+            ours have one), and from the hub its repository and revision; empty otherwise.
 
     Raises:
         ErasureError: a field of the wrong type, or that cannot be written as JSON.
@@ -114,7 +114,10 @@ class Patch:
 
     def info(self) -> dict[str, Any]:
         """What the patch is, as plain JSON values: `bytes` are those of the file, or of the fp32 tensors in memory."""
-        low_rank = isinstance(self.payload, LowRank)
+        loaders = ["erasure"]
+        if isinstance(self.payload, LowRank):
+            # Where alphas differ, diffusers mistakes them.
+            loaders += ["ComfyUI", "A1111"] if self.stored.get("alphas", 1) > 1 else ["diffusers", "ComfyUI", "A1111"]
         tensors = self.payload.tensors()
         return {
             "method": self.method,
@@ -135,7 +138,7 @@ class Patch:
             "costs": dict(self.costs),
             "results": None if self.results is None else dict(self.results),
             # Other loaders know no gate: there the patch acts on every prompt.
-            "loaders": ["erasure", "diffusers", "ComfyUI", "A1111"] if low_rank else ["erasure"],
+            "loaders": loaders,
         }
 
     def save(self, path: str | os.PathLike[str], dtype: str = "fp32", overwrite: bool = True) -> Path:
@@ -196,6 +199,10 @@ class Patch:
             stored["dtype_error"] = fields.pop("dtype_error")
             if found.repository:
                 stored |= {"repository": found.repository, "revision": found.revision}
-            return cls(payload=decode(layout.read(), kind, dtype, modules, shapes), stored=stored, **fields)
+            tensors = layout.read()
+            payload = decode(tensors, kind, dtype, modules, shapes)
+            if isinstance(payload, LowRank):
+                stored["alphas"] = len({float(value) for key, value in tensors.items() if key.endswith(ALPHA)})
+            return cls(payload=payload, stored=stored, **fields)
         except ErasureError as error:
             raise ErasureError(f"{layout.path}: {str(error).removeprefix(f'{layout.path}: ')}") from error

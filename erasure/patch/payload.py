@@ -26,7 +26,7 @@ class LowRank:
     Args:
         layers: component -> module path -> (down, up, alpha). A linear layer has down [rank, in] and up [out, rank];
             a convolution has down [rank, in, height, width] and up [out, rank, 1, 1]. Tensors are copied to fp32 on
-            the CPU; alpha is rounded to fp32, as the file holds it.
+            the CPU; alpha is rounded to fp32, as the file holds it. Alphas that differ become one (`_one_alpha`).
 
     Raises:
         ErasureError: no layers, unknown component, a bad path, shapes that do not agree, NaN or infinity.
@@ -36,7 +36,7 @@ class LowRank:
     kind: ClassVar[str] = "low-rank"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _tidy(self.layers, "layers", _layer))
+        object.__setattr__(self, "layers", _one_alpha(_tidy(self.layers, "layers", _layer)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LowRank, (self.layers,)
@@ -50,6 +50,11 @@ class LowRank:
     def ranks(self) -> list[int]:
         """The distinct ranks, rising."""
         return sorted({down.shape[0] for layers in self.layers.values() for down, _, _ in layers.values()})
+
+    @property
+    def alpha(self) -> float:
+        """The one alpha of all layers."""
+        return next(alpha for table in self.layers.values() for _, _, alpha in table.values())
 
     def names(self, component: str) -> list[str]:
         """The parameters of `component` that change, sorted."""
@@ -188,6 +193,25 @@ def _layer(label: str, value: Any) -> Layer:
     if not math.isfinite(alpha):
         raise ErasureError(f"{label}: alpha is {alpha}")
     return down, up, alpha
+
+
+def _one_alpha(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Layer]]:
+    """The same changes with one alpha for all layers, the highest rank, and the rest of the scale in the up factors.
+
+    So every loader agrees on a file. diffusers (0.42.1) looks for an alpha of a layer's own by a name that attention
+    layers do not have after its conversion, and gives them the commonest one; A1111 reads an alpha of 0 as "not given".
+    """
+    alphas = {alpha for table in layers.values() for _, _, alpha in table.values()}
+    if len(alphas) == 1 and 0.0 not in alphas:
+        return layers
+    common = float(max(down.shape[0] for table in layers.values() for down, _, _ in table.values()))
+    return {
+        component: {
+            path: (down, _copy(f"{component}.{path} up", up * (alpha / common)), common)
+            for path, (down, up, alpha) in table.items()
+        }
+        for component, table in layers.items()
+    }
 
 
 def _difference(label: str, value: Any) -> Tensor:

@@ -1,17 +1,22 @@
-"""What other programs load: diffusers for real, ComfyUI and A1111 by their key maps, lycoris where it is installed."""
+"""What other programs load: diffusers for real, ComfyUI and A1111 by their key maps, lycoris."""
 
 from __future__ import annotations
+
+import warnings
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file
+from lycoris import kohya as lycoris
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from erasure.base import Base
 from erasure.formats import FORMATS, as_it_is, export_patch, exports, import_patch, rows
 from erasure.formats.loaders import LOADERS, family, missed
-from erasure.patch import Delta, LowRank
+from erasure.patch import Delta, LowRank, Patch
+from erasure.patch.algebra import merge
 from erasure.patch.encode import encode
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from tests.formats import truth
@@ -43,7 +48,7 @@ def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, for
 
 
 def test_diffusers_reads_ranks_that_differ_right(tmp_path):
-    """Each layer keeps its own scale, though a file without metadata has no alpha."""
+    """Each layer keeps its own scale, though a PEFT file without metadata has no alpha."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     layers = dict(low_rank_patch(ours, rank=4, alpha=1.0, size=0.2).payload.layers["unet"])
     for path in list(layers)[::2]:
@@ -55,6 +60,65 @@ def test_diffusers_reads_ranks_that_differ_right(tmp_path):
         theirs.load_lora_weights(export_patch(patch, tmp_path / f"{form}.safetensors", form).path)
         assert gap(latents(theirs, PROMPTS), found) < 1e-5, form
         theirs.unload_lora_weights()
+
+
+@pytest.fixture
+def merged():
+    """Of two patches whose ranks, alphas and layers differ; in the file of the one, alphas would differ by layer."""
+    pipe = tiny_pipeline()
+    one = low_rank_patch(pipe, 1, rank=4, alpha=1.0, part="attentions", components=("unet", "text_encoder"), size=0.2)
+    return merge([(one, 1.0), (low_rank_patch(pipe, 2, rank=1, alpha=3.0, size=0.2), -0.5)], base=pipe)
+
+
+def answer(pipe):
+    """Of the UNet, to text states of the pipeline's own encoder."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        states = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        return pipe.unet(torch.randn(2, 4, 8, 8, generator=draw), 500, states).sample
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft", None])
+def test_diffusers_makes_of_a_merge_what_we_make_of_it(tmp_path, merged, form):
+    """Exported, and in the patch's own file."""
+    ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
+    assert len(merged.payload.ranks) == 2
+    base, path = answer(ours), tmp_path / "merged.safetensors"
+    ours.load_patch(merged)
+    assert gap(answer(ours), base) > 1e-2
+    if form:
+        export_patch(merged, path, form)
+    else:
+        merged.save(path)
+    theirs.load_lora_weights(path)
+    assert gap(answer(theirs), answer(ours)) < 1e-5
+
+
+def test_alphas_that_differ_are_what_diffusers_mistakes(tmp_path, merged):
+    """Were they written as they came, the same change would be another one there: this is why they are folded."""
+    ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
+    patch = Patch.load(own_alphas(merged, tmp_path / "foreign.safetensors"))
+    ours.load_patch(patch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer peft says that it ignores some of them
+        theirs.load_lora_weights(tmp_path / "foreign.safetensors")
+    assert close(patch, merged) and gap(answer(theirs), answer(ours)) > 1e-3
+    assert as_it_is(patch)["diffusers"].startswith("no: it mistakes alphas")
+    assert set(as_it_is(Patch.load(patch.save(tmp_path / "ours.safetensors"))).values()) == {"yes"}
+
+
+def own_alphas(patch, path):
+    """The patch in a file where each layer's alpha is its rank."""
+    tensors = load_file(patch.save(path))
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        down, up = (f"{key.removesuffix('.alpha')}.lora_{end}.weight" for end in ("down", "up"))
+        rank = tensors[down].shape[0]
+        tensors[up] = tensors[up] * (tensors[key] / rank)
+        tensors[key] = torch.tensor(float(rank))
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=header)
+    return path
 
 
 @pytest.mark.parametrize("form", ["peft", "kohya"])
@@ -156,8 +220,6 @@ def test_the_table_knows_which_differences_are_left_out(tmp_path, kind):
 
 
 def made_of(payload):
-    from erasure.patch import Patch
-
     return Patch(payload, "random", [{"name": "cat"}])
 
 
@@ -173,12 +235,9 @@ def test_the_original_names_of_xl_are_those_that_diffusers_converts():
     assert {key: order[int(value)] for key, value in converted.items()} == {key: key for key in order}
 
 
-def test_what_a_patch_says_of_itself():
+def test_what_a_patch_says_of_itself(tmp_path, merged):
     pipe = tiny_pipeline()
-    layers = dict(low_rank_patch(pipe).payload.layers["unet"])
-    first = next(iter(layers))
-    layers[first] = (*layers[first][:2], 7.0)
-    assert as_it_is(made(pipe, LowRank({"unet": layers})))["diffusers"].startswith("no: it mistakes alphas")
+    foreign = Patch.load(own_alphas(merged, tmp_path / "foreign.safetensors"))
     gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
     said = as_it_is(gated)
     assert said["erasure"] == "with its gate" and said["diffusers"] == said["A1111"] == "without its gate"
@@ -186,7 +245,7 @@ def test_what_a_patch_says_of_itself():
     delta = as_it_is(delta_patch(pipe))
     assert delta["erasure"] == "yes" and delta["ComfyUI"].startswith("no: export --format diff")
     # The short list in the file's own summary says the same.
-    for patch in (gated, delta_patch(pipe)):
+    for patch in (gated, foreign, delta_patch(pipe)):
         assert patch.info()["loaders"] == [name for name, word in as_it_is(patch).items() if not word.startswith("no")]
 
 
@@ -215,15 +274,14 @@ def test_the_matrix():
 
 @pytest.mark.parametrize("form", ["kohya", "diff"])
 def test_lycoris_reads_it_too(tmp_path, monkeypatch, form):
-    """An independent reader of kohya's keys and of .diff, where it is installed: pip install lycoris_lora."""
-    kohya = pytest.importorskip("lycoris.kohya")
+    """An independent reader of kohya's keys and of .diff."""
     # What it would train beside the file: nothing.
     for target in ("UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME"):
-        monkeypatch.setattr(kohya.LycorisNetworkKohya, target, [])
+        monkeypatch.setattr(lycoris.LycorisNetworkKohya, target, [])
     theirs, ours = tiny_pipeline(), tiny_pipeline()
     patch = low_rank_patch(ours, part="attentions") if form == "kohya" else delta_patch(ours, part="ff.net")
     path = export_patch(patch, tmp_path / "x.safetensors", form).path
-    network, tensors = kohya.create_network_from_weights(1.0, str(path), None, None, theirs.unet)
+    network, tensors = lycoris.create_network_from_weights(1.0, str(path), None, None, theirs.unet)
     modules = {key.split(".")[0] for key in tensors}
     assert len(network.unet_loras) == len(modules)
     network.merge_to(None, theirs.unet, tensors, None, None)

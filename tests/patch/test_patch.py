@@ -120,6 +120,23 @@ def test_change_is_alpha_over_rank_times_up_down():
         patch.deltas("vae")
 
 
+def test_alphas_that_differ_become_one_in_memory_as_in_the_file(tmp_path):
+    ones, wide = torch.ones(1, 3), torch.ones(4, 3)
+    layers = {"a": (ones, ones.T, 3.0), "b": (wide, wide.T, 2.0), "c": (ones, ones.T, 0.0)}
+    payload = LowRank({"unet": layers})
+    assert payload.alpha == 4.0 and {alpha for _, _, alpha in payload.layers["unet"].values()} == {4.0}
+    for name, change in (("a", 3.0), ("b", 4 * 2.0 / 4), ("c", 0.0)):
+        assert torch.equal(payload.change("unet", f"{name}.weight"), torch.full((3, 3), change))
+    back = Patch.load(Patch(payload, "random", CONCEPTS).save(tmp_path / "p.safetensors")).payload
+    assert back.digest == payload.digest and LowRank(payload.layers).digest == payload.digest
+    # A1111 takes an alpha of 0 for none: the change is nothing in other ways.
+    assert LowRank({"unet": {"c": layers["c"]}}).alpha == 1.0
+    same = LowRank({"unet": {"a": layers["a"]}})
+    assert same.alpha == 3.0 and torch.equal(same.layers["unet"]["a"][1], ones.T)
+    with pytest.raises(ErasureError, match="unet.a up: holds NaN or infinity"):
+        LowRank({"unet": {"a": (ones, 1e38 * ones.T, 1e3), "b": layers["b"]}})
+
+
 def test_change_of_a_convolution_is_the_one_its_two_layers_make():
     torch.manual_seed(0)
     base = nn.Conv2d(3, 5, 3, padding=1, bias=False)
