@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.checkpoints.opening import INDEX, Found, identify
-from erasure.conditions import Conditions, encode_prompt, predict, text_encoders, unconditional
+from erasure.conditions import Conditions, blank, encode_prompt, predict, text_encoders, unconditional
 from erasure.errors import ErasureError, unknown
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -288,3 +289,10 @@ class Base:
         if not found:
             raise ErasureError(f"variant {variant!r} fits none of the {type(self.unet).__name__}'s modules")
         return found
+
+    def still(self, paths: Iterable[str]) -> bool:
+        """Whether no change of these modules can move the answer to the empty prompt.
+
+        XL's is all zeros: cross-attention has keys and values of 0 there and adds nothing, whatever its weights.
+        """
+        return blank(self.pipe) and all("attn2" in path for path in paths)

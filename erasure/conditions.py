@@ -89,9 +89,14 @@ def encode_prompt(pipe: Any, prompt: str) -> Conditions:
     return Conditions(torch.cat(states, dim=-1), pooled)
 
 
+def blank(pipe: Any) -> bool:
+    """Whether guidance's empty prompt is all zeros: on XL pipelines that say so."""
+    return hasattr(pipe, "text_encoder_2") and bool(pipe.config.get("force_zeros_for_empty_prompt"))
+
+
 def unconditional(pipe: Any, empty: Conditions) -> Conditions:
-    """What the empty prompt stands for in guidance: zeros on XL pipelines that say so, its encoding elsewhere."""
-    if empty.pooled is not None and pipe.config.get("force_zeros_for_empty_prompt"):
+    """What the empty prompt stands for in guidance: zeros where it is `blank`, its encoding elsewhere."""
+    if empty.pooled is not None and blank(pipe):
         return Conditions(torch.zeros_like(empty.states), torch.zeros_like(empty.pooled))
     return empty
 

@@ -122,9 +122,19 @@ class UnGuide(Gradient):
             raise unknown("measure", self.measure, MEASURES)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
-        """Prompts with what they are led to, the pool, the LoRA."""
-        pairs = [pair for one in concepts for pair in anchored(base, one, concepts).prompt_pairs()]
+        """Prompts with what they are led to, the pool, the LoRA.
+
+        Raises:
+            ErasureError: the gate could not decide on what is to be trained.
+        """
         targets = base.targets(self.variant)
+        if self.measure == "norm" and base.still(targets):
+            raise ErasureError(
+                f"variant={self.variant}: cross-attention alone cannot move the empty prompt of {base.name}, which is "
+                "all zeros, so the gate has no unit for measure=norm and could not decide on a prompt. Set "
+                "measure=guidance, or a variant with other layers (linear). Nothing was trained"
+            )
+        pairs = [pair for one in concepts for pair in anchored(base, one, concepts).prompt_pairs()]
         pool = None
         if not self.parity:
             pool = kept_pool(

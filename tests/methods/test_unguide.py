@@ -13,8 +13,10 @@ from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.methods import configure, erase
 from erasure.methods.unguide import UnGuide, cut
+from erasure.pipelines import ErasedStableDiffusionXLPipeline
 from erasure.training.loop import Run
-from tests.tiny import tiny_pipeline
+from tests.patch.making import same, weights
+from tests.tiny import latents, tiny_pipeline
 
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-2}
 
@@ -58,7 +60,7 @@ def test_off_is_the_base_bit_for_bit_and_a_fresh_lora_changes_nothing(base):
 
 def test_the_lora_is_eight_times_its_product_whatever_the_rank(base):
     for rank in (1, 4):
-        patch = erase(base, "cat", "unguide", progress=False, **SMALL, rank=rank)
+        patch = erase(base, "cat", "unguide", progress=False, **SMALL, rank=rank, ratio=1.0)
         assert patch.payload.ranks == [rank]
         for path, (down, up, alpha) in patch.payload.layers["unet"].items():
             assert "attn2" not in path and alpha / rank == 8
@@ -110,6 +112,28 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
 def test_settings_that_make_no_sense(base, setting, message):
     with pytest.raises(ErasureError, match=message):
         erase(base, "cat", "unguide", progress=False, **{**SMALL, **setting})
+
+
+def test_on_xl_a_gate_that_could_not_decide_is_refused_before_training():
+    """XL's empty prompt is all zeros: what cross-attention learns does not move it, and `norm` has no unit."""
+    pipe = tiny_pipeline(ErasedStableDiffusionXLPipeline, kind="sdxl")
+    before = weights(pipe)
+    for variant in ("x-strict", "x"):
+        with pytest.raises(ErasureError, match=f"variant={variant}: .*no unit.*measure=guidance.*Nothing was trained"):
+            erase(pipe, "cat", "unguide", progress=False, **SMALL, variant=variant)
+    assert same(weights(pipe), before)
+    ways = {"decide_after": 1, "decide_steps": 2, "repeats": 1, "ratio": 1.0}
+    strict = erase(pipe, "cat", "unguide", progress=False, **SMALL, **ways, variant="x-strict", measure="guidance")
+    pipe.load_patch(strict)
+    latents(pipe, ["a cat"])
+    pipe.unload_patches()
+    # The reason given is the truth: drawing finds no unit.
+    pipe.load_patch(dataclasses.replace(strict, gate={**strict.gate, "measure": "norm"}))
+    with pytest.raises(ErasureError, match="does not move the empty prompt"):
+        latents(pipe, ["a cat"])
+    pipe.unload_patches()
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    UnGuide(**SMALL, variant="x-strict").prepare(Base.of(pipe), [Concept("cat", anchor="dog")], Run(progress=False))
 
 
 def test_the_gates_cut_parts_two_samples():
