@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.checkpoints.opening import INDEX, Found, identify
-from erasure.conditions import Conditions, blank, encode_prompt, predict, text_encoders, unconditional
+from erasure.conditions import Conditions, blank, encode_prompt, place, predict, text_encoders, unconditional
 from erasure.errors import ErasureError, unknown
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -217,8 +217,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet lies."""
-        return next(self.unet.parameters()).device
+        """Where the UNet computes; offloaded, its weights rest elsewhere between calls."""
+        return place(self.pipe, self.unet)
 
     def sampler(self, kind: str = "ddim") -> Any:
         """A fresh sampler on the checkpoint's noise schedule: `ddim` or `pndm`."""

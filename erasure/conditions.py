@@ -66,6 +66,21 @@ def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
     return pairs
 
 
+def place(pipe: Any, module: Any) -> torch.device:
+    """Where a network of the pipeline computes: where it lies, unless its weights rest elsewhere between calls.
+
+    Hooks bring them there: accelerate's, which the network has itself, or those of diffusers' group offloading, which
+    the pipeline knows.
+    """
+    lies = next(module.parameters()).device
+    if hasattr(module, "_hf_hook"):
+        hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
+        found = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in found if device is not None), lies))
+    computes = getattr(pipe, "_execution_device", lies)
+    return computes if computes != getattr(pipe, "device", lies) else lies
+
+
 @torch.no_grad()
 def encode_prompt(pipe: Any, prompt: str) -> Conditions:
     """Conditions of one prompt, as the pipeline itself makes them.
@@ -81,9 +96,10 @@ def encode_prompt(pipe: Any, prompt: str) -> Conditions:
         if count > length:
             raise ErasureError(f"{prompt[:40]!r}... has {count} tokens; the text encoder reads {length}")
         ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = ids.to(place(pipe, encoder))
         if len(pairs) == 1:
-            return Conditions(encoder(ids.to(encoder.device))[0])
-        answer = encoder(ids.to(encoder.device), output_hidden_states=True)
+            return Conditions(encoder(ids)[0])
+        answer = encoder(ids, output_hidden_states=True)
         pooled = answer[0]  # the second one's is the pooled text; the first one's is overwritten
         states.append(answer.hidden_states[-2])
     return Conditions(torch.cat(states, dim=-1), pooled)

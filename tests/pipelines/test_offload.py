@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 
+from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
@@ -56,6 +57,37 @@ def test_model_offload_gives_the_network_its_forward_back(pipe):
         pipe.remove_all_hooks()
         assert same(weights(pipe.to("cpu")), base) and torch.equal(draw(pipe), before)
         assert "_old_forward" not in vars(pipe.unet)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_an_offloaded_base_computes_where_its_hooks_bring_it(kind):
+    """Nothing computes here: there is no such device on this machine, or there is."""
+    base = Base("tiny", tiny_pipeline(kind=kind))
+    assert base.device == torch.device("cpu")
+    base.pipe.enable_model_cpu_offload(device="cuda:0")
+    assert next(base.unet.parameters()).device.type == "cpu" and base.device == torch.device("cuda:0")
+    base.pipe.remove_all_hooks()
+    assert base.device == torch.device("cpu")
+    base.pipe.unet = base.unet.to("meta")  # by hand: a model without weights, for forecasts
+    assert base.device.type == "meta"
+
+
+@pytest.mark.parametrize("measure", ["norm", "guidance"])
+def test_a_latent_gate_decides_alike_where_weights_rest_beside_the_networks(pipe, measure, monkeypatch):
+    """Sequential offload leaves the networks on `meta` between calls, the text encoder too."""
+    monkeypatch.undo()  # the gate is to decide itself
+    patch = low_rank_patch(pipe, gate={**LATENT, "measure": measure, "ratio": 1e-6, "on": 0.5, "off": 0.25}, size=0.3)
+    pipe.load_patch(patch)
+    expected = draw(pipe)
+    log = pipe.gate_log
+    pipe.unload_patches()
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        cpu_offload(module, torch.device("cpu"), offload_buffers=False)
+    assert all(value.is_meta for value in pipe.text_encoder.parameters())
+    assert Base("tiny", pipe).device == torch.device("cpu")
+    pipe.load_patch(patch)
+    assert torch.equal(draw(pipe), expected)
+    assert pipe.gate_log == log
 
 
 def test_a_hook_that_a_callback_takes_off_stays_off(pipe):
