@@ -123,6 +123,11 @@ def erase(
     elif preview_every is not None or trackers:
         raise ErasureError("previews and logs lie beside the patch: say where with `out` (-o)")
     base = Base.of(model)
+    if base.device != next(base.unet.parameters()).device:
+        raise ErasureError(
+            f"the UNet is offloaded: its weights do not lie on {base.device}, and what trains beside them would rest "
+            "elsewhere too. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
+        )
     with crew(base.device.type == "cpu") as us, Engine(base, computing, us) as engine:
         run = Run(
             seed=seed,

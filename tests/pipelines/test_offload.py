@@ -9,6 +9,7 @@ from accelerate.hooks import remove_hook_from_module
 
 from erasure.base import Base
 from erasure.errors import ErasureError
+from erasure.methods import erase
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
 from tests.pipelines.making import LATENT, TEXT, draw, hooks
@@ -66,6 +67,10 @@ def test_an_offloaded_base_computes_where_its_hooks_bring_it(kind):
     assert base.device == torch.device("cpu")
     base.pipe.enable_model_cpu_offload(device="cuda:0")
     assert next(base.unet.parameters()).device.type == "cpu" and base.device == torch.device("cuda:0")
+    before = weights(base.pipe)
+    with pytest.raises(ErasureError, match="UNet is offloaded: .*not lie on cuda:0.*remove_all_hooks"):
+        erase(base.pipe, "cat", "esd", progress=False)
+    assert same(weights(base.pipe), before)
     base.pipe.remove_all_hooks()
     assert base.device == torch.device("cpu")
     base.pipe.unet = base.unet.to("meta")  # by hand: a model without weights, for forecasts
