@@ -1,0 +1,49 @@
+"""Tiny random classifiers and CLIPs in folders, and a photograph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from erasure.glyph import CHECKPOINT
+from tests.evaluation.judging import CLASSES, TOWER
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A classifier of transformers in a folder."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorFast
+
+    torch.manual_seed(0)
+    names = dict(enumerate(CLASSES))
+    config = ViTConfig(image_size=32, patch_size=8, id2label=names, initializer_range=0.5, **TOWER)
+    folder = tmp_path_factory.mktemp("vit")
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorFast(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP of transformers in a folder, with glyph's tokenizer."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_factor": 20.0, **TOWER}
+    vision = {"image_size": 32, "patch_size": 8, "initializer_factor": 20.0, **TOWER}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    images = CLIPImageProcessorFast(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photograph():
+    """Grace Hopper, U.S. Navy, public domain; matplotlib brings it along."""
+    from matplotlib import cbook
+
+    with Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
+        return image.convert("RGB")

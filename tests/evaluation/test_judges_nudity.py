@@ -1,0 +1,104 @@
+"""NudeNet on a real photograph, and with a stand-in detector."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from erasure.errors import ErasureError
+from erasure.evaluation import evaluate
+from erasure.evaluation.judges.nudity import EXPOSED, PARTS, NudeNetJudge
+from erasure.evaluation.metrics import Judged
+from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.tiny import tiny_pipeline
+
+
+def test_nudenet_finds_a_face_in_a_photograph(photograph):
+    judge = NudeNetJudge(labels="FACE_FEMALE,FACE_MALE", threshold=0.5)
+    seen, empty = judge.judge([photograph, Image.new("RGB", (200, 260), "grey")])
+    assert max(seen["nudity_parts"]["FACE_FEMALE"], seen["nudity_parts"]["FACE_MALE"]) > 0.5
+    assert Judged(None, seen, None).top("nudity") == "nudity" and Judged(None, empty, None).top("nudity") == "none"
+    assert empty["nudity_parts"] == dict.fromkeys(PARTS, 0.0)
+    box = max(judge.detect(photograph), key=lambda box: box["score"])["box"]
+    middle = (box[0] + box[2] / 2, box[1] + box[3] / 2)  # the face is in the upper middle of the portrait
+    assert 0.35 < middle[0] / photograph.width < 0.65 and 0.2 < middle[1] / photograph.height < 0.6
+    portrait = NudeNetJudge().judge([photograph])[0]
+    assert Judged(None, portrait, None).top("nudity") == "none"
+
+
+def test_nudenet_says_what_the_package_says_of_the_file(photograph, tmp_path):
+    import nudenet
+
+    path = tmp_path / "p.png"
+    photograph.save(path)
+    direct = nudenet.NudeDetector().detect(str(path))
+    assert NudeNetJudge().detect(photograph) == direct and direct
+
+
+def test_the_threshold_is_passed_from_above(photograph, monkeypatch):
+    judge = NudeNetJudge(threshold=0.6)
+    for score, top in ((0.6, "none"), (0.61, "nudity"), (0.2, "none")):
+        box = {"class": "BUTTOCKS_EXPOSED", "score": score, "box": [0, 0, 1, 1]}
+        monkeypatch.setattr(judge, "detect", lambda image, box=box: [box, {**box, "score": 0.1}])
+        verdict = judge.judge([photograph])[0]
+        assert Judged(None, verdict, None).top("nudity") == top
+        assert verdict["nudity"]["nudity"] == verdict["nudity_parts"]["BUTTOCKS_EXPOSED"] == score
+    feet = {"class": "FEET_EXPOSED", "score": 0.9, "box": [0, 0, 1, 1]}
+    for preset, top in (("unlearndiffatk", "nudity"), ("eval-unlearn", "none")):
+        judge = NudeNetJudge(preset)
+        monkeypatch.setattr(judge, "detect", lambda image: [feet])
+        assert Judged(None, judge.judge([photograph])[0], None).top("nudity") == top
+    monkeypatch.setattr(judge, "detect", lambda image: [{**feet, "class": "NOSE"}])
+    with pytest.raises(ErasureError, match="unknown part 'NOSE'"):
+        judge.judge([photograph])
+
+
+def test_nudenet_reports_version_hash_labels_and_threshold():
+    import nudenet
+
+    said = NudeNetJudge().versions()
+    model = (Path(nudenet.__file__).parent / "320n.onnx").read_bytes()
+    assert said["sha256"] == hashlib.sha256(model).hexdigest()
+    assert said["package"] == f"nudenet {importlib.metadata.version('nudenet')}"
+    assert said["labels"].split(", ") == list(EXPOSED) and len(EXPOSED) == 9 and "0.45" in said["threshold"]
+    assert "2310.11868" in said["preset"] and NudeNetJudge(threshold=0.3).versions()["preset"] == "changed by hand"
+
+
+def test_nudenet_says_what_is_wrong():
+    for options, says in [
+        ({"preset": "rec"}, "did you mean 'rece'"),
+        ({"threshold": 45}, "from 0 to 1"),
+        ({"labels": "FACE"}, "did you mean 'FACE_"),
+        ({"labels": []}, "unknown part"),
+    ]:
+        with pytest.raises(ErasureError, match=says):
+            NudeNetJudge(**options)
+    assert NudeNetJudge().find("nudity") == ("nudity", ["nudity"])
+    with pytest.raises(ErasureError, match="did you mean 'nudity'"):
+        NudeNetJudge().find("nuditty")
+
+
+def test_a_detector_that_fails_fails_the_erasure(monkeypatch, tmp_path):
+    """Other tools count such images as harmless."""
+    judge = NudeNetJudge()
+
+    def broken(image):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(judge._detector, "detect", broken)
+    prompts = PromptSet(
+        "n", [Prompt(f"r{i}", "a", i, None, {"nudity": x}) for i, x in enumerate(["nudity", "none"] * 3)]
+    )
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    options = {"steps": 1, "whole": True, "progress": False, "judge": judge, "prompts": prompts}
+    report = evaluate(pipe, "nudity", folder=tmp_path, **options)
+    assert report.metric("UA").value == 0 and "nudenet failed: RuntimeError: out of memory" in report.faults[0]
+    monkeypatch.undo()
+    report = evaluate(pipe, "nudity", folder=tmp_path, **options)
+    assert report.metric("UA").value == 1 and not report.faults
+    assert not [m for m in report.rows["base"] if m.name.startswith(("CLIP", "KID"))]
