@@ -124,6 +124,15 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
         "--inside", action="store_true", help="measure the weights too, without a judge: drift, margin, leak"
     )
     judging(evaluate)
+    evaluate.add_argument(
+        "--features",
+        metavar="JUDGE",
+        help="whose features KID and FD are over, such as inception; default: the judge's",
+    )
+    evaluate.add_argument(
+        "--lpips", metavar="BACKBONE[:FILE]", help="LPIPS to the base at the same seed: alex, vgg or squeeze"
+    )
+    evaluate.add_argument("--reference", type=Path, help="a folder of pictures for KID and FD of the kept images")
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
 

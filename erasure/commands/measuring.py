@@ -50,20 +50,23 @@ def run_evaluate(given: argparse.Namespace) -> None:
         "batch_size": given.batch_size,
         "progress": not given.json,
     }
+    measures = {"features": given.features, "lpips": given.lpips, "reference": given.reference}
     if given.suite:
         if given.inside:
             raise ErasureError("--inside goes with --prompts, not with --suite")
         if given.prompts or given.where:
             raise ErasureError("a suite brings its own prompts: give --suite, or --prompts and --where")
         suite = Suite.read(given.suite)
-        found = run_suite(pipeline(given), concept, suite, data=given.data, judge=given.judge, **options)
+        found = run_suite(
+            pipeline(given), concept, suite, data=given.data, judge=given.judge, measures=measures, **options
+        )
         say(given, found.to_json(), f"{found.text()}\n{given.out / 'report.html'}")
         return
     if given.where and not given.prompts:
         raise ErasureError("--where chooses among the rows of --prompts")
     if given.prompts:
         options["prompts"] = _rows(given.prompts, given.where)
-    report = evaluate(pipeline(given), concept, judge=_judge(given), within=given.inside, **options)
+    report = evaluate(pipeline(given), concept, judge=_judge(given), within=given.inside, **measures, **options)
     say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
 

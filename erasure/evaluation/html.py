@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from erasure import __version__
+from erasure.evaluation.counts import tables
 from erasure.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def page(report: Report, images: list[Shown]) -> str:
         opening(title, report.summary()),
         f'<div class="wide">{table(report)}</div>',
         faults(report),
+        *(f'<p class="soft">Missing: {escape(text)}.</p>' for text in report.missing),
+        parts_seen(report),
         "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, gated) if targets else "",
         "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, gated) if kept else "",
         gate_log(images, gated),
@@ -146,6 +149,18 @@ def faults(report: Report | AttackReport) -> str:
     return (
         f'<p class="soft">{len(report.faults)} images count as failures of the erasure: {escape(report.faults[0])}</p>'
     )
+
+
+def parts_seen(report: Report) -> str:
+    """How many pictures show each part that a detector names; nothing where no judge names parts."""
+    found = []
+    for title, counts in tables(report.counts).items():
+        rows = "".join(f"<tr><td>{escape(one.label)}<td>{one.base}<td>{one.patched}</tr>" for one in counts)
+        found.append(
+            f'<p class="soft">{escape(title)}{"" if counts else ": none"}.</p>'
+            + (f'<div class="wide"><table><tr><th>part<th>base<th>patched</tr>{rows}</table></div>' if counts else "")
+        )
+    return "<h2>What the detector sees</h2>" + "".join(found) if found else ""
 
 
 def gallery(images: list[Shown], gated: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from erasure.concept import Concept
 from erasure.evaluation.distance import enough, frechet, halves, kid
 from erasure.evaluation.generate import Record
-from erasure.evaluation.intervals import bootstrap_mean, wilson
+from erasure.evaluation.intervals import Z95, bootstrap_mean, wilson
 from erasure.evaluation.judges import Verdict
 
 
@@ -45,6 +45,8 @@ DIGITS = {
     "CLIP": 1,
     "KID": 1,
     "FD": 1,
+    "FID": 1,
+    "LPIPS": 3,
     "CS": 2,
     "margin": 4,
 }  # of scores, by the beginning of their names; the rest are shares
@@ -113,6 +115,10 @@ class Target:
         """Whether the record's prompt names the concept."""
         return record.labels.get(self.domain) in self.labels
 
+    def keeps(self, judged: Judged) -> bool:
+        """Whether the image's prompt should stay as it was: it names neither the concept nor another word for it."""
+        return judged.role != "synonym" and not self.hits(judged.record)
+
     def texts(self, record: Record) -> tuple[str, str]:
         """For a record of the concept: the prompt of its name alone, and what should stand in its place."""
         kind = "style" if self.domain == "style" else "object"
@@ -138,8 +144,8 @@ def mean(
     return Metric(name, sum(values) / len(values), len(values), low, high, better, meaning)
 
 
-def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Metric]:
-    """Every metric of one run; `base` is the base's run over the same prompts.
+def measure(judged: list[Judged], target: Target, base: list[Judged], features: str = "the judge") -> list[Metric]:
+    """Every metric of one run; `base` is the base's run over the same prompts, `features` says whose they are.
 
     An image that is missing or could not be judged is a failure: it counts as not erased in UA and leak and as not
     kept elsewhere.
@@ -147,7 +153,7 @@ def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Me
     synonyms = [j for j in judged if j.role == "synonym"]
     rest = [j for j in judged if j.role != "synonym"]
     erased = [j for j in rest if target.hits(j.record)]
-    kept = [j for j in rest if not target.hits(j.record)]
+    kept = [j for j in judged if target.keeps(j)]
     domain, other = target.domain, target.other
     before = {j.record.id: j for j in base}
     labelled = [j for j in kept if j.record.labels.get(domain)]
@@ -174,7 +180,7 @@ def measure(judged: list[Judged], target: Target, base: list[Judged]) -> list[Me
         mean("CLIP_target", clip_scores(erased), False, "100 cos of target images and their prompts"),
         mean("CLIP_kept", clip_scores(kept), True, "100 cos of kept images and their prompts"),
         clip_change(kept, before),
-        *set_distances(kept, before),
+        *set_distances(kept, before, features),
         *named_scores(erased),
     ]
     by_name = {metric.name: metric for metric in found if metric is not None}
@@ -229,26 +235,54 @@ def named_scores(erased: list[Judged]) -> list[Metric | None]:
     ]
 
 
-def set_distances(kept: list[Judged], base: dict[str, Judged]) -> list[Metric]:
+def set_distances(kept: list[Judged], base: dict[str, Judged], features: str) -> list[Metric]:
     """1,000 KID and FD of the kept images to the base's, over disjoint halves; the base's own row is the noise floor.
 
-    FD is left out where there are too few images for it.
+    FD is left out where there are too few images for it; over Inception's features it is called FID.
     """
     pairs = [(j.features, base[j.record.id].features) for j in kept if j.record.id in base]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if len(both) < 8:
+    if len(both) < LEAST:
         return []
     made, plain = np.stack([a for a, _ in both]), np.stack([b for _, b in both])
-
-    def between(name: str, distance: Callable[[np.ndarray, np.ndarray], float], scale: float, said: str) -> Metric:
+    found = []
+    for name, distance, scale in _kinds(features, enough(*made.shape)):
         values = scale * np.array(halves(distance, made, plain))
         low, high = np.percentile(values, [2.5, 97.5])
-        meaning = f"{said} of kept images to the base's (judge's features)"
-        return Metric(name, float(values.mean()), len(both), float(low), float(high), False, meaning)
+        meaning = f"{SAID[name]} of kept images to the base's ({features}'s features)"
+        found.append(Metric(name, float(values.mean()), len(both), float(low), float(high), False, meaning))
+    return found
 
-    found = [between("KID", kid, 1000, "1000 KID")]
-    if enough(*made.shape):
-        found.append(between("FD", frechet, 1, "Frechet distance"))
+
+LEAST = 8  # images of a distance between sets
+SAID = {"KID": "1000 KID", "FD": "Frechet distance", "FID": "Frechet distance"}
+
+
+def frechet_name(features: str) -> str:
+    """What the Frechet distance is called over these features."""
+    return "FID" if features == "inception" else "FD"
+
+
+def _kinds(features: str, frechet_too: bool) -> list[tuple[str, Callable[[np.ndarray, np.ndarray], float], float]]:
+    """Name, distance and factor."""
+    return [("KID", kid, 1000), (frechet_name(features), frechet, 1)][: 1 + frechet_too]
+
+
+def reference_distances(judged: list[Judged], target: Target, wanted: np.ndarray, features: str) -> list[Metric]:
+    """1,000 KID and FD of a run's kept images to other pictures' features [m, d], over all of them.
+
+    The interval is of the delete-half jackknife (Shao & Wu 1989) over the run's images, the reference as it is: 1.96
+    times the deviation of the distance over random halves.
+    """
+    there = [j.features for j in judged if target.keeps(j) and j.features is not None]
+    if len(there) < LEAST:
+        return []
+    made, found = np.stack(there), []
+    for name, distance, scale in _kinds(features, enough(*made.shape) and len(wanted) > made.shape[1]):
+        value = scale * distance(made, wanted)
+        reach = Z95 * scale * float(np.std(halves(lambda half, _, d=distance: d(half, wanted), made, made)))
+        meaning = f"{SAID[name]} of kept images to the reference pictures ({features}'s features)"
+        found.append(Metric(f"{name}_reference", value, len(made), value - reach, value + reach, False, meaning))
     return found
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from erasure import __version__
 from erasure.errors import ErasureError
 from erasure.evaluation import metrics
+from erasure.evaluation.counts import Count, tables
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.metrics import Metric
 
@@ -35,6 +36,8 @@ class Report:
             over the kept prompts.
         provenance: settings, versions, hashes, patches.
         faults: images that could not be judged, and why.
+        missing: what was asked for and could not be measured, and why.
+        counts: pictures with each part that a detector names.
     """
 
     concept: tuple[str, ...]
@@ -44,6 +47,8 @@ class Report:
     paired: dict[str, dict[str, float]]
     provenance: dict[str, Any]
     faults: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """A metric by name, None where it was not measured."""
@@ -76,6 +81,10 @@ class Report:
             lines.append(f"{name:12}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
         if self.faults:
             lines.append(f"{len(self.faults)} images count as failures: {self.faults[0]}")
+        for title, rows in tables(self.counts).items():
+            lines += ["", f"{title:56}{'base':>8}{'patched':>10}" if rows else f"{title}: none"]
+            lines += [f"{one.label:56}{one.base:>8}{one.patched:>10}" for one in rows]
+        lines += [f"missing: {text}" for text in self.missing]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,6 +99,8 @@ class Report:
             "paired": self.paired,
             "provenance": self.provenance,
             "faults": self.faults,
+            "missing": self.missing,
+            "counts": [one.to_json() for one in self.counts],
         }
 
     def acting(self) -> dict[str, dict[str, Any]]:

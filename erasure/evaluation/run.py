@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
+from erasure.evaluation.beside import Beside
+from erasure.evaluation.counts import count
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.metrics import Judged, Metric, Target, accuracies, measure
@@ -40,6 +42,9 @@ def evaluate(
     whole: bool = False,
     within: bool = False,
     judge: Judge | None = None,
+    features: str | Judge | None = None,
+    lpips: str | None = None,
+    reference: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 16,
@@ -61,6 +66,11 @@ def evaluate(
         whole: draw the prompt set as it is: nothing is repeated or left out.
         within: measure from the weights too, without a judge (inside.py).
         judge: default: glyph's.
+        features: whose features KID and FD are taken over, a judge or its name (`inception`: KID and FID as they are
+            published); default: the judge's own. They must lie on the machine; nothing is fetched.
+        lpips: also measure LPIPS to the base's pictures of the same seed, with this backbone (`alex`, `vgg`, `squeeze`,
+            or BACKBONE:FILE).
+        reference: a folder of pictures; KID and FD of the kept images to them, too.
 
     Raises:
         ErasureError: a concept that the prompt set has no label for, a bad prompt set, an unwritable folder.
@@ -72,6 +82,7 @@ def evaluate(
 
         judge = GlyphJudge()
     target = find_target(concept, rows, judge)
+    beside = Beside.find(judge, features, lpips, reference)
     chosen = rows if whole else select(rows, target, limit)
     options: dict[str, Any] = {
         "steps": STEPS if steps is None else steps,
@@ -84,7 +95,20 @@ def evaluate(
     with switched_off(pipe):
         base = generate(pipe, chosen, base_at, **options)
     records = {"base": base, "patched": patched}
-    details = {
+    details = _details(pipe, rows, chosen, options)
+
+    def told() -> Report:
+        more = _within(pipe, concept, target, chosen, details, options) if within else {}
+        return _judged(beside, target, records, base_at, target_folder, details, more)
+
+    # Of several processes that have drawn, one judges and writes.
+    with crew(on_cpu(pipe)) as us:
+        return us.first(told)
+
+
+def _details(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of which model, for the report."""
+    return {
         "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
         "patches": acting(pipe),
         "loaded": getattr(pipe, "get_list_patches", dict)(),
@@ -92,19 +116,6 @@ def evaluate(
         "steps": options["steps"],
         "guidance": options["guidance"],
     }
-    # Of several processes that have drawn, one judges and writes.
-    with crew(on_cpu(pipe)) as us:
-        return us.first(
-            lambda: _judged(
-                judge,
-                target,
-                records,
-                base_at,
-                target_folder,
-                details,
-                _within(pipe, concept, target, chosen, details, options) if within else {},
-            )
-        )
 
 
 def _within(
@@ -126,7 +137,7 @@ def _within(
 
 
 def _judged(
-    judge: Judge,
+    beside: Beside,
     target: Target,
     records: dict[str, list[Record]],
     base_at: Path,
@@ -136,20 +147,28 @@ def _judged(
 ) -> Report:
     """Judge both runs, measure them and write the report."""
     faults: list[str] = []
+    judge = beside.judge
     places = {"base": base_at, "patched": folder / "patched"}
     runs = {name: judge_run(judge, places[name], rows, target, faults) for name, rows in records.items()}
+    others = beside.metrics(runs, places, target)
     report = Report(
         concept=target.labels,
         domain=target.domain,
-        rows={name: measure(run, target, runs["base"]) + more.get(name, []) for name, run in runs.items()},
+        rows={
+            name: measure(run, target, runs["base"], beside.of) + others[name] + more.get(name, [])
+            for name, run in runs.items()
+        },
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
         paired={head: paired(runs, target, head) for head in judge.heads},
         provenance={
             **details,
             "judge": {"name": judge.name, **judge.versions()},
+            "distances": beside.facts,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
         faults=faults,
+        missing=beside.missing,
+        counts=count(judge, runs, target),
     )
     report.write(folder, _show(records["patched"], target), base_at)
     return report

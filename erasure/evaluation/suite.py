@@ -230,6 +230,7 @@ def run_suite(
     data: str | os.PathLike[str] | None = None,
     judge: str | None = None,
     limit: int | None = None,
+    measures: Mapping[str, Any] | None = None,
     progress: bool = True,
     **sampling: Any,
 ) -> Outcome:
@@ -244,6 +245,7 @@ def run_suite(
         data: the folder that {data} stands for in the suite's paths.
         judge: another judge than the suite's.
         limit: at most so many rows of each part.
+        measures: features, lpips, reference, as `evaluate` takes them.
         sampling: steps, guidance, batch_size; None: the suite's.
 
     Raises:
@@ -274,7 +276,7 @@ def run_suite(
             generate(pipe, rows, out / "base", progress=progress, **draw)
     else:
         options: dict[str, Any] = {"prompts": rows, "judge": who, "progress": progress, **given}
-        report = evaluate(pipe, concepts, folder=out, whole=True, **options)
+        report = evaluate(pipe, concepts, folder=out, whole=True, **options, **(measures or {}))
         if recipe.attacks:
             from erasure.evaluation.attacks.run import attack
 

@@ -25,6 +25,7 @@ KINDS = {
     "classifier": "classifier:ClassifierJudge",
     "clip": "clip:ClipJudge",
     "nudenet": "nudity:NudeNetJudge",
+    "inception": "inception:InceptionJudge",
 }
 SPEC = "KIND[:SOURCE][?OPTION=VALUE&...], several joined by + and, for votes, any(A+B) or all(A+B)"
 

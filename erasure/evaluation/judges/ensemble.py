@@ -48,6 +48,11 @@ class EnsembleJudge:
             for head, labels in judge.heads.items():
                 self._fits(key, head, labels)
                 self.heads.setdefault(head, list(labels))
+        self.parts = {
+            f"{parts}@{key}": above
+            for key, judge in self.members.items()
+            for parts, above in getattr(judge, "parts", {}).items()
+        }
         self.shared = [head for head in self.heads if sum(head in judge.heads for judge in judges) > 1]
         if rule != "mean" and not self.shared:
             raise ErasureError(f"{self.name}: the judges share no head to vote on; heads: {', '.join(self.heads)}")

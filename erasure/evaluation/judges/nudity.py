@@ -100,6 +100,7 @@ class NudeNetJudge(LabelsOnly):
                 raise unknown("part of nudenet", label, PARTS)
         self._changed = threshold is not None or labels is not None
         self.heads = {"nudity": ["none", "nudity"]}
+        self.parts = {"nudity_parts": self.threshold}  # counted label by label (counts.py)
         from erasure.evaluation.judges.networks import loading
 
         with loading(self.name, "320n.onnx"):

@@ -1,0 +1,180 @@
+"""What looks at the pictures beside the judge: features of another network, LPIPS, pictures to be like.
+
+What is not on this machine is said in the report and left out; the rest goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from PIL import Image
+
+from erasure.errors import ErasureError
+from erasure.evaluation.distance import enough
+from erasure.evaluation.generate import Record, read_image
+from erasure.evaluation.judges import Judge, find_judge
+from erasure.evaluation.metrics import Judged, Metric, Target, frechet_name, mean, reference_distances
+
+if TYPE_CHECKING:
+    from erasure.evaluation.lpips import Lpips
+
+BATCH = 16  # pictures looked at together
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Lent:
+    """A judge with the features of another one; None: with none."""
+
+    def __init__(self, judge: Judge, lender: Judge | None) -> None:
+        self._judge, self._lender = judge, lender
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._judge, name)
+
+    def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:
+        """The lender's."""
+        return [None] * len(images) if self._lender is None else self._lender.features(images)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The judge with whatever else was asked for.
+
+    Args:
+        judge: who judges, with the features that were asked for.
+        of: whose features they are.
+        asked: whether features were asked for by name.
+        lpips: the network, or None.
+        reference: pictures that the kept ones should be like.
+        missing: what was asked for and is not on this machine.
+        facts: for the report.
+    """
+
+    judge: Judge
+    of: str
+    asked: bool = False
+    lpips: Lpips | None = None
+    reference: tuple[Path, ...] = ()
+    missing: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def find(
+        cls,
+        judge: Judge,
+        features: str | Judge | None = None,
+        lpips: str | None = None,
+        reference: str | os.PathLike[str] | None = None,
+    ) -> Beside:
+        """Load what `evaluate` was asked for.
+
+        Raises:
+            ErasureError: no such judge, backbone or folder; what is only absent goes into `missing`.
+        """
+        from erasure.evaluation.judges.networks import Absent
+
+        missing: list[str] = []
+
+        def there(make: Callable[[], Any]) -> Any:
+            try:
+                return make()
+            except Absent as fault:
+                missing.append(str(fault))
+                return None
+
+        lender: Judge | None = judge
+        if features is not None:
+            lender = there(lambda: find_judge(features)) if isinstance(features, str) else features
+        net = None
+        if lpips is not None:
+            from erasure.evaluation.lpips import Lpips
+
+            net = there(lambda: Lpips(lpips))
+        of = "none" if lender is None else lender.name
+        facts: dict[str, Any] = {"features": of, "KID and FD": "erasure's own, in float64"}
+        if lender is not None and lender is not judge:
+            facts["features"] = {"name": of, **lender.versions()}
+        if net is not None:
+            facts["LPIPS"] = net.versions()
+        pictures = _pictures(Path(reference)) if reference is not None else ()
+        seen = judge if lender is judge else cast(Judge, Lent(judge, lender))
+        return cls(seen, of, features is not None, net, pictures, missing, facts)
+
+    def metrics(
+        self, runs: Mapping[str, list[Judged]], places: Mapping[str, Path], target: Target
+    ) -> dict[str, list[Metric]]:
+        """LPIPS and the distances to the reference, for the base's row and the patched one."""
+        found: dict[str, list[Metric]] = {name: [] for name in runs}
+        if self.lpips is not None:
+            records = [j.record for j in runs["patched"] if j.role != "synonym"]
+            patched = list(_lpips(self.lpips, records, places, target))
+            found["patched"] += patched
+            # The same picture twice: what the base's row says needs no measuring.
+            found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
+        if self.reference:
+            wanted = self._reference()
+            for name, run in runs.items():
+                found[name] += reference_distances(run, target, wanted, self.of) if wanted is not None else []
+        self._too_few(runs["patched"], target)
+        return found
+
+    def _reference(self) -> np.ndarray | None:
+        """Features [m, d] of the reference pictures; None: there are no features."""
+        digest, parts = hashlib.sha256(), []
+        for at in range(0, len(self.reference), BATCH):
+            images = []
+            for path in self.reference[at : at + BATCH]:
+                digest.update(path.read_bytes())
+                with Image.open(path) as image:
+                    images.append(image.convert("RGB"))
+            found = self.judge.features(images)
+            if not isinstance(found, np.ndarray):
+                self.missing.append(f"distances to {self.reference[0].parent.name}: the judge has no features")
+                return None
+            parts.append(found)
+        name = self.reference[0].parent.name
+        self.facts["reference"] = {"folder": name, "images": len(self.reference), "sha256": digest.hexdigest()}
+        return np.concatenate(parts)
+
+    def _too_few(self, run: list[Judged], target: Target) -> None:
+        """Says that there is no FD, where features were asked for and are too wide for the pictures there are."""
+        widths = [len(j.features) for j in run if j.features is not None and target.keeps(j)]
+        if self.asked and widths and not enough(len(widths), widths[0]):
+            self.missing.append(
+                f"{frechet_name(self.of)} over {widths[0]} features needs {2 * widths[0] + 2} kept images; "
+                f"here are {len(widths)}, so KID stands alone"
+            )
+
+
+def _pictures(folder: Path) -> tuple[Path, ...]:
+    found = tuple(sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES))
+    if len(found) < 8:
+        raise ErasureError(f"{folder}: {len(found)} pictures ({', '.join(SUFFIXES)}); a reference needs at least 8")
+    return found
+
+
+def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target: Target) -> Iterator[Metric]:
+    """Of kept pictures, which should stay as they were, and of the target's, which should not."""
+    apart: dict[str, float] = {}
+    for at in range(0, len(records), BATCH):
+        part = records[at : at + BATCH]
+        pairs = [(r, read_image(places["patched"], r), read_image(places["base"], r)) for r in part]
+        sizes: dict[tuple[int, int], list[tuple[str, Image.Image, Image.Image]]] = {}
+        for record, made, before in pairs:
+            if made is not None and before is not None and made.size == before.size:
+                sizes.setdefault(made.size, []).append((record.id, made, before))
+        for same in sizes.values():
+            found = net([made for _, made, _ in same], [before for _, _, before in same])
+            apart |= dict(zip((name for name, _, _ in same), found, strict=True))
+    for name, hit in (("kept", False), ("target", True)):
+        rows = [(apart[r.id], r.prompt) for r in records if target.hits(r) == hit and r.id in apart]
+        said = f"LPIPS ({net.backbone}) of {name} images and the base's of the same seed"
+        metric = mean(f"LPIPS_{name}", [value for value, _ in rows], hit, said, [prompt for _, prompt in rows])
+        if metric is not None:
+            yield metric
