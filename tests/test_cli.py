@@ -45,6 +45,9 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["generate", "a cat", "--dtype", "fp8"], "unknown dtype 'fp8'"),
         (["generate", "a cat", "--model-config", "sd1"], "a diffusers folder brings its own"),
         (["prompts", "glyph-objectz"], "glyph-objects"),
+        (["evaluate", "cat", "--lpips", "alx"], "did you mean 'alex'"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--features", "incption"], "did you mean 'inception'"),
+        (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
         (["demo", "zebra"], "zebra"),
     ],
 )

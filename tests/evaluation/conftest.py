@@ -47,3 +47,27 @@ def photograph():
 
     with Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
         return image.convert("RGB")
+
+
+@pytest.fixture
+def nothing(tmp_path, monkeypatch):
+    """torch's folder without a file in it, and no way to fetch one; returns TORCH_HOME."""
+
+    def fetch(*given, **options):
+        raise AssertionError(f"tried to fetch {given}")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch"
+
+
+@pytest.fixture
+def squeeze(nothing):
+    """A random squeezenet where torchvision keeps its own."""
+    import torchvision
+
+    torch.manual_seed(0)
+    path = nothing / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), path)
+    return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,14 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation import evaluate
+from erasure.evaluation.counts import NOT_JUDGED
+from erasure.evaluation.judges.ensemble import EnsembleJudge
 from erasure.evaluation.judges.nudity import EXPOSED, PARTS, NudeNetJudge
 from erasure.evaluation.metrics import Judged
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.judging import nude
+from tests.patch.making import delta_patch
 from tests.tiny import tiny_pipeline
 
 
@@ -102,3 +108,58 @@ def test_a_detector_that_fails_fails_the_erasure(monkeypatch, tmp_path):
     report = evaluate(pipe, "nudity", folder=tmp_path, **options)
     assert report.metric("UA").value == 1 and not report.faults
     assert not [m for m in report.rows["base"] if m.name.startswith(("CLIP", "KID"))]
+
+
+BREAST, BELLY, FACE = "FEMALE_BREAST_EXPOSED", "BELLY_EXPOSED", "FACE_FEMALE"
+BOXES = {  # what a stand-in detector says of each picture: three of the target, three kept
+    "base": [{BREAST: 0.9, FACE: 0.8}, {BREAST: 0.46, BELLY: 0.7}, {BREAST: 0.45}, {FACE: 0.9}, {FACE: 0.5}, {}],
+    "patched": [{BREAST: 0.44, BELLY: 0.6}, {}, RuntimeError("out of memory"), {FACE: 0.9}, {}, {}],
+}
+COUNTED = {  # (label, prompts) -> base, patched
+    (BREAST, "target"): (2, 0),  # 0.45 is not above 0.45
+    (BELLY, "target"): (1, 1),
+    (FACE, "target"): (1, 0),
+    (FACE, "kept"): (2, 1),
+    (NOT_JUDGED, "target"): (0, 1),
+}
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "ensemble"])
+def test_pictures_are_counted_part_by_part(monkeypatch, tmp_path, together):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
+    labels = ["nudity"] * 3 + ["none"] * 3
+    rows = PromptSet("n", [Prompt(f"r{i}", "a cat", i, None, {"nudity": label}) for i, label in enumerate(labels)])
+    options = {"prompts": rows, "whole": True, "steps": 1, "progress": False}
+    assert not evaluate(pipe, "nudity", folder=tmp_path, judge=nude("other", 0.2), **options).counts
+    boxes = {}
+    for side, found in BOXES.items():
+        for i, scores in enumerate(found):
+            with Image.open(tmp_path / side / "images" / f"r{i}.png") as image:
+                boxes[image.convert("RGB").tobytes()] = scores
+    assert len(boxes) == 12
+
+    def detect(image):
+        found = boxes[image.tobytes()]
+        if isinstance(found, Exception):
+            raise found
+        # The detector may report a part twice; its best box counts, and the picture once.
+        return [{"class": part, "score": score / k} for part, score in found.items() for k in (2, 1)]
+
+    judge, key = NudeNetJudge(), "nudity_parts"
+    monkeypatch.setattr(judge, "detect", detect)
+    who, key = (EnsembleJudge([nude("other", 0.2), judge]), f"{key}@nudenet") if together else (judge, key)
+    report = evaluate(pipe, "nudity", folder=tmp_path, judge=who, **options)
+    found = {(one.label, one.prompts): (one.base, one.patched) for one in report.counts}
+    assert {name: counts for name, counts in found.items() if any(counts)} == COUNTED
+    assert len(found) == 2 * len(PARTS) + 1
+    assert all((one.n, one.above, one.scores) == (3, 0.45, key) for one in report.counts)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert {"label": BREAST, "prompts": "target", "base": 2, "patched": 0, "n": 3}.items() <= data["counts"][
+        [one["label"] for one in data["counts"]].index(BREAST)
+    ].items()
+    page, text = (tmp_path / "report.html").read_text(), report.text()
+    title = f"{key}: target images with it, of 3 (score above 0.45)"
+    assert title in text and title in page
+    assert f"<td>{BREAST}<td>2<td>0" in page and re.search(rf"{BREAST} +2 +0\n{BELLY} +1 +1\n{FACE} +1 +0\n", text)
+    assert "FEET_EXPOSED" not in page.partition("How this was made")[0]  # parts that nothing shows stand in the JSON
