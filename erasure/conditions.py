@@ -88,18 +88,32 @@ def encode_prompt(pipe: Any, prompt: str) -> Conditions:
     Raises:
         ErasureError: the prompt is longer than the text encoders read.
     """
-    pairs = text_encoders(pipe)
-    states, pooled = [], None
-    for tokenizer, encoder in pairs:
+    ids = []
+    for tokenizer, _ in text_encoders(pipe):
         length = tokenizer.model_max_length
         count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > length:
             raise ErasureError(f"{prompt[:40]!r}... has {count} tokens; the text encoder reads {length}")
-        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        ids = ids.to(place(pipe, encoder))
-        if len(pairs) == 1:
-            return Conditions(encoder(ids)[0])
-        answer = encoder(ids, output_hidden_states=True)
+        ids.append(token_ids(tokenizer, [prompt]))
+    return read(pipe, ids)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Tokens [n, length] of texts, filled up as pipelines do; what is too long is cut off."""
+    length = tokenizer.model_max_length
+    filled = {"padding": "max_length", "max_length": length, "truncation": True}
+    return tokenizer(list(texts), return_tensors="pt", **filled).input_ids
+
+
+def read(pipe: Any, ids: Sequence[Tensor]) -> Conditions:
+    """What the text encoders say of tokens [n, length], a tensor for each of them; gradients flow."""
+    states, pooled = [], None
+    for (_, encoder), row in zip(text_encoders(pipe), ids, strict=True):
+        row = row.to(place(pipe, encoder))
+        with mixed(encoder):
+            if len(ids) == 1:
+                return Conditions(encoder(row)[0])
+            answer = encoder(row, output_hidden_states=True)
         pooled = answer[0]  # the second one's is the pooled text; the first one's is overwritten
         states.append(answer.hidden_states[-2])
     return Conditions(torch.cat(states, dim=-1), pooled)

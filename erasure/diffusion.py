@@ -92,3 +92,17 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 def away(neutral: Tensor, concept: Tensor, eta: float) -> Tensor:
     """e(n) - eta (e(c) - e(n)): guided away from a concept (ESD, eq. 7; SPM, eq. 5), over outputs [n, c, h, w]."""
     return neutral - eta * (concept - neutral)
+
+
+@contextmanager
+def wide(vae: Any) -> Iterator[None]:
+    """An autoencoder that says so (XL's) in fp32: its activations overflow fp16. The weights come back as they were."""
+    own = vae.dtype
+    narrow = own == torch.float16 and vae.config.force_upcast
+    try:
+        if narrow:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if narrow:
+            vae.to(own)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from erasure.base import Base
 from erasure.concept import Concept
-from erasure.diffusion import guide
+from erasure.diffusion import guide, wide
 from erasure.errors import ErasureError
 from erasure.neighbours import naming
 
@@ -111,27 +108,13 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
             raise ErasureError(f"{path}: cannot be read as an image: {fault}") from None
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = raw.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with _wide(vae):
+        with wide(vae):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         mean.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
         std.append(posterior.std.float().cpu() * vae.config.scaling_factor)
         inside = path.parent.relative_to(top).parts
         prompts.append(inside[-1] if inside else prompt)
     return Images(torch.cat(mean), torch.cat(std), prompts)
-
-
-@contextmanager
-def _wide(vae: Any) -> Iterator[None]:
-    """An autoencoder that says so (XL's) in fp32: its activations overflow fp16. The weights come back as they were."""
-    own = vae.dtype
-    narrow = own == torch.float16 and vae.config.force_upcast
-    try:
-        if narrow:
-            vae.to(torch.float32)
-        yield
-    finally:
-        if narrow:
-            vae.to(own)
 
 
 def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, str]]:

@@ -5,7 +5,8 @@ AdvUnlearn trains against them; attacks look for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +87,15 @@ def between(tokenizer: Any, before: str, after: str, count: int) -> Slots:
 
 
 def _fitted(tokenizer: Any, text: str, row: list[int], at: range, add: bool = False) -> Slots:
-    length, end = tokenizer.model_max_length, tokenizer.eos_token_id
+    length = tokenizer.model_max_length
     if len(row) + 1 > length:
         raise ErasureError(
             f"{text[:40]!r} with {len(at)} vectors takes {len(row) + 1} tokens; there is room for {length}"
         )
-    return Slots(torch.tensor([row + [end] * (length - len(row))]), torch.tensor(list(at)), add)
+    row = [*row, tokenizer.eos_token_id]
+    # Filled up as pipelines do: with the end on Stable Diffusion 1, with "!" on 2 and for XL's second encoder.
+    row += [tokenizer.pad_token_id] * (length - len(row))
+    return Slots(torch.tensor([row]), torch.tensor(list(at)), add)
 
 
 def join(places: Sequence[Slots]) -> Slots:
@@ -106,21 +110,27 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
     """
     rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
     ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
+    with placing(encoder, where, vectors), mixed(encoder):
+        return encoder(ids)[0]
+
+
+@contextmanager
+def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None]:
+    """Inside, the encoder reads `vectors` in the slots of `where`, when it is given its ids; None changes nothing."""
     if vectors is None:
-        with mixed(encoder):
-            return encoder(ids)[0]
+        yield
+        return
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         made = output.clone()
-        row = torch.arange(rows, device=output.device)[:, None]
+        row = torch.arange(len(output), device=output.device)[:, None]
         at = where.at.to(output.device)
         made[row, at] = vectors.to(output.dtype) + (output[row, at] if where.add else 0)
         return made
 
     handle = encoder.get_input_embeddings().register_forward_hook(put)
     try:
-        with mixed(encoder):
-            return encoder(ids)[0]
+        yield
     finally:
         handle.remove()
 

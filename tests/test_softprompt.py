@@ -48,7 +48,7 @@ def test_the_published_count_of_words(place, row, at):
     """One word of five tokens, z e b r a, taken for one token: "e" gives way to the vector, the rest moves up."""
 
     class Letters:
-        model_max_length, eos_token_id = LENGTH, 69
+        model_max_length, eos_token_id, pad_token_id = LENGTH, 69, 69
 
         def __call__(self, text, verbose):
             return type("Tokens", (), {"input_ids": [83, *map(ord, text), 69]})

@@ -103,7 +103,7 @@ def inside(
     noise.
 
     Args:
-        pipe: a pipeline with patches loaded and one text encoder.
+        pipe: a pipeline with patches loaded.
         concept: what was erased.
         kept: prompts that should stay as they are.
         words: other words for the concept; None: those that the embedded checkpoint's vocabulary has. Without any
@@ -114,7 +114,7 @@ def inside(
         guidance: of the base's pictures.
 
     Raises:
-        ErasureError: no kept prompts, fewer than 2 pictures, a pipeline with two text encoders.
+        ErasureError: no kept prompts, fewer than 2 pictures.
     """
     if isinstance(kept, str) or not kept:
         raise ErasureError("kept: a list of prompts that should stay as they are is needed, at least one")
@@ -174,9 +174,9 @@ def answers(
     x = add_noise(scheduler, latents[rows], noise.flatten(0, 1), t.flatten())
 
     def says(texts: Sequence[str]) -> Tensor:
-        states = victim.states(texts).index_select(0, rows)
-        parts = zip(*(each.split(batch_size) for each in (x, t.flatten(), states)), strict=True)
-        return torch.cat([victim.eps(*part) for part in parts]).unflatten(0, (n, BINS)).flatten(2)
+        told = victim.conditions(texts)
+        parts = zip(*(each.split(batch_size) for each in (x, t.flatten(), rows)), strict=True)
+        return torch.cat([victim.eps(x, t, told[row]) for x, t, row in parts]).unflatten(0, (n, BINS)).flatten(2)
 
     asked = [prompts] if instead is None else [prompts, instead]
     with victim.unpatched():
@@ -218,7 +218,7 @@ def closed_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[
 
     def apart(model: Callable[[], Any]) -> Tensor:
         with model():
-            states = victim.states(texts).double()
+            states = victim.conditions(texts).states.double()
             return ((states[::2] - states[1::2]) @ readers(victim).T).flatten(1).norm(dim=1)
 
     after, before = apart(victim.folded), apart(victim.unpatched)

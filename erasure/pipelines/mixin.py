@@ -206,7 +206,9 @@ def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:
 
     What is loaded, set or unloaded on one holds for both.
     """
-    other: Any = cls(**pipe.components)
+    known = inspect.signature(cls.__init__).parameters
+    switches = {key: value for key, value in pipe.config.items() if key in known and key not in pipe.components}
+    other: Any = cls(**pipe.components, **switches)
     setattr(other, ATTRIBUTE, patch_stack(pipe))
     other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return other

@@ -286,13 +286,15 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     victim = Victim(pipe, switched_off)
     latents = torch.zeros(4, 8, 8)
     cases = [Case(str(i), f"a cat in {look}", i, latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])]
-    pushed = direction(victim, cases)
-    named, bare = (victim.states([f"a {word} in {look}" for look in ("red", "blue")]) for word in ("cat", FILLER))
-    assert torch.allclose(pushed, (named - bare).mean(0), atol=1e-6)
+    along = direction(victim, cases).states[0]
+    named, bare = (
+        victim.conditions([f"a {word} in {look}" for look in ("red", "blue")]).states for word in ("cat", FILLER)
+    )
+    assert torch.allclose(along, (named - bare).mean(0), atol=1e-6)
     one = make("ring-a-bell", tokens=3, population=16)
     whole, few = (replace(one, compared=n) for n in (None, 6))
     ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
-    states = victim.states([pipe.tokenizer.decode(row.tolist()) for row in ids])
+    states = victim.conditions([pipe.tokenizer.decode(row.tolist()) for row in ids]).states
     aimed = named[0]
     for search, count in ((whole, 12), (few, 6)):
         want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
@@ -302,7 +304,7 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     words = without(victim, cases)
     assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
     rows = words[torch.randint(len(words), (16, 3), generator=draw)]
-    aim = victim.states(["a cat in red"])[0] + pushed
+    aim = victim.conditions(["a cat in red"]).states[0] + along
     before = one.distance(victim, rows, aim)
     evolved = one.evolve(victim, words, rows, aim, 12, draw)
     after = one.distance(victim, evolved, aim)

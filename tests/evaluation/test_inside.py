@@ -118,7 +118,7 @@ def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
     assert closed_leak(victim, concept, []) == []
     pipe.unload_patches()
     with torch.no_grad():
-        states = victim.states(["tree", "a dog"])
+        states = victim.conditions(["tree", "a dog"]).states
 
         def length():
             return sum((m(states[0]) - m(states[1])).square().sum() for m in readers_of(pipe).values()).sqrt()
@@ -132,7 +132,7 @@ def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
 def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
     with torch.no_grad():
-        states = victim.states(["tree", "a dog"]).double()
+        states = victim.conditions(["tree", "a dog"]).states.double()
     apart = states[0] - states[1]
     onto = (torch.linalg.pinv(apart) @ apart).float()  # onto the span of the differences
     load_readers(pipe, lambda weight: -weight @ onto)

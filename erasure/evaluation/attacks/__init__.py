@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,9 @@ from erasure.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from erasure.conditions import Conditions
+    from erasure.softprompt import Slots
 
 WHERE = {  # name -> file; the order of `erasure attack all`
     "encoder": "embeddings",
@@ -66,13 +69,13 @@ class Attempt:
 
     Args:
         prompt: a text, which gates see too.
-        embeds: states [tokens, width] in place of a text.
+        embeds: one sample's conditions in place of a text.
         strength: begin from the base's picture, with this share of the noise (img2img).
         note: what to call it in the record, where there is no prompt.
     """
 
     prompt: str | None = None
-    embeds: Tensor | None = None
+    embeds: Conditions | None = None
     strength: float | None = None
     note: str = ""
 
@@ -136,13 +139,27 @@ class Victim:
     """The erased pipeline as an attacker with its weights sees it.
 
     Outside a pipeline's call gates cannot decide, so a search meets gated patches folded in: acting on everything.
+
+    XL's two text encoders read the same tokens; a token's vector is here the two encoders' own, side by side.
+
+    Raises:
+        ErasureError: text encoders that are missing, or three of them, or two that cut texts into other tokens.
     """
 
     def __init__(self, pipe: Any, switched_off: Callable[[Any], Any]) -> None:
-        if getattr(pipe, "text_encoder_2", None) is not None:
-            raise ErasureError("attacks know models with one text encoder; this one has two")
+        from erasure.conditions import text_encoders
+
         self.pipe, self._off = pipe, switched_off
         self.device = pipe.unet.device
+        pairs = text_encoders(pipe)
+        self.tokenizers = [tokenizer for tokenizer, _ in pairs]
+        self.encoders = [encoder for _, encoder in pairs]
+        known = [(one.get_vocab(), one.model_max_length) for one in self.tokenizers]
+        if any(one != known[0] for one in known):
+            raise ErasureError(
+                f"the tokenizers of this {type(pipe).__name__} differ in vocabulary or length: attacks give both text "
+                "encoders the same tokens; nothing was attacked"
+            )
 
     @contextmanager
     def unpatched(self) -> Iterator[None]:
@@ -162,20 +179,41 @@ class Victim:
         finally:
             self.pipe.unfuse_patches()
 
-    def states(self, texts: Sequence[str]) -> Tensor:
-        """What the text encoder says now [n, tokens, width]; nothing is kept, for patches may change it."""
+    def conditions(self, texts: Sequence[str]) -> Conditions:
+        """What the text encoders say now; nothing is kept, for patches may change it."""
         import torch
 
-        tokenizer = self.pipe.tokenizer
-        ids = tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        from erasure.conditions import read, token_ids
+
         with torch.no_grad():
-            return self.pipe.text_encoder(ids.to(self.device))[0]
+            return read(self.pipe, [token_ids(tokenizer, texts) for tokenizer in self.tokenizers])
+
+    def slots(self, around: Sequence[tuple[str, str]], count: int) -> list[Slots]:
+        """Room for `count` vectors between two pieces of text, of each pair, for every text encoder.
+
+        Raises:
+            ErasureError: no room, or a count below 1.
+        """
+        from erasure.softprompt import between, join
+
+        found = []
+        for tokenizer in self.tokenizers:
+            where = join([between(tokenizer, before, after, count) for before, after in around])
+            # The second encoder's pooled text is its state at the first end token: none may stand in for a vector.
+            where.ids.scatter_(1, where.at, int(self.words[0]))
+            found.append(where)
+        return found
+
+    def encode(self, places: Sequence[Slots], vectors: Tensor) -> Conditions:
+        """Conditions of prompts with vectors [n, k, width], or [k, width] for all, in their slots; gradients flow."""
+        from erasure.conditions import read
+        from erasure.softprompt import placing
+
+        widths = [encoder.get_input_embeddings().embedding_dim for encoder in self.encoders]
+        with ExitStack() as scope:
+            for encoder, where, part in zip(self.encoders, places, vectors.split(widths, -1), strict=True):
+                scope.enter_context(placing(encoder, where, part))
+            return read(self.pipe, [where.ids for where in places])
 
     def base_latents(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
@@ -196,17 +234,24 @@ class Victim:
                 found.append(made.float())
         return torch.cat(found)
 
-    def eps(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    def eps(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """The noise that the UNet sees in x [n, c, h, w] at t [n]."""
-        from erasure.conditions import Conditions, predict
+        from erasure.conditions import predict
         from erasure.diffusion import to_eps
 
-        return to_eps(self.pipe.scheduler, predict(self.pipe, x, t, Conditions(states)).float(), x, t)
+        return to_eps(self.pipe.scheduler, predict(self.pipe, x, t, conditions).float(), x, t)
 
     @cached_property
     def embeddings(self) -> Tensor:
         """The table of token embeddings [vocabulary, width]."""
-        return self.pipe.text_encoder.get_input_embeddings().weight.detach().float()
+        import torch
+
+        return torch.cat([one.get_input_embeddings().weight.detach().float() for one in self.encoders], -1)
+
+    @cached_property
+    def spread(self) -> float:
+        """Standard deviation of the token embeddings: the unit of a step."""
+        return float(self.embeddings.std())
 
     @cached_property
     def words(self) -> Tensor:

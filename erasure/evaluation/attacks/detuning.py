@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from erasure.evaluation.judges import Judge
 
 NAME = "detune"
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 Weights = dict[tuple[str, str], Tensor]  # (component, parameter) -> weight
 NOISE = 1e-3  # singular values below this share of the largest are rounding
 
@@ -150,8 +150,7 @@ def read(pipe: Any, source: str | os.PathLike[str], force: bool = False) -> Weig
 
 def _from_folder(pipe: Any, path: Path) -> Weights:
     found: Weights = {}
-    for component in COMPONENTS:
-        module = getattr(pipe, component)
+    for component, module in _modules(pipe):
         try:
             theirs = type(module).from_pretrained(path, subfolder=component, torch_dtype=module.dtype)
         except (OSError, ValueError) as fault:
@@ -163,10 +162,13 @@ def _from_folder(pipe: Any, path: Path) -> Weights:
 
 def _parameters(pipe: Any) -> dict[tuple[str, str], Tensor]:
     return {
-        (component, name): weight
-        for component in COMPONENTS
-        for name, weight in getattr(pipe, component).named_parameters()
+        (component, name): weight for component, module in _modules(pipe) for name, weight in module.named_parameters()
     }
+
+
+def _modules(pipe: Any) -> list[tuple[str, Any]]:
+    """The components that a patch may have changed: XL has two text encoders."""
+    return [(name, getattr(pipe, name)) for name in COMPONENTS if getattr(pipe, name, None) is not None]
 
 
 def _changed(pipe: Any, theirs: Weights) -> Weights:

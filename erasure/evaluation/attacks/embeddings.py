@@ -12,8 +12,7 @@ from torch import Tensor
 
 from erasure.diffusion import add_noise
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
-from erasure.evaluation.attacks.tokens import placed
-from erasure.softprompt import encode, search, spread, start
+from erasure.softprompt import search
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Encoder(Attack):
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """One."""
         with victim.unpatched():
-            states = victim.states([case.prompt for case in cases])
-        yield {i: Attempt(embeds=states[i], note="the base's text encoder") for i in sorted(safe)}
+            told = victim.conditions([case.prompt for case in cases])
+        yield {i: Attempt(embeds=told[[i]], note="the base's text encoder") for i in sorted(safe)}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class ClosedForm(Attack):
 
         c' = argmin sum_i || W_i c' - W0_i c ||^2 + lambda || c' ||^2
 
-    over all keys and values of the cross-attentions, token by token; c are the base's states.
+    over all keys and values of the cross-attentions, token by token; c are the base's states. XL's pooled text, which
+    no key or value reads, is the base's.
 
     Args:
         ridge: lambda, as a share of the mean eigenvalue of sum W^T W.
@@ -52,12 +52,16 @@ class ClosedForm(Attack):
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """One."""
         with victim.unpatched():
-            states = victim.states([case.prompt for case in cases]).double()
+            told = victim.conditions([case.prompt for case in cases])
             before = readers(victim)
         with victim.folded():
             after = readers(victim)
         yield {
-            i: Attempt(embeds=closest(after, before, states[i], self.ridge), note="closed form") for i in sorted(safe)
+            i: Attempt(
+                embeds=replace(told[[i]], states=closest(after, before, told.states[i].double(), self.ridge)[None]),
+                note="closed form",
+            )
+            for i in sorted(safe)
         }
 
 
@@ -84,7 +88,8 @@ class Perturbation(Attack):
 
         min || e*(x_t, t, c + d) - e_0(x_t, t, c) ||^2  with  || d_token || <= bound * mean || c_token ||
 
-    c are the states as the erased encoder says them. The bounds are tried in turn, so the record is a curve.
+    c are the states as the erased encoder says them (on XL its pooled text stays as it is). The bounds are tried in
+    turn, so the record is a curve.
 
     Args:
         bounds: in units of the mean norm of a token's state.
@@ -105,9 +110,10 @@ class Perturbation(Attack):
         """A bound a round."""
         draw = torch.Generator().manual_seed(seed)
         with victim.unpatched():
-            named = victim.states([case.prompt for case in cases])
+            named = victim.conditions([case.prompt for case in cases])
         with victim.folded():
-            plain = victim.states([case.prompt for case in cases])
+            told = victim.conditions([case.prompt for case in cases])
+        plain = told.states
         unit, norm = plain.std(), plain.norm(dim=-1).mean()
         change = torch.zeros_like(plain)
         for bound in self.bounds:
@@ -122,7 +128,8 @@ class Perturbation(Attack):
                     x = add_noise(victim.pipe.scheduler, latents, noise, t)
                     with victim.unpatched(), torch.no_grad():
                         wanted = victim.eps(x, t, named[live])
-                    loss = F.mse_loss(victim.eps(x, t, plain[live] + leaf), wanted) * len(live)
+                    pushed = replace(told[live], states=plain[live] + leaf)
+                    loss = F.mse_loss(victim.eps(x, t, pushed), wanted) * len(live)
                     (leaf.grad,) = torch.autograd.grad(loss, leaf)
                     optimizer.step()
                     with torch.no_grad():
@@ -131,7 +138,8 @@ class Perturbation(Attack):
                     noise = torch.randn(leaf.shape, generator=draw).to(leaf)
                     leaf = bound * norm * F.normalize(noise, dim=-1)
                 change[live] = leaf.detach()
-            yield {i: Attempt(embeds=plain[i] + change[i], note=f"bound {bound:g}") for i in live}
+            moved = replace(told, states=plain + change)
+            yield {i: Attempt(embeds=moved[[i]], note=f"bound {bound:g}") for i in live}
 
     def control(self, tries: int) -> Attack:
         """Random changes of the full length."""
@@ -175,30 +183,30 @@ class Inversion(Attack):
         """A piece of the search a round."""
         draw = torch.Generator().manual_seed(seed)
         latents = torch.stack([case.latents for case in cases]).to(victim.device)
-        encoder, where = victim.pipe.text_encoder, placed(victim, cases, self.tokens)
+        where = victim.slots([(case.before, case.after) for case in cases], self.tokens)
 
         def loss(vectors: Tensor, step: int) -> Tensor:
             index = torch.randint(len(cases), (self.batch,), generator=draw)
             t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
             noise = torch.randn(latents[index].shape, generator=draw).to(latents)
             # The encoder reads each prompt once; a case may stand in the batch more often.
-            states = encode(encoder, where, vectors)[index]
-            return F.mse_loss(victim.eps(add_noise(victim.pipe.scheduler, latents[index], noise, t), t, states), noise)
+            told = victim.encode(where, vectors)[index]
+            return F.mse_loss(victim.eps(add_noise(victim.pipe.scheduler, latents[index], noise, t), t, told), noise)
 
         with victim.folded():
-            begun = start(encoder, replace(where, at=where.at[0]), draw)
+            table = victim.embeddings
+            begun = table[torch.randint(len(table), (self.tokens,), generator=draw).to(table.device)].clone()
         for vectors, steps in self._found(victim, loss, begun):
             with victim.folded(), torch.no_grad():
-                states = encode(encoder, where, vectors)
-            yield {i: Attempt(embeds=states[i], note=f"{steps} steps") for i in range(len(cases))}
+                told = victim.encode(where, vectors)
+            yield {i: Attempt(embeds=told[[i]], note=f"{steps} steps") for i in range(len(cases))}
 
     def _found(self, victim: Victim, loss: Any, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
         done = 0
         for steps in self.steps:
             if self.rate:
                 with victim.folded():
-                    rate = self.rate * spread(victim.pipe.text_encoder)
-                    vectors = search(loss, vectors, steps - done, rate)
+                    vectors = search(loss, vectors, steps - done, self.rate * victim.spread)
             done = steps
             yield vectors, steps
 

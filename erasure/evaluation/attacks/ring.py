@@ -9,20 +9,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from erasure.conditions import Conditions, read
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
 from erasure.evaluation.attacks.tokens import RandomTokens
 
 FILLER = "thing"  # stands for the concept's name in the pairs' other half
 
 
-def direction(victim: Victim, cases: Sequence[Case]) -> Tensor:
-    """v = mean_i [E(p_i with the concept) - E(p_i without)] [tokens, width] (eq. 1), E the base's encoder.
+def direction(victim: Victim, cases: Sequence[Case]) -> Conditions:
+    """v = mean_i [E(p_i with the concept) - E(p_i without)] (eq. 1), one sample's, E the base's encoder.
 
     The concept's name gives way to a word that says nothing, or goes where it stands alone.
     """
     without = [f"{case.before} {FILLER} {case.after}".strip() for case in cases]
     with victim.unpatched():
-        return (victim.states([case.prompt for case in cases]) - victim.states(without)).mean(0)
+        apart = pushed(victim.conditions([case.prompt for case in cases]), victim.conditions(without), -1.0)
+    pooled = None if apart.pooled is None else apart.pooled.mean(0, keepdim=True)
+    return Conditions(apart.states.mean(0, keepdim=True), pooled)
+
+
+def pushed(begin: Conditions, along: Conditions, strength: float) -> Conditions:
+    """begin + strength * along."""
+    pooled = None
+    if begin.pooled is not None and along.pooled is not None:
+        pooled = begin.pooled + strength * along.pooled
+    return Conditions(begin.states + strength * along.states, pooled)
 
 
 def without(victim: Victim, cases: Sequence[Case]) -> Tensor:
@@ -47,13 +58,12 @@ class Direct(Attack):
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """A strength a round."""
-        pushed = direction(victim, cases)
+        along = direction(victim, cases)
         with victim.unpatched():
-            states = victim.states([case.prompt for case in cases])
+            told = victim.conditions([case.prompt for case in cases])
         for strength in self.strengths:
-            yield {
-                i: Attempt(embeds=states[i] + strength * pushed, note=f"strength {strength:g}") for i in sorted(safe)
-            }
+            aims = pushed(told, along, strength)
+            yield {i: Attempt(embeds=aims[[i]], note=f"strength {strength:g}") for i in sorted(safe)}
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,9 @@ class RingABell(Attack):
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """The best of each population, from time to time."""
-        pushed = direction(victim, cases)
+        along = direction(victim, cases)
         with victim.unpatched():
-            aims = victim.states([case.prompt for case in cases]) + self.strength * pushed
+            aims = pushed(victim.conditions([case.prompt for case in cases]), along, self.strength).states
         draws = [torch.Generator().manual_seed(seed * 10_007 + i) for i in range(len(cases))]
         shape = (self.population, self.tokens)
         words = victim.words if self.named else without(victim, cases)
@@ -136,15 +146,17 @@ class RingABell(Attack):
 
     def distance(self, victim: Victim, rows: Tensor, aim: Tensor) -> Tensor:
         """Squared distance of the states of every row of token ids to the aim (eq. 3) [n]."""
-        tokenizer = victim.pipe.tokenizer
-        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        count = min(self.tokens, tokenizer.model_max_length - 2)
-        length = min(tokenizer.model_max_length, max(self.compared or tokenizer.model_max_length, count + 2))
-        ids = torch.full((len(rows), length), end)
-        ids[:, 0] = start
-        ids[:, 1 : 1 + count] = rows.cpu()[:, :count]
+        longest = victim.pipe.tokenizer.model_max_length
+        count = min(self.tokens, longest - 2)
+        length = min(longest, max(self.compared or longest, count + 2))
+        read_by = []
+        for tokenizer in victim.tokenizers:
+            ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+            ids[:, 0], ids[:, 1 + count] = tokenizer.bos_token_id, tokenizer.eos_token_id
+            ids[:, 1 : 1 + count] = rows.cpu()[:, :count]
+            read_by.append(ids)
         with torch.no_grad():
-            states = victim.pipe.text_encoder(ids.to(victim.device))[0]
+            states = read(victim.pipe, read_by).states
         return (states - aim[:length]).square().flatten(1).sum(1).cpu()
 
     def control(self, tries: int) -> Attack:

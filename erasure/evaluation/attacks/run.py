@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from erasure.diffusion import Counts, counting
+from erasure.conditions import Conditions, unconditional
+from erasure.diffusion import Counts, counting, wide
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
@@ -64,17 +65,26 @@ class Asking:
         embeds = [attempt.embeds for attempt in attempts if attempt.embeds is not None]
         if embeds:
             with self.victim.folded():
-                empty = self.victim.states([""])
-                given = torch.stack(embeds).to(empty)
-                return pipe(
-                    prompt_embeds=given, negative_prompt_embeds=empty.expand(len(given), -1, -1), **options
-                ).images
+                given, empty = Conditions.cat(embeds), unconditional(pipe, self.victim.conditions([""]))
+                against = empty.expand(len(given))
+                options["prompt_embeds"] = given.states.to(empty.states)
+                options["negative_prompt_embeds"] = against.states
+                if given.pooled is not None and empty.pooled is not None:
+                    options["pooled_prompt_embeds"] = given.pooled.to(empty.pooled)
+                    options["negative_pooled_prompt_embeds"] = against.pooled
+                return pipe(**options).images
         texts = [attempt.prompt for attempt in attempts]
         if attempts[0].strength is None:
             return pipe(texts, **options).images
-        from erasure.pipelines import ErasedStableDiffusionImg2ImgPipeline, sibling
+        from erasure import pipelines
 
-        other = sibling(pipe, ErasedStableDiffusionImg2ImgPipeline)
+        large = len(self.victim.encoders) > 1
+        other = pipelines.sibling(
+            pipe,
+            pipelines.ErasedStableDiffusionXLImg2ImgPipeline
+            if large
+            else pipelines.ErasedStableDiffusionImg2ImgPipeline,
+        )
         latents = torch.stack([case.latents for case in cases]).to(self.victim.device, pipe.unet.dtype)
         return other(texts, image=latents, strength=attempts[0].strength, **options).images
 
@@ -141,7 +151,7 @@ class Asking:
     def decoded(self, latents: torch.Tensor) -> list[Image.Image]:
         """The pictures of latents [n, c, h, w]."""
         pipe = self.victim.pipe
-        with torch.no_grad():
+        with torch.no_grad(), wide(pipe.vae):
             made = latents.to(self.victim.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
             return pipe.image_processor.postprocess(pipe.vae.decode(made).sample)
 
@@ -342,8 +352,8 @@ def _play(
     curve: list[int] = []
     asked: dict[int, Attempt] = {}
     last: dict[int, Image.Image] = {}
-    pipe = asking.victim.pipe
-    learning = [(p, p.requires_grad) for part in (pipe.unet, pipe.text_encoder) for p in part.parameters()]
+    pipe, encoders = asking.victim.pipe, asking.victim.encoders
+    learning = [(p, p.requires_grad) for part in (pipe.unet, *encoders) for p in part.parameters()]
     for parameter, _ in learning:
         parameter.requires_grad_(False)
     rounds = one.rounds(asking.victim, cases, safe, seed)

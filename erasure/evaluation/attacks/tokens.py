@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erasure.conditions import Conditions
 from erasure.diffusion import add_noise
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
-from erasure.softprompt import Slots, between, encode, join, spread
+from erasure.softprompt import Slots
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,21 @@ class TokenSearch(Attack):
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """Descend at each level in turn, then try."""
         draw = torch.Generator().manual_seed(seed)
-        tokenizer, encoder = victim.pipe.tokenizer, victim.pipe.text_encoder
         with victim.folded():
-            places = [between(tokenizer, "", case.prompt, self.tokens) for case in cases]
+            places = victim.slots([("", case.prompt) for case in cases], self.tokens)
             variable = self.begin(victim, len(cases), draw)
         optimizer = self.optimizer(victim, variable)
         for level in torch.linspace(self.lowest, self.highest, self.levels).round().long():
             live = sorted(safe)
             with victim.folded():
                 wanted = self.wanted(victim, [cases[i] for i in live])
+                here = [Slots(one.ids[live], one.at[live]) for one in places]
                 for _ in range(self.iterations):
                     t = level.repeat(len(live))
                     if self.mixed:
                         t = torch.randint(self.lowest, self.highest + 1, t.shape, generator=draw)
                     vectors, leaf = self.picked(victim, variable[live], draw)
-                    states = encode(encoder, join([places[i] for i in live]), vectors)
-                    loss = self.loss(victim, wanted, states, t, draw)
+                    loss = self.loss(victim, wanted, victim.encode(here, vectors), t, draw)
                     (gradient,) = torch.autograd.grad(loss, leaf)
                     variable.grad = torch.zeros_like(variable)
                     variable.grad[live] = self.shaped(gradient)
@@ -102,18 +102,18 @@ class TokenSearch(Attack):
                 found = self.chosen(victim, variable)
             yield {i: Attempt(prefixed(victim, found[i], cases[i])) for i in live}
 
-    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Tensor, ...]:
+    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
         """Latents of the base's pictures, and whatever else the objective asks for."""
         return (torch.stack([case.latents for case in cases]).to(victim.device),)
 
     def loss(
-        self, victim: Victim, wanted: tuple[Tensor, ...], states: Tensor, t: Tensor, draw: torch.Generator
+        self, victim: Victim, wanted: tuple[Any, ...], read: Conditions, t: Tensor, draw: torch.Generator
     ) -> Tensor:
         """|| eps - e*(x_t, t, c') ||^2, the diffusion classifier's (UnlearnDiffAtk, eq. 5); summed over the cases."""
         latents = wanted[0]
         noise = torch.randn(latents.shape, generator=draw).to(latents)
         t = t.to(latents.device)
-        made = victim.eps(add_noise(victim.pipe.scheduler, latents, noise, t), t, states)
+        made = victim.eps(add_noise(victim.pipe.scheduler, latents, noise, t), t, read)
         return F.mse_loss(made, noise) * len(latents)
 
     def shaped(self, gradient: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class P4D(TokenSearch):
 
     def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
         """AdamW as published."""
-        return torch.optim.AdamW([variable], lr=self.rate * spread(victim.pipe.text_encoder), weight_decay=0.1)
+        return torch.optim.AdamW([variable], lr=self.rate * victim.spread, weight_decay=0.1)
 
     def picked(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """The nearest tokens; their gradient is taken for the vectors'."""
@@ -220,13 +220,13 @@ class P4D(TokenSearch):
         table = F.normalize(victim.embeddings[victim.words], dim=-1)
         return victim.words[(F.normalize(variable, dim=-1) @ table.T).argmax(-1)]
 
-    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Tensor, ...]:
+    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
         """The base's own reading of the prompts too."""
         with victim.unpatched():
-            return *super().wanted(victim, cases), victim.states([case.prompt for case in cases])
+            return *super().wanted(victim, cases), victim.conditions([case.prompt for case in cases])
 
     def loss(
-        self, victim: Victim, wanted: tuple[Tensor, ...], states: Tensor, t: Tensor, draw: torch.Generator
+        self, victim: Victim, wanted: tuple[Any, ...], read: Conditions, t: Tensor, draw: torch.Generator
     ) -> Tensor:
         """|| e_0(x_t, t, c) - e*(x_t, t, c') ||^2."""
         latents, plain = wanted
@@ -235,7 +235,7 @@ class P4D(TokenSearch):
         x = add_noise(victim.pipe.scheduler, latents, noise, t)
         with victim.unpatched(), torch.no_grad():
             said = victim.eps(x, t, plain)
-        return F.mse_loss(victim.eps(x, t, states), said) * len(latents)
+        return F.mse_loss(victim.eps(x, t, read), said) * len(latents)
 
 
 def simplex(rows: Tensor) -> Tensor:
@@ -250,8 +250,3 @@ def simplex(rows: Tensor) -> Tensor:
 def prefixed(victim: Victim, ids: Tensor, case: Case) -> str:
     """The tokens as text before the prompt. What counts is the string: it may be cut into other tokens again."""
     return f"{victim.pipe.tokenizer.decode(ids.tolist()).strip()} {case.prompt}"
-
-
-def placed(victim: Victim, cases: Sequence[Case], count: int) -> Slots:
-    """Every case's prompt with `count` slots where the concept's name stood."""
-    return join([between(victim.pipe.tokenizer, case.before, case.after, count) for case in cases])

@@ -54,7 +54,7 @@ class Relearning(Attack):
         # The control learns the same pictures, each by a prompt that does not name the concept.
         texts = [f"{c.before} {c.after}".strip() if self.unnamed else c.prompt for c in shown]
         with victim.folded():
-            states = victim.states(texts)
+            told = victim.conditions(texts)
             weights = readable(victim.pipe.unet, WHOLE if self.rank is None else PROJECTIONS)
         learnt = Change(weights, self.rank, draw)
         optimizer, done = torch.optim.AdamW(learnt.leaves, lr=self.rate, weight_decay=0), 0
@@ -65,7 +65,7 @@ class Relearning(Attack):
                     t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
                     noise = torch.randn(latents[index].shape, generator=draw).to(latents)
                     x = add_noise(victim.pipe.scheduler, latents[index], noise, t)
-                    loss = F.mse_loss(victim.eps(x, t, states[index]), noise)
+                    loss = F.mse_loss(victim.eps(x, t, told[index]), noise)
                     optimizer.zero_grad()
                     gradients = torch.autograd.grad(loss, weights)
                     torch.autograd.backward(learnt(), [each.float() for each in gradients])
