@@ -1,6 +1,6 @@
 """What attackers get back from every method's patches: `python bench/attack.py`, after `erasure bench`.
 
-Attacks by text, two of them, and a learnt word, each with a control of as many tries (erasure/evaluation/attacks).
+Both attacks by text that see the weights, each with a control of as many tries (erasure/evaluation/attacks).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/attack"), help="for pictures; a second run goes on")
     parser.add_argument("--methods", nargs="+", default=names())
     parser.add_argument("--concepts", nargs="+", default=["dog"])
-    parser.add_argument("--attacks", nargs="+", default=["unlearndiffatk", "p4d", "inversion"])
+    parser.add_argument("--attacks", nargs="+", default=["unlearndiffatk", "p4d"])
     parser.add_argument("--cases", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("bench/results/attack"))
     args = parser.parse_args()

@@ -9,18 +9,24 @@ import pytest
 import torch
 
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks import Attempt, Victim, make, names
+from erasure.evaluation.attacks import Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.detuning import detuning
 from erasure.evaluation.attacks.ring import pushed
 from erasure.evaluation.attacks.run import Asking, attack
 from erasure.evaluation.inside import inside
 from erasure.evaluation.run import switched_off
 from erasure.evaluation.verify import verify
-from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
+from erasure.patch import Delta
+from erasure.pipelines import (
+    ErasedStableDiffusionPipeline,
+    ErasedStableDiffusionXLImg2ImgPipeline,
+    ErasedStableDiffusionXLPipeline,
+    sibling,
+)
 from tests.evaluation.test_attacks import QUICK, SMALL, Likeness, same
 from tests.evaluation.test_verify import QUICK as BOTH
 from tests.evaluation.test_verify import Judge
-from tests.patch.making import delta_patch
+from tests.patch.making import delta_patch, made
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
@@ -61,9 +67,6 @@ def test_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
 
 def test_the_closed_form_answers_for_keys_and_values_on_xl_too(large, tmp_path):
     """Keys and values that are doubled: half the states say the same."""
-    from erasure.patch import Delta
-    from tests.patch.making import made
-
     readers = {p: m for p, m in large.unet.named_modules() if p.endswith(("attn2.to_k", "attn2.to_v"))}
     change = {f"{path}.weight": module.weight.detach().clone() for path, module in readers.items()}
     large.load_patch(made(large, Delta({"unet": change})), name="p")
@@ -93,7 +96,7 @@ def test_conditions_draw_what_their_texts_draw(large, forced):
     large.register_to_config(force_zeros_for_empty_prompt=forced)
     asking = Asking(Victim(large, switched_off), Likeness(), None, 2, 3.0, 4)
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    case = make_case(latents)
+    case = Case("a", "a cat in red", 3, latents, "a", "in red")
     told = asking.victim.conditions(["a cat in red"])
     pictures = [
         asking.draw([case], {0: attempt})[0]
@@ -102,15 +105,7 @@ def test_conditions_draw_what_their_texts_draw(large, forced):
     assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
 
 
-def make_case(latents):
-    from erasure.evaluation.attacks import Case
-
-    return Case("a", "a cat in red", 3, latents, "a", "in red")
-
-
 def test_img2img_keeps_what_the_pipeline_is_told(large):
-    from erasure.pipelines import ErasedStableDiffusionXLImg2ImgPipeline, sibling
-
     large.register_to_config(force_zeros_for_empty_prompt=False)
     other = sibling(large, ErasedStableDiffusionXLImg2ImgPipeline)
     assert other.config.force_zeros_for_empty_prompt is False and other.unet is large.unet

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from erasure.conditions import Conditions, read
@@ -21,11 +22,24 @@ def direction(victim: Victim, cases: Sequence[Case]) -> Conditions:
 
     The concept's name gives way to a word that says nothing, or goes where it stands alone.
     """
-    without = [f"{case.before} {FILLER} {case.after}".strip() for case in cases]
     with victim.unpatched():
-        apart = pushed(victim.conditions([case.prompt for case in cases]), victim.conditions(without), -1.0)
+        apart = pushed(victim.conditions([case.prompt for case in cases]), victim.conditions(unnamed(cases)), -1.0)
     pooled = None if apart.pooled is None else apart.pooled.mean(0, keepdim=True)
     return Conditions(apart.states.mean(0, keepdim=True), pooled)
+
+
+def as_long(along: Conditions, draw: torch.Generator) -> Conditions:
+    """Random directions, each of the length of one of `along`."""
+
+    def drawn(one: Tensor) -> Tensor:
+        return one.norm(dim=-1, keepdim=True) * F.normalize(torch.randn(one.shape, generator=draw), dim=-1).to(one)
+
+    return Conditions(drawn(along.states), None if along.pooled is None else drawn(along.pooled))
+
+
+def unnamed(cases: Sequence[Case]) -> list[str]:
+    """The cases' prompts without the concept's name."""
+    return [f"{case.before} {FILLER} {case.after}".strip() for case in cases]
 
 
 def pushed(begin: Conditions, along: Conditions, strength: float) -> Conditions:
@@ -47,23 +61,38 @@ class Direct(Attack):
     """The encoder's states pushed along the concept's direction, E(P) + strength * v, given as they are.
 
     RECE's shortcut: stronger than the search for tokens, and almost free. One round a strength.
+
+    Args:
+        strengths: eta.
+        named: P names the concept. Without the name, as in the published prompts, all of the concept comes from v.
+        drawn: random directions as long as v, token by token, in its place.
     """
 
     name: ClassVar[str] = "ring-a-bell-direct"
     source: ClassVar[str] = "arXiv 2310.10012, 2407.12383"
     access: ClassVar[str] = "embeddings"
-    LITE: ClassVar[dict[str, Any]] = {"strengths": (0.25, 0.5, 0.9, 3.0)}  # cheap, and small models bear less
+    # Cheap, and small models bear less. An erasure holds what is near the named prompt: on glyph, of six cats that ESD
+    # had refused all but one, 0.25 and 0.5 beyond it brought back one more, 1.25 to 2 from the unnamed prompt two.
+    LITE: ClassVar[dict[str, Any]] = {"strengths": (1.0, 1.25, 1.5, 2.0), "named": False}
 
     strengths: tuple[float, ...] = (0.9, 3.0)
+    named: bool = True
+    drawn: bool = False
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """A strength a round."""
         along = direction(victim, cases)
+        if self.drawn:
+            along = as_long(along, torch.Generator().manual_seed(seed))
         with victim.unpatched():
-            told = victim.conditions([case.prompt for case in cases])
+            told = victim.conditions([case.prompt for case in cases] if self.named else unnamed(cases))
         for strength in self.strengths:
             aims = pushed(told, along, strength)
             yield {i: Attempt(embeds=aims[[i]], note=f"strength {strength:g}") for i in sorted(safe)}
+
+    def control(self, tries: int) -> Attack:
+        """Random directions."""
+        return replace(self, drawn=True, strengths=self.strengths[:tries])
 
 
 @dataclass(frozen=True)
