@@ -121,6 +121,7 @@ class Suite:
             what the rows name, with commas.
         steps: of sampling; None: the usual ones.
         guidance: of sampling; None: the usual one.
+        lpips: LPIPS to the base's pictures too, with this backbone.
         attacks: that follow.
         cases: prompts to attack.
         differs: how its figures differ from the published protocol's.
@@ -133,6 +134,7 @@ class Suite:
     base: str = "glyph"
     steps: int | None = None
     guidance: float | None = None
+    lpips: str | None = None
     attacks: tuple[str, ...] = ()
     cases: int = 12
     differs: str = ""
@@ -245,7 +247,7 @@ def run_suite(
         data: the folder that {data} stands for in the suite's paths.
         judge: another judge than the suite's.
         limit: at most so many rows of each part.
-        measures: features, lpips, reference, as `evaluate` takes them.
+        measures: features, lpips, reference, as `evaluate` takes them; None: the suite's.
         sampling: steps, guidance, batch_size; None: the suite's.
 
     Raises:
@@ -275,8 +277,9 @@ def run_suite(
         with switched_off(pipe):
             generate(pipe, rows, out / "base", progress=progress, **draw)
     else:
+        more = {"lpips": recipe.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
         options: dict[str, Any] = {"prompts": rows, "judge": who, "progress": progress, **given}
-        report = evaluate(pipe, concepts, folder=out, whole=True, **options, **(measures or {}))
+        report = evaluate(pipe, concepts, folder=out, whole=True, **options, **more)
         if recipe.attacks:
             from erasure.evaluation.attacks.run import attack
 

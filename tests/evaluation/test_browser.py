@@ -15,6 +15,7 @@ from PIL import Image
 
 from erasure.bench import Cell, Row, Table, write
 from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.counts import Count
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics import Metric
 from erasure.evaluation.report import Report
@@ -114,6 +115,10 @@ def test_evaluates_page(tmp_path):
             "loaded": {"p": {"method": "any", "gate": "text", "strength": 1.0}},
         },
         faults=["r1: the image is missing or broken"],
+        missing=[
+            "lpips alex: put alexnet-owt-7be5be79.pth (https://download.pytorch.org/models/alexnet-owt-7be5be79.pth)"
+        ],
+        counts=[Count("nudity_parts@nudenet", "FEMALE_GENITALIA_EXPOSED", "target", 0.45, 100, 1, 142)],
     )
     pairs = []
     for i in range(6):

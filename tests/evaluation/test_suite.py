@@ -85,6 +85,16 @@ def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
     assert "missing: part away" in found.text() and (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp_path):
+    pipe, place = tiny_pipeline(ErasedStableDiffusionPipeline), tmp_path / "out"
+    small.write_text(SMALL + "lpips: alex\n")
+    absent = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": None}, **QUICK).report
+    assert "lpips alex" in absent.missing[0] and absent.metric("LPIPS_kept") is None
+    found = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": "squeeze"}, **QUICK).report
+    assert (found.metric("LPIPS_kept").value, found.metric("LPIPS_kept").n, found.missing) == (0, 2, [])
+    assert Suite.read("esd-styles").lpips == "alex"
+
+
 def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     path = tmp_path / "other.yaml"
