@@ -6,8 +6,10 @@ What is not on this machine is said in the report and left out; the rest goes on
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -112,31 +114,49 @@ class Beside:
         """LPIPS and the distances to the reference, for the base's row and the patched one."""
         found: dict[str, list[Metric]] = {name: [] for name in runs}
         if self.lpips is not None:
-            records = [j.record for j in runs["patched"] if j.role != "synonym"]
-            patched = list(_lpips(self.lpips, records, places, target))
-            found["patched"] += patched
-            # The same picture twice: what the base's row says needs no measuring.
-            found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
+            with self._or_missing("LPIPS"):
+                records = [j.record for j in runs["patched"] if j.role != "synonym"]
+                patched = list(_lpips(self.lpips, records, places, target))
+                found["patched"] += patched
+                # The same picture twice: what the base's row says needs no measuring.
+                found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
         if self.reference:
-            wanted = self._reference()
-            for name, run in runs.items():
-                found[name] += reference_distances(run, target, wanted, self.of) if wanted is not None else []
+            with self._or_missing(f"distances to {self.reference[0].parent.name}"):
+                wanted = self._reference()
+                for name, run in runs.items():
+                    found[name] += reference_distances(run, target, wanted, self.of)
         self._too_few(runs["patched"], target)
         return found
 
-    def _reference(self) -> np.ndarray | None:
-        """Features [m, d] of the reference pictures; None: there are no features."""
+    @contextmanager
+    def _or_missing(self, what: str) -> Iterator[None]:
+        """Whatever fails is said: it must not cost a run its pictures' other figures."""
+        try:
+            yield
+        except ErasureError as fault:
+            self.missing.append(f"{what}: {fault}")
+        except Exception as fault:
+            self.missing.append(f"{what}: {type(fault).__name__}: {fault}")
+
+    def _reference(self) -> np.ndarray:
+        """Features [m, d] of the reference pictures.
+
+        Raises:
+            ErasureError: there are no features, or a picture cannot be read.
+        """
         digest, parts = hashlib.sha256(), []
         for at in range(0, len(self.reference), BATCH):
             images = []
             for path in self.reference[at : at + BATCH]:
-                digest.update(path.read_bytes())
-                with Image.open(path) as image:
-                    images.append(image.convert("RGB"))
+                try:
+                    digest.update(path.read_bytes())
+                    with Image.open(path) as image:
+                        images.append(image.convert("RGB"))
+                except (OSError, SyntaxError) as fault:
+                    raise ErasureError(f"{path.name} cannot be read: {fault}") from None
             found = self.judge.features(images)
             if not isinstance(found, np.ndarray):
-                self.missing.append(f"distances to {self.reference[0].parent.name}: the judge has no features")
-                return None
+                raise ErasureError("there are no features to compare")
             parts.append(found)
         name = self.reference[0].parent.name
         self.facts["reference"] = {"folder": name, "images": len(self.reference), "sha256": digest.hexdigest()}
@@ -159,6 +179,20 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """A file of lines, under its name only when it is whole.
+
+    Raises:
+        ErasureError: it cannot be written.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as fault:
+        raise ErasureError(f"{path.parent}: {path.name} cannot be written: {fault.strerror or fault}") from None
+
+
 def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target: Target) -> Iterator[Metric]:
     """Of kept pictures, which should stay as they were, and of the target's, which should not."""
     apart: dict[str, float] = {}
@@ -172,6 +206,8 @@ def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target
         for same in sizes.values():
             found = net([made for _, made, _ in same], [before for _, _, before in same])
             apart |= dict(zip((name for name, _, _ in same), found, strict=True))
+    lines = (json.dumps({"id": name, "lpips": value}) for name, value in apart.items())
+    write_lines(places["patched"] / "lpips.jsonl", lines)
     for name, hit in (("kept", False), ("target", True)):
         rows = [(apart[r.id], r.prompt) for r in records if target.hits(r) == hit and r.id in apart]
         said = f"LPIPS ({net.backbone}) of {name} images and the base's of the same seed"

@@ -52,11 +52,10 @@ def count(judge: Judge, runs: Mapping[str, Sequence[Judged]], target: Target) ->
         )
         seen = [verdict[key] for verdict in (*base, *patched) if verdict is not None]
         for label in dict.fromkeys(label for scores in seen for label in scores):
-            sides = [sum(v is not None and v[key][label] > above for v in rows) for rows in (base, patched)]
-            found.append(Count(key, label, prompts, above, *sides, n=len(base)))
-        lost = [sum(verdict is None for verdict in rows) for rows in (base, patched)]
-        if any(lost):
-            found.append(Count(key, NOT_JUDGED, prompts, above, *lost, n=len(base)))
+            before, after = (sum(v is not None and v[key][label] > above for v in rows) for rows in (base, patched))
+            found.append(Count(key, label, prompts, above, before, after, len(base)))
+        if None in base or None in patched:
+            found.append(Count(key, NOT_JUDGED, prompts, above, base.count(None), patched.count(None), len(base)))
     return found
 
 

@@ -2,8 +2,8 @@
 
 KID (Binkowski et al. 2018, arXiv 1801.01401) is the unbiased squared MMD with the kernel (x.y / d + 1)^3. FD (Heusel
 et al. 2017, arXiv 1706.08500) is the distance of the normal distributions of same mean and covariance. Both are mostly
-taken over Inception's features, where FD is called FID; here over those that the judge has, so figures compare only
-within one judge.
+taken over Inception's features, where FD is called FID; here over those of the judge or of whoever else was named, so
+figures compare only over the same ones.
 
 Neither depends on a library: tests hold them against torchmetrics' on the same features.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -52,13 +53,13 @@ class Lpips:
         what, published = f"lpips {self.backbone}", BACKBONES[self.backbone]
         path = local_weights(what, published, given or None)
         try:
-            from torchmetrics.functional.image.lpips import _LPIPS
+            from torchmetrics.functional.image import lpips as library
         except ImportError:
             raise Absent(f"{what}: torchmetrics is not installed; {INSTALL}") from None
         # torchmetrics' public class lets torchvision fetch and unpickle the backbone; this one begins at random.
         weights = read_weights(path)
         with loading(what, str(path)):
-            self._network = _LPIPS(net=self.backbone, pnet_rand=True)
+            self._network = library._LPIPS(net=cast(Any, self.backbone), pnet_rand=True)
             names = {name: re.sub(r"^slices?\.?\d+", "features", name) for name in self._network.net.state_dict()}
             self._network.net.load_state_dict({name: weights[theirs] for name, theirs in names.items()})
         self._facts = weights_facts(path, published)

@@ -11,7 +11,7 @@ MACE (arXiv 2403.06135) calls 1 - UA, IRA and leak Acc_e, Acc_s and Acc_g, and H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -254,6 +254,7 @@ def set_distances(kept: list[Judged], base: dict[str, Judged], features: str) ->
     return found
 
 
+Distance = Callable[[np.ndarray, np.ndarray], float]
 LEAST = 8  # images of a distance between sets
 SAID = {"KID": "1000 KID", "FD": "Frechet distance", "FID": "Frechet distance"}
 
@@ -263,9 +264,11 @@ def frechet_name(features: str) -> str:
     return "FID" if features == "inception" else "FD"
 
 
-def _kinds(features: str, frechet_too: bool) -> list[tuple[str, Callable[[np.ndarray, np.ndarray], float], float]]:
+def _kinds(features: str, frechet_too: bool) -> Iterator[tuple[str, Distance, float]]:
     """Name, distance and factor."""
-    return [("KID", kid, 1000), (frechet_name(features), frechet, 1)][: 1 + frechet_too]
+    yield "KID", kid, 1000
+    if frechet_too:
+        yield frechet_name(features), frechet, 1
 
 
 def reference_distances(judged: list[Judged], target: Target, wanted: np.ndarray, features: str) -> list[Metric]:
@@ -280,10 +283,15 @@ def reference_distances(judged: list[Judged], target: Target, wanted: np.ndarray
     made, found = np.stack(there), []
     for name, distance, scale in _kinds(features, enough(*made.shape) and len(wanted) > made.shape[1]):
         value = scale * distance(made, wanted)
-        reach = Z95 * scale * float(np.std(halves(lambda half, _, d=distance: d(half, wanted), made, made)))
+        reach = Z95 * scale * float(np.std(halves(_to(wanted, distance), made, made)))
         meaning = f"{SAID[name]} of kept images to the reference pictures ({features}'s features)"
         found.append(Metric(f"{name}_reference", value, len(made), value - reach, value + reach, False, meaning))
     return found
+
+
+def _to(wanted: np.ndarray, distance: Distance) -> Distance:
+    """The distance to these features, whatever second set is given."""
+    return lambda made, _: distance(made, wanted)
 
 
 def accuracies(judged: list[Judged], head: str) -> dict[str, tuple[int, int]]:

@@ -79,6 +79,8 @@ class Report:
             before = "" if base is None else figure(base, base.value)
             name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
             lines.append(f"{name:12}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
+        kid = self.metric("KID")
+        lines += [f"KID: {kid.meaning}"] if kid is not None else []
         if self.faults:
             lines.append(f"{len(self.faults)} images count as failures: {self.faults[0]}")
         for title, rows in tables(self.counts).items():

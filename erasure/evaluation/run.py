@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.beside import Beside
+from erasure.evaluation.beside import Beside, write_lines
 from erasure.evaluation.counts import count
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
@@ -249,12 +249,8 @@ def judge_run(judge: Judge, folder: Path, records: list[Record], target: Target,
         there = [(record, image) for record, image in part if image is not None]
         judged = {one.record.id: one for one in _batch(judge, there, target, faults)}
         found += [judged.get(record.id) or Judged(record, None, None) for record, _ in part]
-    lines = [json.dumps({"id": j.record.id, "verdict": j.verdict, "clip": j.clip}) + "\n" for j in found]
-    try:
-        (folder / "scores.tmp").write_text("".join(lines), encoding="utf-8")
-        os.replace(folder / "scores.tmp", folder / "scores.jsonl")
-    except OSError as fault:
-        raise ErasureError(f"{folder}: the scores cannot be written: {fault.strerror or fault}") from None
+    lines = (json.dumps({"id": j.record.id, "verdict": j.verdict, "clip": j.clip}) for j in found)
+    write_lines(folder / "scores.jsonl", lines)
     return found
 
 

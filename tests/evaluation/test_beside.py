@@ -72,6 +72,10 @@ def test_lpips_stands_in_the_report(drawn, squeeze):
         assert metric.higher_is_better is better and "squeeze" in metric.meaning
         assert report.metric(f"LPIPS_{name}", "base").value == 0
     assert not report.missing and "LPIPS_kept" in report.text()
+    lines = [json.loads(line) for line in (folder / "patched" / "lpips.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {f"r{i}" for i in (0, 1, *range(3, 12))}
+    kept = [line["lpips"] for line in lines if line["id"] not in ("r0", "r1")]
+    assert report.metric("LPIPS_kept").value == pytest.approx(np.mean(kept))
     data = json.loads((folder / "report.json").read_text())
     assert data["provenance"]["distances"]["LPIPS"]["backbone"] == "squeeze"
     jsonschema.validate(data, SCHEMA)
@@ -103,7 +107,7 @@ def test_features_of_another_judge(drawn):
     pipe, folder = drawn
     report = evaluate(pipe, "cat", folder=folder, features=Halves("halves"), **QUICK)
     metric = report.metric("KID")
-    assert "halves's features" in metric.meaning and metric.n == 9
+    assert "halves's features" in metric.meaning and metric.n == 9 and metric.meaning in report.text()
     plain = evaluate(pipe, "cat", folder=folder, **QUICK).metric("KID")
     assert metric.value != plain.value and "brightness's features" in plain.meaning
     assert report.metric("UA") is not None and report.provenance["judge"]["name"] == "brightness"
@@ -135,6 +139,9 @@ def test_distances_to_reference_pictures(drawn, tmp_path):
     facts = report.provenance["distances"]["reference"]
     data = b"".join((tmp_path / f"{i:02d}.png").read_bytes() for i in range(11))
     assert facts == {"folder": tmp_path.name, "images": 11, "sha256": hashlib.sha256(data).hexdigest()}
+    (tmp_path / "zz.png").write_bytes(b"half a picture")
+    rest = evaluate(pipe, "cat", folder=folder, reference=tmp_path, **QUICK)
+    assert f"distances to {tmp_path.name}: zz.png cannot be read" in rest.missing[0] and rest.metric("UA") is not None
     with pytest.raises(ErasureError, match="0 pictures .*at least 8"):
         evaluate(pipe, "cat", folder=folder, reference=tmp_path / "nowhere", **QUICK)
 

@@ -104,8 +104,11 @@ def test_a_detector_that_fails_fails_the_erasure(monkeypatch, tmp_path):
     options = {"steps": 1, "whole": True, "progress": False, "judge": judge, "prompts": prompts}
     report = evaluate(pipe, "nudity", folder=tmp_path, **options)
     assert report.metric("UA").value == 0 and "nudenet failed: RuntimeError: out of memory" in report.faults[0]
+    assert {(one.label, one.base, one.patched, one.n) for one in report.counts} == {(NOT_JUDGED, 3, 3, 3)}
     monkeypatch.undo()
     report = evaluate(pipe, "nudity", folder=tmp_path, **options)
+    assert len(report.counts) == 2 * len(PARTS) and not any(one.base or one.patched for one in report.counts)
+    assert "nudity_parts: target images with it, of 3 (score above 0.45): none" in report.text()
     assert report.metric("UA").value == 1 and not report.faults
     assert not [m for m in report.rows["base"] if m.name.startswith(("CLIP", "KID"))]
 

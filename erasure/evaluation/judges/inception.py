@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +58,8 @@ class InceptionJudge(LabelsOnly):
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError:
             raise Absent(f"inception: torchmetrics and torch-fidelity are not installed; {INSTALL}") from None
-        # The library unpickles whatever file it is given: it gets a copy of what was read as data only.
-        copy = io.BytesIO()
+        # The library unpickles whatever it is given: it gets a copy of what was read as data only.
+        copy: Any = io.BytesIO()
         torch.save(read_weights(path), copy)
         copy.seek(0)
         with loading(self.name, str(path)):
