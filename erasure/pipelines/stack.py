@@ -23,6 +23,7 @@ from erasure.pipelines.compiled import original, uncompiled
 from erasure.pipelines.gates import TextGate, parse_gate
 from erasure.pipelines.latent import Combination, Decider, LatentGate
 from erasure.pipelines.membranes import Membrane
+from erasure.pipelines.watch import Watch
 from erasure.pipelines.weights import FoldedWeights, Share
 from erasure.similarity import similarities
 
@@ -88,6 +89,7 @@ class PatchStack:
         self._modules: dict[str, nn.Module] = {}
         self._weights = FoldedWeights(self.component)
         self._decider: Decider | None = None
+        self._watch = Watch()
 
     def component(self, name: str) -> nn.Module:
         """The pipeline's component, seen through `torch.compile`.
@@ -241,6 +243,7 @@ class PatchStack:
             ErasureError: embeddings without a prompt and a gated patch, or embeddings and a gated patch of an encoder.
         """
         gated = self.gated
+        scope.enter_context(self._watch.decided())
         if gated and prompts is None:
             raise ErasureError(
                 f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. Say what they "
@@ -335,6 +338,8 @@ class PatchStack:
             component: self.component(component) for one in loaded.values() for component in one.patch.components
         }
         self._claim()
+        touched = {component for one in self.gated.values() for component in one.patch.components}
+        self._watch.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [
