@@ -72,13 +72,14 @@ class Report:
 
     def text(self) -> str:
         """The table as plain text."""
-        lines = [self.summary(), f"{'':12}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
+        wide = max((len(metric.name) + 2 for metric in self.rows["patched"]), default=0)
+        lines = [self.summary(), f"{'':{wide}}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
         for metric in self.rows["patched"]:
             base = self.metric(metric.name, "base")
             interval = f"{figure(metric, metric.low)} to {figure(metric, metric.high)}"
             before = "" if base is None else figure(base, base.value)
             name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
-            lines.append(f"{name:12}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
+            lines.append(f"{name:{wide}}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
         kid = self.metric("KID")
         lines += [f"KID: {kid.meaning}"] if kid is not None else []
         if self.faults:

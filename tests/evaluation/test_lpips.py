@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_what_is_missing_is_said_with_its_place_and_not_fetched(nothing, backbon
     name = BACKBONES[backbone].rpartition("/")[2]
     with pytest.raises(Absent, match=rf"lpips {backbone}.*put {name} \(https://.*hub/checkpoints, or name a file"):
         Lpips(backbone)
+
+
+def test_what_is_not_installed_is_said_with_how_to_have_it(squeeze, monkeypatch):
+    from erasure.evaluation.judges.inception import InceptionJudge
+
+    for module in ("torchmetrics.functional.image", "torch_fidelity.feature_extractor_inceptionv3"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(Absent, match=r"torchmetrics is not installed; pip install .*\[distances\]"):
+        Lpips("squeeze")
+    with pytest.raises(Absent, match=r"torch-fidelity are not installed; pip install .*\[distances\]"):
+        InceptionJudge(str(squeeze))
 
 
 def test_files_that_are_no_weights(nothing, tmp_path):
