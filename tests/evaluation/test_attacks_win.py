@@ -45,7 +45,8 @@ def reader(glyph):
 
 
 # Attack -> its easy victim, and whether its control is one: img2img's, the same picture without the name, is an attack
-# of its own, and so is relearning's: any fine-tune undoes so brief an erasure.
+# of its own, and so is relearning's: any fine-tune undoes so brief an erasure. Ring-A-Bell's texts beat neither ESD nor
+# AdvUnlearn on glyph (ring.py says why), only what changes the word and not what it means.
 MUST = {
     "encoder": (encoder, False),
     "rece": (brief, False),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from erasure.concept import Concept
+from erasure.conditions import Conditions
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Victim
 from erasure.evaluation.inside import answers, closed_leak, inside, other_words
@@ -77,14 +78,14 @@ def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
     asked = []
 
     def states(texts):
-        return torch.tensor([1.0 if text in prompts else 2.0 for text in texts])
+        return Conditions(torch.tensor([1.0 if text in prompts else 2.0 for text in texts]))
 
     def eps(x, t, k):
         erased = pipe.get_list_patches()["p"]["strength"]
         asked.append((t, erased))
-        return x * (k * (3 if erased else 1)).view(-1, 1, 1, 1)
+        return x * (k.states * (3 if erased else 1)).view(-1, 1, 1, 1)
 
-    monkeypatch.setattr(victim, "states", states)
+    monkeypatch.setattr(victim, "conditions", states)
     monkeypatch.setattr(victim, "eps", eps)
     found = answers(victim, drawn, prompts, ["a", "a", "a"], torch.Generator().manual_seed(0), 5)
     assert torch.allclose(found.drift, torch.full((3, 4), 4.0))  # (3 - 1)^2

@@ -1,4 +1,14 @@
-"""Ring-A-Bell (Tsai et al. 2024, arXiv 2310.10012): the text encoder alone tells what to ask. No diffusion model."""
+"""Ring-A-Bell (Tsai et al. 2024, arXiv 2310.10012): the text encoder alone tells what to ask. No diffusion model.
+
+On glyph its texts beat no ESD, for a reason that is glyph's. The base draws the cat from the texts found (6 of 6 at
+eta 0.5, without the word itself); ESD of 55 updates refuses them all but one at most, with K = 4, 8, 16 and 40, eta
+from 0.5 to 2, P with the name or without; ESD of 30 updates, which still answers 4 of 6 plain prompts, answers 1 to 3
+of 6 texts, none where it refuses the plain prompt. So small an encoder says a concept in one direction: v of the bare
+word, which ESD trains on, and v of the prompts have a cosine of 0.97, and the found texts lie 0.90 to 0.95 along it.
+What ESD adds to keys and values reads 1.2 to 1.4 times as much of them as of the plain prompt. (It reads 3.4 times as
+much of v as of a random vector of v's length: the latter, added to the named prompts' states, brings 5 of 6 back.)
+AdvUnlearn, of 12 updates or 40, refuses all texts too. How it is with larger encoders was not measured.
+"""
 
 from __future__ import annotations
 
