@@ -8,7 +8,6 @@ numbers (h, w, 0, 0, h, w): size of the original, corner of the crop, size of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,10 +109,9 @@ def read(pipe: Any, ids: Sequence[Tensor]) -> Conditions:
     states, pooled = [], None
     for (_, encoder), row in zip(text_encoders(pipe), ids, strict=True):
         row = row.to(place(pipe, encoder))
-        with mixed(encoder):
-            if len(ids) == 1:
-                return Conditions(encoder(row)[0])
-            answer = encoder(row, output_hidden_states=True)
+        if len(ids) == 1:
+            return Conditions(encoder(row)[0])
+        answer = encoder(row, output_hidden_states=True)
         pooled = answer[0]  # the second one's is the pooled text; the first one's is overwritten
         states.append(answer.hidden_states[-2])
     return Conditions(torch.cat(states, dim=-1), pooled)
@@ -142,17 +140,7 @@ def predict(pipe: Any, x: Tensor, t: Any, conditions: Conditions) -> Tensor:
     unet = pipe.unet
     kind = unet.dtype
     x, states = x.to(kind), conditions.states.to(kind)
-    with mixed(unet):
-        if conditions.pooled is None:
-            return unet(x, t, states).sample
-        more = {"text_embeds": conditions.pooled.to(kind), "time_ids": sizes(pipe, x).to(kind)}
-        return unet(x, t, states, added_cond_kwargs=more).sample
-
-
-def mixed(module: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Autocast while a half-precision module has fp32 masters in it, as training puts them there; else nothing."""
-    where = {(p.dtype, p.device.type) for p in module.parameters()}
-    half = [(dtype, device) for dtype, device in where if dtype in (torch.float16, torch.bfloat16)]
-    if len({dtype for dtype, _ in where}) < 2 or not half:
-        return nullcontext()
-    return torch.autocast(half[0][1], half[0][0])
+    if conditions.pooled is None:
+        return unet(x, t, states).sample
+    more = {"text_embeds": conditions.pooled.to(kind), "time_ids": sizes(pipe, x).to(kind)}
+    return unet(x, t, states, added_cond_kwargs=more).sample

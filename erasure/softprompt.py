@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure.conditions import mixed
 from erasure.errors import ErasureError, unknown
 
 PLACES = ("prefix", "suffix", "replace", "add")
@@ -110,7 +109,7 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
     """
     rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
     ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
-    with placing(encoder, where, vectors), mixed(encoder):
+    with placing(encoder, where, vectors):
         return encoder(ids)[0]
 
 

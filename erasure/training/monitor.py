@@ -11,9 +11,9 @@ import torch
 
 from erasure.base import Base
 from erasure.concept import Concept
-from erasure.conditions import mixed
 from erasure.errors import ErasureError, unknown
 from erasure.neighbours import neighbours, prompt_of
+from erasure.training.engine import cast
 
 STEPS, GUIDANCE, SEEDS = 20, 5.0, 2
 KEPT = 2  # neighbours in a preview
@@ -47,14 +47,15 @@ class Previews:
         pipe.scheduler = self.base.sampler("ddim")
         quiet = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
+        # The engine's UNet and text encoders speak fp32 to the autoencoder, whatever it is in.
+        back = cast(pipe.vae, None, torch.float32)
         try:
             rows = []
             for seed in range(SEEDS):
                 noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
-                with mixed(pipe.unet), mixed(pipe.text_encoder):
-                    found = pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise)
-                rows += found.images
+                rows += pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
         finally:
+            back()
             pipe.scheduler = own
             pipe.set_progress_bar_config(**quiet)
         width, height = rows[0].size

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from erasure.base import Base
+from erasure.errors import ErasureError
+from erasure.formats import import_patch
 from erasure.patch import Patch
+
+# Settings of a run that is over at once.
+SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 5e-2}
 
 
 def changed(pipe: Any, component: str, part: str, seed: int = 3) -> dict[str, Tensor]:
@@ -18,6 +28,22 @@ def changed(pipe: Any, component: str, part: str, seed: int = 3) -> dict[str, Te
         if part in name:
             weights[name] = value + 0.1 * torch.randn(value.shape, generator=generator)
     return weights
+
+
+def refused(
+    cases: Mapping[str, tuple[Any, str]],
+    folder: Path,
+    base: Base,
+    form: str = "auto",
+    write: Callable[[Any, Path], object] = save_file,
+    **options: Any,
+) -> None:
+    """Each file that `write` makes of a case's content is refused with the case's message (a pattern)."""
+    for name, (content, message) in cases.items():
+        path = folder / f"{name}.safetensors"
+        write(content, path)
+        with pytest.raises(ErasureError, match=message):
+            import_patch(path, form, base, **options)
 
 
 def close(one: Patch, other: Patch, tolerance: float = 1e-6) -> bool:

@@ -22,7 +22,7 @@ from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusi
 from tests.formats import truth
 from tests.formats.making import close
 from tests.patch.making import delta_patch, gap, low_rank_patch, made
-from tests.pipelines.test_gates import tiny_xl
+from tests.pipelines.making import tiny_xl
 from tests.tiny import latents, tiny_pipeline
 
 PROMPTS = ["a photo of a cat by van gogh", "a red dog"]

@@ -8,18 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
 from erasure.saliency import compvis_names
 from tests.formats.making import close
 from tests.patch.making import low_rank_patch
-from tests.tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def base():
-    return Base.of(tiny_pipeline())
 
 
 @pytest.fixture

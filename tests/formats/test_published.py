@@ -11,25 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
 from erasure.methods import erase
 from erasure.patch import LowRank
 from erasure.saliency import compvis_names
-from tests.formats.making import changed, close
+from tests.formats.making import SMALL, changed, close, refused
 from tests.patch.making import delta_patch
-from tests.tiny import tiny_pipeline
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def base(pipe):
-    return Base.of(pipe)
 
 
 def moved(pipe, component: str, weights: dict) -> set[str]:
@@ -140,8 +128,7 @@ def test_unguide_files_that_are_none(pipe, base, tmp_path):
 
 
 def test_our_own_methods_go_out_as_published_and_come_back(pipe, base, tmp_path):
-    small = {"iterations": 2, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 5e-2}
-    patch = erase(pipe, "cat", "esd", progress=False, **small)
+    patch = erase(pipe, "cat", "esd", progress=False, **SMALL)
     back = import_patch(export_patch(patch, tmp_path / "esd.safetensors", "esd", base).path, "esd", base)
     assert close(patch, back, 1e-5) and back.method == "esd"
 
@@ -197,10 +184,7 @@ def test_full_weights_that_do_not_fit(pipe, base, tmp_path):
         "else": ({"layer1.weight": torch.ones(1)}, "its first tensor is layer1.weight"),
         "nan": ({"conv_in.weight": torch.full_like(full["conv_in.weight"], float("nan"))}, "NaN"),
     }
-    for name, (content, message) in cases.items():
-        save_file(content, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ErasureError, match=message):
-            import_patch(tmp_path / f"{name}.safetensors", model=base)
+    refused(cases, tmp_path, base)
 
 
 def test_folders_that_are_none(base, tmp_path):
@@ -240,7 +224,4 @@ def test_text_encoders_that_do_not_fit(pipe, base, tmp_path):
         "none": ({"text_model.encoder.layers.9.mlp.fc1.bias": torch.ones(1)}, "0 of its 1 layers fit"),
         "whole": ({**full, first: torch.ones(full[first].shape, dtype=torch.int64)}, "not floating point"),
     }
-    for name, (content, message) in cases.items():
-        save_file(content, tmp_path / f"{name}.safetensors")
-        with pytest.raises(ErasureError, match=message):
-            import_patch(tmp_path / f"{name}.safetensors", "text-encoder", base)
+    refused(cases, tmp_path, base, "text-encoder")

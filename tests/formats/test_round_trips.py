@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats import FORMATS, export_patch, import_patch, rows
 from erasure.patch import Delta, LowRank, Patch
 from erasure.pipelines import load_patch
-from tests.formats.making import close
+from tests.formats.making import close, refused
 from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
 from tests.tiny import tiny_pipeline
 
 BOTH = ("unet", "text_encoder")
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipeline()
-
-
-@pytest.fixture(scope="module")
-def base(pipe):
-    return Base.of(pipe)
 
 
 def mixed(pipe) -> Patch:
@@ -171,11 +161,7 @@ def test_damaged_and_foreign_files(pipe, base, tmp_path, form):
     wide = {k: (torch.ones(v.shape[0], v.shape[1] + 1) if k == key else v) for k, v in tensors.items()}
     if form == "diff":
         cases["wide"] = (wide, rf"{count - 1} of its {count} layers fit .*in the file and")
-    for name, (content, message) in cases.items():
-        file = tmp_path / f"{name}.safetensors"
-        save_file(content, file)
-        with pytest.raises(ErasureError, match=message):
-            import_patch(file, form, base)
+    refused(cases, tmp_path, base, form)
 
 
 def test_concepts_and_methods_of_imported_files(pipe, base, tmp_path):

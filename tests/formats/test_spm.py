@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,17 +15,14 @@ from erasure.formats import export_patch, import_patch
 from erasure.methods import erase
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.formats.making import SMALL, refused
 from tests.patch.making import delta_patch
-from tests.tiny import tiny_pipeline
-
-SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 5e-2}
+from tests.tiny import latents, tiny_pipeline
 
 
 @pytest.fixture
 def pipe() -> ErasedStableDiffusionPipeline:
-    made = tiny_pipeline(ErasedStableDiffusionPipeline)
-    made.set_progress_bar_config(disable=True)
-    return made
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +34,6 @@ def erased():
 def file(erased, tmp_path):
     patch = erased
     return patch, export_patch(patch, tmp_path / "cat.safetensors", "spm").path
-
-
-def draw(pipe, prompt: str = "a cat") -> torch.Tensor:
-    noise = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="latent").images
 
 
 def test_the_file_is_the_published_layout(file):
@@ -63,13 +57,13 @@ def test_there_and_back_is_the_same_patch(pipe, file):
 
 def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, file):
     patch, path = file
-    base = draw(pipe)
+    base = latents(pipe, ["a cat"])
     pipe.load_patch(patch)
     pipe.fuse_patches()
-    ours = draw(pipe)
+    ours = latents(pipe, ["a cat"])
     pipe.unload_patches()
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
-    theirs = draw(pipe)
+    theirs = latents(pipe, ["a cat"])
     assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, base, atol=1e-2)
 
 
@@ -78,7 +72,7 @@ def test_the_published_gate_scales_both_factors(pipe, file):
     patch, path = file
     back = import_patch(path, "spm", Base.of(pipe))
     pipe.load_patch(back)
-    gated = draw(pipe, "a red cat by monet")
+    gated = latents(pipe, ["a red cat by monet"])
     gamma = pipe.gate_log[0]["cat"] ** 0.5
     assert 0 < gamma <= 1
     pipe.unload_patches()
@@ -94,7 +88,7 @@ def test_the_published_gate_scales_both_factors(pipe, file):
         costs={},
     )
     pipe.load_patch(scaled)
-    assert torch.allclose(gated, draw(pipe, "a red cat by monet"), atol=1e-4)
+    assert torch.allclose(gated, latents(pipe, ["a red cat by monet"]), atol=1e-4)
 
 
 def test_what_the_format_cannot_hold(pipe, file, tmp_path):
@@ -116,13 +110,13 @@ def test_files_that_are_none(pipe, file, tmp_path):
     _, path = file
     tensors, base = load_file(path), Base.of(pipe)
     key = next(iter(key for key in tensors if key.endswith("lora_up.weight")))
-    save_file(tensors, tmp_path / "plain.safetensors")
-    save_file({k: v for k, v in tensors.items() if k != key}, tmp_path / "half.safetensors", metadata={"prompts": "a"})
     stray = {f"lora_unet_x.lora_{end}.weight": torch.ones(1, 1) for end in ("up", "down")}
-    save_file(stray, tmp_path / "other.safetensors", metadata={"prompts": "a"})
-    for name, message in (("plain", "lacks `prompts`"), ("half", "lacks its"), ("other", "belongs to no layer")):
-        with pytest.raises(ErasureError, match=message):
-            import_patch(tmp_path / f"{name}.safetensors", "spm", base)
+    refused({"plain": (tensors, "lacks `prompts`")}, tmp_path, base, "spm")
+    cases = {
+        "half": ({k: v for k, v in tensors.items() if k != key}, "lacks its"),
+        "other": (stray, "belongs to no layer"),
+    }
+    refused(cases, tmp_path, base, "spm", write=partial(save_file, metadata={"prompts": "a"}))
 
 
 def test_aliases_are_erased_texts_too(pipe, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from erasure.errors import ErasureError
 from erasure.methods import erase
@@ -49,3 +50,15 @@ def test_a_preview_every_zero_steps_is_refused(tmp_path):
     with pytest.raises(ErasureError, match="at least 1"):
         erase(tiny_pipeline(), "cat", "esd", out=tmp_path / "p.safetensors", preview_every=0, **QUICK)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_previews_of_a_half_precision_base(tmp_path, precision):
+    """Its autoencoder too computes in fp32 for them, and is given back as it was."""
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    kept = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
+    place = tmp_path / "p.safetensors"
+    erase(pipe, "cat", "esd", out=place, preview_every=3, precision=precision, **QUICK)
+    assert len(list((tmp_path / "p.safetensors.previews").glob("*.png"))) == 2
+    after = pipe.vae.state_dict()
+    assert all(value.dtype == torch.bfloat16 and torch.equal(value, kept[name]) for name, value in after.items())
