@@ -15,9 +15,7 @@ def blocks() -> dict[str, str]:
     """Name of a block of README -> what stands in it."""
     results = ROOT / "bench" / "results"
     methods = Table.from_json(json.loads((results / "glyph.json").read_text(encoding="utf-8")))
-    parts = {
-        name: (results / f"{name}.md").read_text(encoding="utf-8").split("\n\n", 1) for name in ("attack", "costs")
-    }
+    parts = {name: (results / f"{name}.md").read_text(encoding="utf-8").split("\n\n") for name in ("attack", "costs")}
     return {
         "methods": methods.summary(SHOWN, COSTS),
         "attacked": parts["attack"][1].strip(),
