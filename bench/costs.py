@@ -2,10 +2,10 @@
 
 Each method erases one concept twice, as published (`parity=True`: its settings, its quirks, nothing pooled) and with
 our defaults, each run in a process of its own: F and B, samples forward and backward through the UNet, as the run
-counts them, its seconds, how far its memory grew, and what it erased and kept. A published loop of more than `--most`
-F is not run: `erasure plan` goes through some of its steps with a UNet that answers at once, counts exactly, and is
-drawn out to the full length; ours is forecast beside it in the same way, so that the seconds compare. What a latent
-gate asks of the UNet to decide on a prompt is counted over the prompts of the evaluation.
+counts them, its seconds, how far its memory grew (in a short run of its own), and what it erased and kept. A published
+loop of more than `--most` F is not run: `erasure plan` goes through some of its steps with a UNet that answers at once,
+counts exactly, and is drawn out to the full length; ours is forecast beside it in the same way, so that the seconds
+compare. What a latent gate asks of the UNet to decide on a prompt is counted over the prompts of the evaluation.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from erasure.base import quiet
 from erasure.diffusion import Counts, counting
@@ -52,17 +54,37 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     """Erase and evaluate, in this process."""
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    pipe("", num_inference_steps=1)  # what the first call allocates is the base's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     target = folder / "patch.safetensors"
     settings: dict[str, Any] = {"parity": True} if parity else {}
     patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     pipe.load_patch(patch, name="costs")
     shared: dict[str, Any] = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
     made = evaluate(pipe, concept, folder=folder, prompts=about([concept], limit), **shared)
     cells = {metric.name: metric.value for metric in made.rows["patched"] if metric.name in MEASURED}
-    return {**patch.costs, "peak_kib": grown, **cells}
+    return {**patch.costs, **cells}
+
+
+def memory(concept: str, method: str, *, parity: bool) -> dict[str, Any]:
+    """How far this process grows in two updates and what they need before them: more updates need no more."""
+    pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
+    pipe.set_progress_bar_config(disable=True)
+    pipe("", num_inference_steps=1, output_type="latent")  # what the first call allocates is the base's
+    process, stop = psutil.Process(), threading.Event()
+    before, highest = process.memory_info().rss, [0]
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            highest[0] = max(highest[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        settings: dict[str, Any] = {"parity": True} if parity else {}
+        erase(pipe, concept, method, progress=False, iterations=2, **settings)
+    finally:
+        stop.set()
+        watcher.join()
+    return {"grown_bytes": max(0, highest[0] - before)}
 
 
 def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[str]) -> dict[str, Any]:
@@ -88,15 +110,17 @@ def compare(pipe: ErasedStableDiffusionPipeline, method: str, args: argparse.Nam
     if long["F"] > args.most:
         sides["forecast"] = {"published": long, "ours": forecast(pipe, args.concept, method, parity=False)}
     for side in ("published", "ours"):
-        place = args.work / f"{method}-{side}"
-        note = place / "costs.json"
-        if side == "published" and "forecast" in sides:
-            sides[side] = long
-            continue
-        if not note.is_file():
-            command = [sys.executable, __file__, "--concept", args.concept, "--limit", str(args.limit)]
-            subprocess.run([*command, "--one", method, "--side", side, "--work", str(args.work)], check=True)
-        sides[side] = json.loads(note.read_text())
+        sides[side] = {}
+        for part in ("run", "memory"):
+            if part == "run" and side == "published" and "forecast" in sides:
+                sides[side] |= long
+                continue
+            note = args.work / f"{method}-{side}" / f"{part}.json"
+            if not note.is_file():
+                command = [sys.executable, __file__, "--concept", args.concept, "--limit", str(args.limit)]
+                command += ["--work", str(args.work), "--one", method, "--side", side, "--part", part]
+                subprocess.run(command, check=True)
+            sides[side] |= json.loads(note.read_text())
     return sides
 
 
@@ -117,7 +141,7 @@ def markdown(concept: str, limit: int, rows: list[dict[str, Any]]) -> str:
     head = "F + B|F: × fewer|target|work: × less|seconds|memory, MB|UA|IRA|CRA".split("|")
     lines = [
         f"Erasing {concept!r} from glyph: published loop → ours. F + B: samples through the UNet; work: F + 2 B; "
-        f"memory: growth of the process while it trained; UA, IRA, CRA: of {limit} prompts. Each run has a process "
+        f"memory: growth of the process as it trains; UA, IRA, CRA: of {limit} prompts. Each run has a process "
         f"of its own with {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). *: forecast, both sides, not run.",
         "",
         f"| method | {' | '.join(head)} |",
@@ -133,7 +157,7 @@ def markdown(concept: str, limit: int, rows: list[dict[str, Any]]) -> str:
             str(one["target"] or ""),
             f"{one['work_ratio']:.1f}",
             _pair(times["published"], times["ours"], "seconds", "{:,.0f}" + star),
-            _pair(a, b, "peak_kib", "{:,.0f}", 1024 / 1e6),
+            _pair(a, b, "grown_bytes", "{:,.0f}", 1e-6),
             *(_pair(a, b, name, "{:.0f}%", 100) for name in MEASURED),
         ]
         lines.append(f"| {one['method']} | {' | '.join(cells)} |")
@@ -156,12 +180,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/costs"))
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a process of its own does
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet()
     if args.one:
         place = args.work / f"{args.one}-{args.side}"
-        found = measure(args.concept, args.one, place, parity=args.side == "published", limit=args.limit)
-        (place / "costs.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        parity = args.side == "published"
+        if args.part == "memory":
+            found = memory(args.concept, args.one, parity=parity)
+        else:
+            found = measure(args.concept, args.one, place, parity=parity, limit=args.limit)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{args.part}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         return
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
