@@ -45,9 +45,9 @@ def resolve(model: str | os.PathLike[str]) -> str:
             raise ErasureError(f"{name}: only .safetensors files are read, not {path.suffix or 'this file'}")
         return str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".safetensors":
-        known = ", ".join(BUNDLED)
+        known, missing = ", ".join(BUNDLED), ": there is no such file" if path.suffix == ".safetensors" else ""
         raise ErasureError(
-            f"unknown model {name!r}. Allowed: {known}, a diffusers folder, a .safetensors file, "
+            f"unknown model {name!r}{missing}. Allowed: {known}, a diffusers folder, a .safetensors file, "
             "or a hub id (owner/name)"
         )
     return name

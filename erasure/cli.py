@@ -13,7 +13,11 @@ from erasure.errors import ErasureError
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    given = parser().parse_args(argv)
+    commands = parser()
+    given, rest = commands.parse_known_args(argv)
+    if rest:
+        hint = ": each setting takes a --set of its own" if "=" in rest[0] and not rest[0].startswith("-") else ""
+        commands.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     _quiet()
     try:
         RUN[given.command](given)

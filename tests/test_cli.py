@@ -49,6 +49,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["evaluate", "cat", "--suite", "glyph-quick", "--features", "incption"], "did you mean 'inception'"),
         (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
         (["demo", "zebra"], "zebra"),
+        (["erase", "cat", "--model", "glyhp.safetensors"], "unknown model 'glyhp.safetensors': there is no such file"),
     ],
 )
 def test_wrong_use_exits_with_2_and_says_what_is_allowed(capsys, tmp_path, monkeypatch, arguments, says):
@@ -64,6 +65,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
     for target in (tmp_path, tmp_path / "file" / "p.safetensors"):
         code, _, err = run(capsys, "erase", "cat", "-o", str(target))
         assert code == 2 and str(target) in err
+
+
+def test_a_second_setting_without_its_flag_is_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "cat", "--set", "iterations=3", "trajectories=2"])
+    assert stop.value.code == 2
+    assert "each setting takes a --set of its own" in capsys.readouterr().err
 
 
 def test_errors_in_json(capsys):

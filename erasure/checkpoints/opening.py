@@ -107,7 +107,7 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith(UNET)}
             telling = file.get_tensor(TELLING).float() if TELLING in shapes else None
     except (OSError, SafetensorError) as fault:
-        raise ErasureError(f"{path}: cannot be read as safetensors: {fault}") from None
+        raise ErasureError(f"{path}: cannot be read as safetensors, a copy that broke off? ({fault})") from None
     try:
         kind, why = _kind(shapes, frozenset(names), header, telling)
     except ErasureError as fault:

@@ -33,7 +33,11 @@ def run_generate(given: argparse.Namespace) -> None:
         batch_size=given.batch_size,
         progress=not given.json,
     )
-    say(given, {"folder": str(given.out), "images": len(made)}, f"{given.out}: {len(made)} images")
+    say(
+        given,
+        {"folder": str(given.out), "images": len(made)},
+        f"{given.out}: {len(made)} image{'s' * (len(made) != 1)}",
+    )
 
 
 def run_evaluate(given: argparse.Namespace) -> None:

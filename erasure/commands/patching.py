@@ -62,7 +62,9 @@ def import_(given: argparse.Namespace) -> None:
     count = sum(len(patch.payload.names(part)) for part in patch.components)
     taken = f"{given.file}: taken for {form} ({FORMATS[METHODS.get(form, form)].about})"
     facts = {"file": str(given.out), "format": form, "kind": patch.payload.kind, "tensors": count}
-    erased = ", ".join(map(repr, patch.names)) + ("" if given.concept else ", says the file (--concept names it)")
+    erased = ", ".join(map(repr, patch.names)) + (
+        "" if given.concept else " by what the file says or is called (--concept names it)"
+    )
     made = f"{patch.payload.kind}, {count} tensors of {', '.join(patch.components)}, erases {erased}"
     text = f"{taken}\n{given.out}: written, {made}"
     say(given, {**facts, "components": patch.components, "concepts": patch.names}, text)

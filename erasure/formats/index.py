@@ -93,7 +93,7 @@ FORMATS = {
         rewrite=write_single_file,
     ),
     "unguide": Format(
-        "UnGuide's lora.pth", "low rank", read_unguide, only_read="a pickle: peft holds the same, and loads without it"
+        "UnGuide's lora.pth", "low rank", read_unguide, only_read="it is a pickle; peft holds the same and is none"
     ),
 }
 # Names of the codes whose files these are: they say which method made it.

@@ -71,7 +71,7 @@ def check_fit(source: Source, base: Base, wanted: Iterable[Wanted]) -> None:
         raise ErasureError(
             f"{source.path}: {count - len(misfits)} of its {count} layers fit {base.name}"
             + (f"; the first that does not: {misfits[0]}" if misfits else "")
-            + ". Another architecture? Nothing was written"
+            + ". Another architecture? --model (model=) names the base it is for. Nothing was written"
         )
 
 

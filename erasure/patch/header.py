@@ -159,9 +159,13 @@ def refuse_plain(path: os.PathLike[str], metadata: dict[str, str], keys: list[st
     if any(key.endswith((DOWN, "lora_A.weight", "lora.down.weight")) for key in keys):
         raise ErasureError(
             f"{path}: a plain LoRA, not a patch: its header lacks erasure.format, erasure.method, erasure.concepts, "
-            "erasure.base_fingerprint and the rest. pipe.load_lora_weights loads it as it is"
+            "erasure.base_fingerprint and the rest. `erasure patch import` makes a patch of it, and "
+            "pipe.load_lora_weights loads it as it is"
         )
-    raise ErasureError(f"{path}: a safetensors file but not a patch, its header lacks erasure.format")
+    raise ErasureError(
+        f"{path}: a safetensors file but not a patch, its header lacks erasure.format. `erasure patch import` "
+        "makes a patch of files that other programs publish"
+    )
 
 
 def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
