@@ -15,9 +15,11 @@ from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
 from erasure.methods import erase
 from erasure.patch import LowRank
+from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.saliency import compvis_names
 from tests.formats.making import SMALL, changed, close, refused
-from tests.patch.making import delta_patch
+from tests.patch.making import delta_patch, low_rank_patch
+from tests.tiny import tiny_pipeline
 
 
 def moved(pipe, component: str, weights: dict) -> set[str]:
@@ -212,6 +214,14 @@ def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
     for name, value in pipe.unet.state_dict().items():
         expected = value + ours[name] if name in ours else value
         assert torch.allclose(theirs[name], expected, atol=1e-6)
+
+
+def test_a_checkpoint_of_an_erased_base_is_a_plain_one_and_no_warning(tmp_path, caplog):
+    erased = tiny_pipeline(ErasedStableDiffusionPipeline)
+    patch = low_rank_patch(erased)
+    done = export_patch(patch, tmp_path / "pipe", "checkpoint", erased)
+    assert json.loads((done.path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    assert close(patch, import_patch(done.path, model=erased), 1e-5) and not caplog.records
 
 
 def test_text_encoders_that_do_not_fit(pipe, base, tmp_path):
