@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _erasing(add, model)
     _drawing(add, model)
+    _bench(add)
     _patching(add, common, model)
     _sharing(add)
     _listing(add)
@@ -166,6 +167,8 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     verify.add_argument("--force", action="store_true", help="verify on another base where the shapes fit")
     verify.add_argument("-o", "--out", type=Path, default=Path("verified"))
 
+
+def _bench(add: Add) -> None:
     bench = add("bench", "methods x concepts on glyph, as a table")
     bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
     several = '"a+b": by one patch, "a&b": by stacked ones'
