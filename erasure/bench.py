@@ -128,7 +128,7 @@ class Table:
         """The means as Markdown: a line a method, the base's first in each group."""
         lines = _head("concepts", shown, costs)
         seen = set()
-        for entry in sorted(self.means(), key=lambda entry: entry["group"]):
+        for entry in sorted(self.means(), key=lambda entry: _size(entry["group"])):
             name = f"{entry['group']} ({entry['concepts']})"
             if entry["group"] not in seen:
                 seen.add(entry["group"])
@@ -165,6 +165,12 @@ NOTE = (
     "features of glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the "
     "UNet. * a concept for tuning."
 )
+
+
+def _size(group: str) -> tuple[int, str]:
+    """Concepts alone before several, few before many."""
+    first = group.partition(" ")[0]
+    return int(first) if first.isdigit() else 1, group
 
 
 def _head(first: str, shown: Sequence[str], costs: Sequence[str]) -> list[str]:

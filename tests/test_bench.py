@@ -36,6 +36,14 @@ def test_the_markdown_has_the_base_before_the_methods_and_every_concept():
     lines = text.splitlines()
     assert [line.split(" | ")[1] for line in lines[2:5]] == ["*base*", "esd", "other"]
     assert "80% [70, 90]" in text and "| cat * |" in text
+    several = "+".join(str(number) for number in range(16))
+    text = Table([row(name, 0.5) for name in (several, "a+b+c+d", "a&b&c&d", "dog")], {}).summary()
+    assert [line.split(" (")[0] for line in text.splitlines()[3::2]] == [
+        "| objects",
+        "| 4 stacked",
+        "| 4 together",
+        "| 16 together",
+    ]
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
