@@ -234,7 +234,8 @@ def bench(
 
     tuned, report = concepts()
     names = wanted or [*tuned, *report]
-    known = [*objects(), *styles(), *{one for name in [*tuned, *report] for one in members(name)}]
+    vocabulary = [*objects(), *styles(), *(one for name in [*tuned, *report] for one in members(name))]
+    known = list(dict.fromkeys(vocabulary))
     for name in [one for each in names for one in members(each)]:
         if name not in known:
             raise unknown("concept", name, known)

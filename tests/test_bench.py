@@ -80,8 +80,9 @@ def test_the_concept_lists_are_apart():
 
 
 def test_bad_input_is_told_before_any_work(tmp_path):
-    with pytest.raises(ErasureError, match="unknown concept"):
-        bench(["esd"], ["dgo"], tmp_path)
+    with pytest.raises(ErasureError, match="unknown concept 'dgo': did you mean 'dog'. Allowed: dog, ") as told:
+        bench(["esd"], ["cat&dgo"], tmp_path)
+    assert str(told.value).count(" dog,") == 1
     with pytest.raises(ErasureError, match="unknown method"):
         bench(["sed"], ["dog"], tmp_path)
     with pytest.raises(ErasureError, match="at least"):
