@@ -60,8 +60,11 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     pipe.load_patch(patch, name="costs")
     shared: dict[str, Any] = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
     made = evaluate(pipe, concept, folder=folder, prompts=about([concept], limit), **shared)
-    cells = {metric.name: metric.value for metric in made.rows["patched"] if metric.name in MEASURED}
-    return {**patch.costs, **cells}
+    cells, base = (
+        {metric.name: metric.value for metric in made.rows[side] if metric.name in MEASURED}
+        for side in ("patched", "base")
+    )
+    return {**patch.costs, **cells, "base": base}
 
 
 def memory(concept: str, method: str, *, parity: bool) -> dict[str, Any]:
@@ -147,6 +150,8 @@ def markdown(concept: str, limit: int, rows: list[dict[str, Any]]) -> str:
         f"| method | {' | '.join(head)} |",
         "|---" * (len(head) + 1) + "|",
     ]
+    base = rows[0]["ours"]["base"]  # of the same prompts and seeds for all
+    lines.append(f"| *base* | {' | '.join([''] * 6 + [f'{base[name]:.0%}' for name in MEASURED])} |")
     for one in rows:
         a, b = one["published"], one["ours"]
         times = one.get("forecast", {"published": a, "ours": b})

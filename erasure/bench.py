@@ -48,6 +48,11 @@ class Row:
     costs: dict[str, float]
     bytes: int
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Row:
+        """What `asdict` made of a row."""
+        return cls(**{**data, "cells": {name: Cell(**cell) for name, cell in data["cells"].items()}})
+
     def cell(self, name: str) -> Cell | None:
         """A metric; `kept` is the mean of IRA and CRA, of whichever there is.
 
@@ -119,10 +124,7 @@ class Table:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Table:
         """What `to_json` wrote."""
-        rows = [
-            Row(**{**row, "cells": {name: Cell(**cell) for name, cell in row["cells"].items()}}) for row in data["rows"]
-        ]
-        return cls(rows, data["settings"])
+        return cls([Row.from_json(row) for row in data["rows"]], data["settings"])
 
     def summary(self, shown: Sequence[str] = SHOWN, costs: Sequence[str] = COSTS) -> str:
         """The means as Markdown: a line a method, the base's first in each group."""
@@ -298,7 +300,7 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
         found = json.loads(note.read_text())
         if found.pop("settings") != settings:
             raise ErasureError(f"{place} holds a result of other settings; use another folder, or delete it")
-        return Row(**{**found, "cells": {key: Cell(**cell) for key, cell in found["cells"].items()}})
+        return Row.from_json(found)
     names = members(name)
     parts = {name: names} if STACK not in name else {one: [one] for one in names}
     targets = [_place(folder, method, part) / "patch.safetensors" for part in parts]
