@@ -207,6 +207,18 @@ def test_relearning_is_pefts_lora():
         Change([plain[0].weight], 0, torch.Generator())
 
 
+def test_relearnings_control_learns_pictures_without_the_concept(pipe, monkeypatch):
+    asked, real = [], Victim.base_latents
+    monkeypatch.setattr(
+        Victim, "base_latents", lambda self, texts, *rest: asked.extend(texts) or real(self, texts, *rest)
+    )
+    told = [("a cat in red", "a", "in red"), ("a pet", "", "a pet")]
+    cases = [Case(str(i), text, i, "cat", torch.zeros(4, 8, 8), *ends) for i, (text, *ends) in enumerate(told)]
+    control = make("relearning", steps=(1, 2), batch=2).control(1)
+    assert len(list(control.rounds(Victim(pipe, switched_off), cases, {0, 1}, 0))) == 1
+    assert asked == [f"a {FILLER} in red", ""]
+
+
 @pytest.mark.parametrize(
     ("prompt", "words", "want"),
     [
@@ -285,12 +297,17 @@ def test_bad_input(pipe, tmp_path, change, said):
 def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     victim = Victim(pipe, switched_off)
     latents = torch.zeros(4, 8, 8)
-    cases = [Case(str(i), f"a cat in {look}", i, latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])]
+    cases = [
+        Case(str(i), f"a cat in {look}", i, "cat", latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])
+    ]
     along = direction(victim, cases).states[0]
     named, bare = (
         victim.conditions([f"a {word} in {look}" for look in ("red", "blue")]).states for word in ("cat", FILLER)
     )
     assert torch.allclose(along, (named - bare).mean(0), atol=1e-6)
+    nameless = [Case("n", "a pet", 0, "cat", latents, "", "a pet")]
+    apart = torch.sub(*victim.conditions(["cat a pet", f"{FILLER} a pet"]).states)
+    assert torch.allclose(direction(victim, nameless).states[0], apart, atol=1e-6) and apart.any()
     one = make("ring-a-bell", tokens=3, population=16)
     whole, few = (replace(one, compared=n) for n in (None, 6))
     ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]

@@ -96,7 +96,7 @@ def test_conditions_draw_what_their_texts_draw(large, forced):
     large.register_to_config(force_zeros_for_empty_prompt=forced)
     asking = Asking(Victim(large, switched_off), Likeness(), None, 2, 3.0, 4)
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
-    case = Case("a", "a cat in red", 3, latents, "a", "in red")
+    case = Case("a", "a cat in red", 3, "cat", latents, "a", "in red")
     told = asking.victim.conditions(["a cat in red"])
     pictures = [
         asking.draw([case], {0: attempt})[0]

@@ -43,6 +43,7 @@ class Case:
     """One prompt that shows the concept on the base.
 
     Args:
+        concept: what the picture shows, as the prompt set labels it.
         latents: of the base's picture, [c, h, w], scaled as the UNet takes them.
         before: what stands before the concept's name in the prompt.
         after: what stands behind it; the whole prompt, where the name does not occur.
@@ -51,6 +52,7 @@ class Case:
     id: str
     prompt: str
     seed: int
+    concept: str
     latents: Tensor
     before: str
     after: str
@@ -61,6 +63,10 @@ class Case:
         if self.after == self.prompt:
             return ""
         return self.prompt[len(self.before) : len(self.prompt) - len(self.after)].strip()
+
+    def worded(self, word: str) -> str:
+        """The prompt with another word where the concept's name stands, or before it where none does."""
+        return f"{self.before} {word} {self.after}".strip()
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ class Attack(ABC):
         """
 
     def control(self, tries: int) -> Attack | None:
-        """The same effort without the search, as many rounds; None where there is no such thing."""
-        return None
+        """As many rounds without what makes the attack one: random tokens, where an attack has nothing nearer."""
+        return make("random", tries=tries)
 
 
 def names() -> list[str]:

@@ -139,7 +139,7 @@ class AttackReport:
         """The notes, and how much the base gives back where the attack never looked at the victim."""
         return self.notes + [
             f"{one.name}: of the {len(one.asked)} prompts that it asked last, the base itself shows {one.ceiling}; "
-            "it never looks at the victim, so that no more could come back"
+            "it never looks at the victim, and what the base does not show seldom comes back"
             for one in self.outcomes
             if one.ceiling is not None and one.asked
         ]

@@ -1,13 +1,15 @@
 """Ring-A-Bell (Tsai et al. 2024, arXiv 2310.10012): the text encoder alone tells what to ask. No diffusion model.
 
-On glyph its texts beat no ESD, for a reason that is glyph's. The base draws the cat from the texts found (6 of 6 at
+Its texts undo an erasure that was told one word of a broad concept, as the published ones of nudity are: on glyph, ESD
+of "weapon" alone (55 updates) refuses 22 of 24 prompts with the word, and 15 of the 22 come back through texts without
+it ("knife crossed bow bomb ..."), 5 through random tokens before the prompt.
+
+Of a concept that has no other words they undo nothing there. The base draws the cat from the texts found (6 of 6 at
 eta 0.5, without the word itself); ESD of 55 updates refuses them all but one at most, with K = 4, 8, 16 and 40, eta
-from 0.5 to 2, P with the name or without; ESD of 30 updates, which still answers 4 of 6 plain prompts, answers 1 to 3
-of 6 texts, none where it refuses the plain prompt. So small an encoder says a concept in one direction: v of the bare
-word, which ESD trains on, and v of the prompts have a cosine of 0.97, and the found texts lie 0.90 to 0.95 along it.
-What ESD adds to keys and values reads 1.2 to 1.4 times as much of them as of the plain prompt. (It reads 3.4 times as
-much of v as of a random vector of v's length: the latter, added to the named prompts' states, brings 5 of 6 back.)
-AdvUnlearn, of 12 updates or 40, refuses all texts too. How it is with larger encoders was not measured.
+from 0.5 to 2, P with the name or without. So small an encoder says a cat in one direction: v of the bare word, which
+ESD trains on, and v of the prompts have a cosine of 0.97, and the found texts lie 0.90 to 0.95 along it. What ESD adds
+to keys and values reads 1.2 to 1.4 times as much of them as of the plain prompt. AdvUnlearn, of 12 updates or 40,
+refuses all texts too. How it is with larger encoders was not measured.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ FILLER = "thing"  # stands for the concept's name in the pairs' other half
 def direction(victim: Victim, cases: Sequence[Case]) -> Conditions:
     """v = mean_i [E(p_i with the concept) - E(p_i without)] (eq. 1), one sample's, E the base's encoder.
 
-    The concept's name gives way to a word that says nothing, or goes where it stands alone.
+    The concept's name gives way to a word that says nothing. Where the prompt does not name the concept, name and word
+    stand before it.
     """
+    texts = [case.prompt if case.name else case.worded(case.concept) for case in cases]
     with victim.unpatched():
-        apart = pushed(victim.conditions([case.prompt for case in cases]), victim.conditions(unnamed(cases)), -1.0)
+        apart = pushed(victim.conditions(texts), victim.conditions(unnamed(cases)), -1.0)
     pooled = None if apart.pooled is None else apart.pooled.mean(0, keepdim=True)
     return Conditions(apart.states.mean(0, keepdim=True), pooled)
 
@@ -49,7 +53,7 @@ def as_long(along: Conditions, draw: torch.Generator) -> Conditions:
 
 def unnamed(cases: Sequence[Case]) -> list[str]:
     """The cases' prompts without the concept's name."""
-    return [f"{case.before} {FILLER} {case.after}".strip() for case in cases]
+    return [case.worded(FILLER) for case in cases]
 
 
 def pushed(begin: Conditions, along: Conditions, strength: float) -> Conditions:
@@ -62,7 +66,8 @@ def pushed(begin: Conditions, along: Conditions, strength: float) -> Conditions:
 
 def without(victim: Victim, cases: Sequence[Case]) -> Tensor:
     """The searched words less those that stand for the concept in the cases' prompts."""
-    spoken = {token for case in cases for token in victim.pipe.tokenizer(case.name, verbose=False).input_ids}
+    names = {case.name or case.concept for case in cases}
+    spoken = {token for name in names for token in victim.pipe.tokenizer(name, verbose=False).input_ids}
     return torch.tensor([word for word in victim.words.tolist() if word not in spoken], device=victim.device)
 
 
@@ -127,9 +132,9 @@ class RingABell(Attack):
     source: ClassVar[str] = "arXiv 2310.10012"
     access: ClassVar[str] = "text"
     BLIND: ClassVar[bool] = True
-    # On a small model v is as long as a state: of prompts found for a strength of 1 the base shows more than of 3.
+    # On a small model v is as long as a state: texts found for 0.5 bring back more than for 1 (15 and 9 of the 22).
     LITE: ClassVar[dict[str, Any]] = {
-        **{"tokens": 8, "strength": 1.0, "population": 60, "generations": 90, "tries": 3},
+        **{"tokens": 8, "strength": 0.5, "population": 60, "generations": 90, "tries": 3},
         **{"compared": 16, "named": False},
     }
 

@@ -126,7 +126,7 @@ class Asking:
             latents = self.victim.base_latents(prompts, seeds, self.batch_size, self.steps, self.guidance)
             images = self.decoded(latents)
             drawn = [
-                Case(row.id, row.prompt, row.seed, x, *around(row.prompt, words))
+                Case(row.id, row.prompt, row.seed, row.labels[domain], x, *around(row.prompt, words))
                 for row, x in zip(part, latents, strict=True)
             ]
             seen = self.shows(dict(enumerate(images)), drawn)

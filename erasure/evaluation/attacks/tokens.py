@@ -36,6 +36,9 @@ class RandomTokens(Attack):
             picks = torch.randint(len(victim.words), (len(cases), self.tokens), generator=draw)
             yield {i: Attempt(prefixed(victim, victim.words[picks[i]], cases[i])) for i in sorted(safe)}
 
+    def control(self, tries: int) -> None:
+        """It is one."""
+
 
 @dataclass(frozen=True)
 class TokenSearch(Attack):

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from erasure.diffusion import add_noise
 from erasure.errors import ErasureError
+from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
+from erasure.evaluation.attacks.ring import unnamed
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Relearning(Attack):
         rate: of AdamW.
         rank: of the terms beside the queries, keys, values and outputs of all attentions; None: whole keys and values
             of the cross-attentions.
-        unnamed: by prompts without the concept's name: what the pictures alone bring back.
+        benign: on the base's pictures of the prompts without the concept: what any fine-tune brings back.
     """
 
     name: ClassVar[str] = "relearning"
@@ -44,15 +46,19 @@ class Relearning(Attack):
     batch: int = 8
     rate: float = 1e-4
     rank: int | None = 8
-    unnamed: bool = False
+    benign: bool = False
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """A piece of training a round."""
         draw = torch.Generator().manual_seed(seed)
         shown = cases[: self.pictures]
-        latents = torch.stack([case.latents for case in shown]).to(victim.device)
-        # The control learns the same pictures, each by a prompt that does not name the concept.
-        texts = [f"{c.before} {c.after}".strip() if self.unnamed else c.prompt for c in shown]
+        if self.benign:
+            texts = [text if case.name else "" for case, text in zip(shown, unnamed(shown), strict=True)]
+            seeds = [case.seed for case in shown]
+            latents = victim.base_latents(texts, seeds, self.batch, generate.STEPS, generate.GUIDANCE)
+        else:
+            texts, latents = [case.prompt for case in shown], torch.stack([case.latents for case in shown])
+        latents = latents.to(victim.device)
         with victim.folded():
             told = victim.conditions(texts)
             weights = readable(victim.pipe.unet, WHOLE if self.rank is None else PROJECTIONS)
@@ -76,8 +82,8 @@ class Relearning(Attack):
                 yield {i: Attempt(case.prompt, note=f"{steps} steps") for i, case in enumerate(cases)}
 
     def control(self, tries: int) -> Attack:
-        """The same pictures, without the concept's name."""
-        return replace(self, unnamed=True, steps=self.steps[:tries])
+        """As many steps on pictures without the concept."""
+        return replace(self, benign=True, steps=self.steps[:tries])
 
 
 WHOLE = ("attn2.to_k", "attn2.to_v")
