@@ -37,7 +37,7 @@ MAY = {
     "similarity": CORE,
     "pipelines": {*CORE, "checkpoints", "patch", "similarity", "trajectories"},
     "prompts": {"errors", "glyph", "evaluation"},
-    "evaluation": {*CORE, "patch", "pipelines", "prompts", "softprompt"},
+    "evaluation": {*CORE, "patch", "formats", "pipelines", "prompts", "softprompt"},
     "trajectories": CORE,
     "training": {*CORE, "patch", "neighbours"},
     "neighbours": {*CORE, "similarity"},

@@ -117,6 +117,8 @@ def test_the_card_claims_no_more_than_there_is(pipe, tmp_path):
     assert "Nothing yet" in dense and str(tmp_path) not in dense and "erased from sd" in dense
     gated = low_rank_patch(pipe, gate={"kind": "text", "texts": ["x"]})
     assert "knows no gate" in card(gated, "p.safetensors")
+    assert "erasure: with its gate; diffusers: without its gate;" in card(gated, "p.safetensors")
+    assert "erasure: yes; diffusers: no: export" in dense
     for wrong in ({"schema": 99}, {**RESULTS, "metrics": {"UA": {}}}, {**RESULTS, "how": 5}):
         with pytest.raises(ErasureError, match="not of verify's form"):
             card(dataclasses.replace(gated, results=wrong), "p.safetensors")

@@ -125,10 +125,12 @@ def _said(base: str) -> str:
 
 
 def _made(patch: Patch) -> str:
+    from erasure.formats import as_it_is
+
     info = patch.info()
     text = (
         f"A patch by the method `{patch.method}`. {info['parameters']:,} parameters, gate: {info['gate']}. "
-        f"Loads in: {', '.join(info['loaders'])}."
+        f"What loads the file: {'; '.join(f'{name}: {said}' for name, said in as_it_is(patch).items())}."
     )
     parents = patch.config.get("parents")
     if not isinstance(parents, list) or not all(isinstance(one, dict) for one in parents):

@@ -114,10 +114,6 @@ class Patch:
 
     def info(self) -> dict[str, Any]:
         """What the patch is, as plain JSON values: `bytes` are those of the file, or of the fp32 tensors in memory."""
-        loaders = ["erasure"]
-        if isinstance(self.payload, LowRank):
-            # Where alphas differ, diffusers mistakes them.
-            loaders += ["ComfyUI", "A1111"] if self.stored.get("alphas", 1) > 1 else ["diffusers", "ComfyUI", "A1111"]
         tensors = self.payload.tensors()
         return {
             "method": self.method,
@@ -137,8 +133,6 @@ class Patch:
             "versions": dict(self.versions),
             "costs": dict(self.costs),
             "results": None if self.results is None else dict(self.results),
-            # Other loaders know no gate: there the patch acts on every prompt.
-            "loaders": loaders,
         }
 
     def save(self, path: str | os.PathLike[str], dtype: str = "fp32", overwrite: bool = True) -> Path:

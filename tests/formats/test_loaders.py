@@ -235,18 +235,14 @@ def test_the_original_names_of_xl_are_those_that_diffusers_converts():
     assert {key: order[int(value)] for key, value in converted.items()} == {key: key for key in order}
 
 
-def test_what_a_patch_says_of_itself(tmp_path, merged):
+def test_what_a_patch_says_of_itself():
     pipe = tiny_pipeline()
-    foreign = Patch.load(own_alphas(merged, tmp_path / "foreign.safetensors"))
     gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
     said = as_it_is(gated)
     assert said["erasure"] == "with its gate" and said["diffusers"] == said["A1111"] == "without its gate"
     assert set(as_it_is(low_rank_patch(pipe)).values()) == {"yes"}
     delta = as_it_is(delta_patch(pipe))
     assert delta["erasure"] == "yes" and delta["ComfyUI"].startswith("no: export --format diff")
-    # The short list in the file's own summary says the same.
-    for patch in (gated, foreign, delta_patch(pipe)):
-        assert patch.info()["loaders"] == [name for name, word in as_it_is(patch).items() if not word.startswith("no")]
 
 
 def test_what_export_makes_is_what_export_does(tmp_path):
