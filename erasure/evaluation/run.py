@@ -15,6 +15,7 @@ from erasure.evaluation.beside import Beside, write_lines
 from erasure.evaluation.counts import count
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
+from erasure.evaluation.judges import verdicts
 from erasure.evaluation.metrics import Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
@@ -262,7 +263,7 @@ def _batch(judge: Judge, part: list[tuple[Record, Image.Image]], target: Target,
     # With the prompt of every picture, and the concept's name and its stand-in where the prompt asks for it.
     asked = [(i, text) for i, (record, _) in enumerate(part) for text in _texts(record, target)]
     try:
-        verdicts, features = judge.judge(images), judge.features(images)
+        said, features = verdicts(judge, images), judge.features(images)
         scores = judge.clip_scores([images[i] for i, _ in asked], [text for _, text in asked])
     except Exception as fault:
         if len(part) > 1:
@@ -276,7 +277,7 @@ def _batch(judge: Judge, part: list[tuple[Record, Image.Image]], target: Target,
     for i, (record, _) in enumerate(part):
         clip, *others = by_row[i]
         pair = (others[0], others[1]) if others and None not in others else None
-        found.append(Judged(record, verdicts[i], clip, features[i], pair))  # type: ignore[arg-type]
+        found.append(Judged(record, said[i], clip, features[i], pair))  # type: ignore[arg-type]
     return found
 
 

@@ -274,6 +274,16 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
     report = attack(pipe, "cat", "encoder", folder=tmp_path, judge=Blind(), **QUICK)
     assert report.plain == 3 and "blind" in report.faults[0]
 
+    class Vague(Blind):
+        def judge(self, images):
+            try:
+                return super().judge(images)
+            except RuntimeError:
+                return [{"object": {"none": float("nan"), "cat": float("nan")}}]
+
+    report = attack(pipe, "cat", "encoder", folder=tmp_path / "vague", judge=Vague(), **QUICK)
+    assert report.plain == 3 and "no score of some object" in report.faults[0]
+
 
 @pytest.mark.parametrize(
     ("change", "said"),

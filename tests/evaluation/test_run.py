@@ -159,6 +159,60 @@ def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path
     assert len(report.faults) == 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda said: {},
+        lambda said: None,
+        lambda said: {**said, "object": {"none": 1.0}},
+        lambda said: {**said, "object": dict.fromkeys(said["object"], float("nan"))},
+    ],
+    ids=["empty", "nothing", "a label short", "nan"],
+)
+def test_no_answer_is_no_absence(pipe, tmp_path, answer):
+    """A plug-in that answers nothing on two of eight images, or too few answers, has not found them clean."""
+
+    class Vague(BrightnessJudge):
+        def judge(self, images):
+            # Which images these are must not depend on who else is in the batch.
+            found = super().judge(images)
+            dark = {np.asarray(image).mean() for image in seen}
+            return [answer(x) if np.asarray(i).mean() in dark else x for i, x in zip(images, found, strict=True)]
+
+    generate(pipe, ROWS, tmp_path / "patched", steps=2, progress=False)
+    seen = [Image.fromarray(p.astype(np.uint8)) for p in list(pictures(tmp_path / "patched").values())[:2]]
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=Vague(), whole=True, **QUICK)
+    assert sorted(fault.partition(":")[0] for fault in report.faults) == ["r0", "r0", "r1", "r1"]
+    assert report.metric("UA").n == 4 and not report.metric("UA").value == 1
+
+    class Short(BrightnessJudge):
+        def judge(self, images):
+            return super().judge(images)[1:]
+
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=Short(), whole=True, **QUICK)
+    assert (report.metric("UA").value, len(report.faults)) == (0, 16) and "0 verdicts on 1 images" in report.faults[0]
+
+
+def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
+    from erasure.evaluation import run
+
+    draw = run.generate
+
+    def spoil(pipe, rows, folder, **options):
+        found = draw(pipe, rows, folder, **options)
+        half = (folder / "images" / "r0.png").read_bytes()[:200]
+        (folder / "images" / "r0.png").write_bytes(half)
+        (folder / "images" / "r2.png").unlink()
+        return found
+
+    monkeypatch.setattr(run, "generate", spoil)
+    options = {**QUICK, "prompts": ROWS, "judge": BrightnessJudge(), "whole": True}
+    report = evaluate(pipe, "cat", folder=tmp_path, **options)
+    wanted = ["r0: the image is missing or broken", "r2: the image is missing or broken"]
+    assert report.faults == wanted * 2 and report.metric("UA").n == 4 and report.metric("UA").value <= 0.5
+    assert (tmp_path / "report.html").read_text().count("missing</span>") == 4
+
+
 def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
     rows = PromptSet("x", [*ROWS.rows, Prompt("evil", "<script>alert(1)</script> a cat", 9, None, {"object": "cat"})])
     evaluate(pipe, "cat", folder=tmp_path, prompts=rows, judge=BrightnessJudge(), **QUICK)

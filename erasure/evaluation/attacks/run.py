@@ -19,6 +19,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.judges import verdicts
 from erasure.evaluation.promptset import PromptSet, again, mixed
 from erasure.evaluation.run import find_target, switched_off
 
@@ -93,7 +94,7 @@ class Asking:
         found = set()
         for i, image in images.items():
             try:
-                scores = self.judge.judge([image])[0][self.target.domain]
+                scores = verdicts(self.judge, [image])[0][self.target.domain]
             except Exception as fault:
                 self.faults.append(f"{cases[i].id}: {self.judge.name} failed: {type(fault).__name__}: {fault}")
                 found.add(i)

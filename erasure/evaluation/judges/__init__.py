@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -66,6 +67,23 @@ class LabelsOnly:
     def features(self, images: list[Image.Image]) -> list[None]:
         """None for each image."""
         return [None] * len(images)
+
+
+def verdicts(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
+    """What a judge says of each image, checked: no answer must not pass as an image without the concept.
+
+    Raises:
+        ErasureError: not one verdict an image, or one without a score for each label of each head, all of them numbers.
+    """
+    found = judge.judge(images)
+    if len(found) != len(images):
+        raise ErasureError(f"{judge.name} gave {len(found)} verdicts on {len(images)} images")
+    for verdict in found:
+        for head, labels in judge.heads.items():
+            scores = (verdict or {}).get(head, {})
+            if any(not math.isfinite(scores.get(label, math.nan)) for label in labels):
+                raise ErasureError(f"{judge.name} gave no score of some {head}")
+    return found
 
 
 def kinds() -> list[str]:
