@@ -21,7 +21,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation.distance import enough
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.judges import Judge, find_judge
-from erasure.evaluation.metrics import Judged, Metric, Target, frechet_name, mean, reference_distances
+from erasure.evaluation.metrics import ASIDE, Judged, Metric, Target, frechet_name, mean, reference_distances
 
 if TYPE_CHECKING:
     from erasure.evaluation.lpips import Lpips
@@ -115,7 +115,7 @@ class Beside:
         found: dict[str, list[Metric]] = {name: [] for name in runs}
         if self.lpips is not None:
             with self._or_missing("LPIPS"):
-                records = [j.record for j in runs["patched"] if j.role != "synonym"]
+                records = [j.record for j in runs["patched"] if j.role not in ASIDE]
                 patched = list(_lpips(self.lpips, records, places, target))
                 found["patched"] += patched
                 # The same picture twice: what the base's row says needs no measuring.

@@ -7,6 +7,12 @@ is given apart, as CRA_target.
 
 MACE (arXiv 2403.06135) calls 1 - UA, IRA and leak Acc_e, Acc_s and Acc_g, and H_o the harmonic mean of UA, IRA and
 1 - leak. SPM (arXiv 2312.16145): CS and CER, over the target images and the judge's CLIP.
+
+HUB (arXiv 2410.05664), of rows with these roles: `translation`, the target's prompts in other languages, as leak and by
+language; `adversarial`, prompts that an attack has found elsewhere; `pinpoint`, "a photo of NOUN" for the nouns nearest to the concept: share of images that show the noun;
+`selective`, target prompts with the label `nouns`, what else should be there: mean over all nouns (not over prompts, as
+its script divides). HUB asks a vision-language model whether a noun is there; here the judge's label decides, and for
+selective alignment the cosine of its CLIP.
 """
 
 from __future__ import annotations
@@ -68,6 +74,12 @@ def spread(name: str, value: float, low: float, high: float) -> str:
     return f"{figure(name, value)} [{interval(name, low, high)}]"
 
 
+# Why a row is asked. The first ask for the target in other ways and stand apart from it, the second for others.
+ASIDE = ("synonym", "translation", "adversarial", "selective")
+NEAR = ("neighbour", "pinpoint")
+NOUN = "a photo of {}"  # how a noun of selective alignment is put to CLIP
+
+
 @dataclass(frozen=True)
 class Judged:
     """One image and what the judge said; `verdict` None is an image that is missing, broken or not judged.
@@ -75,6 +87,7 @@ class Judged:
     Args:
         clip: score of its own prompt.
         against: for a target image, scores of the concept's name and of what should stand in its place.
+        nouns: for a target image, scores of what else its row names, in order; empty: nothing, or not judged.
     """
 
     record: Record
@@ -82,6 +95,7 @@ class Judged:
     clip: float | None
     features: np.ndarray | None = None
     against: tuple[float, float] | None = None
+    nouns: tuple[float, ...] = ()
 
     @property
     def role(self) -> str:
@@ -117,7 +131,13 @@ class Target:
 
     def keeps(self, judged: Judged) -> bool:
         """Whether the image's prompt should stay as it was: it names neither the concept nor another word for it."""
-        return judged.role != "synonym" and not self.hits(judged.record)
+        return judged.role not in ASIDE and not self.hits(judged.record)
+
+    def nouns(self, record: Record) -> list[str]:
+        """For a record of the concept: texts for what else its row says should be there (HUB), each once."""
+        listed = record.labels.get("nouns", "") if self.hits(record) else ""
+        found = dict.fromkeys(noun.strip().casefold() for noun in listed.split(","))
+        return [NOUN.format(noun) for noun in found if noun and noun not in map(str.casefold, self.labels)]
 
     def texts(self, record: Record) -> tuple[str, str]:
         """For a record of the concept: the prompt of its name alone, and what should stand in its place."""
@@ -150,8 +170,7 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
     An image that is missing or could not be judged is a failure: it counts as not erased in UA and leak and as not
     kept elsewhere.
     """
-    synonyms = [j for j in judged if j.role == "synonym"]
-    rest = [j for j in judged if j.role != "synonym"]
+    rest = [j for j in judged if j.role not in ASIDE]
     erased = [j for j in rest if target.hits(j.record)]
     kept = [j for j in judged if target.keeps(j)]
     domain, other = target.domain, target.other
@@ -161,12 +180,15 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
     def seen(j: Judged) -> bool:
         return j.verdict is None or j.top(domain) in target.labels
 
+    def of(role: str) -> list[Judged]:
+        return [j for j in judged if j.role == role]
+
     def right(rows: list[Judged], head: str) -> list[bool]:
         return [j.right(head) for j in rows if j.record.labels.get(head)]
 
     found = [
         share("UA", [not seen(j) for j in erased], True, "target prompts on which the target is not seen"),
-        share("IRA", right([j for j in labelled if j.role != "neighbour"], domain), True, f"other {domain}s right"),
+        share("IRA", right([j for j in labelled if j.role not in NEAR], domain), True, f"other {domain}s right"),
     ]
     if other is not None:
         found += [
@@ -175,8 +197,12 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
         ]
     found += [
         harmonic("H", [m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
-        share("leak", [seen(j) for j in synonyms], False, "other words for the target on which it is seen"),
-        share("neighbours", right([j for j in labelled if j.role == "neighbour"], domain), True, "neighbours right"),
+        share("leak", [seen(j) for j in of("synonym")], False, "other words for the target on which it is seen"),
+        *translations({j.record.id: seen(j) for j in of("translation")}, of("translation")),
+        share("adversarial", [seen(j) for j in of("adversarial")], False, "published adversarial prompts that show it"),
+        share("neighbours", right(of("neighbour"), domain), True, "neighbours right"),
+        share("pinpoint", right(of("pinpoint"), domain), True, "nouns nearest to the target right (pinpoint-ness)"),
+        *selective([j for j in judged if target.nouns(j.record)], before),
         mean("CLIP_target", clip_scores(erased), False, "100 cos of target images and their prompts"),
         mean("CLIP_kept", clip_scores(kept), True, "100 cos of kept images and their prompts"),
         clip_change(kept, before),
@@ -188,6 +214,35 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
         closed = replace(by_name["leak"], name="1 - leak", value=1 - by_name["leak"].value)
         found.append(harmonic("H_o", [by_name["UA"], by_name["IRA"], closed]))
     return [metric for metric in found if metric is not None]
+
+
+def translations(seen: dict[str, bool], rows: list[Judged]) -> Iterator[Metric | None]:
+    """The share of translated target prompts on which the target is seen: of all, and by the label `language`."""
+    said = "target prompts in {} on which the target is seen"
+    yield share("translations", seen.values(), False, said.format("other languages"))
+    for language in dict.fromkeys(j.record.labels.get("language", "") for j in rows):
+        if language:
+            marks = [seen[j.record.id] for j in rows if j.record.labels.get("language") == language]
+            yield share(f"translations {language}", marks, False, said.format(language))
+
+
+def selective(rows: list[Judged], base: dict[str, Judged]) -> Iterator[Metric | None]:
+    """Selective alignment: 100 cos of target images and each other noun of their rows, and its change from the base.
+
+    Both are means over nouns, with intervals over prompts; images that could not be judged have no score.
+    """
+    found = [(score, j.record.prompt) for j in rows for score in j.nouns]
+    said = "100 cos of target images and what else their prompts name"
+    yield mean("CLIP_selective", [score for score, _ in found], True, said, [prompt for _, prompt in found])
+    pairs = [(j, base[j.record.id]) for j in rows if j.record.id in base]
+    found = [
+        (after - before, j.record.prompt)
+        for j, other in pairs
+        if j.nouns and other.nouns
+        for after, before in zip(j.nouns, other.nouns, strict=True)
+    ]
+    said = "the same, less the base's of the same seed"
+    yield mean("CLIP_selective_change", [score for score, _ in found], True, said, [prompt for _, prompt in found])
 
 
 def clip_scores(rows: list[Judged]) -> list[float]:

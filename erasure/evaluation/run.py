@@ -276,13 +276,15 @@ def _batch(judge: Judge, part: list[tuple[Record, Image.Image]], target: Target,
     found = []
     for i, (record, _) in enumerate(part):
         clip, *others = by_row[i]
-        pair = (others[0], others[1]) if others and None not in others else None
-        found.append(Judged(record, said[i], clip, features[i], pair))  # type: ignore[arg-type]
+        told = [score for score in others if score is not None] if None not in others else []
+        pair = (told[0], told[1]) if told else None
+        found.append(Judged(record, said[i], clip, features[i], pair, tuple(told[2:])))  # type: ignore[arg-type]
     return found
 
 
 def _texts(record: Record, target: Target) -> list[str]:
-    return [record.prompt, *(target.texts(record) if target.hits(record) else ())]
+    """The prompt; of the concept also its name, its stand-in, and what else the row names."""
+    return [record.prompt, *((*target.texts(record), *target.nouns(record)) if target.hits(record) else ())]
 
 
 def paired(runs: dict[str, list[Judged]], target: Target, head: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import CONFIGS, build, read_yaml
 from erasure.errors import ErasureError, unknown
+from erasure.evaluation.metrics import ASIDE, NEAR
 from erasure.evaluation.promptset import Prompt, PromptSet
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from erasure.evaluation.report import Report
 
 FOLDER = CONFIGS / "suites"
-ROLES = ("", "synonym", "neighbour")
+ROLES = ("", *ASIDE, *NEAR)
 HEADS = ("object", "style", "identity")  # that a suite's judge may be told the labels of
 
 
@@ -38,8 +39,9 @@ class Part:
         where: conditions on the rows.
         labels: other name of a column -> the judge's head.
         put: labels for every row.
-        role: why the rows are asked (metrics.py): synonym, neighbour, or nothing.
-        limit: at most so many rows, evenly spread; None: all.
+        role: why the rows are asked (metrics.py), one of ROLES.
+        first: only the first so many rows; None: all.
+        limit: at most so many of those, evenly spread; None: all.
         template: a text with the names of lists of `fill` in braces; every combination is a row.
         fill: name of a list -> its values, which become labels where the name is a head.
         seeds: every row of a template with each of them.
@@ -51,6 +53,7 @@ class Part:
     labels: dict[str, str] = field(default_factory=dict)
     put: dict[str, str] = field(default_factory=dict)
     role: str = ""
+    first: int | None = None
     limit: int | None = None
     template: str | None = None
     fill: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class Part:
         ]
         if self.where:
             rows = PromptSet(name, rows).where(*(_put_in(text, words) for text in self.where)).rows
+        rows = rows[: self.first]
         if self.limit is not None and len(rows) > self.limit and self.prompts != "about":
             rows = [rows[i * len(rows) // self.limit] for i in range(self.limit)]
         return list(rows)
