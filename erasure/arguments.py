@@ -103,6 +103,8 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
     sampling.add_argument("--batch-size", type=int, default=16)
 
+    asking = _asking()
+
     def judging(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--judge", help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; default: glyph"
@@ -115,12 +117,10 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("-o", "--out", type=Path, default=Path("out"))
 
-    evaluate = add("evaluate", "measure what is erased and what is kept", model, patches, sampling)
+    evaluate = add("evaluate", "measure what is erased and what is kept", model, patches, asking, sampling)
     evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
     evaluate.add_argument("--suite", help="a recipe: a name (see `erasure suites`) or a YAML file")
     evaluate.add_argument("--data", type=Path, help="the folder of a suite's own files")
-    evaluate.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
-    evaluate.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
     evaluate.add_argument(
         "--inside", action="store_true", help="measure the weights too, without a judge: drift, margin, leak"
     )
@@ -137,7 +137,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
 
-    attack = add("attack", "what an attacker gets back", model, patches, sampling)
+    attack = add("attack", "what an attacker gets back", model, patches, asking, sampling)
     attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
     attack.add_argument("--attack", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
     attack.add_argument(
@@ -148,7 +148,6 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
         help="for `--attack detune`: a published checkpoint, or a patch merged into one; two or more",
     )
     attack.add_argument("--list", action="store_true", help="name the attacks and end")
-    attack.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
     judging(attack)
     attack.add_argument("--cases", type=int, default=12, help="prompts to attack")
     attack.add_argument("--budget", default="lite", help="lite (for a CPU) or full (as published)")
@@ -156,16 +155,32 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     attack.add_argument("--seed", type=int, default=0)
     attack.add_argument("-o", "--out", type=Path, default=Path("attack"))
 
-    verify = add("verify", "measure and attack a patch, and write what was found into a copy of it", model, sampling)
+    verify = add(
+        "verify", "measure and attack a patch, and write what was found into a copy of it", model, asking, sampling
+    )
     verify.add_argument("file", help="a patch, or its name on the hub")
     verify.add_argument("--attack", action="append", metavar="NAME", help="default: three of them; `none` for none")
-    verify.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
     judging(verify)
     verify.add_argument("--limit", type=int, help="at most this many prompts")
     verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
     verify.add_argument("--budget", default="lite", help="of the attacks: lite (for a CPU) or full (as published)")
     verify.add_argument("--force", action="store_true", help="verify on another base where the shapes fit")
     verify.add_argument("-o", "--out", type=Path, default=Path("verified"))
+
+
+def _asking() -> argparse.ArgumentParser:
+    """Which prompts are asked."""
+    asking = argparse.ArgumentParser(add_help=False)
+    asking.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
+    asking.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
+    asking.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="HEAD=VALUE",
+        help="what every row of --prompts asks for, where the file does not say: object=church",
+    )
+    return asking
 
 
 def _bench(add: Add) -> None:

@@ -19,7 +19,7 @@ def run_generate(given: argparse.Namespace) -> None:
     if bool(given.prompt) == bool(given.prompts):
         raise ErasureError("give prompts, or a prompt set with --prompts, and not both")
     if given.prompts:
-        rows = _rows(given.prompts, given.where)
+        rows = _rows(given)
     else:
         rows = PromptSet(
             "command", [Prompt(f"{i:04d}", text, given.seed + i, None, {}) for i, text in enumerate(given.prompt)]
@@ -58,28 +58,33 @@ def run_evaluate(given: argparse.Namespace) -> None:
     if given.suite:
         if given.inside:
             raise ErasureError("--inside goes with --prompts, not with --suite")
-        if given.prompts or given.where:
-            raise ErasureError("a suite brings its own prompts: give --suite, or --prompts and --where")
+        if given.prompts or given.where or given.label:
+            raise ErasureError("a suite brings its own prompts: give --suite, or --prompts, --where and --label")
         suite = Suite.read(given.suite)
         found = run_suite(
             pipeline(given), concept, suite, data=given.data, judge=given.judge, measures=measures, **options
         )
         say(given, found.to_json(), f"{found.text()}\n{given.out / 'report.html'}")
         return
-    if given.where and not given.prompts:
-        raise ErasureError("--where chooses among the rows of --prompts")
-    if given.prompts:
-        options["prompts"] = _rows(given.prompts, given.where)
+    rows = _rows(given)
+    if rows is not None:
+        options["prompts"] = rows
     report = evaluate(pipeline(given), concept, judge=_judge(given), within=given.inside, **measures, **options)
     say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
 
 
-def _rows(source: str, conditions: list[str]) -> Any:
-    """A prompt set, or those of its rows that fit."""
+def _rows(given: argparse.Namespace) -> Any:
+    """The prompt set of the command line, those of its rows that fit, with its labels; None: none is named."""
     from erasure.evaluation.promptset import PromptSet
 
-    rows = PromptSet.read(source)
-    return rows.where(*conditions) if conditions else rows
+    labels = getattr(given, "label", [])
+    if not given.prompts:
+        if given.where or labels:
+            raise ErasureError("--where and --label are about the rows of --prompts")
+        return None
+    rows = PromptSet.read(given.prompts)
+    rows = rows.where(*given.where) if given.where else rows
+    return rows.labelled(*labels) if labels else rows
 
 
 def _judge(given: argparse.Namespace) -> Any:
@@ -118,7 +123,7 @@ def run_attack(given: argparse.Namespace) -> None:
         return
     shared = {
         "folder": given.out,
-        "prompts": given.prompts,
+        "prompts": _rows(given),
         "cases": given.cases,
         "settings": parse_overrides(given.set),
         "judge": _judge(given),
@@ -150,7 +155,7 @@ def run_verify(given: argparse.Namespace) -> None:
         given.file,
         folder=given.out,
         attacks=ATTACKS if given.attack is None else [name for name in given.attack if name != "none"],
-        prompts=given.prompts,
+        prompts=_rows(given),
         limit=given.limit,
         cases=given.cases,
         budget=given.budget,

@@ -116,6 +116,23 @@ class PromptSet:
             writer.writerow([*fixed, *(row.labels.get(label, "") for label in labels)])
         return out.getvalue()
 
+    def labelled(self, *labels: str) -> PromptSet:
+        """Every row with these labels as well, given as `HEAD=VALUE`: published lists about one concept have none.
+
+        Raises:
+            ErasureError: another form, a head that is a column of every row, or one whose value a row has already.
+        """
+        added: dict[str, str] = {}
+        for text in labels:
+            head, sign, value = (part.strip() for part in text.partition("="))
+            if not (head and sign and value) or head in FIXED:
+                raise ErasureError(f"label {text!r}: HEAD=VALUE is needed, such as object=church or nudity=nudity")
+            other = next((row for row in self.rows if row.labels.get(head, value) != value), None)
+            if other is not None:
+                raise ErasureError(f"label {text!r}: {self.name}, row {other.id!r} has {head}={other.labels[head]}")
+            added[head] = value
+        return PromptSet(self.name, [replace(row, labels={**row.labels, **added}) for row in self.rows])
+
     def where(self, *conditions: str) -> PromptSet:
         """The rows that meet every condition, such as `nudity_percentage>50` or `categories=sexual`.
 

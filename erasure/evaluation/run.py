@@ -74,7 +74,8 @@ def evaluate(
         reference: a folder of pictures; KID and FD of the kept images to them, too.
 
     Raises:
-        ErasureError: a concept that the prompt set has no label for, a bad prompt set, an unwritable folder.
+        ErasureError: a concept that the prompt set has no label for, prompts for labels that the judge lacks, a bad
+            prompt set, an unwritable folder.
     """
     target_folder = Path(folder)
     rows = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
@@ -85,6 +86,7 @@ def evaluate(
     target = find_target(concept, rows, judge)
     beside = Beside.find(judge, features, lpips, reference)
     chosen = rows if whole else select(rows, target, limit)
+    fit(chosen, judge)
     options: dict[str, Any] = {
         "steps": STEPS if steps is None else steps,
         "guidance": GUIDANCE if guidance is None else guidance,
@@ -192,12 +194,29 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     domain, labels = next(iter(domains.items()))
     there = rows.label_values(domain)
     if not set(labels) & set(there):
+        hint = "" if there else f". Where all of it asks for one: --label {domain}={labels[0]}"
         raise ErasureError(
-            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there) or 'none'}"
+            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there) or 'none'}{hint}"
         )
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)
+
+
+def fit(rows: PromptSet, judge: Judge) -> None:
+    """Refuses prompts for labels that the judge lacks, for no picture of them could ever be right.
+
+    Raises:
+        ErasureError: naming the labels.
+    """
+    for head, known in judge.heads.items():
+        strange = [label for label in rows.label_values(head) if label not in known]
+        if strange:
+            shown = ", ".join(strange[:8]) + (" ..." if len(strange) > 8 else "")
+            raise ErasureError(
+                f"prompt set {rows.name!r} asks for {shown}, and {judge.name} knows no such {head}: give the judge's "
+                "labels the prompts' names, or leave these rows out (--where)"
+            )
 
 
 def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:

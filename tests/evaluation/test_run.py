@@ -252,6 +252,32 @@ def test_concepts_that_cannot_be_measured(pipe, tmp_path, concept, says):
         evaluate(pipe, concept, folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
 
 
+def test_labels_that_the_judge_lacks_are_refused_before_anything_is_drawn(pipe, tmp_path):
+    """Else they would count as pictures that went wrong, in the base's row too."""
+    rows = PromptSet("farm", [*ROWS.rows, Prompt("cow", "a cow", 9, None, {"object": "cow", "style": "flat"})])
+    options = {**QUICK, "judge": BrightnessJudge(), "whole": True}
+    with pytest.raises(ErasureError, match="'farm' asks for cow, and brightness knows no such object.*--where"):
+        evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
+    assert not (tmp_path / "x").exists()
+    evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows.where("object!=cow"), **options)
+
+
+def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path):
+    (tmp_path / "church.csv").write_text("case_number,prompt,evaluation_seed\n0,an old cat,3\n1,a kitten,4\n")
+    rows, options = PromptSet.read(tmp_path / "church.csv"), {**QUICK, "judge": BrightnessJudge(), "whole": True}
+    with pytest.raises(ErasureError, match="never names cat; its objects: none.*--label object=cat"):
+        evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
+    told = rows.labelled("object = cat")
+    assert [row.labels for row in told.rows] == [{"object": "cat"}] * 2 and told.labelled("object=cat") == told
+    report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=told, **options)
+    assert report.metric("UA").n == 2 and report.metric("IRA") is None and "not seen in" in report.summary()
+    for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
+        with pytest.raises(ErasureError, match=says):
+            rows.labelled(bad)
+    with pytest.raises(ErasureError, match="row 'r1' has object=dog"):
+        ROWS.labelled("object=cat")
+
+
 def test_bad_folders_ids_and_limits(pipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ErasureError, match="cannot be written"):
