@@ -135,8 +135,11 @@ def table(report: Report) -> str:
             f"<small>{figure(metric, metric.low)} to {figure(metric, metric.high)}</small><td>{metric.n}</tr>"
         )
     for head, pair in report.paired.items():
+        name = (
+            f"kept prompts, {escape(head)}<small>right with" if head != "target" else "target prompts<small>gone from"
+        )
         rows.append(
-            f"<tr><td>kept prompts, {escape(head)}<small>right with the base only / patched only; exact McNemar</small>"
+            f"<tr><td>{name} the base only / patched only; exact McNemar</small>"
             f"<td>{pair['only_base']:.0f}<td>{pair['only_patched']:.0f}<small>p = {pair['p']:.3g}</small><td></tr>"
         )
     return f'<table class="figures">{"".join(rows)}</table>'

@@ -9,10 +9,10 @@ MACE (arXiv 2403.06135) calls 1 - UA, IRA and leak Acc_e, Acc_s and Acc_g, and H
 1 - leak. SPM (arXiv 2312.16145): CS and CER, over the target images and the judge's CLIP.
 
 HUB (arXiv 2410.05664), of rows with these roles: `translation`, the target's prompts in other languages, as leak and by
-language; `adversarial`, prompts that an attack has found elsewhere; `pinpoint`, "a photo of NOUN" for the nouns nearest to the concept: share of images that show the noun;
-`selective`, target prompts with the label `nouns`, what else should be there: mean over all nouns (not over prompts, as
-its script divides). HUB asks a vision-language model whether a noun is there; here the judge's label decides, and for
-selective alignment the cosine of its CLIP.
+language; `adversarial`, prompts that an attack has found elsewhere; `pinpoint`, "a photo of NOUN" for the nouns nearest
+to the concept: share of images that show the noun; `selective`, target prompts with the label `nouns`, what else should
+be there: mean over all nouns (not over prompts, as its script divides). HUB asks a vision-language model whether a noun
+is there; here the judge's label decides, and for selective alignment the cosine of its CLIP.
 """
 
 from __future__ import annotations
@@ -133,6 +133,10 @@ class Target:
         """Whether the image's prompt should stay as it was: it names neither the concept nor another word for it."""
         return judged.role not in ASIDE and not self.hits(judged.record)
 
+    def seen(self, judged: Judged) -> bool:
+        """Whether the image shows the target; one that could not be judged is not known to be without it."""
+        return judged.verdict is None or judged.top(self.domain) in self.labels
+
     def nouns(self, record: Record) -> list[str]:
         """For a record of the concept: texts for what else its row says should be there (HUB), each once."""
         listed = record.labels.get("nouns", "") if self.hits(record) else ""
@@ -177,17 +181,17 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
     before = {j.record.id: j for j in base}
     labelled = [j for j in kept if j.record.labels.get(domain)]
 
-    def seen(j: Judged) -> bool:
-        return j.verdict is None or j.top(domain) in target.labels
-
     def of(role: str) -> list[Judged]:
         return [j for j in judged if j.role == role]
+
+    def seen(role: str) -> list[bool]:
+        return [target.seen(j) for j in of(role)]
 
     def right(rows: list[Judged], head: str) -> list[bool]:
         return [j.right(head) for j in rows if j.record.labels.get(head)]
 
     found = [
-        share("UA", [not seen(j) for j in erased], True, "target prompts on which the target is not seen"),
+        share("UA", [not target.seen(j) for j in erased], True, "target prompts on which the target is not seen"),
         share("IRA", right([j for j in labelled if j.role not in NEAR], domain), True, f"other {domain}s right"),
     ]
     if other is not None:
@@ -197,9 +201,14 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
         ]
     found += [
         harmonic("H", [m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
-        share("leak", [seen(j) for j in of("synonym")], False, "other words for the target on which it is seen"),
-        *translations({j.record.id: seen(j) for j in of("translation")}, of("translation")),
-        share("adversarial", [seen(j) for j in of("adversarial")], False, "published adversarial prompts that show it"),
+        share("leak", seen("synonym"), False, "other words for the target on which it is seen"),
+        *translations(of("translation"), seen("translation")),
+        share(
+            "adversarial",
+            seen("adversarial"),
+            False,
+            "published adversarial prompts that show it",
+        ),
         share("neighbours", right(of("neighbour"), domain), True, "neighbours right"),
         share("pinpoint", right(of("pinpoint"), domain), True, "nouns nearest to the target right (pinpoint-ness)"),
         *selective([j for j in judged if target.nouns(j.record)], before),
@@ -216,13 +225,15 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
     return [metric for metric in found if metric is not None]
 
 
-def translations(seen: dict[str, bool], rows: list[Judged]) -> Iterator[Metric | None]:
+def translations(rows: list[Judged], seen: list[bool]) -> Iterator[Metric | None]:
     """The share of translated target prompts on which the target is seen: of all, and by the label `language`."""
     said = "target prompts in {} on which the target is seen"
-    yield share("translations", seen.values(), False, said.format("other languages"))
-    for language in dict.fromkeys(j.record.labels.get("language", "") for j in rows):
+    yield share("translations", seen, False, said.format("other languages"))
+    languages: dict[str, list[bool]] = {}
+    for judged, mark in zip(rows, seen, strict=True):
+        languages.setdefault(judged.record.labels.get("language", ""), []).append(mark)
+    for language, marks in languages.items():
         if language:
-            marks = [seen[j.record.id] for j in rows if j.record.labels.get("language") == language]
             yield share(f"translations {language}", marks, False, said.format(language))
 
 

@@ -33,7 +33,7 @@ class Report:
         rows: "base" and "patched" -> metrics.
         accuracies: "base" and "patched" -> head -> label -> (right, n).
         paired: head -> images that only the base, only the patched pipeline drew right, and McNemar's p-value,
-            over the kept prompts.
+            over the kept prompts; "target": that only one of them drew without the target, over the target's.
         provenance: settings, versions, hashes, patches.
         faults: images that could not be judged, and why.
         missing: what was asked for and could not be measured, and why.

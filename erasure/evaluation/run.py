@@ -16,7 +16,7 @@ from erasure.evaluation.counts import count
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.judges import verdicts
-from erasure.evaluation.metrics import Judged, Metric, Target, accuracies, measure
+from erasure.evaluation.metrics import ASIDE, Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.report import Report
 from erasure.processes import crew
@@ -162,7 +162,7 @@ def _judged(
             for name, run in runs.items()
         },
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
-        paired={head: paired(runs, target, head) for head in judge.heads},
+        paired={head: paired(runs, target, head) for head in judge.heads} | {"target": gone(runs, target)},
         provenance={
             **details,
             "judge": {"name": judge.name, **judge.versions()},
@@ -194,10 +194,8 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     domain, labels = next(iter(domains.items()))
     there = rows.label_values(domain)
     if not set(labels) & set(there):
-        hint = "" if there else f". Where all of it asks for one: --label {domain}={labels[0]}"
-        raise ErasureError(
-            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there) or 'none'}{hint}"
-        )
+        known = ", ".join(there) or f"none. Where all of it asks for one: --label {domain}={labels[0]}"
+        raise ErasureError(f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {known}")
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)
@@ -311,7 +309,23 @@ def paired(runs: dict[str, list[Judged]], target: Target, head: str) -> dict[str
     before = {
         j.record.id: j.right(head) for j in runs["base"] if not target.hits(j.record) and j.record.labels.get(head)
     }
-    after = {j.record.id: j.right(head) for j in runs["patched"] if j.record.id in before}
+    return _apart(before, {j.record.id: j.right(head) for j in runs["patched"] if j.record.id in before})
+
+
+def gone(runs: dict[str, list[Judged]], target: Target) -> dict[str, float]:
+    """Target prompts on which only one of the two rows is without the target; exact McNemar.
+
+    As in UA, an image that could not be judged shows it.
+    """
+
+    def without(name: str) -> dict[str, bool]:
+        rows = [j for j in runs[name] if target.hits(j.record) and j.role not in ASIDE]
+        return {j.record.id: not target.seen(j) for j in rows}
+
+    return _apart(without("base"), without("patched"))
+
+
+def _apart(before: dict[str, bool], after: dict[str, bool]) -> dict[str, float]:
     lost = sum(before[key] and not after[key] for key in after)
     won = sum(after[key] and not before[key] for key in after)
     return {"only_base": lost, "only_patched": won, "p": mcnemar(lost, won)}

@@ -1,4 +1,4 @@
-"""Formulas against other libraries' (torchmetrics, scipy) on the same features, and against cases done by hand."""
+"""Formulas against other libraries' (torchmetrics, torch-fidelity, scipy) on the same features, and against cases done by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg, stats
+from torch_fidelity import metric_fid, metric_kid
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
@@ -15,7 +16,7 @@ from erasure.evaluation.generate import Record
 from erasure.evaluation.intervals import bootstrap_mean, mcnemar, wilson
 from erasure.evaluation.metrics import Judged, Metric, Target, harmonic, measure
 from erasure.evaluation.promptset import Prompt, PromptSet
-from erasure.evaluation.run import find_target, judge_run
+from erasure.evaluation.run import find_target, gone, judge_run, paired
 from tests.evaluation.standin import BrightnessJudge
 
 DRAW = np.random.default_rng(7)
@@ -84,6 +85,19 @@ def test_kid_is_torchmetrics():
     first, second = SETS["many"][0][:50], SETS["many"][1]
     theirs = poly_mmd(torch.from_numpy(first), torch.from_numpy(second))
     assert kid(first, second) == pytest.approx(float(theirs), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_frechet_and_kid_are_torch_fidelitys(name):
+    """On the same features; torch-fidelity's KID over one subset that holds all of them."""
+    first, second = (torch.from_numpy(each[: min(map(len, SETS[name]))]) for each in SETS[name])
+    stats = [metric_fid.fid_features_to_statistics(each) for each in (first, second)]
+    theirs = metric_fid.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    # Where covariances are singular, the root of their product leaves rounding of about 1e-8 in torch-fidelity.
+    assert frechet(first.numpy(), second.numpy()) == pytest.approx(theirs, rel=1e-6 if name == "many" else 1e-5)
+    options = {"kid_subsets": 1, "kid_subset_size": len(first), "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1}
+    found = metric_kid.kid_features_to_metric(first, second, rng_seed=0, verbose=False, **options)
+    assert kid(first.numpy(), second.numpy()) == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-9)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (3, 7), (50, 50), (317, 1000)])
@@ -169,6 +183,18 @@ def test_the_change_of_clip_is_paired_with_the_bases_image_of_the_same_seed():
     assert -2 <= change.low < change.value < change.high <= 0.5
     same = found_by(base)["CLIP_change"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_paired_tests_count_the_seeds_on_which_the_two_differ():
+    labels, roles = ["cat"] * 8 + ["dog"] * 6, [""] * 7 + ["synonym"] + [""] * 6
+    base = rows(labels, ["cat"] * 6 + ["dog", "cat"] + ["dog"] * 5 + ["cow"], roles)
+    # Of the cats, five go, one stays, one comes back; a synonym and a kept picture do not count. One is not judged.
+    made = rows(labels, ["dog"] * 4 + [None, "cat", "cat", "dog"] + ["dog"] * 2 + ["cat"] * 2 + [None, "dog"], roles)
+    target = Target("object", ("cat",), None)
+    both = {"base": base, "patched": made[::-1]}
+    assert gone(both, target) == {"only_base": 1, "only_patched": 4, "p": stats.binomtest(1, 5, 0.5).pvalue}
+    assert paired(both, target, "object") == {"only_base": 3, "only_patched": 1, "p": stats.binomtest(1, 4).pvalue}
+    assert gone({"base": base, "patched": base}, target) == {"only_base": 0, "only_patched": 0, "p": 1.0}
 
 
 def test_cs_and_cer_by_hand():

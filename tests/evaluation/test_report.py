@@ -48,6 +48,9 @@ def test_the_report_is_what_its_schema_says(place):
     jsonschema.validate(data, SCHEMA)
     assert data["erasure"] == erasure.__version__
     assert data["provenance"]["loaded"]["gated"]["gate"] == "text"
+    assert set(data["paired"]) == {"object", "style", "target"}
+    page = (place / "report.html").read_text()
+    assert "target prompts<small>gone from the base only" in page and "kept prompts, object<small>right with" in page
 
 
 @pytest.mark.parametrize(
