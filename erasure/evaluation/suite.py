@@ -122,7 +122,7 @@ class Suite:
         base: the checkpoint that published figures are for.
         parts: name -> part.
         judge: as `find_judge` takes it; {data} is the folder of the user, {objects}, {styles} and {identities} are
-            what the rows name, with commas.
+            what the rows name, with commas, whatever the limit.
         steps: of sampling; None: the usual ones.
         guidance: of sampling; None: the usual one.
         lpips: LPIPS to the base's pictures too, with this backbone.
@@ -263,14 +263,16 @@ def run_suite(
 
     recipe = suite if isinstance(suite, Suite) else Suite.read(suite)
     concepts = [concept] if isinstance(concept, str) else list(concept)
+    rows, missing = recipe.rows(concepts, None if data is None else Path(data))
+    # The judge knows the labels of the whole suite: among fewer it would be right more often.
+    named = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
     if limit is not None:
         recipe = replace(recipe, parts={name: replace(part, limit=limit) for name, part in recipe.parts.items()})
-    rows, missing = recipe.rows(concepts, None if data is None else Path(data))
+        rows, missing = recipe.rows(concepts, None if data is None else Path(data))
     out = Path(folder)
     given: dict[str, Any] = {"steps": recipe.steps, "guidance": recipe.guidance}
     given |= {key: value for key, value in sampling.items() if value is not None}
     report = attacked = None
-    named = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
     spec = _put_in(judge or recipe.judge, {"data": os.fspath(data or "data"), **named})
     try:
         who = find_judge(spec)

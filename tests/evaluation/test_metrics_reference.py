@@ -1,4 +1,4 @@
-"""Formulas against other libraries' (torchmetrics, torch-fidelity, scipy) on the same features, and against cases done by hand."""
+"""Formulas against torchmetrics', torch-fidelity's and scipy's on the same features, and against cases by hand."""
 
 from __future__ import annotations
 

@@ -95,6 +95,22 @@ def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp
     assert Suite.read("esd-styles").lpips == "alex"
 
 
+def test_a_limit_leaves_the_judge_all_labels(small, tmp_path, monkeypatch):
+    """Among the labels of the few rows that are drawn it would be right more often."""
+    given = []
+
+    class Told(BrightnessJudge):
+        def __init__(self, labels: str) -> None:
+            super().__init__()
+            given.append(labels)
+
+    monkeypatch.setattr(judges, "_factory", lambda kind: Told)
+    small.write_text(SMALL.replace("judge: brightness", 'judge: "brightness:labels={objects}"'))
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    run_suite(pipe, "cat", str(small), folder=tmp_path / "out", limit=1, **QUICK)
+    assert given == ["cat,dog"] and len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 2
+
+
 def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     path = tmp_path / "other.yaml"
