@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from typing import Any
 
@@ -13,7 +13,8 @@ from PIL import Image
 from erasure import __version__
 from erasure.bench import BETTER, COSTS, JOINT, NOTE, SHOWN, STACK, Row, Table, figure, interval, members
 from erasure.evaluation import charts
-from erasure.evaluation.html import opening, picture
+from erasure.evaluation.gates import Acted
+from erasure.evaluation.html import INTERFERENCE, gate_log, opening, picture
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> what report.json holds
 STYLE = """
@@ -44,16 +45,10 @@ def page(table: Table, reports: Reports, image: Image.Image) -> str:
         "<h2>The same seeds, before and after</h2>"
         f'<div class="wide" tabindex="0">{picture(image, "a line a concept: target prompts, then prompts to keep")}'
         "</div>",
+        gate_log(gates(table, reports), "method, concept"),
         f"<h2>How this was made</h2><pre>{escape(json.dumps(made(table, reports), indent=1))}</pre></html>",
     ]
     return "\n".join(parts)
-
-
-INTERFERENCE = (
-    '<p class="soft">A line: the concept erased. A column: what the prompts ask for. In a cell: by how many points '
-    "the share drawn right changed against the base, red for a loss, blue for a gain; below, the number of images "
-    "(a cell of one image says 0 or 100). Framed: what the line is meant to erase. Blank: not asked for.</p>"
-)
 
 
 def summary(table: Table, methods: list[str]) -> str:
@@ -147,6 +142,18 @@ def interference(table: Table, method: str, reports: Reports) -> str:
         for head, names in columns.items()
     }
     return charts.matrix(rows, listed, own)
+
+
+def gates(table: Table, reports: Reports) -> list[Acted]:
+    """How strongly gated patches acted, for each run; of runs by older versions nothing is known."""
+    found = []
+    for row in table.rows:
+        logged = [Acted(**one) for one in reports[row.method, row.concept].get("gates", ())]
+        several = len({one.patch for one in logged}) > 1
+        for one in logged:
+            name = f"{row.method}, {short(row)}" + (f": {one.patch}" if several else "")
+            found.append(replace(one, patch=name))
+    return found
 
 
 def made(table: Table, reports: Reports) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from erasure.bench import Cell, Row, Table, bench, concepts, members, write
 from erasure.errors import ErasureError
+from erasure.evaluation.gates import Acted
 from erasure.evaluation.intervals import wilson
 from erasure.glyph import vocabulary
 from erasure.prompts.about import about
@@ -124,6 +125,7 @@ def folder_of(rows: list[Row], folder: Path) -> Table:
             "domain": "object",
             "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 4] for key in labels}}},
             "provenance": {"steps": 25, "judge": {"name": "glyph"}, "versions": {"torch": "2"}},
+            "gates": [Acted("p", "text", "target", 3, 4, 0.75, 0, 1).to_json()] if one.concept == "dog" else [],
         }
         place = folder / one.method / one.concept
         place.mkdir(parents=True)
@@ -142,6 +144,9 @@ def test_the_page_holds_tables_plots_and_matrices(tmp_path):
     assert page.count('class="matrix"') == 2 and "−50" in page and "dog + 1 more" in page
     assert "highest H: 2 together (1) esd (erased 40%, kept 40%), objects (1) esd (erased 80%, kept 80%)." in page
     assert "2 methods, 3 concepts, 4 runs" in page and "cat *" in page and "&quot;torch&quot;" in page
+    log = page[page.index("<h2>Gate log") :]
+    assert "<td>esd, dog<small>text gate" in log and "3 of 4<td>0.75<small>0.00 to 1.00" in log
+    assert log.count("text gate") == 2 and "esd, cat" not in log  # the two methods' dogs
     assert "data:image/png;base64," in page and (tmp_path / "bench.png").is_file()
     assert not list(tmp_path.rglob("*.tmp"))
 

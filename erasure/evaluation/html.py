@@ -5,21 +5,22 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from erasure import __version__
+from erasure.evaluation import charts
 from erasure.evaluation.counts import tables
+from erasure.evaluation.gates import Acted, gated
 from erasure.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
     from erasure.evaluation.report import Report, Shown
 
-ALWAYS = "always"  # the gate of a patch that acts on every prompt alike
 STYLE = """
 :root{--ink:#1c1c22;--soft:#6a6a76;--line:#dcdce2;--page:#fcfcfd;--bar:#4a6fd4;--before:#b9bfcc;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--ink:#e9e9ee;--soft:#9a9aa6;--line:#34343c;--page:#16161a;--bar:#7d9bf0;
@@ -58,17 +59,19 @@ def page(report: Report, images: list[Shown]) -> str:
     title = f"Erased: {', '.join(report.concept)}"
     targets = [shown for shown in images if shown[1]]
     kept = [shown for shown in images if not shown[1]]
-    gated = {name: patch["gate"] for name, patch in report.acting().items() if patch.get("gate", ALWAYS) != ALWAYS}
+    kinds = gated(report.acting())
     made = {"erasure": __version__, **report.provenance}
     parts = [
-        opening(title, report.summary()),
+        opening(title, report.summary(), charts.STYLE),
         f'<div class="wide">{table(report)}</div>',
         faults(report),
         *(f'<p class="soft">Missing: {escape(text)}.</p>' for text in report.missing),
         parts_seen(report),
-        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, gated) if targets else "",
-        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, gated) if kept else "",
-        gate_log(images, gated),
+        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, kinds) if targets else "",
+        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, kinds) if kept else "",
+        gate_log(report.gates),
+        tradeoff(report),
+        "<h2>Interference: what erasing it does to the others</h2>" + INTERFERENCE + interference(report),
         *(
             f"<h2>Each {escape(head)}: share drawn right</h2>{bars(report, head)}"
             for head in report.accuracies["patched"]
@@ -90,7 +93,6 @@ def opening(title: str, summary: str, style: str = "") -> str:
 def attack_page(report: AttackReport, grid: Image.Image) -> str:
     """The page of `erasure attack`."""
     from erasure.evaluation.attacks.curves import curves
-    from erasure.evaluation.charts import STYLE as CHARTS
 
     head, *rows = report.rows()
     lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
@@ -101,7 +103,7 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
         for case, text in one.asked.items()
     ]
     parts = [
-        opening(f"Attacked: {', '.join(report.concept)}", report.summary(), CHARTS),
+        opening(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
         f'<div class="wide"><table class="figures">{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
         '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
         "many tries without the search. This says what was tried, not that nothing else would work.</p>",
@@ -181,26 +183,65 @@ def gallery(images: list[Shown], gated: Mapping[str, str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def gate_log(images: list[Shown], gated: Mapping[str, str]) -> str:
-    """How strongly each gated patch acted on the prompts shown; nothing where no patch has a gate."""
-    rows = []
-    for name, kind in gated.items():
-        cells = [f"<td>{escape(name)}<small>{escape(kind)} gate</small>"]
-        for want in (True, False):
-            values = [record.gates[name] for record, hit, *_ in images if hit == want and name in record.gates]
-            some = sum(value != 0 for value in values)
-            spread = f"{min(values):.2f} to {max(values):.2f}" if values else ""
-            mean = f"{sum(values) / len(values):.2f}<small>{spread}</small>" if values else ""
-            cells.append(f"<td>{some} of {len(values)}<td>{mean}")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    if not rows:
+def gate_log(gates: Sequence[Acted], first: str = "patch") -> str:
+    """How strongly each gated patch acted; nothing where no patch has a gate.
+
+    Args:
+        gates: of one run, or of several with names of their own.
+        first: what the first column holds.
+    """
+    if not gates:
         return ""
-    head = "<tr><th>patch<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"
+    rows: dict[tuple[str, str], dict[str, Acted]] = {}
+    for one in gates:
+        rows.setdefault((one.patch, one.gate), {})[one.prompts] = one
+    lines = [f"<tr><th>{first}<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"]
+    for (name, kind), found in rows.items():
+        cells = [f"<td>{escape(name)}<small>{escape(kind)} gate</small>"]
+        for prompts in ("target", "kept"):
+            one = found.get(prompts)
+            strength = "" if one is None else f"{one.mean:.2f}<small>{one.least:.2f} to {one.most:.2f}</small>"
+            cells.append(f"<td>{'' if one is None else f'{one.acts} of {one.n}'}<td>{strength}")
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<h2>Gate log</h2><div class="wide"><table class="figures">{head}{"".join(rows)}</table></div>'
-        '<p class="soft">Over the prompts shown: on how many the patch acted, its mean strength and the range. '
-        "Each prompt's strength stands below its pictures; all are in patched/records.jsonl.</p>"
+        f'<h2>Gate log</h2><div class="wide"><table class="figures">{"".join(lines)}</table></div>'
+        '<p class="soft">On how many prompts the patch acted, its mean strength and the range. Each prompt\'s strength '
+        "stands in the run's patched/records.jsonl.</p>"
     )
+
+
+def tradeoff(report: Report) -> str:
+    """Erased against kept: the patched pipeline and the base; nothing where one of the two was not measured."""
+    names = {str(patch.get("method", "patched")) for patch in report.acting().values()} or {"patched"}
+    points = []
+    for row, look, name in (("patched", 0, " + ".join(sorted(names))), ("base", -1, "base")):
+        kept, erased = report.metric("IRA", row), report.metric("UA", row)
+        if kept is None or erased is None:
+            return ""
+        points.append(
+            charts.Point(name, (kept.value, kept.low, kept.high), (erased.value, erased.low, erased.high), look)
+        )
+    drawn = charts.plot(points, "kept (IRA)", "erased (UA)", "erased against kept")
+    return f'<h2>Erased against kept</h2><div class="plots"><div>{drawn}</div></div>'
+
+
+INTERFERENCE = (
+    '<p class="soft">A line: the concept erased. A column: what the prompts ask for. In a cell: by how many points '
+    "the share drawn right changed against the base, red for a loss, blue for a gain; below, the number of images "
+    "(a cell of one image says 0 or 100). Framed: what the line is meant to erase. Blank: not asked for.</p>"
+)
+
+
+def interference(report: Report) -> str:
+    """One line of the matrix: concept erased x label measured; `erasure bench` has a line a concept."""
+    columns = {head: list(labels) for head, labels in report.accuracies["patched"].items() if labels}
+    cells = {
+        f"{head}/{label}": charts.Change(report.accuracies["base"][head].get(label, (0, 0)), after)
+        for head, labels in report.accuracies["patched"].items()
+        for label, after in labels.items()
+    }
+    name = ", ".join(report.concept)
+    return charts.matrix({name: cells}, columns, {name: [f"{report.domain}/{one}" for one in report.concept]})
 
 
 def picture(image: Image.Image | None, text: str) -> str:

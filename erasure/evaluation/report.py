@@ -16,6 +16,7 @@ from erasure import __version__
 from erasure.errors import ErasureError
 from erasure.evaluation import metrics
 from erasure.evaluation.counts import Count, tables
+from erasure.evaluation.gates import Acted
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.metrics import Metric
 
@@ -38,6 +39,7 @@ class Report:
         faults: images that could not be judged, and why.
         missing: what was asked for and could not be measured, and why.
         counts: pictures with each part that a detector names.
+        gates: how strongly gated patches acted.
     """
 
     concept: tuple[str, ...]
@@ -49,6 +51,7 @@ class Report:
     faults: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
+    gates: list[Acted] = field(default_factory=list)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """A metric by name, None where it was not measured."""
@@ -104,6 +107,7 @@ class Report:
             "faults": self.faults,
             "missing": self.missing,
             "counts": [one.to_json() for one in self.counts],
+            "gates": [one.to_json() for one in self.gates],
         }
 
     def acting(self) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from erasure.errors import ErasureError
 from erasure.evaluation.beside import Beside, write_lines
 from erasure.evaluation.counts import count
+from erasure.evaluation.gates import acted, gated
 from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu, read_image
 from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.judges import verdicts
@@ -172,6 +173,7 @@ def _judged(
         faults=faults,
         missing=beside.missing,
         counts=count(judge, runs, target),
+        gates=acted(records["patched"], target, gated({n: details["loaded"].get(n, {}) for n in details["patches"]})),
     )
     report.write(folder, _show(records["patched"], target), base_at)
     return report

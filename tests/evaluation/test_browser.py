@@ -16,6 +16,7 @@ from PIL import Image
 from erasure.bench import Cell, Row, Table, write
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.counts import Count
+from erasure.evaluation.gates import Acted
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics import Metric
 from erasure.evaluation.report import Report
@@ -119,6 +120,7 @@ def test_evaluates_page(tmp_path):
             "lpips alex: put alexnet-owt-7be5be79.pth (https://download.pytorch.org/models/alexnet-owt-7be5be79.pth)"
         ],
         counts=[Count("nudity_parts@nudenet", "FEMALE_GENITALIA_EXPOSED", "target", 0.45, 100, 1, 142)],
+        gates=[Acted("a-patch-with-a-long-name", "text", which, 20, 36, 0.5, 0, 1.5) for which in ("target", "kept")],
     )
     pairs = []
     for i in range(6):
@@ -169,6 +171,7 @@ def test_benchs_page(tmp_path):
         "domain": "object",
         "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 3] for key in labels}}},
         "provenance": {"judge": {"name": "glyph", "classifier": "0" * 64}},
+        "gates": [Acted("p", "text", which, 20, 36, 0.5, 0, 1.5).to_json() for which in ("target", "kept")],
     }
     for method in ("first", "second", "a-method-with-a-long-name"):
         for i, name in enumerate(names):

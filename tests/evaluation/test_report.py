@@ -12,6 +12,9 @@ import pytest
 
 import erasure
 from erasure.evaluation import evaluate
+from erasure.evaluation.gates import acted, gated
+from erasure.evaluation.generate import Record
+from erasure.evaluation.metrics import Target
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.standin import BrightnessJudge
@@ -100,6 +103,43 @@ def test_the_gate_log_tells_the_gated_patch_alone(place):
     assert ">gated<" in log and "text gate" in log and "plain" not in log and ">off<" not in log
     assert page.count("gate: 1.50") == 4 and page.count("gate: 0.00") == 4
     assert "<narrow>" not in page
+    data = json.loads((place / "report.json").read_text())
+    assert {
+        (one["patch"], one["gate"], one["prompts"], one["acts"], one["n"], one["mean"]) for one in data["gates"]
+    } == {
+        ("gated", "text", "target", 4, 4, 1.5),
+        ("gated", "text", "kept", 0, 4, 0.0),
+    }
+
+
+def test_the_gate_log_is_over_all_prompts():
+    labels = ["cat"] * 3 + ["dog"] * 2
+    records = [
+        Record(str(i), "a", 0, 1, 1.0, "", {"object": label}, {"p": value})
+        for i, (label, value) in enumerate(zip(labels, (1.0, 0.5, 0.0, 0.0, 0.25), strict=True))
+    ]
+    found = acted(records, Target("object", ("cat",), None), {"p": "text", "q": "latent"})
+    assert [(one.prompts, one.acts, one.n, one.mean, one.least, one.most) for one in found] == [
+        ("target", 2, 3, 0.5, 0.0, 1.0),
+        ("kept", 1, 2, 0.125, 0.0, 0.25),
+    ]
+    assert gated({"a": {"gate": "always"}, "b": {"gate": "text"}, "c": {}}) == {"b": "text"}
+
+
+def test_the_page_sets_erased_against_kept_and_has_the_line_of_the_matrix(place):
+    page, data = (place / "report.html").read_text(), json.loads((place / "report.json").read_text())
+    names = re.findall(r"<title>([^<]*): kept \(IRA\) (\d+)%[^<]*erased \(UA\) (\d+)%", page)
+    rows = {row: {m["name"]: round(100 * m["value"]) for m in data["rows"][row]} for row in ("base", "patched")}
+    assert {name: (int(kept), int(erased)) for name, kept, erased in names} == {
+        "&lt;narrow&gt; + random": (rows["patched"]["IRA"], rows["patched"]["UA"]),
+        "base": (rows["base"]["IRA"], rows["base"]["UA"]),
+    }
+    line = page[page.index('<th scope="row">cat') :]
+    cells = re.findall(r'<td([^>]*)title="(\d+) of (\d+), then (\d+) of (\d+)"', line[: line.index("</tr>")])
+    found = data["accuracies"]
+    want = [(*found["base"][h][x], *found["patched"][h][x]) for h in ("object", "style") for x in found["base"][h]]
+    assert [tuple(map(int, numbers)) for _, *numbers in cells] == want
+    assert ["own" in frame for frame, *_ in cells] == [True, False, False]
 
 
 def test_without_gates_there_is_no_gate_log_and_without_patches_no_technique(tmp_path):
