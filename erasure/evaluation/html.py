@@ -70,6 +70,7 @@ def page(report: Report, images: list[Shown]) -> str:
         "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, kinds) if targets else "",
         "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, kinds) if kept else "",
         gate_log(report.gates),
+        costs(report),
         tradeoff(report),
         "<h2>Interference: what erasing it does to the others</h2>" + INTERFERENCE + interference(report),
         *(
@@ -207,6 +208,24 @@ def gate_log(gates: Sequence[Acted], first: str = "patch") -> str:
         f'<h2>Gate log</h2><div class="wide"><table class="figures">{"".join(lines)}</table></div>'
         '<p class="soft">On how many prompts the patch acted, its mean strength and the range. Each prompt\'s strength '
         "stands in the run's patched/records.jsonl.</p>"
+    )
+
+
+def costs(report: Report) -> str:
+    """What it took to make the patches that act, as their headers say; nothing where none says it."""
+    lines = []
+    for name, patch in report.acting().items():
+        spent, size = patch.get("costs") or {}, patch.get("bytes")
+        cells = [f"{spent[key]:,.0f}" if key in spent else "" for key in ("F", "B", "seconds")]
+        cells.append(f"{size / 1000:,.0f}" if size else "")
+        if any(cells):
+            lines.append(f"<tr><td>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
+    if not lines:
+        return ""
+    return (
+        '<h2>What it cost to make</h2><div class="wide"><table class="figures"><tr><th>patch<th>F<th>B<th>seconds<th>KB'
+        f'</tr>{"".join(lines)}</table></div><p class="soft">F, B: samples forward and backward through the UNet; KB: '
+        "the file.</p>"
     )
 
 

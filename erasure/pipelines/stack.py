@@ -186,7 +186,7 @@ class PatchStack:
         self._change({name: replace(one, strength=wanted.get(name, 0.0)) for name, one in self._loaded.items()})
 
     def get_list_patches(self) -> dict[str, dict[str, Any]]:
-        """Name -> strength, method, concepts, gate, kind and components of each patch, in order of loading."""
+        """Name -> strength, method, concepts, gate, kind, components, costs and file size of each patch, as loaded."""
         return {
             name: {
                 "strength": one.strength,
@@ -195,6 +195,8 @@ class PatchStack:
                 "gate": one.patch.gate["kind"],
                 "kind": one.patch.payload.kind,
                 "components": one.patch.components,
+                "costs": dict(one.patch.costs),
+                "bytes": one.patch.stored.get("bytes"),  # of its file, if it came from one
             }
             for name, one in self._loaded.items()
         }

@@ -6,16 +6,19 @@ import copy
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import erasure
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Case, Victim, find, make, names
 from erasure.evaluation.attacks.embeddings import closest, within
-from erasure.evaluation.attacks.report import Outcome
+from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.ring import FILLER, direction, without
 from erasure.evaluation.attacks.run import around, attack
 from erasure.evaluation.attacks.tokens import simplex
@@ -82,6 +85,32 @@ def same(one, other):
     return all(torch.equal(a, b) and f == g for (a, f), (b, g) in zip(one, other, strict=True))
 
 
+SCHEMA = json.loads((Path(erasure.__file__).parent / "evaluation" / "attack.schema.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data.update(schema=2),
+        lambda data: data.pop("notes"),
+        lambda data: data["attacks"]["x"]["after"].pop("low"),
+        lambda data: data["attacks"]["x"]["after"].update(value=1.5),
+        lambda data: data["attacks"]["x"]["won"].update(a=0),
+        lambda data: data["attacks"]["x"].update(more=1),
+        lambda data: data["provenance"].pop("judge"),
+    ],
+)
+def test_the_schema_refuses_what_a_reader_could_not_use(spoil):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    keys = ("scheduler", "steps", "guidance", "seed", "torch")
+    made = {**dict.fromkeys(keys, 1), "cases": ["a", "b"], "judge": {"name": "likeness"}, "patches": {"p": 1.0}}
+    data = AttackReport(("cat",), "object", 10, 12, 2, [outcome()], made).to_json()
+    jsonschema.validate(data, SCHEMA)
+    spoil(data)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+
+
 def test_the_attacks_are_the_written_list():
     assert sorted(SMALL) == sorted(names())
     for name in names():
@@ -96,7 +125,9 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     assert same(before, state(pipe))
     one = report.outcome(name)
     assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain
-    found = json.loads((tmp_path / "report.json").read_text())["attacks"][name]
+    data = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(data, SCHEMA)
+    found = data["attacks"][name]
     assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
     assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (one.rounds > 1)
     assert (one.control is None) == (make(name).control(1) is None)

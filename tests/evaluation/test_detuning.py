@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from erasure.cli import main
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.detuning import Detuning, detune, detuning, estimated, read, recovered
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from tests.evaluation.test_attacks import QUICK, Likeness
+from tests.evaluation.test_attacks import QUICK, SCHEMA, Likeness
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
 from tests.tiny import tiny_pipeline
 
@@ -66,6 +67,7 @@ def test_the_base_comes_back_and_draws_the_concept_again(pipe, files, tmp_path):
     assert one.plain == 0 and len(one.won) == one.n == 3, report.text()
     assert one.settings["error"] < 0.05 < one.settings["error_of_mean"] and one.settings["rank_used"] == "1"
     found = json.loads((out / "report.json").read_text())
+    jsonschema.validate(found, SCHEMA)
     assert "6 exports" in found["notes"][0] and "6 exports" in (out / "report.html").read_text()
     assert len(list((out / "detune").glob("*.png"))) == 3
 

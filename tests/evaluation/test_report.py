@@ -16,6 +16,7 @@ from erasure.evaluation.gates import acted, gated
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics import Target
 from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.standin import BrightnessJudge
 from tests.patch.making import delta_patch, low_rank_patch
@@ -36,7 +37,9 @@ def place(tmp_path_factory):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     patches = {
         "gated": low_rank_patch(pipe, gate=GATE, method="<narrow>"),
-        "plain": delta_patch(pipe),
+        "plain": Patch.load(
+            delta_patch(pipe, costs={"F": 12345, "B": 67, "seconds": 8.9}).save(folder / "x.safetensors")
+        ),
         "off": delta_patch(pipe, seed=2, method="idle"),
     }
     for (name, patch), strength in zip(patches.items(), (1.5, 1.0, 0.0), strict=True):
@@ -97,7 +100,7 @@ def test_the_form_of_eval_unlearn(place):
 
 def test_the_gate_log_tells_the_gated_patch_alone(place):
     page = (place / "report.html").read_text()
-    log = page[page.index("<h2>Gate log") : page.index("<h2>Each")]
+    log = page[page.index("<h2>Gate log") : page.index("<h2>What it cost")]
     # cat opens the gate on all four target prompts, dog on none; strength 1.5 where it is open.
     assert "4 of 4<td>1.50" in log and "0 of 4<td>0.00" in log
     assert ">gated<" in log and "text gate" in log and "plain" not in log and ">off<" not in log
@@ -124,6 +127,16 @@ def test_the_gate_log_is_over_all_prompts():
         ("kept", 1, 2, 0.125, 0.0, 0.25),
     ]
     assert gated({"a": {"gate": "always"}, "b": {"gate": "text"}, "c": {}}) == {"b": "text"}
+
+
+def test_the_costs_of_the_patches_that_act_are_told(place):
+    loaded = json.loads((place / "report.json").read_text())["provenance"]["loaded"]
+    size = (place / "x.safetensors").stat().st_size
+    assert loaded["plain"]["costs"] == {"F": 12345, "B": 67, "seconds": 8.9} and loaded["plain"]["bytes"] == size
+    assert loaded["gated"]["costs"] == {} and loaded["gated"]["bytes"] is None
+    page = (place / "report.html").read_text()
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index("What it cost") : page.index("Erased against")])
+    assert rows == [f"<td>plain<td>12,345<td>67<td>9<td>{size / 1000:,.0f}"]
 
 
 def test_the_page_sets_erased_against_kept_and_has_the_line_of_the_matrix(place):

@@ -98,7 +98,7 @@ class AttackReport:
         return next(one for one in self.outcomes if one.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, schema 1: `attack.schema.json` in the folder above this file's."""
         return {
             "schema": SCHEMA,
             "concept": list(self.concept),
