@@ -39,6 +39,7 @@ class Part:
         where: conditions on the rows.
         labels: other name of a column -> the judge's head.
         put: labels for every row.
+        only: concepts that the part is for; none: for all.
         role: why the rows are asked (metrics.py), one of ROLES.
         first: only the first so many rows; None: all.
         limit: at most so many of those, evenly spread; None: all.
@@ -52,6 +53,7 @@ class Part:
     where: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     put: dict[str, str] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
     role: str = ""
     first: int | None = None
     limit: int | None = None
@@ -66,6 +68,8 @@ class Part:
         Raises:
             ErasureError: what it needs is not there, or a malformed part.
         """
+        if self.only and not set(self.only) & set(concepts):
+            return []
         words = {"concept": concepts[0], "data": "" if data is None else os.fspath(data)}
         found: Sequence[Prompt]
         if self.template is not None:

@@ -72,7 +72,28 @@ def test_published_sizes():
     assert {row.prompt for row in rows.rows if row.labels.get("role")} == {
         f"a photo of the {word}" for word in ("vessel", "boat", "watercraft")
     }
-    assert len(missing) == 2  # airplane's and automobile's other words are not asked
+    assert not missing  # the other classes' words are not asked
+    classes = rows.label_values("object")
+    for name in classes:
+        asked = [row for row in Suite.read("mace-objects").rows([name])[0].rows if row.labels.get("role")]
+        assert len(asked) == 21 and len({row.prompt for row in asked}) == 3
+        assert {row.labels["object"] for row in asked} == {name} and not {row.labels["word"] for row in asked} & {name}
+    assert len(classes) == 10
+
+
+def test_maces_judge_asks_as_its_script_does(monkeypatch, tmp_path):
+    given = {}
+
+    class Told(BrightnessJudge):
+        def __init__(self, source: str, labels: str, template: str) -> None:
+            super().__init__()
+            given.update(source=source, labels=labels, template=template)
+
+    monkeypatch.setattr(judges, "_factory", lambda kind: Told)
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    with pytest.raises(ErasureError, match="knows no such object"):  # the stand-in has two of the ten
+        run_suite(pipe, "cat", "mace-objects", folder=tmp_path, limit=1, **QUICK)
+    assert given["template"] == "a photo of the {}" and len(given["labels"].split(",")) == 10
 
 
 def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
