@@ -64,7 +64,8 @@ def run_evaluate(given: argparse.Namespace) -> None:
         found = run_suite(
             pipeline(given), concept, suite, data=given.data, judge=given.judge, measures=measures, **options
         )
-        say(given, found.to_json(), f"{found.text()}\n{given.out / 'report.html'}")
+        written = given.out / ("suite.json" if found.report is None else "report.html")
+        say(given, found.to_json(), f"{found.text()}\n{written}")
         return
     rows = _rows(given)
     if rows is not None:

@@ -196,8 +196,8 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     domain, labels = next(iter(domains.items()))
     there = rows.label_values(domain)
     if not set(labels) & set(there):
-        known = ", ".join(there) or f"none. Where all of it asks for one: --label {domain}={labels[0]}"
-        raise ErasureError(f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {known}")
+        known = ", ".join(there) or f"nothing. Where all of it asks for one: --label {domain}={labels[0]}"
+        raise ErasureError(f"prompt set {rows.name!r} never names {', '.join(labels)}; it names as {domain}: {known}")
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)

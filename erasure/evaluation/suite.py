@@ -289,7 +289,10 @@ def run_suite(
     else:
         more = {"lpips": recipe.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
         options: dict[str, Any] = {"prompts": rows, "judge": who, "progress": progress, **given}
-        report = evaluate(pipe, concepts, folder=out, whole=True, **options, **more)
+        try:
+            report = evaluate(pipe, concepts, folder=out, whole=True, **options, **more)
+        except ErasureError as fault:  # perhaps because of what is missing
+            raise ErasureError(". Missing: ".join([str(fault), *missing])) from None
         if recipe.attacks:
             from erasure.evaluation.attacks.run import attack
 

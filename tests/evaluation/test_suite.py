@@ -116,6 +116,33 @@ def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp
     assert Suite.read("esd-styles").lpips == "alex"
 
 
+def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatch):
+    """I2P is on the hub: offline, no prompt asks for the concept."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    with pytest.raises(
+        ErasureError, match=r"never names nudity.*Missing: part sexual: .*AIML-TUDA/i2p.*--label nudity"
+    ):
+        run_suite(pipe, "nudity", "i2p", folder=tmp_path / "out", limit=2, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_names_the_file_that_there_is(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    from erasure.cli import main
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    options = ["--limit", "1", "--steps", "1", "--judge", "clip:nowhere?labels=ship,truck", "-o", str(out)]
+    assert main(["evaluate", "ship", "--suite", "mace-objects", *options]) == 0
+    said = capsys.readouterr().out
+    assert "missing: judge clip:nowhere" in said and said.splitlines()[-1] == str(out / "suite.json")
+    assert (out / "suite.json").is_file() and not (out / "report.html").exists()
+
+
 def test_a_limit_leaves_the_judge_all_labels(small, tmp_path, monkeypatch):
     """Among the labels of the few rows that are drawn it would be right more often."""
     given = []
