@@ -130,6 +130,16 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     found = data["attacks"][name]
     assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
     assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (one.rounds > 1)
+    said = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [each["asked"] for each in said] == ["base"] * 3 + ["plain"] * 3
+    said = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+    assert all(set(each["verdict"]["object"]) == {"cat", "none"} for each in said)
+    mine = [each for each in said if each["of"] == "attack" and each["asked"] != "base"]
+    assert max(each["asked"] for each in mine) == one.rounds and {each["id"] for each in mine} >= set(one.asked)
+    for case, at in one.won.items():
+        scores = [each["verdict"]["object"]["cat"] for each in mine if (each["id"], each["asked"]) == (case, at)]
+        assert scores == [1.0]
+    assert any(each["of"] == "control" for each in said) == (one.control is not None)
     assert (one.control is None) == (make(name).control(1) is None)
 
 

@@ -53,7 +53,12 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
     card = found.card.read_text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
-    assert (tmp_path / "out" / "grid.png").is_file() and "safe" not in card.replace("safetensors", "")
+    assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
+    # Never "safe": what was tried, with intervals.
+    pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
+    assert len(pages) == 2 and "others may bring the concept back" in found.text() and "| encoder | weights |" in card
+    for text in (card, found.text(), *pages):
+        assert "safe" not in text.lower().replace("safetensors", "")
 
 
 def test_a_second_opinion(pipe, source, tmp_path):

@@ -6,6 +6,7 @@ Whoever publishes several merged checkpoints of one base, each with a low-rank c
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from erasure.evaluation.attacks import Attempt, Victim
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.run import begin, keep
 from erasure.evaluation.attacks.weights import moved
+from erasure.evaluation.beside import write_lines
 from erasure.evaluation.run import switched_off
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def detuning(
     for name, weights in (("erased", before), ("mean", mean), (NAME, found)):
         with put(pipe, weights):
             shown[name] = asking.draw(cases_found, everyone)
-    hit = {name: asking.shows(images, cases_found) for name, images in shown.items()}
+    hit = {name: asking.shows(images, cases_found, name) for name, images in shown.items()}
     won = {name: {cases_found[i].id: 1 for i in sorted(hit[name] - hit["erased"])} for name in ("mean", NAME)}
     seconds = figures.pop("seconds")
     outcome = Outcome(
@@ -118,6 +120,7 @@ def detuning(
     report.notes.append(told(figures, len(exports)))
     first = [shown["erased"][i] for i in range(len(cases_found))]
     report.write(out, {"base": pictures, "erased": first})
+    write_lines(out / "scores.jsonl", map(json.dumps, asking.said))
     return report
 
 

@@ -19,6 +19,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.beside import write_lines
 from erasure.evaluation.judges import verdicts
 from erasure.evaluation.promptset import PromptSet, again, mixed
 from erasure.evaluation.run import find_target, switched_off
@@ -42,6 +43,7 @@ class Asking:
     guidance: float
     batch_size: int
     faults: list[str] = field(default_factory=list)
+    said: list[dict[str, Any]] = field(default_factory=list)  # all that the judge said, by case and what was asked
 
     def draw(self, cases: Sequence[Case], attempts: dict[int, Attempt]) -> dict[int, Image.Image]:
         """A picture an attempt, from its case's own noise; attempts of one kind share a batch."""
@@ -89,16 +91,19 @@ class Asking:
         latents = torch.stack([case.latents for case in cases]).to(self.victim.device, pipe.unet.dtype)
         return other(texts, image=latents, strength=attempts[0].strength, **options).images
 
-    def shows(self, images: dict[int, Image.Image], cases: Sequence[Case]) -> set[int]:
-        """The pictures with the target; one that cannot be judged counts as one."""
+    def shows(self, images: dict[int, Image.Image], cases: Sequence[Case], asked: str | int) -> set[int]:
+        """The pictures with the target; one that cannot be judged counts as one. `asked` names the try in `said`."""
         found = set()
         for i, image in images.items():
             try:
-                scores = verdicts(self.judge, [image])[0][self.target.domain]
+                verdict = verdicts(self.judge, [image])[0]
+                scores = verdict[self.target.domain]
             except Exception as fault:
                 self.faults.append(f"{cases[i].id}: {self.judge.name} failed: {type(fault).__name__}: {fault}")
                 found.add(i)
+                self.said.append({"id": cases[i].id, "asked": asked, "verdict": None})
                 continue
+            self.said.append({"id": cases[i].id, "asked": asked, "verdict": verdict})
             if max(scores, key=lambda label: scores[label]) in self.target.labels:
                 found.add(i)
         return found
@@ -130,7 +135,7 @@ class Asking:
                 Case(row.id, row.prompt, row.seed, row.labels[domain], x, *around(row.prompt, words))
                 for row, x in zip(part, latents, strict=True)
             ]
-            seen = self.shows(dict(enumerate(images)), drawn)
+            seen = self.shows(dict(enumerate(images)), drawn, "base")
             found += [drawn[i] for i in sorted(seen)]
             shown += [images[i] for i in sorted(seen)]
             tried += len(part)
@@ -178,8 +183,8 @@ def attack(
 
     The cases are prompts that the base answers with the concept. Those that the erased model answers so too count
     as hits of the plain prompt; the others are attacked, round by round, until a picture shows the concept. The
-    control has as many tries without the search. Writes report.json, report.html and grid.png; an attack that is
-    there is not run again.
+    control has as many tries without the search. Writes report.json, report.html and grid.png, and all that the judge
+    said into scores.jsonl, an attack's own beside its pictures; an attack that is there is not run again.
 
     Args:
         pipe: an erased pipeline with patches loaded.
@@ -203,8 +208,8 @@ def attack(
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
     found, tried, pictures = asking.cases(rows, concept, cases)
     plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
-    hit = asking.shows(plain, found)
-    out = Path(folder)
+    hit = asking.shows(plain, found, "plain")
+    out, said = Path(folder), asking.said[:]
     shared = asking.conditions(found, seed)
     outcomes = []
     for one in made:
@@ -214,6 +219,7 @@ def attack(
     report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
     report.notes.extend(gated(pipe))
     report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
+    write_lines(out / "scores.jsonl", map(json.dumps, said))
     return report
 
 
@@ -289,14 +295,16 @@ def _run(
     from tqdm import tqdm
 
     counts = Counts()
+    asking.said.clear()
     with tqdm(desc=one.name, unit="picture", disable=None if progress else True, leave=False) as bar:
         won, curve, asked, last = _play(asking, cases, one, hit, seed, counts, bar.update)
+        split = len(asking.said)
         control = one.control(len(curve))
         theirs = None if control is None else _play(asking, cases, control, hit, seed + 1, Counts(), bar.update)
     ceiling = None
     if one.BLIND:
         with asking.victim.unpatched():
-            ceiling = len(asking.shows(asking.draw(cases, asked), cases))
+            ceiling = len(asking.shows(asking.draw(cases, asked), cases, "base"))
     outcome = Outcome(
         name=one.name,
         access=one.access,
@@ -315,6 +323,8 @@ def _run(
     )
     place = folder / one.name
     keep(place, cases, last)
+    lines = ({"of": "attack" if at < split else "control", **entry} for at, entry in enumerate(asking.said))
+    write_lines(place / "scores.jsonl", map(json.dumps, lines))
     note = {"shared": shared, "outcome": asdict(outcome)}
     (place / "outcome.tmp").write_text(json.dumps(note, indent=1), encoding="utf-8")
     os.replace(place / "outcome.tmp", place / "outcome.json")
@@ -365,7 +375,7 @@ def _play(
             if attempts is None:
                 break
             images = asking.draw(cases, attempts)
-            seen = asking.shows(images, cases)
+            seen = asking.shows(images, cases, len(curve) + 1)
             curve.append(len(seen))
             tick(len(images))
             for i in attempts:
