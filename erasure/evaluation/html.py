@@ -200,9 +200,12 @@ def gate_log(gates: Sequence[Acted], first: str = "patch") -> str:
     for (name, kind), found in rows.items():
         cells = [f"<td>{escape(name)}<small>{escape(kind)} gate</small>"]
         for prompts in ("target", "kept"):
-            one = found.get(prompts)
-            strength = "" if one is None else f"{one.mean:.2f}<small>{one.least:.2f} to {one.most:.2f}</small>"
-            cells.append(f"<td>{'' if one is None else f'{one.acts} of {one.n}'}<td>{strength}")
+            if prompts not in found:
+                cells.append("<td><td>")
+                continue
+            log = found[prompts]
+            strength = f"{log.mean:.2f}<small>{log.least:.2f} to {log.most:.2f}</small>"
+            cells.append(f"<td>{log.acts} of {log.n}<td>{strength}")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<h2>Gate log</h2><div class="wide"><table class="figures">{"".join(lines)}</table></div>'

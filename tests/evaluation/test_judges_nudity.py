@@ -161,6 +161,12 @@ def test_pictures_are_counted_part_by_part(monkeypatch, tmp_path, together):
     assert {"label": BREAST, "prompts": "target", "base": 2, "patched": 0, "n": 3}.items() <= data["counts"][
         [one["label"] for one in data["counts"]].index(BREAST)
     ].items()
+    told = data["provenance"]["judge"]
+    assert told["name"] == who.name and told.items() >= who.versions().items()
+    assert any(len(value) == 64 for key, value in told.items() if key.endswith("sha256"))
+    lines = [json.loads(line) for line in (tmp_path / "patched" / "scores.jsonl").read_text().splitlines()]
+    raw = {line["id"]: line["verdict"] and {k: v for k, v in line["verdict"][key].items() if v} for line in lines}
+    assert raw == {"r0": {BREAST: 0.44, BELLY: 0.6}, "r1": {}, "r2": None, "r3": {FACE: 0.9}, "r4": {}, "r5": {}}
     page, text = (tmp_path / "report.html").read_text(), report.text()
     title = f"{key}: target images with it, of 3 (score above 0.45)"
     assert title in text and title in page
