@@ -16,13 +16,14 @@ from PIL import Image
 
 import erasure
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks import Case, Victim, find, make, names
+from erasure.evaluation.attacks import Attempt, Case, Victim, find, make, names
 from erasure.evaluation.attacks.embeddings import closest, within
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.ring import FILLER, direction, without
-from erasure.evaluation.attacks.run import around, attack
+from erasure.evaluation.attacks.run import Asking, around, attack
 from erasure.evaluation.attacks.tokens import simplex
 from erasure.evaluation.attacks.weights import Change, moved
+from erasure.evaluation.metrics import Target
 from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.run import switched_off
 from erasure.pipelines import ErasedStableDiffusionPipeline
@@ -288,6 +289,28 @@ def test_success_rates_count_plain_hits_and_tries():
     assert one.share(control=True)["value"] == 0.3 and outcome(control=None).share(control=True) is None
     found = one.to_json()
     assert found["before"]["value"] == 0.2 and found["paired"] == {"only_attack": 1, "only_control": 0, "p": 1.0}
+
+
+def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
+    """As I2P's and UnlearnDiffAtk's rows ask for, on the base and after."""
+    rows = PromptSet(
+        "own", [replace(row, guidance=each) for row, each in zip(ROWS.rows, (1.5, None, 6.0), strict=True)]
+    )
+    asking = Asking(Victim(pipe, switched_off), Likeness(), Target("object", ("cat",), None), 2, 3.0, 16)
+    cases, _, pictures = asking.cases(rows, "cat", 3)
+    order = {row.id: i for i, row in enumerate(rows.rows)}
+    for case, picture in zip(cases, pictures, strict=True):
+        scale = (1.5, 3.0, 6.0)[order[case.id]]
+        draw = torch.Generator().manual_seed(case.seed)
+        want = pipe(case.prompt, num_inference_steps=2, guidance_scale=scale, generator=draw).images[0]
+        other = pipe(case.prompt, num_inference_steps=2, guidance_scale=4.0, generator=draw.manual_seed(case.seed))
+        again = asking.draw(cases, {cases.index(case): Attempt(case.prompt)})[cases.index(case)]
+        for made in (picture, again):
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(want)).max() <= 1
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(other.images[0])).max() > 1
+    assert set(asking.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
+    found = asking.conditions(cases, 0)["guidances"]
+    assert sorted(found.values()) == [1.5, 6.0]
 
 
 def test_a_second_call_runs_nothing_and_other_settings_are_refused(pipe, tmp_path, monkeypatch):

@@ -20,8 +20,9 @@ from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.beside import write_lines
+from erasure.evaluation.gates import notes
 from erasure.evaluation.judges import verdicts
-from erasure.evaluation.promptset import PromptSet, again, mixed
+from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.run import find_target, switched_off
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ class Asking:
     guidance: float
     batch_size: int
     faults: list[str] = field(default_factory=list)
+    scales: dict[str, float] = field(default_factory=dict)  # case -> guidance, where its row names one
     said: list[dict[str, Any]] = field(default_factory=list)  # all that the judge said, by case and what was asked
 
     def draw(self, cases: Sequence[Case], attempts: dict[int, Attempt]) -> dict[int, Image.Image]:
         """A picture an attempt, from its case's own noise; attempts of one kind share a batch."""
         groups: dict[Any, list[int]] = {}
         for i, attempt in attempts.items():
-            groups.setdefault((attempt.embeds is None, attempt.strength), []).append(i)
+            kind = attempt.embeds is None, attempt.strength, self.scales.get(cases[i].id)
+            groups.setdefault(kind, []).append(i)
         found: dict[int, Image.Image] = {}
         for rows in groups.values():
             for at in range(0, len(rows), self.batch_size):
@@ -62,7 +65,7 @@ class Asking:
         pipe = self.victim.pipe
         options: dict[str, Any] = {
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
+            "guidance_scale": self.scales.get(cases[0].id, self.guidance),
             "generator": [torch.Generator().manual_seed(case.seed) for case in cases],
         }
         embeds = [attempt.embeds for attempt in attempts if attempt.embeds is not None]
@@ -128,8 +131,8 @@ class Asking:
         tried = 0
         while len(found) < count and tried < len(wanted):
             part = wanted[tried : tried + max(LEAST, count - len(found))]
-            prompts, seeds = [row.prompt for row in part], [row.seed for row in part]
-            latents = self.victim.base_latents(prompts, seeds, self.batch_size, self.steps, self.guidance)
+            self.scales |= {row.id: row.guidance for row in part if row.guidance is not None}
+            latents = self._base(part)
             images = self.decoded(latents)
             drawn = [
                 Case(row.id, row.prompt, row.seed, row.labels[domain], x, *around(row.prompt, words))
@@ -145,10 +148,22 @@ class Asking:
             )
         return found[:count], tried, shown[:count]
 
+    def _base(self, rows: Sequence[Prompt]) -> torch.Tensor:
+        """Latents of the base's pictures [n, c, h, w], each row's with its own guidance."""
+        found: dict[str, torch.Tensor] = {}
+        for scale in dict.fromkeys(self.scales.get(row.id, self.guidance) for row in rows):
+            few = [row for row in rows if self.scales.get(row.id, self.guidance) == scale]
+            prompts, seeds = [row.prompt for row in few], [row.seed for row in few]
+            made = self.victim.base_latents(prompts, seeds, self.batch_size, self.steps, scale)
+            found |= {row.id: x for row, x in zip(few, made, strict=True)}
+        return torch.stack([found[row.id] for row in rows])
+
     def conditions(self, cases: Sequence[Case], seed: int) -> dict[str, Any]:
         """What a result depends on."""
+        own = {case.id: self.scales[case.id] for case in cases if case.id in self.scales}
         return {
             **generate.conditions(self.victim.pipe, self.steps, self.guidance),
+            **({"guidances": own} if own else {}),
             "cases": [case.id for case in cases],
             "judge": {"name": self.judge.name, **self.judge.versions()},
             "seed": seed,
@@ -217,7 +232,7 @@ def attack(
         outcomes.append(done)
     target = asking.target
     report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
-    report.notes.extend(gated(pipe))
+    report.notes.extend(notes(pipe))
     report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
     write_lines(out / "scores.jsonl", map(json.dumps, said))
     return report
@@ -242,17 +257,6 @@ def begin(
     steps = generate.STEPS if steps is None else steps
     guidance = generate.GUIDANCE if guidance is None else guidance
     return Asking(Victim(pipe, switched_off), judge, target, steps, guidance, batch_size), rows
-
-
-def gated(pipe: Any) -> list[str]:
-    """What to know of the gates of patches that act."""
-    listed: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
-    return [
-        f"{name} has a {entry['gate']} gate: it reads attacks by text as any prompt; embeddings it cannot read, so for "
-        "attacks by embeddings, as for every search, the patch acts fully"
-        for name, entry in listed.items()
-        if entry["strength"] and entry["gate"] != "always"
-    ]
 
 
 def keep(place: Path, cases: Sequence[Case], images: dict[int, Image.Image]) -> None:
