@@ -150,7 +150,7 @@ def test_a_patch_of_the_encoder_is_read_through_the_encoder(pipe):
 def test_a_report_has_the_figures_beside_the_bases(pipe, tmp_path):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     before = weights(pipe)
-    words = [(f"r{i}", f"a {o}", o) for i, o in enumerate(["cat", "dog", "tree"] * 2)]
+    words = [(f"r{i}", f"a {o}", o) for i, o in enumerate(["cat", "dog"] * 3)]
     rows = PromptSet("tiny", [Prompt(key, text, 0, None, {"object": o, "style": "flat"}) for key, text, o in words])
     options = {"prompts": rows, "steps": 2, "progress": False, "judge": BrightnessJudge()}
     report = evaluate(pipe, "cat", folder=tmp_path, within=True, **options)
