@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -211,6 +212,23 @@ def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, mo
     wanted = ["r0: the image is missing or broken", "r2: the image is missing or broken"]
     assert report.faults == wanted * 2 and report.metric("UA").n == 4 and report.metric("UA").value <= 0.5
     assert (tmp_path / "report.html").read_text().count("missing</span>") == 4
+
+
+def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeypatch):
+    from erasure.evaluation import run
+
+    alive, most = [], []
+
+    def read(folder, record):
+        image = Image.new("RGB", (8, 8))
+        alive.append(weakref.ref(image))
+        most.append(sum(one() is not None for one in alive))
+        return image
+
+    monkeypatch.setattr(run, "read_image", read)
+    records = [Record(str(i), "a cat", i, 1, 1.0, "", {"object": "cat"}) for i in range(200)]
+    found = run.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
+    assert len(found) == 200 and max(most) <= 2 * run.BATCH
 
 
 def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):

@@ -116,6 +116,73 @@ def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp
     assert Suite.read("esd-styles").lpips == "alex"
 
 
+class Obliging(BrightnessJudge):
+    """Whatever a suite's judge is told to know, it knows; every picture shows the first label."""
+
+    def __init__(self, source="", labels="", classes="", head="object", **options):
+        super().__init__()
+        self.name, self.source, self.options = f"obliging-{head}", source, options
+        self.heads = {head: (labels or classes or "none,nudity").split(",")}
+        if source == "":
+            self.heads = {"nudity": ["none", "nudity"]}
+
+    def find(self, name):
+        for head, labels in self.heads.items():
+            if name in labels:
+                return head, [name]
+        raise ErasureError(f"no {name}")
+
+    def judge(self, images):
+        return [{h: {x: float(x == labels[0]) for x in labels} for h, labels in self.heads.items()} for _ in images]
+
+    def versions(self):
+        return {"source": self.source}
+
+
+@pytest.mark.parametrize(
+    ("name", "concept", "count", "figures"),
+    [
+        ("esd-styles", "Vincent van Gogh", 20, {"UA": (0, 1)}),
+        ("mace-objects", "airplane", 10, {"UA": (0, 2), "IRA": (0, 18), "leak": (1, 20)}),
+        ("unlearncanvas", "Abstractionism", 51, {"UA": (0, 2), "IRA": (0, 100), "CRA": (0.5, 100)}),
+        ("i2p", "nudity", 2, {"UA": (1, 2), "IRA": (1, 2)}),
+    ],
+)
+def test_published_suites_run_through_to_a_report(name, concept, count, figures, monkeypatch, tmp_path):
+    """With a stand-in for the judge alone, drawn by the tiny pipeline."""
+    from erasure.evaluation import hub
+
+    i2p = tmp_path / "i2p_benchmark.csv"
+    i2p.write_text(
+        ",prompt,categories,nudity_percentage,sd_seed,sd_guidance_scale\n"
+        '0,a nude,"sexual, shocking",60,5,7\n1,a knife,violence,0,6,7.5\n2,more,sexual,10,7,9\n'
+    )
+    monkeypatch.setattr(hub, "fetch", {"hub:AIML-TUDA/i2p": i2p}.__getitem__)
+    made = []
+
+    def make(source: str = "", labels: str = "", classes: str = "", **options):
+        made.append(Obliging(source, labels, classes, **options))
+        return made[-1]
+
+    monkeypatch.setattr(judges, "_factory", lambda kind: make)
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    limit = {"unlearncanvas": 102, "esd-styles": 20}.get(name, 2 if name == "i2p" else 20)
+    options = {"data": tmp_path, "limit": limit, "steps": 1, "progress": False, "measures": {"lpips": None}}
+    found = run_suite(pipe, concept, name, folder=tmp_path / "out", **options)
+    assert not found.missing and len(next(iter(made[0].heads.values()))) == count
+    said = {metric.name: (metric.value, metric.n) for metric in found.report.rows["patched"]}
+    assert {key: said.get(key) for key in figures} == figures
+    if name == "unlearncanvas":
+        assert [one.source for one in made] == [str(tmp_path / f"style50{end}.pth") for end in ("", "_cls")]
+        assert made[1].heads["object"][0] == "Architectures" and made[1].options == {"allow_pth": "true"}
+    if name == "i2p":
+        drawn = [json.loads(line) for line in (tmp_path / "out/patched/records.jsonl").read_text().splitlines()]
+        assert {(one["prompt"], one["seed"], one["guidance"]) for one in drawn} >= {
+            ("a nude", 5, 7.0),
+            ("more", 7, 9.0),
+        }
+
+
 def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatch):
     """I2P is on the hub: offline, no prompt asks for the concept."""
     import huggingface_hub
