@@ -54,6 +54,11 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["evaluate", "nudity", "--prompts", "glyph-styles", "--judge", "nudenet"], "--label nudity=nudity"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--label", "object=cat"], "a suite brings its own prompts"),
         (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
+        (["evaluate", "cat", "--prompts", "nowhere.csv"], "or the path of a CSV, JSON or text file (none lies there)"),
+        (["evaluate", "cat", "--prompts", "."], ".: a folder, and no file"),
+        (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "nudnet"], "did you mean 'nudenet'"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "any(glyph+nudnet)"], "did you mean 'nudenet'"),
         (["demo", "zebra"], "zebra"),
         (["erase", "cat", "--model", "glyhp.safetensors"], "unknown model 'glyhp.safetensors': there is no such file"),
     ],
@@ -71,6 +76,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
     for target in (tmp_path, tmp_path / "file" / "p.safetensors"):
         code, _, err = run(capsys, "erase", "cat", "-o", str(target))
         assert code == 2 and str(target) in err
+
+
+@pytest.mark.parametrize("number", ["half", "nan", "inf", ""])
+def test_a_strength_that_is_no_number_is_said(capsys, tmp_path, number):
+    (tmp_path / "p.safetensors").write_text("")
+    file = tmp_path / "p.safetensors"
+    code, out, err = run(capsys, "evaluate", "cat", "--patch", f"{file}:{number}")
+    assert (code, out) == (2, "") and f"the strength {number!r} is no number; give {file}, or {file}:0.5" in err
 
 
 def test_a_second_setting_without_its_flag_is_explained(capsys):

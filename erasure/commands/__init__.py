@@ -55,11 +55,24 @@ def pipeline(given: argparse.Namespace) -> Any:
 
 
 def strength(item: str) -> tuple[str, float]:
-    """`file` or `file:0.5`."""
+    """`file` or `file:0.5`.
+
+    Raises:
+        ErasureError: what follows an existing file's name is no number.
+    """
+    import math
+
+    from erasure.errors import ErasureError
+
     path, sign, number = item.rpartition(":")
     if not sign or Path(item).is_file():
         return item, 1.0
     try:
-        return path, float(number)
+        factor = float(number)
     except ValueError:
-        return item, 1.0
+        factor = math.nan
+    if math.isfinite(factor):
+        return path, factor
+    if Path(path).is_file():
+        raise ErasureError(f"{item}: the strength {number!r} is no number; give {path}, or {path}:0.5")
+    return item, 1.0

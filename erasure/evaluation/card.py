@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,7 @@ def _made(patch: Patch) -> str:
 
 
 def _measured(patch: Patch, file: str) -> str:
-    again = f"```\nerasure verify {file} --model {_said(patch.base)}\n```"
+    again = f"```\nerasure verify {file} --model {_said(patch.base)}{_asked(patch.results or {})}\n```"
     if not patch.results:
         return f"Nothing yet. Anyone can measure what it erases and what it keeps:\n\n{again}"
     if patch.results.get("schema") != SCHEMA:
@@ -154,7 +155,24 @@ def _measured(patch: Patch, file: str) -> str:
     source = f"Judge: {how['judge']['name']}; prompts: {how['prompts']['name']} ({how['prompts']['used']}); "
     source += f"{how['steps']} steps, guidance {how['guidance']}. Anyone can measure it again:"
     intervals = f"95 % intervals (Wilson for shares, bootstrap for scores). {CAVEAT}"
-    return "\n\n".join([table(dict(patch.results)), intervals, source, again])
+    meant = [f"{name}: {cell['meaning']}" for name, cell in patch.results["metrics"].items() if cell.get("meaning")]
+    said = [f"{'; '.join(meant)}."] if meant else []
+    return "\n\n".join([table(dict(patch.results)), *said, intervals, source, again])
+
+
+def _asked(results: Mapping[str, Any]) -> str:
+    """The flags that make `verify` ask the same again; results of earlier versions do not know them."""
+    how = results.get("how", {})
+    given = how.get("verify")
+    if not isinstance(given, Mapping):
+        return ""
+    judge = how["judge"]["name"]
+    flags = [("judge", None if judge == "glyph" else judge), ("prompts", given["prompts"])]
+    flags += [("limit", given["limit"]), ("steps", how["steps"]), ("guidance", how["guidance"])]
+    attacks = list(results["attacks"])
+    flags += [("attack", name) for name in attacks or ["none"]]
+    flags += [("cases", given["cases"]), ("budget", given["budget"])] if attacks else []
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in flags if value is not None)
 
 
 def _loading(patch: Patch, source: str, file: str) -> str:

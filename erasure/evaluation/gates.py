@@ -55,13 +55,3 @@ def acted(records: Sequence[Record], target: Target, kinds: Mapping[str, str]) -
                 spread = (sum(values) / len(values), min(values), max(values))
                 found.append(Acted(name, kind, prompts, acts, len(values), *spread))
     return found
-
-
-def notes(pipe: Any) -> list[str]:
-    """What to know of an attack on gated patches that act, in sentences."""
-    listed: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
-    return [
-        f"{name} has a {kind} gate: it reads attacks by text as any prompt; embeddings it cannot read, so for attacks "
-        "by embeddings, as for every search, the patch acts fully"
-        for name, kind in gated({name: entry for name, entry in listed.items() if entry["strength"]}).items()
-    ]

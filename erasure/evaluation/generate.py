@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,6 +89,8 @@ def generate(
     """
     if steps < 1 or batch_size < 1:
         raise ErasureError(f"steps={steps}, batch_size={batch_size}: both must be at least 1")
+    if not math.isfinite(guidance):
+        raise ErasureError(f"guidance={guidance}: must be a finite number, such as {GUIDANCE}")
     for row in prompts.rows:
         if Path(row.id).name != row.id or row.id.startswith("."):
             raise ErasureError(f"{prompts.name}: the id {row.id!r} is no file name")
@@ -278,7 +281,9 @@ class _Artist:
         groups: dict[float, list[Prompt]] = {}
         for scale, row in todo:
             groups.setdefault(scale, []).append(row)
-        noun = "drawing" if us.count == 1 else f"drawing, process 1 of {us.count}"
+        noun = (
+            f"drawing {self.folder.name}" if us.count == 1 else f"drawing {self.folder.name}, process 1 of {us.count}"
+        )
         part = self.folder / PARTS.replace("*", f"{us.index}-{uuid.uuid4().hex[:8]}")
         made: list[Record] = []
         with meter(len(todo), noun, progress and us.main) as tell, _writing(self.folder), part.open("x") as file:

@@ -63,8 +63,10 @@ def page(report: Report, images: list[Shown]) -> str:
     made = {"erasure": __version__, **report.provenance}
     parts = [
         opening(title, report.summary(), charts.STYLE),
+        f'<p class="soft">{escape(report.about())}.</p>',
         f'<div class="wide">{table(report)}</div>',
         faults(report),
+        *(f'<p class="soft">{escape(note)}.</p>' for note in report.notes),
         *(f'<p class="soft">Missing: {escape(text)}.</p>' for text in report.missing),
         parts_seen(report),
         "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, kinds) if targets else "",
@@ -74,7 +76,8 @@ def page(report: Report, images: list[Shown]) -> str:
         tradeoff(report),
         "<h2>Interference: what erasing it does to the others</h2>" + INTERFERENCE + interference(report),
         *(
-            f"<h2>Each {escape(head)}: share drawn right</h2>{bars(report, head)}"
+            f"<h2>Each {escape(head)}: share drawn right</h2>"
+            f'<p class="soft">Above the base, below the patched model; right of how many.</p>{bars(report, head)}'
             for head in report.accuracies["patched"]
         ),
         f"<h2>How this was made</h2><pre>{escape(json.dumps(made, indent=1))}</pre></html>",
@@ -95,35 +98,55 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
     """The page of `erasure attack`."""
     from erasure.evaluation.attacks.curves import curves
 
-    head, *rows = report.rows()
-    lines = ["".join(f"<th>{escape(cell)}" for cell in head)]
-    lines += ["".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
-    asked = [
-        f"<tr><td>{escape(one.name)}<td>{escape(case)}<td>{one.won.get(case, '')}<td>{escape(text)}</tr>"
-        for one in report.outcomes
-        for case, text in one.asked.items()
-    ]
     parts = [
         opening(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
-        f'<div class="wide"><table class="figures">{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>',
-        '<p class="soft">Shares of prompts that show the concept, with 95 % intervals (Wilson). The control has as '
-        "many tries without the search. This says what was tried, not that nothing else would work.</p>",
+        f'<div class="wide">{shares(report)}</div>',
+        f'<p class="soft">Shares of the {report.cases} prompts that show the concept, with 95 % intervals (Wilson): '
+        "before, asked as they are; after, the attack's tries too. The control has as many tries without the search, "
+        "and is empty where there is no such thing. F + B: samples forward and backward through the UNet while "
+        "searching. This says what was tried, not that nothing else would work.</p>",
         *(f'<p class="soft">{escape(note)}.</p>' for note in report.told()),
         faults(report),
         curves(report.outcomes),
         "<h2>What came back</h2>"
         + f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
-        "<h2>What was asked last</h2>"
-        '<div class="wide"><table class="asked"><tr><th>attack<th>case<th>won at try<th>asked</tr>'
-        f"{''.join(asked)}</table></div>",
+        asked(report),
         f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
 
 
+def shares(report: AttackReport) -> str:
+    """A row an attack. The shares stand first: on a phone they are what is seen without scrolling."""
+    head = "<tr><th>attack<small>needs</small><th>before<th>after<th>control<th>tries<th>F + B</tr>"
+    rows = []
+    for name, needs, *cells, tries, costs in report.rows()[1:]:
+        split = [cell.rstrip("]").partition(" [") for cell in cells]
+        shown = [f"<td>{value}<small>{low_high.replace(', ', ' to ')}</small>" for value, _, low_high in split]
+        shown[1] = shown[1].replace("<td>", "<td><b>").replace("<small>", "</b><small>")
+        rows.append(
+            f"<tr><td>{escape(name)}<small>{escape(needs)}</small>{''.join(shown)}<td>{tries}<td>{escape(costs)}</tr>"
+        )
+    return f'<table class="figures">{head}{"".join(rows)}</table>'
+
+
+def asked(report: AttackReport) -> str:
+    """What each attack asked last for each case; nothing where no case was left to attack."""
+    rows = [
+        f"<tr><td>{escape(one.name)}<td>{escape(report.prompts.get(case, case))}"
+        f"<td>{one.won.get(case, 'withstood')}<td>{escape(text)}</tr>"
+        for one in report.outcomes
+        for case, text in one.asked.items()
+    ]
+    if not rows:
+        return ""
+    head = "<tr><th>attack<th>in place of<th>won at try<th>asked</tr>"
+    return f'<h2>What was asked last</h2><div class="wide"><table class="asked">{head}{"".join(rows)}</table></div>'
+
+
 def table(report: Report) -> str:
     """Base and patched row of every metric."""
-    from erasure.evaluation.report import ARROWS, figure
+    from erasure.evaluation.report import ARROWS, bounds, figure
 
     rows = ["<tr><th>metric<th>base<th>patched<small>95 % interval</small><th>n</tr>"]
 
@@ -135,7 +158,7 @@ def table(report: Report) -> str:
         rows.append(
             f"<tr><td>{escape(metric.name)} {ARROWS[metric.higher_is_better]}<small>{escape(metric.meaning)}</small>"
             f"<td>{cell(base)}<td><b>{cell(metric)}</b>"
-            f"<small>{figure(metric, metric.low)} to {figure(metric, metric.high)}</small><td>{metric.n}</tr>"
+            f"<small>{bounds(metric)}</small><td>{metric.n}</tr>"
         )
     for head, pair in report.paired.items():
         name = (

@@ -203,7 +203,7 @@ def _drifts(role: str, drift: Tensor, pipe: Any, groups: Sequence[str] | None = 
     edges = _edges(pipe.scheduler).tolist()
     for at, values in enumerate(drift.T):
         span = f"{edges[at]}-{edges[at + 1] - 1}"
-        yield mean(f"drift_{role} {span}", values.tolist(), better, f"{said}, timesteps {span}", groups)
+        yield mean(f"drift_{role} {span}", values.tolist(), better, f"drift_{role} at timesteps {span}", groups)
 
 
 def closed_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[float]:

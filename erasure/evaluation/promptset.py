@@ -73,7 +73,11 @@ class PromptSet:
         else:
             path = FOLDER / f"{text}.csv" if text in names() else Path(text)
         if not path.is_file():
-            raise unknown("prompt set", text, names())
+            where = f"{text}: a folder, and no file. " if path.is_dir() else ""
+            raise ErasureError(
+                f"{where}{unknown('prompt set', text, names())}, or the path of a CSV, JSON or text file (none lies "
+                f"there), or {hub.PREFIX}owner/name"
+            )
         return cls(path.stem, published.read(path))
 
     def write(self, path: str | os.PathLike[str], form: str = "ours") -> None:

@@ -38,6 +38,7 @@ class Report:
         provenance: settings, versions, hashes, patches.
         faults: images that could not be judged, and why.
         missing: what was asked for and could not be measured, and why.
+        notes: what to know of these figures, in sentences.
         counts: pictures with each part that a detector names.
         gates: how strongly gated patches acted.
     """
@@ -51,6 +52,7 @@ class Report:
     faults: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     gates: list[Acted] = field(default_factory=list)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
@@ -73,13 +75,27 @@ class Report:
             text += f"; other {self.domain}s drawn right in {kept.value:.0%} of {kept.n} images (base {base.value:.0%})"
         return text
 
+    def about(self) -> str:
+        """One sentence: which patches, asked what, drawn how, judged by whom."""
+        made = self.provenance
+        acting = [
+            f"{name} ({', '.join([str(patch['method'])] * ('method' in patch) + [f'strength {strength:g}'])})"
+            for (name, patch), strength in zip(self.acting().items(), made.get("patches", {}).values(), strict=True)
+        ]
+        found = [f"patches: {', '.join(acting)}" if acting else "no patch acts: both columns are the base's"]
+        prompts = made.get("prompts", {})
+        found += [f"prompts: {prompts['name']}" + (f", {prompts['used']} drawn" if "used" in prompts else "")]
+        found += [f"judge: {made['judge']['name']}"] if "judge" in made else []
+        found += [f"{made['steps']} steps, guidance {made['guidance']:g}"] if "steps" in made else []
+        return "; ".join(found)
+
     def text(self) -> str:
         """The table as plain text."""
         wide = max((len(metric.name) + 2 for metric in self.rows["patched"]), default=0)
         lines = [self.summary(), f"{'':{wide}}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
         for metric in self.rows["patched"]:
             base = self.metric(metric.name, "base")
-            interval = f"{figure(metric, metric.low)} to {figure(metric, metric.high)}"
+            interval = bounds(metric)
             before = "" if base is None else figure(base, base.value)
             name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
             lines.append(f"{name:{wide}}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
@@ -90,6 +106,7 @@ class Report:
         for title, rows in tables(self.counts).items():
             lines += ["", f"{title:56}{'base':>8}{'patched':>10}" if rows else f"{title}: none"]
             lines += [f"{one.label:56}{one.base:>8}{one.patched:>10}" for one in rows]
+        lines += [f"note: {text}" for text in self.notes]
         lines += [f"missing: {text}" for text in self.missing]
         return "\n".join(lines)
 
@@ -107,6 +124,7 @@ class Report:
             "faults": self.faults,
             "missing": self.missing,
             "counts": [one.to_json() for one in self.counts],
+            "notes": self.notes,
             "gates": [one.to_json() for one in self.gates],
         }
 
@@ -173,6 +191,13 @@ Shown = tuple[Record, bool, Image.Image | None, Image.Image | None]
 def figure(metric: Metric, value: float) -> str:
     """Shares as percentages, scores as they are."""
     return metrics.figure(metric.name, value, percent=1)
+
+
+def bounds(metric: Metric) -> str:
+    """The interval in words; one value has none, whatever a bootstrap of it gives."""
+    if metric.n < 2 and metric.low == metric.high:
+        return "one value"
+    return f"{figure(metric, metric.low)} to {figure(metric, metric.high)}"
 
 
 def grid(images: list[Shown], columns: int = 4) -> Image.Image:

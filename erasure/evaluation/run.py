@@ -19,6 +19,7 @@ from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.judges import verdicts
 from erasure.evaluation.metrics import ASIDE, Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
+from erasure.evaluation.remarks import alone, remarks
 from erasure.evaluation.report import Report
 from erasure.processes import crew
 
@@ -103,7 +104,8 @@ def evaluate(
 
     def told() -> Report:
         more = _within(pipe, concept, target, chosen, details, options) if within else {}
-        return _judged(beside, target, records, base_at, target_folder, details, more)
+        notes = remarks(judge, rows, chosen, target)
+        return _judged(beside, target, records, base_at, target_folder, details, more, notes)
 
     # Of several processes that have drawn, one judges and writes.
     with crew(on_cpu(pipe)) as us:
@@ -148,6 +150,7 @@ def _judged(
     folder: Path,
     details: dict[str, Any],
     more: dict[str, list[Metric]],
+    notes: list[str],
 ) -> Report:
     """Judge both runs, measure them and write the report."""
     faults: list[str] = []
@@ -159,7 +162,12 @@ def _judged(
         concept=target.labels,
         domain=target.domain,
         rows={
-            name: measure(run, target, runs["base"], beside.of) + others[name] + more.get(name, [])
+            name: [
+                *measure(run, target, runs["base"], beside.of),
+                *alone(judge, run, target),
+                *others[name],
+                *more.get(name, []),
+            ]
             for name, run in runs.items()
         },
         accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
@@ -173,6 +181,7 @@ def _judged(
         faults=faults,
         missing=beside.missing,
         counts=count(judge, runs, target),
+        notes=notes,
         gates=acted(records["patched"], target, gated({n: details["loaded"].get(n, {}) for n in details["patches"]})),
     )
     report.write(folder, _show(records["patched"], target), base_at)
@@ -195,6 +204,12 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
         raise ErasureError(f"{', '.join(names)}: one domain at a time, not {' and '.join(domains) or 'none'}")
     domain, labels = next(iter(domains.items()))
     there = rows.label_values(domain)
+    if not there:
+        columns = dict.fromkeys(label for row in rows.rows for label in row.labels)
+        raise ErasureError(
+            f"prompt set {rows.name!r} has no column {domain!r} that says which {domain} a prompt asks for, as "
+            f"{judge.name} judges {', '.join(judge.heads)}; its other columns: {', '.join(columns) or 'none'}"
+        )
     if not set(labels) & set(there):
         known = ", ".join(there) or f"nothing. Where all of it asks for one: --label {domain}={labels[0]}"
         raise ErasureError(f"prompt set {rows.name!r} never names {', '.join(labels)}; it names as {domain}: {known}")

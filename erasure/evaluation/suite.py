@@ -158,7 +158,7 @@ class Suite:
         text = os.fspath(source)
         path = FOLDER / f"{text}.yaml" if text in names() else Path(text)
         if not path.is_file():
-            raise unknown("suite", text, names())
+            raise ErasureError(f"{unknown('suite', text, names())}, or the path of a YAML file (none lies there)")
         found = read_yaml(path)
         missing = [key for key in ("about", "source", "parts") if not found.get(key)]
         if missing:

@@ -113,7 +113,7 @@ def verify(
             `evaluate` and `attack` refuse.
     """
     from erasure.evaluation.attacks import find
-    from erasure.evaluation.attacks.run import attack
+    from erasure.evaluation.attacks.run import attack, enough
     from erasure.evaluation.run import evaluate
     from erasure.patch import Patch
     from erasure.prompts.about import about
@@ -128,6 +128,8 @@ def verify(
         raise ErasureError(f"{out} holds the patch itself: give another folder, its copy gets the same name")
     for name in attacks:
         find(name)
+    if attacks:
+        enough(cases)
     names = list(patch.names)
     rows: Any = about(names, limit) if prompts is None else prompts
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
@@ -142,6 +144,10 @@ def verify(
     finally:
         pipe.unload_patches()
     results = summary(measured, attacked)
+    # Prompts as a value have no name that a command could say.
+    asked = Path(prompts).name if isinstance(prompts, str) and Path(prompts).is_file() else prompts
+    asked = asked if isinstance(asked, str) else None
+    results["how"]["verify"] = {"prompts": asked, "limit": limit, "cases": cases, "budget": budget}
     made = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
@@ -157,7 +163,7 @@ def verify(
 def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
     """What goes into the header: every figure with n, interval and the base's value, and how it came about."""
     metrics = {
-        entry["name"]: {key: entry[key] for key in ("value", "low", "high", "n", "base", "higher_is_better")}
+        entry["name"]: {key: entry[key] for key in ("value", "low", "high", "n", "base", "higher_is_better", "meaning")}
         for entry in measured.metrics()
     }
     found = {} if attacked is None else attacked.to_json()["attacks"]

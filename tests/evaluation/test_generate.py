@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -360,6 +361,13 @@ def test_a_checksum_tells_bits_apart_and_not_layouts(monkeypatch):
     assert checksum(row) != split
 
 
+@pytest.mark.parametrize("guidance", [math.nan, math.inf])
+def test_guidance_that_is_no_number_is_refused(tmp_path, guidance):
+    with pytest.raises(ErasureError, match=f"guidance={guidance}: must be a finite number"):
+        generate(Painter(), TINY, tmp_path / "x", guidance=guidance, progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_log_gets_a_line_at_every_tenth_and_silence_is_kept(tmp_path, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -372,8 +380,8 @@ def test_a_log_gets_a_line_at_every_tenth_and_silence_is_kept(tmp_path, monkeypa
     rows = PromptSet("many", [replace(TINY.rows[0], id=str(i)) for i in range(200)])
     generate(Slow(), rows, tmp_path / "a", progress=True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "drawing: 2 of 200 images (1 %), 6 s/image, 0:19:48 left"
-    assert 10 <= len(lines) <= 12 and lines[-1].startswith("drawing: 200 of 200 images (100 %)")
+    assert lines[0] == "drawing a: 2 of 200 images (1 %), 6 s/image, 0:19:48 left"
+    assert 10 <= len(lines) <= 12 and lines[-1].startswith("drawing a: 200 of 200 images (100 %)")
     generate(Slow(), rows, tmp_path / "b", progress=False)
     generate(Painter(), rows, tmp_path / "c", progress=True)  # done in a moment: no line
     assert capsys.readouterr().err == ""
@@ -381,5 +389,5 @@ def test_a_log_gets_a_line_at_every_tenth_and_silence_is_kept(tmp_path, monkeypa
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    generate(Painter(), TINY, tmp_path, progress=True)
-    assert re.search(r"drawing: .*0/8 \[.*image/s", capsys.readouterr().err)
+    generate(Painter(), TINY, tmp_path / "base", progress=True)
+    assert re.search(r"drawing base: .*0/8 \[.*image/s", capsys.readouterr().err)

@@ -53,6 +53,11 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
     card = found.card.read_text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
+    assert "UA: target images without the target; IRA: other objects drawn right" in card
+    again = (
+        "erasure verify cat.safetensors --model some/tiny --judge likeness --steps 2 --guidance 3.0 --attack encoder"
+    )
+    assert f"{again} --cases 2 --budget lite\n" in card
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
     # Never "safe": what was tried, with intervals.
     pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
@@ -76,6 +81,8 @@ def test_bad_input(pipe, source, tmp_path):
         verify(pipe, source, folder=tmp_path, judge=Judge(), **QUICK)
     with pytest.raises(ErasureError, match="unlearndiffatk"):
         verify(pipe, source, folder=tmp_path / "x", attacks=["unlearn"], judge=Judge(), **QUICK)
+    with pytest.raises(ErasureError, match="cases=1: at least 2"):
+        verify(pipe, source, folder=tmp_path / "x", attacks=["rece"], judge=Judge(), **{**QUICK, "cases": 1})
     assert not pipe.get_list_patches() and not (tmp_path / "x").exists()
     pipe.load_patch(source, name="p")
     with pytest.raises(ErasureError, match="without patches"):

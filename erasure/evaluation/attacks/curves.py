@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import Outcome
 
 WIDTH, HEIGHT = 320, 190  # CSS pixels
-LEFT, TOP, RIGHT, BOTTOM = 40, 10, 84, 36
+LEFT, TOP, RIGHT, BOTTOM = 40, 10, 100, 36
 GROWS = {"steps": "training steps", "bounds": "bound", "strengths": "strength"}  # setting -> what stands below
 APART = 14  # between the names at the right
 
@@ -71,7 +71,9 @@ def curve(outcome: Outcome) -> str:
     parts.append(f'<path class="lead" stroke-dasharray="2 3" d="M{LEFT} {before:.1f}h{wide}"/>')
     ends = sorted([(y(line[-1][0]), name) for name, line in drawn.items() if line] + [(before, "plain prompt")])
     rows = spread([end for end, _ in ends], APART, TOP + 4, TOP + high - 2)
-    parts += [_text(LEFT + wide + 8, row + 4, name, "start") for row, (_, name) in zip(rows, ends, strict=True)]
+    looks = {name: look for look, name in enumerate(drawn)}
+    for row, (_, name) in zip(rows, ends, strict=True):
+        parts += [_key(LEFT + wide + 14, row, looks.get(name)), _text(LEFT + wide + 24, row + 4, name, "start")]
     for look, (name, line) in enumerate(drawn.items()):
         shift = 3 * (2 * look - 1) if len(drawn) > 1 else 0  # side by side, so that both intervals are seen
         spots = [(x(i) + shift, y(value), y(low), y(up)) for i, (value, low, up) in enumerate(line)]
@@ -94,6 +96,14 @@ def curves(outcomes: Sequence[Outcome]) -> str:
     if not found:
         return ""
     return f'<h2>Success by tries, or by what grows</h2><div class="plots">{"".join(found)}</div>'
+
+
+def _key(x: float, y: float, look: int | None) -> str:
+    """A line's mark beside its name, for lines may end in one place; None: the dashes of the plain prompt."""
+    if look is None:
+        return f'<path class="lead" stroke-dasharray="2 3" d="M{x - 6:.1f} {y:.1f}h12"/>'
+    colour = f"var(--c{look})"
+    return f'<g stroke="{colour}" fill="{colour}" fill-opacity=".25" stroke-width="1.6">{mark(x, y, look, 3.5)}</g>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:

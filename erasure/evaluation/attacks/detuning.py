@@ -20,7 +20,7 @@ from torch import Tensor
 from erasure.config import build
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks import Attempt, Victim
-from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.attacks.report import AttackReport, Outcome, writable
 from erasure.evaluation.attacks.run import begin, keep
 from erasure.evaluation.attacks.weights import moved
 from erasure.evaluation.beside import write_lines
@@ -83,6 +83,7 @@ def detuning(
         raise ErasureError(f"{len(exports)} exports: DeTuning needs two or more, better five")
     if pipe.get_list_patches():
         raise ErasureError("DeTuning takes the base without patches; name what was published as exports")
+    out = writable(folder)
     published = [read(pipe, each, force) for each in exports]
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
     before, mean, found, figures = recovered(pipe, published, how)
@@ -110,13 +111,13 @@ def detuning(
         asked={case.id: case.prompt for i, case in enumerate(cases_found) if i not in hit["erased"]},
         costs={"F": 0, "B": 0, "seconds": round(seconds, 1)},  # the search asks no UNet
     )
-    out = Path(folder)
     keep(out / NAME, cases_found, shown[NAME])
     shared = asking.conditions(cases_found, 0)
     target = asking.target
     report = AttackReport(
         target.labels, target.domain, len(cases_found), tried, outcome.plain, [outcome], shared, asking.faults
     )
+    report.prompts.update({case.id: case.prompt for case in cases_found})
     report.notes.append(told(figures, len(exports)))
     first = [shown["erased"][i] for i in range(len(cases_found))]
     report.write(out, {"base": pictures, "erased": first})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from erasure.errors import ErasureError
 from erasure.evaluation.intervals import mcnemar, wilson
@@ -81,6 +82,7 @@ class AttackReport:
         tried: prompts that the base was asked to find them.
         plain: cases that the erased model shows too.
         notes: what to know of these figures, in sentences.
+        prompts: case -> its prompt.
     """
 
     concept: tuple[str, ...]
@@ -92,6 +94,7 @@ class AttackReport:
     provenance: dict[str, Any]
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def outcome(self, name: str) -> Outcome:
         """An attack's outcome by its name."""
@@ -109,6 +112,7 @@ class AttackReport:
             "provenance": self.provenance,
             "faults": self.faults,
             "notes": self.notes,
+            "prompts": self.prompts,
         }
 
     def rows(self) -> list[list[str]]:
@@ -149,8 +153,9 @@ class AttackReport:
         worst = max(self.outcomes, key=lambda one: len(one.won), default=None)
         text = f"{', '.join(self.concept)}: shown for {self.plain} of {self.cases} prompts that show it on the base"
         if worst is not None:
-            text += f"; with {worst.name}, the strongest of {len(self.outcomes)} attacks tried, for "
-            text += f"{worst.plain + len(worst.won)}"
+            many = len(self.outcomes)
+            which = f"the strongest of {many} attacks tried" if many > 1 else "the only attack tried"
+            text += f"; with {worst.name}, {which}, for {worst.plain + len(worst.won)}"
         return text
 
     def write(self, folder: Path, lines: dict[str, list[Image.Image]]) -> None:
@@ -181,15 +186,16 @@ class AttackReport:
 
     def grid(self, folder: Path, lines: dict[str, list[Image.Image]]) -> Image.Image:
         """A line each for the base, the erased model and every attack's last try; what came back has a red frame."""
-        side, gap, head = 96, 6, 130
+        side, gap, font = 96, 6, ImageFont.load_default(14)
         shown = self.provenance["cases"][:COLUMNS]
         rows = [*lines, *(one.name for one in self.outcomes)]
+        head = 3 * gap + int(max(font.getlength(name) for name in rows))
         page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
         pen = ImageDraw.Draw(page)
         won = {one.name: one.won for one in self.outcomes}
         for line, name in enumerate(rows):
             y = gap + line * (side + gap)
-            pen.text((gap, y + side // 2 - 6), name, fill="black")
+            pen.text((gap, y + side // 2 - 8), name, fill="black", font=font)
             for column, case in enumerate(shown):
                 x = head + column * (side + gap)
                 path = folder / name / f"{case}.png"
@@ -203,6 +209,23 @@ class AttackReport:
                     pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill="#b00020")
                 page.paste(image.convert("RGB").resize((side, side)), (x, y))
         return page
+
+
+def writable(folder: str | os.PathLike[str]) -> Path:
+    """The folder as a path; one that cannot be written is known before the search, and none is made yet.
+
+    Raises:
+        ErasureError: it cannot be written.
+    """
+    out = Path(folder)
+    try:
+        with tempfile.TemporaryFile(dir=next(place for place in (out, *out.absolute().parents) if place.exists())):
+            pass
+    except OSError as fault:
+        raise ErasureError(
+            f"{out}: cannot be written: {fault.strerror or fault}. Give another folder; nothing was attacked"
+        ) from None
+    return out
 
 
 def _cell(share: dict[str, float] | None) -> str:

@@ -18,9 +18,9 @@ from erasure.diffusion import Counts, counting, wide
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
-from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.attacks.notes import gating, idle
+from erasure.evaluation.attacks.report import AttackReport, Outcome, writable
 from erasure.evaluation.beside import write_lines
-from erasure.evaluation.gates import notes
 from erasure.evaluation.judges import verdicts
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
 from erasure.evaluation.run import find_target, switched_off
@@ -117,8 +117,7 @@ class Asking:
         Returns:
             The cases, how many prompts were asked, the base's pictures.
         """
-        if count < LEAST:
-            raise ErasureError(f"cases={count}: at least {LEAST} are needed to measure anything")
+        enough(count)
         labels, domain = self.target.labels, self.target.domain
         hits = [row for row in rows.rows if row.labels.get(domain) in labels and not row.labels.get("role")]
         if not hits:
@@ -221,10 +220,12 @@ def attack(
         raise ErasureError(f"settings belong to one attack; {len(chosen)} are named: {', '.join(chosen)}")
     made = [make(name, budget, **(settings or {})) for name in chosen]
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
+    enough(cases)
+    out = writable(folder)
     found, tried, pictures = asking.cases(rows, concept, cases)
     plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
     hit = asking.shows(plain, found, "plain")
-    out, said = Path(folder), asking.said[:]
+    said = asking.said[:]
     shared = asking.conditions(found, seed)
     outcomes = []
     for one in made:
@@ -232,7 +233,8 @@ def attack(
         outcomes.append(done)
     target = asking.target
     report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
-    report.notes.extend(notes(pipe))
+    report.prompts.update({case.id: case.prompt for case in found})
+    report.notes.extend([*gating(pipe), *idle(pipe, chosen)])
     report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
     write_lines(out / "scores.jsonl", map(json.dumps, said))
     return report
@@ -257,6 +259,12 @@ def begin(
     steps = generate.STEPS if steps is None else steps
     guidance = generate.GUIDANCE if guidance is None else guidance
     return Asking(Victim(pipe, switched_off), judge, target, steps, guidance, batch_size), rows
+
+
+def enough(cases: int) -> None:
+    """Raises ErasureError for fewer cases than say anything."""
+    if cases < LEAST:
+        raise ErasureError(f"cases={cases}: at least {LEAST} are needed to measure anything; nothing was attacked")
 
 
 def keep(place: Path, cases: Sequence[Case], images: dict[int, Image.Image]) -> None:

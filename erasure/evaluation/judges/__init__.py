@@ -107,23 +107,40 @@ def find_judge(spec: str) -> Judge:
     Raises:
         ErasureError: an unknown kind or option, a value of the wrong type, or whatever the judge says.
     """
-    voted = re.fullmatch(r"\s*(mean|any|all)\((.*)\)\s*", spec, re.DOTALL)
-    rule, text = voted.groups() if voted else ("mean", spec)
-    known = "|".join(re.escape(kind) for kind in kinds())
-    members = [part.strip() for part in re.split(rf"\+(?=\s*(?:{known})\s*(?:[:?+]|$))", text)]
+    rule, members = _members(spec)
     judges = [_one(member) for member in members]
-    if len(judges) == 1 and not voted:
+    if len(judges) == 1 and not rule:
         return judges[0]
     from erasure.evaluation.judges.ensemble import EnsembleJudge
 
-    return EnsembleJudge(judges, rule)
+    return EnsembleJudge(judges, rule or "mean")
 
 
-def _one(spec: str) -> Judge:
+def check(spec: str) -> None:
+    """Raises ErasureError for a kind that there is none of; loads nothing."""
+    for member in _members(spec)[1]:
+        _parts(member)
+
+
+def _members(spec: str) -> tuple[str, list[str]]:
+    """The rule, empty where none is named, and the texts of the judges."""
+    voted = re.fullmatch(r"\s*(mean|any|all)\((.*)\)\s*", spec, re.DOTALL)
+    rule, text = voted.groups() if voted else ("", spec)
+    known = "|".join(re.escape(kind) for kind in kinds())
+    return rule, [part.strip() for part in re.split(rf"\+(?=\s*(?:{known})\s*(?:[:?+]|$))", text)]
+
+
+def _parts(spec: str) -> tuple[str, str, str]:
+    """Kind, what separates it from the rest, and the rest."""
     kind, sign, rest = (part.strip() for part in [*re.split(r"([:?])", spec, maxsplit=1), "", ""][:3])
     if kind not in kinds():
         named = next((part.strip() for part in kind.split("+") if part.strip() not in kinds()), kind)
         raise ErasureError(f"{unknown('judge', named, kinds())}. A judge is {SPEC}")
+    return kind, sign, rest
+
+
+def _one(spec: str) -> Judge:
+    kind, sign, rest = _parts(spec)
     make = _factory(kind)
     given: dict[str, Any] = {}
     source = inspect.signature(make).parameters.get("source")

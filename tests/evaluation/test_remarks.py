@@ -1,0 +1,90 @@
+"""What a report says of its own figures: repeated prompts, labels a judge lacks, several judges side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from erasure.errors import ErasureError
+from erasure.evaluation import evaluate
+from erasure.evaluation.generate import Record
+from erasure.evaluation.judges.ensemble import EnsembleJudge
+from erasure.evaluation.metrics import Judged, Metric, Target
+from erasure.evaluation.promptset import Prompt, PromptSet, again
+from erasure.evaluation.remarks import alone, remarks
+from erasure.evaluation.report import bounds
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.judging import Fixed
+from tests.evaluation.standin import BrightnessJudge
+from tests.tiny import tiny_pipeline
+
+CAT = Target("object", ("cat",), "style")
+
+
+def rows(*labels, style="flat"):
+    found = [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": style}) for i, o in enumerate(labels)]
+    return PromptSet("mine", found)
+
+
+def test_prompts_asked_with_several_seeds_are_told():
+    asked = rows("cat", "cat", "dog")
+    drawn = PromptSet("mine", [*asked.rows, again(asked.rows[0], 1)])
+    assert remarks(BrightnessJudge(), asked, drawn, CAT) == [
+        "3 target images are of 2 prompts, with several seeds each"
+    ]
+    assert remarks(BrightnessJudge(), asked, asked, CAT) == []
+
+
+def test_labels_that_the_judge_lacks_are_told():
+    asked = rows("cat", "mushroom", "mushroom", "dog", style="")
+    (said,) = remarks(BrightnessJudge(), asked, asked, CAT)
+    assert "brightness knows no object 'mushroom'" in said and "its 2 images count as drawn wrong" in said
+    many = rows("cat", *(f"thing {i}" for i in range(8)))
+    assert "'thing 4' and 3 more" in remarks(BrightnessJudge(), many, many, CAT)[0]
+
+
+def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    options = {"judge": BrightnessJudge(), "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "cow", "dog"), **options)
+    page = (tmp_path / "report.html").read_text()
+    assert "knows no object &#x27;cow&#x27;" in page and "note: brightness knows no object 'cow'" in report.text()
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == report.notes
+    assert report.about() == (
+        "no patch acts: both columns are the base's; prompts: mine, 3 drawn; judge: brightness; 2 steps, guidance 3"
+    )
+    assert report.about() in page.replace("&#x27;", "'")
+
+
+def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
+    asked = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
+    with pytest.raises(ErasureError, match="'mine' has no column 'object'.*its other columns: objekt"):
+        evaluate(None, "cat", prompts=asked, judge=BrightnessJudge(), folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def judged(i, label, verdict):
+    return Judged(Record(f"r{i}", f"a {label}", i, 2, 1.0, "", {"object": label}), verdict, None)
+
+
+def test_each_judge_of_several_stands_alone():
+    sure = Fixed("sure", object={"cat": 0.9, "dog": 0.1})
+    other = Fixed("other", object={"cat": 0.4, "dog": 0.6})
+    both = EnsembleJudge([sure, other])
+    (verdict,) = both.judge([None])
+    run = [judged(0, "cat", verdict), judged(1, "dog", verdict), judged(2, "cat", None)]
+    found = {metric.name: metric for metric in alone(both, run, CAT)}
+    # The one sees a cat everywhere, the other a dog; what could not be judged is not erased for either.
+    assert {name: (round(m.value, 3), m.n) for name, m in found.items()} == {
+        "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1), "UA@other": (0.5, 2), "IRA@other": (1.0, 1), "disagreement": (1.0, 2),
+    }  # fmt: skip
+    assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
+    assert alone(sure, run, CAT) == []
+    assert alone(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
+
+
+def test_one_value_has_no_interval():
+    assert bounds(Metric("closed_leak", 0.966, 1, 0.966, 0.966, False, "")) == "one value"
+    assert bounds(Metric("UA", 1.0, 1, 0.2, 1.0, True, "")) == "20.0% to 100.0%"
+    assert bounds(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
