@@ -4,36 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from erasure.evaluation.metrics import Judged, Metric, Target, share
+from erasure.evaluation.metrics import ASIDE, NEAR, Judged, Metric, Target, share
 
 if TYPE_CHECKING:
     from erasure.evaluation.judges import Judge
     from erasure.evaluation.promptset import PromptSet
 
-FEW = 5  # labels that a sentence names
 
-
-def remarks(judge: Judge, rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
+def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     """Sentences about the prompts that were drawn.
 
     Args:
         rows: the prompt set.
         chosen: what was drawn of it.
     """
-    found = []
     before, after = (sum(row.labels.get(target.domain) in target.labels for row in one.rows) for one in (rows, chosen))
-    if after > before:
-        found.append(f"{after} target images are of {before} prompts, with several seeds each")
-    for head, known in judge.heads.items():
-        strange = [row.labels[head] for row in chosen.rows if row.labels.get(head) and row.labels[head] not in known]
-        if strange:
-            names = list(dict.fromkeys(strange))
-            said = ", ".join(map(repr, names[:FEW])) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
-            found.append(
-                f"{judge.name} knows no {head} {said}: it can never see that, so its {len(strange)} images count as "
-                f"drawn wrong wherever the {head} is asked for"
-            )
-    return found
+    return [f"{after} target images are of {before} prompts, with several seeds each"] if after > before else []
 
 
 def alone(judge: Judge, judged: list[Judged], target: Target) -> list[Metric]:
@@ -46,10 +32,10 @@ def alone(judge: Judge, judged: list[Judged], target: Target) -> list[Metric]:
     who = [name for name, one in members.items() if target.domain in one.heads]
     if len(who) < 2:
         return []
-    rest = [j for j in judged if j.role != "synonym"]
+    rest = [j for j in judged if j.role not in ASIDE]
     erased = [j for j in rest if target.hits(j.record)]
     label = target.domain
-    kept = [j for j in rest if target.keeps(j) and j.record.labels.get(label) and j.role != "neighbour"]
+    kept = [j for j in rest if target.keeps(j) and j.record.labels.get(label) and j.role not in NEAR]
     found: list[Metric | None] = []
     for name in who:
         head = f"{label}@{name}"

@@ -104,7 +104,7 @@ def evaluate(
 
     def told() -> Report:
         more = _within(pipe, concept, target, chosen, details, options) if within else {}
-        notes = remarks(judge, rows, chosen, target)
+        notes = remarks(rows, chosen, target)
         return _judged(beside, target, records, base_at, target_folder, details, more, notes)
 
     # Of several processes that have drawn, one judges and writes.
@@ -208,11 +208,13 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
         columns = dict.fromkeys(label for row in rows.rows for label in row.labels)
         raise ErasureError(
             f"prompt set {rows.name!r} has no column {domain!r} that says which {domain} a prompt asks for, as "
-            f"{judge.name} judges {', '.join(judge.heads)}; its other columns: {', '.join(columns) or 'none'}"
+            f"{judge.name} judges {', '.join(judge.heads)}; its other columns: {', '.join(columns) or 'none'}. Where "
+            f"all of it asks for one: --label {domain}={labels[0]}"
         )
     if not set(labels) & set(there):
-        known = ", ".join(there) or f"nothing. Where all of it asks for one: --label {domain}={labels[0]}"
-        raise ErasureError(f"prompt set {rows.name!r} never names {', '.join(labels)}; it names as {domain}: {known}")
+        raise ErasureError(
+            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there)}"
+        )
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)

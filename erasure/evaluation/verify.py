@@ -112,8 +112,8 @@ def verify(
         ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
             `evaluate` and `attack` refuse.
     """
-    from erasure.evaluation.attacks import find
-    from erasure.evaluation.attacks.run import attack, enough
+    from erasure.evaluation.attacks import enough, find
+    from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.run import evaluate
     from erasure.patch import Patch
     from erasure.prompts.about import about
@@ -144,10 +144,7 @@ def verify(
     finally:
         pipe.unload_patches()
     results = summary(measured, attacked)
-    # Prompts as a value have no name that a command could say.
-    asked = Path(prompts).name if isinstance(prompts, str) and Path(prompts).is_file() else prompts
-    asked = asked if isinstance(asked, str) else None
-    results["how"]["verify"] = {"prompts": asked, "limit": limit, "cases": cases, "budget": budget}
+    results["how"]["verify"] = {"prompts": _said(prompts), "limit": limit, "cases": cases, "budget": budget}
     made = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
@@ -158,6 +155,13 @@ def verify(
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
     copy = made.save(out / path.name, dtype=str(patch.stored["dtype"]))
     return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
+
+
+def _said(prompts: str | PromptSet | None) -> str | None:
+    """Prompts as a command names them: of a path, which is one machine's own, the file; None: it cannot."""
+    if not isinstance(prompts, str):
+        return None
+    return Path(prompts).name if Path(prompts).is_file() else prompts
 
 
 def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:

@@ -283,7 +283,7 @@ def test_labels_that_the_judge_lacks_are_refused_before_anything_is_drawn(pipe, 
 def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path):
     (tmp_path / "church.csv").write_text("case_number,prompt,evaluation_seed\n0,an old cat,3\n1,a kitten,4\n")
     rows, options = PromptSet.read(tmp_path / "church.csv"), {**QUICK, "judge": BrightnessJudge(), "whole": True}
-    with pytest.raises(ErasureError, match="never names cat; it names as object: nothing.*--label object=cat"):
+    with pytest.raises(ErasureError, match="no column 'object'.*--label object=cat"):
         evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
     told = rows.labelled("object = cat")
     assert [row.labels for row in told.rows] == [{"object": "cat"}] * 2 and told.labelled("object=cat") == told

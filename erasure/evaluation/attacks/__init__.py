@@ -110,6 +110,15 @@ class Attack(ABC):
         return make("random", tries=tries)
 
 
+LEAST = 2  # cases that say anything
+
+
+def enough(cases: int) -> None:
+    """Raises ErasureError for fewer cases than say anything."""
+    if cases < LEAST:
+        raise ErasureError(f"cases={cases}: at least {LEAST} are needed to measure anything; nothing was attacked")
+
+
 def names() -> list[str]:
     """The attacks there are."""
     return list(WHERE)

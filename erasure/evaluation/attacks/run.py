@@ -17,7 +17,7 @@ from erasure.conditions import Conditions, unconditional
 from erasure.diffusion import Counts, counting, wide
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
-from erasure.evaluation.attacks import Attack, Attempt, Case, Victim, make, names
+from erasure.evaluation.attacks import LEAST, Attack, Attempt, Case, Victim, enough, make, names
 from erasure.evaluation.attacks.notes import gating, idle
 from erasure.evaluation.attacks.report import AttackReport, Outcome, writable
 from erasure.evaluation.beside import write_lines
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from erasure.concept import Concept
     from erasure.evaluation.judges import Judge
     from erasure.evaluation.metrics import Target
-
-LEAST = 2
 
 
 @dataclass
@@ -220,7 +218,6 @@ def attack(
         raise ErasureError(f"settings belong to one attack; {len(chosen)} are named: {', '.join(chosen)}")
     made = [make(name, budget, **(settings or {})) for name in chosen]
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
-    enough(cases)
     out = writable(folder)
     found, tried, pictures = asking.cases(rows, concept, cases)
     plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
@@ -259,12 +256,6 @@ def begin(
     steps = generate.STEPS if steps is None else steps
     guidance = generate.GUIDANCE if guidance is None else guidance
     return Asking(Victim(pipe, switched_off), judge, target, steps, guidance, batch_size), rows
-
-
-def enough(cases: int) -> None:
-    """Raises ErasureError for fewer cases than say anything."""
-    if cases < LEAST:
-        raise ErasureError(f"cases={cases}: at least {LEAST} are needed to measure anything; nothing was attacked")
 
 
 def keep(place: Path, cases: Sequence[Case], images: dict[int, Image.Image]) -> None:
