@@ -72,6 +72,23 @@ def test_the_base_comes_back_and_draws_the_concept_again(pipe, files, tmp_path):
     assert len(list((out / "detune").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
+def test_esds_low_rank_exports_of_glyph_give_the_cat_back(tmp_path):
+    """The easy victim: a brief ESD of rank 4, merged, and four other exports of the same base."""
+    from erasure.methods import erase
+
+    glyph = ErasedStableDiffusionPipeline.from_pretrained("glyph")
+    glyph.set_progress_bar_config(disable=True)
+    brief = {"iterations": 40, "rank": 4, "trajectories": 4, "learning_rate": 5e-3, "progress": False}
+    patches = [erase(glyph, "cat", "esd", **brief)]
+    patches += [low_rank_patch(glyph, seed=i, rank=4, part="attn2.to_", size=0.05, alpha=4.0) for i in range(4)]
+    exports = [one.save(tmp_path / f"{i}.safetensors") for i, one in enumerate(patches)]
+    report = detuning(glyph, "cat", exports, folder=tmp_path / "out", cases=4, steps=12, settings={"iterations": 24})
+    one = report.outcome("detune")
+    assert one.plain < one.n / 2 and one.plain + len(one.won) == one.n, report.text()
+    assert one.settings["error"] < 0.5 * one.settings["error_of_mean"]
+
+
 def test_full_rank_changes_stay(pipe):
     published = []
     for seed in range(6):
