@@ -147,7 +147,7 @@ def matrix(
     names = [(head, name) for head, listed in columns.items() for name in listed]
     firsts = {(head, listed[0]) for head, listed in columns.items() if listed and head != next(iter(columns))}
     top = "".join(
-        f'<th colspan="{len(listed)}"{_kinds(gap=(head, listed[0]) in firsts)}>{escape(head)}s'
+        f'<th colspan="{len(listed)}"{_kinds(gap=(head, listed[0]) in firsts)}>{escape(head)}'
         for head, listed in columns.items()
         if listed
     )
