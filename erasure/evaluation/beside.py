@@ -120,6 +120,9 @@ class Beside:
                 found["patched"] += patched
                 # The same picture twice: what the base's row says needs no measuring.
                 found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
+                floor = _floor(self.lpips, [r for r in records if not target.hits(r)], places["base"])
+                for name in found:
+                    found[name] += [floor] if floor is not None else []
         if self.reference:
             with self._or_missing(f"distances to {self.reference[0].parent.name}"):
                 wanted = self._reference()
@@ -191,6 +194,23 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         os.replace(temporary, path)
     except OSError as fault:
         raise ErasureError(f"{path.parent}: {path.name} cannot be written: {fault.strerror or fault}") from None
+
+
+def _floor(net: Lpips, records: list[Record], place: Path) -> Metric | None:
+    """LPIPS of the base's pictures of one prompt at two seeds, what a seed alone changes; None: no prompt has two."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.prompt, []).append(record)
+    pairs = [
+        pair for rows in groups.values() for pair in zip(rows, rows[1:], strict=False) if pair[0].seed != pair[1].seed
+    ]
+    found: list[tuple[float, str]] = []
+    for one, other in pairs:
+        first, second = read_image(place, one), read_image(place, other)
+        if first is not None and second is not None and first.size == second.size:
+            found.append((net([first], [second])[0], one.prompt))
+    said = f"LPIPS ({net.backbone}) of the base's own kept images of one prompt at two seeds: what a seed changes"
+    return mean("LPIPS_seeds", [value for value, _ in found], False, said, [prompt for _, prompt in found])
 
 
 def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target: Target) -> Iterator[Metric]:

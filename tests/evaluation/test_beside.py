@@ -71,6 +71,11 @@ def test_lpips_stands_in_the_report(drawn, squeeze):
         assert metric.low <= metric.value <= metric.high and metric.value > 0
         assert metric.higher_is_better is better and "squeeze" in metric.meaning
         assert report.metric(f"LPIPS_{name}", "base").value == 0
+    # What another seed alone changes, from the base's own pictures of "a dog".
+    floor = report.metric("LPIPS_seeds")
+    dogs = pictures(folder / "base", range(3, 12))
+    assert floor.value == pytest.approx(np.mean(net(dogs[:-1], dogs[1:])), rel=1e-3) and floor.n == 8
+    assert floor == report.metric("LPIPS_seeds", "base") and floor.value > 0
     assert not report.missing and "LPIPS_kept" in report.text()
     lines = [json.loads(line) for line in (folder / "patched" / "lpips.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == {f"r{i}" for i in (0, 1, *range(3, 12))}
