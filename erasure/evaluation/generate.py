@@ -281,9 +281,7 @@ class _Artist:
         groups: dict[float, list[Prompt]] = {}
         for scale, row in todo:
             groups.setdefault(scale, []).append(row)
-        noun = (
-            f"drawing {self.folder.name}" if us.count == 1 else f"drawing {self.folder.name}, process 1 of {us.count}"
-        )
+        noun = f"drawing {self.folder.name}" + (f", process 1 of {us.count}" if us.count > 1 else "")
         part = self.folder / PARTS.replace("*", f"{us.index}-{uuid.uuid4().hex[:8]}")
         made: list[Record] = []
         with meter(len(todo), noun, progress and us.main) as tell, _writing(self.folder), part.open("x") as file:

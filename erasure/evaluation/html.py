@@ -69,8 +69,12 @@ def page(report: Report, images: list[Shown]) -> str:
         *(f'<p class="soft">{escape(note)}.</p>' for note in report.notes),
         *(f'<p class="soft">Missing: {escape(text)}.</p>' for text in report.missing),
         parts_seen(report),
-        "<h2>Prompts of the target: base, patched, same seed</h2>" + gallery(targets, kinds) if targets else "",
-        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, kinds) if kept else "",
+        "<h2>Prompts of the target: base, patched, same seed</h2>"
+        '<p class="soft">The least erased first. Look: a judge may miss what an eye sees.</p>'
+        + gallery(targets, kinds, report.seen)
+        if targets
+        else "",
+        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, kinds, report.seen) if kept else "",
         gate_log(report.gates),
         costs(report),
         tradeoff(report),
@@ -192,8 +196,8 @@ def parts_seen(report: Report) -> str:
     return "<h2>What the detector sees</h2>" + "".join(found) if found else ""
 
 
-def gallery(images: list[Shown], gated: Mapping[str, str]) -> str:
-    """Pairs of pictures; below, how strongly the gated patches acted."""
+def gallery(images: list[Shown], gated: Mapping[str, str], seen: Mapping[str, Mapping[str, str]]) -> str:
+    """Pairs of pictures; below, what the judge sees in them and how strongly the gated patches acted."""
     figures = []
     for record, hit, before, after in images:
         pair = "".join(
@@ -202,6 +206,8 @@ def gallery(images: list[Shown], gated: Mapping[str, str]) -> str:
         kind = ' class="target"' if hit else ""
         acted = [record.gates[name] for name in gated if name in record.gates]
         note = f"<small>gate: {', '.join(f'{strength:.2f}' for strength in acted)}</small>" if acted else ""
+        told = [escape(tops[record.id]) for tops in seen.values() if record.id in tops]
+        note = (f"<small>judge: {' → '.join(told)}</small>" if told else "") + note
         caption = f"<figcaption>{escape(record.prompt)}{note}</figcaption>"
         figures.append(f"<figure{kind}><div>{pair}</div>{caption}</figure>")
     return f'<div class="grid">{"".join(figures)}</div>'

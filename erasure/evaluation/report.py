@@ -39,6 +39,7 @@ class Report:
         faults: images that could not be judged, and why.
         missing: what was asked for and could not be measured, and why.
         notes: what to know of these figures, in sentences.
+        seen: "base" and "patched" -> id of a picture on the page -> what the judge sees there.
         counts: pictures with each part that a detector names.
         gates: how strongly gated patches acted.
     """
@@ -54,6 +55,7 @@ class Report:
     counts: list[Count] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     gates: list[Acted] = field(default_factory=list)
+    seen: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """A metric by name, None where it was not measured."""

@@ -184,7 +184,11 @@ def _judged(
         notes=notes,
         gates=acted(records["patched"], target, gated({n: details["loaded"].get(n, {}) for n in details["patches"]})),
     )
-    report.write(folder, _show(records["patched"], target), base_at)
+    shown = _show(runs["patched"], target)
+    for name in ("base", "patched"):
+        tops = {j.record.id: "not judged" if j.verdict is None else j.top(target.domain) for j in runs[name]}
+        report.seen[name] = {record.id: tops[record.id] for record, _ in shown}
+    report.write(folder, shown, base_at)
     return report
 
 
@@ -350,7 +354,12 @@ def _apart(before: dict[str, bool], after: dict[str, bool]) -> dict[str, float]:
     return {"only_base": lost, "only_patched": won, "p": mcnemar(lost, won)}
 
 
-def _show(records: list[Record], target: Target) -> list[tuple[Record, bool]]:
-    hits = [(record, True) for record in records if target.hits(record)]
-    kept = [(record, False) for record in records if not target.hits(record)]
-    return [*hits[:SHOWN], *kept[:SHOWN]]
+def _show(judged: list[Judged], target: Target) -> list[tuple[Record, bool]]:
+    """Records to show, and whether each is a target: the target's least erased first, for those are what counts."""
+
+    def left(j: Judged) -> float:
+        return 1.0 if j.verdict is None else max(j.verdict[target.domain].get(label, 0.0) for label in target.labels)
+
+    hits = sorted((j for j in judged if target.hits(j.record)), key=left, reverse=True)
+    kept = [j for j in judged if not target.hits(j.record)]
+    return [*((j.record, True) for j in hits[:SHOWN]), *((j.record, False) for j in kept[:SHOWN])]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from erasure.evaluation.judges import Judge
     from erasure.evaluation.promptset import PromptSet
     from erasure.evaluation.report import Report
+    from erasure.patch import Patch
 
 # One attack each of those who write prompts, hold embeddings, hold weights.
 ATTACKS = ("unlearndiffatk", "inversion", "rece")
@@ -145,15 +146,20 @@ def verify(
         pipe.unload_patches()
     results = summary(measured, attacked)
     results["how"]["verify"] = {"prompts": _said(prompts), "limit": limit, "cases": cases, "budget": budget}
+    return _write(patch, path.name, results, out)
+
+
+def _write(patch: Patch, name: str, results: dict[str, Any], out: Path) -> Verification:
+    """The copy with its results, the card and the picture."""
     made = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
         os.replace(out / "grid.tmp", out / "grid.png")
-        (out / "README.tmp").write_text(card(made, path.name, grid="grid.png"), encoding="utf-8")
+        (out / "README.tmp").write_text(card(made, name, grid="grid.png"), encoding="utf-8")
         os.replace(out / "README.tmp", out / "README.md")
     except OSError as fault:
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
-    copy = made.save(out / path.name, dtype=str(patch.stored["dtype"]))
+    copy = made.save(out / name, dtype=str(patch.stored["dtype"]))
     return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
 
 

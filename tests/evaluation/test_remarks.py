@@ -68,8 +68,8 @@ def test_each_judge_of_several_stands_alone():
     found = {metric.name: metric for metric in alone(both, run, CAT)}
     # The one sees a cat everywhere, the other a dog; what could not be judged is not erased for either.
     assert {name: (round(m.value, 3), m.n) for name, m in found.items()} == {
-        "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1), "UA@other": (0.5, 2), "IRA@other": (1.0, 1),
-        "disagreement": (1.0, 2),
+        "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1),
+        "UA@other": (0.5, 2), "IRA@other": (1.0, 1), "disagreement": (1.0, 2),
     }  # fmt: skip
     assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
     assert alone(sure, run, CAT) == []
@@ -80,3 +80,22 @@ def test_one_value_has_no_interval():
     assert bounds(Metric("closed_leak", 0.966, 1, 0.966, 0.966, False, "")) == "one value"
     assert bounds(Metric("UA", 1.0, 1, 0.2, 1.0, True, "")) == "20.0% to 100.0%"
     assert bounds(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
+
+
+def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+
+    class Numbered(BrightnessJudge):
+        """Is the surer of the cat the later a picture comes."""
+
+        def judge(self, images):
+            found = super().judge(images)
+            for i, verdict in enumerate(found):
+                verdict["object"] = {"cat": i / 100, "dog": 0.5, "none": 0.0}
+            return found
+
+    options = {"judge": Numbered(), "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "dog", "cat", "cat"), **options)
+    assert list(report.seen["patched"]) == ["r3", "r2", "r0", "r1"] == list(report.seen["base"])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<small>judge: dog → dog</small>") == 4 and "The least erased first" in page
