@@ -99,15 +99,18 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     )
     patches.add_argument("--force", action="store_true", help="load a patch of another base where the shapes fit")
     sampling = argparse.ArgumentParser(add_help=False)
-    sampling.add_argument("--steps", type=int, help="sampling steps")
-    sampling.add_argument("--guidance", type=float, help="classifier-free guidance")
+    sampling.add_argument("--steps", type=int, help="sampling steps; default: 25, or what a suite says")
+    sampling.add_argument("--guidance", type=float, help="classifier-free guidance; default: 3, or what a suite says")
     sampling.add_argument("--batch-size", type=int, default=16)
 
     asking = _asking()
 
     def judging(command: argparse.ArgumentParser) -> None:
         command.add_argument(
-            "--judge", help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; default: glyph"
+            "--judge",
+            metavar="JUDGE[+JUDGE]",
+            help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; joined by +, or in any(A+B) or "
+            "all(A+B), several; default: glyph",
         )
 
     generate = add("generate", "make images, with patches or without", model, patches, sampling)
@@ -139,7 +142,9 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
 
     attack = add("attack", "what an attacker gets back", model, patches, asking, sampling)
     attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
-    attack.add_argument("--attack", action="append", default=[], metavar="NAME", help="default: all; may be repeated")
+    attack.add_argument(
+        "--attack", action="append", default=[], metavar="NAME", help="see --list; default: all; may be repeated"
+    )
     attack.add_argument(
         "--export",
         action="append",
@@ -159,7 +164,12 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
         "verify", "measure and attack a patch, and write what was found into a copy of it", model, asking, sampling
     )
     verify.add_argument("file", help="a patch, or its name on the hub")
-    verify.add_argument("--attack", action="append", metavar="NAME", help="default: three of them; `none` for none")
+    verify.add_argument(
+        "--attack",
+        action="append",
+        metavar="NAME",
+        help="see `erasure attack --list`; default: three of them; `none` for none",
+    )
     judging(verify)
     verify.add_argument("--limit", type=int, help="at most this many prompts")
     verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
@@ -171,7 +181,11 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
 def _asking() -> argparse.ArgumentParser:
     """Which prompts are asked."""
     asking = argparse.ArgumentParser(add_help=False)
-    asking.add_argument("--prompts", help="a prompt set: a name, a CSV file with labels, or hub:owner/name")
+    asking.add_argument(
+        "--prompts",
+        help="a prompt set: a name (see `erasure prompts`), hub:owner/name, or a CSV file of id, prompt, seed and "
+        "labels, such as object and style, that say what the judge should see",
+    )
     asking.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
     asking.add_argument(
         "--label",

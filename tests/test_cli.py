@@ -109,6 +109,25 @@ def test_what_there_is(capsys):
     assert "a cat" in run(capsys, "prompts", "glyph-objects")[1]
 
 
+def test_the_help_tells_the_defaults_that_the_code_has():
+    from erasure.arguments import parser
+    from erasure.evaluation.generate import GUIDANCE, STEPS
+    from erasure.evaluation.verify import ATTACKS
+
+    commands = next(action for action in parser()._actions if action.dest == "command").choices
+    text = " ".join(commands["verify"].format_help().split())
+    assert f"sampling steps; default: {STEPS}," in text and f"guidance; default: {GUIDANCE:g}," in text
+    assert f"default: {', '.join(ATTACKS[:-1])} and {ATTACKS[-1]};" in text
+
+
+def test_a_suite_says_what_it_asks_and_how_it_attacks(capsys):
+    text = run(capsys, "suites", "glyph-quick")[1]
+    assert "part about: glyph's prompts about the concept" in text and "then attacked: unlearndiffatk, " in text
+    found = json.loads(run(capsys, "suites", "glyph-quick", "--json")[1])
+    assert found["attacks"] == ["unlearndiffatk"] and found["cases"] > 1
+    assert "attacked" not in run(capsys, "suites", "i2p")[1]
+
+
 def test_a_plan_says_what_a_run_will_cost(capsys):
     code, out, _ = run(capsys, "plan", "cat", "dog", "--set", "iterations=3", "--set", "batch_size=4", "--json")
     found = json.loads(out)

@@ -6,6 +6,8 @@ import argparse
 
 from erasure.commands import say
 
+SAID = {"about": "glyph's prompts about the concept: its own, other words for it, its neighbours, others"}
+
 
 def run_methods(given: argparse.Namespace) -> None:
     """`erasure methods`."""
@@ -57,9 +59,11 @@ def run_suites(given: argparse.Namespace) -> None:
             for name, part in suite.parts.items()
         }
         lines = [suite.about, f"source: {suite.source}", f"made for: {suite.base}", f"judge: {suite.judge}"]
-        lines += [f"part {name}: {text}" for name, text in parts.items()]
+        lines += [f"part {name}: {SAID.get(text, text)}" for name, text in parts.items()]
+        lines += [f"then attacked: {', '.join(suite.attacks)}, {suite.cases} cases"] if suite.attacks else []
         lines += [f"differs: {suite.differs}"] if suite.differs else []
         found = {"about": suite.about, "source": suite.source, "base": suite.base, "judge": suite.judge, "parts": parts}
+        found |= {"attacks": list(suite.attacks), "cases": suite.cases if suite.attacks else None}
         say(given, found, "\n".join(lines))
         return
     rows = {name: Suite.read(name).about for name in names()}

@@ -67,14 +67,18 @@ def run_evaluate(given: argparse.Namespace) -> None:
         found = run_suite(
             pipeline(given), concept, suite, data=given.data, judge=given.judge, measures=measures, **options
         )
-        written = given.out / ("suite.json" if found.report is None else "report.html")
+        written = _more(given) if found.report else str(given.out / "suite.json")
         say(given, found.to_json(), f"{found.text()}\n{written}")
         return
     rows = _rows(given)
     if rows is not None:
         options["prompts"] = rows
     report = evaluate(pipeline(given), concept, judge=_judge(given), within=given.inside, **measures, **options)
-    say(given, report.to_json(), f"{report.text()}\n{given.out / 'report.html'}")
+    say(given, report.to_json(), f"{report.text()}\n{_more(given)}")
+
+
+def _more(given: argparse.Namespace) -> str:
+    return f"{given.out / 'report.html'}: what each figure means, and the pictures"
 
 
 def _rows(given: argparse.Namespace) -> Any:
