@@ -37,7 +37,9 @@ td small,th small{display:block;color:var(--soft);font-weight:400}
 .figures th,.figures td:not(:first-child){white-space:nowrap;overflow-wrap:normal}
 .figures td:first-child{min-width:6.5rem}
 .asked th,.asked td{text-align:left;vertical-align:top;white-space:nowrap;overflow-wrap:normal}
-.asked td:first-child{white-space:normal}.asked td:last-child{min-width:14rem;white-space:normal;overflow-wrap:anywhere}
+.asked td:first-child{white-space:normal}
+.asked td:nth-child(2){white-space:normal;min-width:8rem}
+.asked td:last-child{min-width:14rem;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:30rem){th,td{padding:.35rem .25rem}}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 figure{margin:0}figure div{display:flex;gap:.4rem}

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from erasure.evaluation.judges import Judge
     from erasure.evaluation.promptset import PromptSet
 
+MISSED = 0.5  # UA of the base from which a sentence says so
+
 
 def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     """Sentences about the prompts that were drawn.
@@ -20,6 +22,20 @@ def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     """
     before, after = (sum(row.labels.get(target.domain) in target.labels for row in one.rows) for one in (rows, chosen))
     return [f"{after} target images are of {before} prompts, with several seeds each"] if after > before else []
+
+
+def missed(judge: Judge, base: Metric | None) -> list[str]:
+    """A sentence where the judge misses the target in the base's own images: what was never seen cannot be erased.
+
+    Args:
+        base: UA of the base.
+    """
+    if base is None or base.value < MISSED:
+        return []
+    return [
+        f"{judge.name} sees the target in only {1 - base.value:.0%} of the base's own target images, so that most of "
+        "UA is there without a patch: the base does not draw it, or the judge does not know it"
+    ]
 
 
 def alone(judge: Judge, judged: list[Judged], target: Target) -> list[Metric]:

@@ -70,9 +70,11 @@ class Report:
 
     def summary(self) -> str:
         """One sentence: what is gone, never without what is kept."""
-        gone, kept, base = self.metric("UA"), self.metric("IRA"), self.metric("IRA", "base")
+        gone, without = self.metric("UA"), self.metric("UA", "base")
+        kept, base = self.metric("IRA"), self.metric("IRA", "base")
         text = f"{', '.join(self.concept)}: "
         text += "no target prompt" if gone is None else f"not seen in {gone.value:.0%} of {gone.n} target images"
+        text += "" if without is None else f" (base {without.value:.0%})"
         if kept is not None and base is not None:
             text += f"; other {self.domain}s drawn right in {kept.value:.0%} of {kept.n} images (base {base.value:.0%})"
         return text

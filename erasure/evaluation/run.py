@@ -19,7 +19,7 @@ from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.judges import verdicts
 from erasure.evaluation.metrics import ASIDE, Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
-from erasure.evaluation.remarks import alone, remarks
+from erasure.evaluation.remarks import alone, missed, remarks
 from erasure.evaluation.report import Report
 from erasure.processes import crew
 
@@ -184,6 +184,7 @@ def _judged(
         notes=notes,
         gates=acted(records["patched"], target, gated({n: details["loaded"].get(n, {}) for n in details["patches"]})),
     )
+    report.notes.extend(missed(judge, report.metric("UA", "base")))
     shown = _show(runs["patched"], target)
     for name in ("base", "patched"):
         tops = {j.record.id: "not judged" if j.verdict is None else j.top(target.domain) for j in runs[name]}

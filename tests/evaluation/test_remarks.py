@@ -12,7 +12,7 @@ from erasure.evaluation.generate import Record
 from erasure.evaluation.judges.ensemble import EnsembleJudge
 from erasure.evaluation.metrics import Judged, Metric, Target
 from erasure.evaluation.promptset import Prompt, PromptSet, again
-from erasure.evaluation.remarks import alone, remarks
+from erasure.evaluation.remarks import alone, missed, remarks
 from erasure.evaluation.report import bounds
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.judging import Fixed
@@ -74,6 +74,20 @@ def test_each_judge_of_several_stands_alone():
     assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
     assert alone(sure, run, CAT) == []
     assert alone(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
+
+
+def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
+    def ua(value):
+        return Metric("UA", value, 8, 0.0, 1.0, True, "")
+
+    assert missed(BrightnessJudge(), ua(0.25)) == missed(BrightnessJudge(), None) == []
+    assert missed(BrightnessJudge(), ua(0.75))[0].startswith("brightness sees the target in only 25% of the base's own")
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    blind = Fixed("blind", object={"cat": 0.1, "dog": 0.9})
+    options = {"judge": blind, "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "dog", style=""), **options)
+    assert report.summary().startswith("cat: not seen in 100% of 1 target images (base 100%); other")
+    assert any("blind sees the target in only 0%" in note for note in report.notes)
 
 
 def test_one_value_has_no_interval():
