@@ -105,14 +105,6 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
 
     asking = _asking()
 
-    def judging(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--judge",
-            metavar="JUDGE[+JUDGE]",
-            help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; joined by +, or in any(A+B) or "
-            "all(A+B), several; default: glyph",
-        )
-
     generate = add("generate", "make images, with patches or without", model, patches, sampling)
     generate.add_argument("prompt", nargs="*", help="prompts; or --prompts")
     generate.add_argument("--prompts", help="a prompt set: a name, a CSV file or hub:owner/name")
@@ -127,7 +119,6 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "--inside", action="store_true", help="measure the weights too, without a judge: drift, margin, leak"
     )
-    judging(evaluate)
     evaluate.add_argument(
         "--features",
         metavar="JUDGE",
@@ -139,7 +130,16 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--reference", type=Path, help="a folder of pictures for KID and FD of the kept images")
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
     evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
+    _attacking(add, model, patches, asking, sampling)
 
+
+def _attacking(
+    add: Add,
+    model: argparse.ArgumentParser,
+    patches: argparse.ArgumentParser,
+    asking: argparse.ArgumentParser,
+    sampling: argparse.ArgumentParser,
+) -> None:
     attack = add("attack", "what an attacker gets back", model, patches, asking, sampling)
     attack.add_argument("concept", nargs="?", help="what was erased; default: what the patches say")
     attack.add_argument(
@@ -153,7 +153,6 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
         help="for `--attack detune`: a published checkpoint, or a patch merged into one; two or more",
     )
     attack.add_argument("--list", action="store_true", help="name the attacks and end")
-    judging(attack)
     attack.add_argument("--cases", type=int, default=12, help="prompts to attack")
     attack.add_argument("--budget", default="lite", help="lite (for a CPU) or full (as published)")
     attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the one attack")
@@ -170,7 +169,6 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="see `erasure attack --list`; default: three of them; `none` for none",
     )
-    judging(verify)
     verify.add_argument("--limit", type=int, help="at most this many prompts")
     verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
     verify.add_argument("--budget", default="lite", help="of the attacks: lite (for a CPU) or full (as published)")
@@ -179,7 +177,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
 
 
 def _asking() -> argparse.ArgumentParser:
-    """Which prompts are asked."""
+    """Which prompts are asked, and who judges the pictures."""
     asking = argparse.ArgumentParser(add_help=False)
     asking.add_argument(
         "--prompts",
@@ -193,6 +191,12 @@ def _asking() -> argparse.ArgumentParser:
         default=[],
         metavar="HEAD=VALUE",
         help="what every row of --prompts asks for, where the file does not say: object=church",
+    )
+    asking.add_argument(
+        "--judge",
+        metavar="JUDGE[+JUDGE]",
+        help="such as nudenet, clip:MODEL?labels=cat,dog, classifier:MODEL; joined by +, or in any(A+B) or "
+        "all(A+B), several; default: glyph",
     )
     return asking
 

@@ -24,6 +24,14 @@ def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     return [f"{after} target images are of {before} prompts, with several seeds each"] if after > before else []
 
 
+def renamed(names: list[str], target: Target) -> list[str]:
+    """A sentence where what was asked for goes by other labels: a family of them, or another word for one."""
+    other = [name for name in names if name not in target.labels]
+    if not other:
+        return []
+    return [f"{', '.join(map(repr, other))} is judged as {', '.join(target.labels)}"]
+
+
 def missed(judge: Judge, base: Metric | None) -> list[str]:
     """A sentence where the judge misses the target in the base's own images: what was never seen cannot be erased.
 

@@ -19,7 +19,7 @@ from erasure.evaluation.intervals import mcnemar
 from erasure.evaluation.judges import verdicts
 from erasure.evaluation.metrics import ASIDE, Judged, Metric, Target, accuracies, measure
 from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
-from erasure.evaluation.remarks import alone, missed, remarks
+from erasure.evaluation.remarks import alone, missed, remarks, renamed
 from erasure.evaluation.report import Report
 from erasure.processes import crew
 
@@ -104,7 +104,7 @@ def evaluate(
 
     def told() -> Report:
         more = _within(pipe, concept, target, chosen, details, options) if within else {}
-        notes = remarks(rows, chosen, target)
+        notes = [*renamed(_names(concept), target), *remarks(rows, chosen, target)]
         return _judged(beside, target, records, base_at, target_folder, details, more, notes)
 
     # Of several processes that have drawn, one judges and writes.
@@ -199,14 +199,16 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     Raises:
         ErasureError: a name that is no label, or names of two domains.
     """
-    named: Any = concept
-    names = [named] if isinstance(named, str) else list(getattr(named, "names", named))
+    names = _names(concept)
     domains: dict[str, list[str]] = {}
     for name in names:
         head, labels = judge.find(name)
         domains.setdefault(head, []).extend(labels)
     if len(domains) != 1:
-        raise ErasureError(f"{', '.join(names)}: one domain at a time, not {' and '.join(domains) or 'none'}")
+        raise ErasureError(
+            f"{', '.join(names)}: one domain at a time, not {' and '.join(domains) or 'none'}; "
+            "name one of them as the concept"
+        )
     domain, labels = next(iter(domains.items()))
     there = rows.label_values(domain)
     if not there:
@@ -239,6 +241,10 @@ def fit(rows: PromptSet, judge: Judge) -> None:
                 f"prompt set {rows.name!r} asks for {shown}, and {judge.name} knows no such {head}: give the judge's "
                 "labels the prompts' names, or leave these rows out (--where)"
             )
+
+
+def _names(concept: Any) -> list[str]:
+    return [concept] if isinstance(concept, str) else list(getattr(concept, "names", concept))
 
 
 def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:

@@ -10,9 +10,10 @@ from erasure.errors import ErasureError
 from erasure.evaluation import evaluate
 from erasure.evaluation.generate import Record
 from erasure.evaluation.judges.ensemble import EnsembleJudge
+from erasure.evaluation.judges.glyph import GlyphJudge
 from erasure.evaluation.metrics import Judged, Metric, Target
 from erasure.evaluation.promptset import Prompt, PromptSet, again
-from erasure.evaluation.remarks import alone, missed, remarks
+from erasure.evaluation.remarks import alone, missed, remarks, renamed
 from erasure.evaluation.report import bounds
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.judging import Fixed
@@ -74,6 +75,23 @@ def test_each_judge_of_several_stands_alone():
     assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
     assert alone(sure, run, CAT) == []
     assert alone(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
+
+
+def test_a_family_or_another_word_is_told_with_its_labels():
+    assert renamed(["cat"], CAT) == []
+    family = Target("object", ("dagger", "bomb"), None)
+    assert renamed(["weapon", "bomb"], family) == ["'weapon' is judged as dagger, bomb"]
+
+
+def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ErasureError, match="not object and style; name one of them as the concept"):
+        evaluate(None, ["cat", "flat"], prompts=rows("cat"), judge=BrightnessJudge(), folder=tmp_path)
+
+
+def test_glyphs_judge_names_the_nearest_words_it_knows():
+    with pytest.raises(ErasureError, match="'umbrela': did you mean 'umbrella'.*another --judge may know more") as said:
+        GlyphJudge().find("umbrela")
+    assert len(str(said.value)) < 400
 
 
 def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):

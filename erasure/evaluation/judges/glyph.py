@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasure.errors import unknown
+from erasure.errors import ErasureError
 from erasure.evaluation.judges import Verdict
+from erasure.evaluation.judges.labels import not_known
 from erasure.glyph import JUDGES, objects, styles, vocabulary
 from erasure.glyph.vision import load_classifier, load_clip
 
@@ -42,7 +43,8 @@ class GlyphJudge:
             for label, entry in words[f"{head}s"].items():
                 known |= dict.fromkeys([label, *entry.get("synonyms", entry.get("words", []))], (head, [label]))
         if name not in known:
-            raise unknown("concept for glyph's judge", name, known)
+            fault = not_known("concept for glyph's judge", name, known)
+            raise ErasureError(f"{fault}; it knows what glyph was taught to draw, and another --judge may know more")
         return known[name]
 
     @torch.no_grad()
