@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def _erasing(add: Add, model: argparse.ArgumentParser) -> None:
     demo = add("demo", "erase a concept from glyph, load the patch, measure, write a report")
     demo.add_argument("concept", nargs="?", default="cat")
-    demo.add_argument("-o", "--out", type=Path, default=Path("erasure-demo"))
+    _folder(demo, "erasure-demo")
 
     what = argparse.ArgumentParser(add_help=False)
     what.add_argument("concept", nargs="+", help="a name; several are erased together")
@@ -101,7 +101,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     sampling = argparse.ArgumentParser(add_help=False)
     sampling.add_argument("--steps", type=int, help="sampling steps; default: 25, or what a suite says")
     sampling.add_argument("--guidance", type=float, help="classifier-free guidance; default: 3, or what a suite says")
-    sampling.add_argument("--batch-size", type=int, default=16)
+    sampling.add_argument("--batch-size", type=int, default=16, help="pictures at once; default: %(default)s")
 
     asking = _asking()
 
@@ -110,7 +110,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     generate.add_argument("--prompts", help="a prompt set: a name, a CSV file or hub:owner/name")
     generate.add_argument("--where", action="append", default=[], help='only rows that fit: "label=x", "number>5"')
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("-o", "--out", type=Path, default=Path("out"))
+    _folder(generate, "out")
 
     evaluate = add("evaluate", "measure what is erased and what is kept", model, patches, asking, sampling)
     evaluate.add_argument("concept", nargs="?", help="what should be gone; default: what the patches say")
@@ -129,7 +129,7 @@ def _drawing(add: Add, model: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--reference", type=Path, help="a folder of pictures for KID and FD of the kept images")
     evaluate.add_argument("--limit", type=int, help="at most this many prompts")
-    evaluate.add_argument("-o", "--out", type=Path, default=Path("report"))
+    _folder(evaluate, "report")
     _attacking(add, model, patches, asking, sampling)
 
 
@@ -153,11 +153,11 @@ def _attacking(
         help="for `--attack detune`: a published checkpoint, or a patch merged into one; two or more",
     )
     attack.add_argument("--list", action="store_true", help="name the attacks and end")
-    attack.add_argument("--cases", type=int, default=12, help="prompts to attack")
+    attack.add_argument("--cases", type=int, default=12, help="prompts to attack; default: %(default)s")
     attack.add_argument("--budget", default="lite", help="lite (for a CPU) or full (as published)")
     attack.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the one attack")
     attack.add_argument("--seed", type=int, default=0)
-    attack.add_argument("-o", "--out", type=Path, default=Path("attack"))
+    _folder(attack, "attack")
 
     verify = add(
         "verify", "measure and attack a patch, and write what was found into a copy of it", model, asking, sampling
@@ -170,10 +170,10 @@ def _attacking(
         help="see `erasure attack --list`; default: three of them; `none` for none",
     )
     verify.add_argument("--limit", type=int, help="at most this many prompts")
-    verify.add_argument("--cases", type=int, default=12, help="prompts to attack")
+    verify.add_argument("--cases", type=int, default=12, help="prompts to attack; default: %(default)s")
     verify.add_argument("--budget", default="lite", help="of the attacks: lite (for a CPU) or full (as published)")
     verify.add_argument("--force", action="store_true", help="verify on another base where the shapes fit")
-    verify.add_argument("-o", "--out", type=Path, default=Path("verified"))
+    _folder(verify, "verified")
 
 
 def _asking() -> argparse.ArgumentParser:
@@ -201,6 +201,11 @@ def _asking() -> argparse.ArgumentParser:
     return asking
 
 
+def _folder(command: argparse.ArgumentParser, default: str) -> None:
+    """The option that says where to write."""
+    command.add_argument("-o", "--out", type=Path, default=Path(default), help="where to write; default: %(default)s")
+
+
 def _bench(add: Add) -> None:
     bench = add("bench", "methods x concepts on glyph, as a table")
     bench.add_argument("--methods", nargs="+", default=["all"], help="names, or all")
@@ -208,7 +213,7 @@ def _bench(add: Add) -> None:
     bench.add_argument("--concepts", nargs="+", help=f"default: configs/concepts/glyph.yaml; {several}")
     bench.add_argument("--limit", type=int, help="prompts a concept, about")
     bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
-    bench.add_argument("-o", "--out", type=Path, default=Path("build/bench"))
+    _folder(bench, "build/bench")
 
 
 def _patching(add: Add, common: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:

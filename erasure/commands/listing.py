@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from erasure.commands import say
 
@@ -62,8 +63,15 @@ def run_suites(given: argparse.Namespace) -> None:
         lines += [f"part {name}: {SAID.get(text, text)}" for name, text in parts.items()]
         lines += [f"then attacked: {', '.join(suite.attacks)}, {suite.cases} cases"] if suite.attacks else []
         lines += [f"differs: {suite.differs}"] if suite.differs else []
-        found = {"about": suite.about, "source": suite.source, "base": suite.base, "judge": suite.judge, "parts": parts}
-        found |= {"attacks": list(suite.attacks), "cases": suite.cases if suite.attacks else None}
+        found: dict[str, Any] = {
+            "about": suite.about,
+            "source": suite.source,
+            "base": suite.base,
+            "judge": suite.judge,
+            "parts": parts,
+            "attacks": list(suite.attacks),
+            "cases": suite.cases if suite.attacks else None,
+        }
         say(given, found, "\n".join(lines))
         return
     rows = {name: Suite.read(name).about for name in names()}
