@@ -167,7 +167,7 @@ def _attacking(
         "--attack",
         action="append",
         metavar="NAME",
-        help="see `erasure attack --list`; default: three of them; `none` for none",
+        help="see `erasure attack --list`; default: unlearndiffatk, inversion and rece; `none` for none",
     )
     verify.add_argument("--limit", type=int, help="at most this many prompts")
     verify.add_argument("--cases", type=int, default=12, help="prompts to attack; default: %(default)s")
