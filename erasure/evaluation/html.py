@@ -58,7 +58,7 @@ border:1px solid var(--line);padding:.8rem;border-radius:6px}
 
 def page(report: Report, images: list[Shown]) -> str:
     """The whole page."""
-    title = f"Erased: {', '.join(report.concept)}"
+    title = f"What is left of {', '.join(report.concept)}"
     targets = [shown for shown in images if shown[1]]
     kept = [shown for shown in images if not shown[1]]
     kinds = gated(report.acting())
@@ -103,7 +103,9 @@ def opening(title: str, summary: str, style: str = "") -> str:
 def attack_page(report: AttackReport, grid: Image.Image) -> str:
     """The page of `erasure attack`."""
     from erasure.evaluation.attacks.curves import curves
+    from erasure.evaluation.attacks.report import COLUMNS
 
+    shown = min(COLUMNS, report.cases)
     parts = [
         opening(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
         f'<div class="wide">{shares(report)}</div>',
@@ -115,7 +117,9 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
         faults(report),
         curves(report.outcomes),
         "<h2>What came back</h2>"
-        + f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
+        f'<p class="soft">A column a prompt ({shown} of {report.cases}); the base, the erased model, then the last try '
+        "of each attack; in a red frame, what the judge took for the concept.</p>"
+        f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
         asked(report),
         f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
     ]

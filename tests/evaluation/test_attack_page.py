@@ -34,6 +34,9 @@ def test_what_was_asked_stands_beside_the_prompt_it_replaces():
     text = page(outcome(asked={"a": "xq cat", "z": "zz cat"}), prompts={"a": "a <cat>", "z": "a dog"})[1]
     assert "a &lt;cat&gt;<td>1<td>xq cat" in text and "a dog<td>withstood<td>zz cat" in text
     assert "asked last" not in page(outcome())[1]  # nothing was left to attack
+    assert (
+        "A column a prompt (10 of 10); the base, the erased" in text and "in a red frame, what the judge took" in text
+    )
 
 
 def test_one_attack_is_the_only_one_and_not_the_strongest():

@@ -130,4 +130,5 @@ def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog", "cat", "cat"), **options)
     assert list(report.seen["patched"]) == ["r3", "r2", "r0", "r1"] == list(report.seen["base"])
     page = (tmp_path / "report.html").read_text()
+    assert "<h1>What is left of cat</h1>" in page  # and not "erased", which is for the figures to say
     assert page.count("<small>judge: dog → dog</small>") == 4 and "The least erased first" in page
