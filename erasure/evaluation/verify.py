@@ -73,7 +73,14 @@ class Verification:
                 if changed
                 else "the file's own results lie within these intervals"
             )
-        lines += [CAVEAT, f"{self.patch}: the patch with these results", f"{self.card}: its model card"]
+        ran = ("evaluation", *(["attacks"] if self.results["attacks"] else []))  # other pages are an earlier run's
+        pages = [str(self.card.parent / part / "report.html") for part in ran]
+        lines += [
+            CAVEAT,
+            f"{self.patch}: the patch with these results",
+            f"{self.card}: its model card, with what each figure means",
+            f"{', '.join(pages)}: the pictures",
+        ]
         return "\n".join(lines)
 
 

@@ -69,6 +69,17 @@ def test_an_attack_with_nothing_to_undo_is_told(pipe, tmp_path):
     assert attack(pipe, "cat", "rece", folder=tmp_path / "b", **given).notes == []
 
 
+def test_a_log_gets_a_line_for_every_attack(pipe, tmp_path, capsys):
+    given = {**QUICK, "judge": Likeness()}
+    attack(pipe, "cat", ["rece", "encoder"], folder=tmp_path / "a", **{**given, "progress": True})
+    # The base, attacked: every prompt shows the cat as it is, and nothing is left to try.
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"{name}: shown for 3 of 3 after 0 tries" for name in ("rece", "encoder")
+    ]
+    attack(pipe, "cat", ["rece"], folder=tmp_path / "b", **{**given, "judge": Likeness()})
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_that_cannot_be_written_is_known_before_the_search(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("drew"))
     (tmp_path / "file").write_text("mine")

@@ -52,6 +52,8 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert found.results["metrics"]["UA"]["n"] == 4 and found.results["attacks"]["encoder"]["n"] == 2
     assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
     card = found.card.read_text()
+    for part in ("evaluation", "attacks"):
+        assert str(tmp_path / "out" / part / "report.html") in found.text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: other objects drawn right" in card
     again = (

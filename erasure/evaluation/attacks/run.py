@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -228,6 +229,10 @@ def attack(
     for one in made:
         done = _kept(out, one, shared) or _run(asking, found, one, hit, out, shared, seed, progress)
         outcomes.append(done)
+        if progress and not sys.stderr.isatty():  # a terminal has the bar
+            tries = f"{done.rounds} {'try' if done.rounds == 1 else 'tries'}"
+            sys.stderr.write(f"{done.name}: shown for {done.plain + len(done.won)} of {done.n} after {tries}\n")
+            sys.stderr.flush()
     target = asking.target
     report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
     report.prompts.update({case.id: case.prompt for case in found})
