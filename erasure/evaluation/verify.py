@@ -53,6 +53,15 @@ class Verification:
                     found.append(f"{name}: {figure(name, was)} before, now {estimate(name, cell)}")
         return found
 
+    def unchecked(self) -> list[str]:
+        """Figures of the earlier verification that this one did not measure: the copy does not hold them."""
+        return [
+            name
+            for group in ("metrics", "attacks")
+            for name in (self.earlier or {}).get(group) or {}
+            if name not in self.results[group]
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -61,6 +70,7 @@ class Verification:
             "results": self.results,
             "earlier": self.earlier,
             "changed": self.changed(),
+            "unchecked": self.unchecked(),
         }
 
     def text(self) -> str:
@@ -73,6 +83,8 @@ class Verification:
                 if changed
                 else "the file's own results lie within these intervals"
             )
+            if self.unchecked():
+                lines.append(f"not measured again, and so not in the copy: {', '.join(self.unchecked())}")
         ran = ("evaluation", *(["attacks"] if self.results["attacks"] else []))  # other pages are an earlier run's
         pages = [str(self.card.parent / part / "report.html") for part in ran]
         lines += [

@@ -72,6 +72,11 @@ def test_a_second_opinion(pipe, source, tmp_path):
     first = verify(pipe, source, folder=tmp_path / "a", attacks=[], judge=Judge(), **QUICK)
     again = verify(pipe, first.patch, folder=tmp_path / "b", attacks=[], judge=Judge(), **QUICK)
     assert again.earlier == first.results and again.changed() == [] and "lie within" in again.text()
+    assert again.unchecked() == [] and "not measured again" not in again.text()
+    more = {**first.results, "attacks": {"rece": {"value": 1.0}}}
+    path = dataclasses.replace(Patch.load(source), results=more, stored={}).save(tmp_path / "more.safetensors")
+    less = verify(pipe, path, folder=tmp_path / "d", attacks=[], judge=Judge(), **QUICK)
+    assert less.to_json()["unchecked"] == ["rece"] and "not in the copy: rece" in less.text()
     lied = {**first.results, "metrics": {"UA": {"value": 5.0}}}
     path = dataclasses.replace(Patch.load(source), results=lied, stored={}).save(tmp_path / "lied.safetensors")
     caught = verify(pipe, path, folder=tmp_path / "c", attacks=[], judge=Judge(), **QUICK)
