@@ -75,6 +75,17 @@ class Row:
         return {"identity": "identities"}.get(self.kind, f"{self.kind}s")
 
 
+def pooled(rows: Sequence[Row], name: str) -> metrics.Metric | None:
+    """A share over the images of all rows, or H of such shares; None where no row has it."""
+    from erasure.evaluation.intervals import wilson
+
+    if name == "H":
+        return metrics.harmonic(name, [one for part in metrics.WHOLE if (one := pooled(rows, part))])
+    cells = [cell for row in rows if (cell := row.cell(name))]
+    n, hits = sum(cell.n for cell in cells), sum(cell.value * cell.n for cell in cells)
+    return metrics.Metric(name, hits / n, n, *wilson(hits, n), True, "") if n else None
+
+
 @dataclass(frozen=True)
 class Table:
     """All rows of a bench."""
@@ -93,7 +104,7 @@ class Table:
 
     def means(self) -> list[dict[str, Any]]:
         """Mean over the concepts of a method and group that nothing was tuned on, with a bootstrap interval."""
-        from erasure.evaluation.intervals import bootstrap_mean, wilson
+        from erasure.evaluation.intervals import bootstrap_mean
 
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -108,11 +119,9 @@ class Table:
                     values = [cell.value for cell in cells]
                     # A mean over one concept has no spread: its own interval stands.
                     low, high = (cells[0].low, cells[0].high) if len(cells) == 1 else bootstrap_mean(values)
-                    if len(cells) > 1 and name not in (*SCORES, "H"):
+                    if len(cells) > 1 and name not in SCORES and (whole := pooled(rows, name)):
                         # Few concepts may agree by chance: never narrower than all their images together.
-                        n = sum(cell.n for cell in cells)
-                        pooled = wilson(sum(cell.value * cell.n for cell in cells), n)
-                        low, high = min(low, pooled[0]), max(high, pooled[1])
+                        low, high = min(low, whole.low), max(high, whole.high)
                     base = sum(cell.base for cell in cells) / len(cells)
                     entry[name] = {"value": sum(values) / len(values), "low": low, "high": high, "base": base}
             for cost in COSTS:

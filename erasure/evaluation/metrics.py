@@ -77,6 +77,7 @@ def spread(name: str, value: float, low: float, high: float) -> str:
 # Why a row is asked. The first ask for the target in other ways and stand apart from it, the second for others.
 ASIDE = ("synonym", "translation", "adversarial", "selective")
 NEAR = ("neighbour", "pinpoint")
+WHOLE = ("UA", "IRA", "CRA")  # H is their harmonic mean
 NOUN = "a photo of {}"  # how a noun of selective alignment is put to CLIP
 
 
@@ -200,7 +201,7 @@ def measure(judged: list[Judged], target: Target, base: list[Judged], features: 
             share("CRA_target", right(erased, other), True, f"target images: {other} right"),
         ]
     found += [
-        harmonic("H", [m for m in found if m is not None and m.name in ("UA", "IRA", "CRA")]),
+        harmonic("H", [m for m in found if m is not None and m.name in WHOLE]),
         share("leak", seen("synonym"), False, "images of other words for the target that still show it"),
         *translations(of("translation"), seen("translation")),
         share("adversarial", seen("adversarial"), False, "images of published adversarial prompts that show it"),
@@ -257,16 +258,20 @@ def clip_scores(rows: list[Judged]) -> list[float]:
 
 
 def harmonic(name: str, shares: list[Metric]) -> Metric | None:
-    """Harmonic mean of shares, 0 where one is 0; interval from 2,000 draws of each share (parametric bootstrap)."""
+    """Harmonic mean of shares, 0 where one is 0; interval from 2,000 draws of each share.
+
+    The draws are from Jeffreys' posterior, Beta(k + 1/2, n - k + 1/2) (Brown, Cai and DasGupta 2001, section 3.1.1):
+    binomial ones would all be alike where a share is 0 or 1, and the interval a point.
+    """
     if len(shares) < 2:
         return None
     rng = np.random.default_rng(0)
-    draws = np.stack([rng.binomial(m.n, m.value, 2000) / m.n for m in shares])
+    draws = np.stack([rng.beta(m.n * m.value + 0.5, m.n * (1 - m.value) + 0.5, 2000) for m in shares])
+    low, high = np.percentile(len(shares) / (1 / draws).sum(0), [2.5, 97.5])
     with np.errstate(divide="ignore"):  # a share of 0 leaves 1 / infinity
-        low, high = np.percentile(len(shares) / (1 / draws).sum(0), [2.5, 97.5])
-        value = len(shares) / (1 / np.array([m.value for m in shares])).sum()
+        value = float(len(shares) / (1 / np.array([m.value for m in shares])).sum())
     meaning = f"harmonic mean of {', '.join(m.name for m in shares)}"
-    return Metric(name, float(value), min(m.n for m in shares), float(low), float(high), True, meaning)
+    return Metric(name, value, min(m.n for m in shares), min(float(low), value), max(float(high), value), True, meaning)
 
 
 def clip_change(kept: list[Judged], base: dict[str, Judged]) -> Metric | None:
