@@ -10,6 +10,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation import judges
 from erasure.evaluation.suite import Suite, names, run_suite
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from tests.evaluation.judging import Fixed
 from tests.evaluation.standin import BrightnessJudge
 from tests.patch.making import delta_patch
 from tests.tiny import tiny_pipeline
@@ -116,24 +117,14 @@ def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp
     assert Suite.read("esd-styles").lpips == "alex"
 
 
-class Obliging(BrightnessJudge):
+class Obliging(Fixed):
     """Whatever a suite's judge is told to know, it knows; every picture shows the first label."""
 
     def __init__(self, source="", labels="", classes="", head="object", **options):
-        super().__init__()
-        self.name, self.source, self.options = f"obliging-{head}", source, options
-        self.heads = {head: (labels or classes or "none,nudity").split(",")}
-        if source == "":
-            self.heads = {"nudity": ["none", "nudity"]}
-
-    def find(self, name):
-        for head, labels in self.heads.items():
-            if name in labels:
-                return head, [name]
-        raise ErasureError(f"no {name}")
-
-    def judge(self, images):
-        return [{h: {x: float(x == labels[0]) for x in labels} for h, labels in self.heads.items()} for _ in images]
+        known = (labels or classes).split(",") if source else ["none", "nudity"]
+        said = {label: float(label == known[0]) for label in known}
+        super().__init__(f"obliging-{head}", **{head if source else "nudity": said})
+        self.source, self.options = source, options
 
     def versions(self):
         return {"source": self.source}
