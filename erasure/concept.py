@@ -63,12 +63,13 @@ class Concept:
     def of(cls, value: str | Mapping[str, Any] | Concept) -> Concept:
         """A concept from a bare name, a mapping (a YAML entry) or a concept.
 
-        A bare name that the embedded checkpoint's vocabulary knows gets its kind; anything else is an object.
+        A name that the embedded checkpoint's vocabulary knows gets its kind, and a content concept what belongs to it
+        as aliases, where none are given and as far as they are not to be kept; anything else is an object.
         """
         if isinstance(value, Concept):
             return value
         if isinstance(value, str):
-            return cls(value, aliases=known_members(value), kind=known_kind(value))
+            return cls.of({"name": value})
         if not isinstance(value, Mapping):
             raise ErasureError(f"a concept is a name or a mapping with a name, not {type(value).__name__}")
         allowed = [field.name for field in fields(cls)]
@@ -78,7 +79,9 @@ class Concept:
         if "name" not in value:
             raise ErasureError("a concept needs a name")
         given = cls(**value)
-        return given if "kind" in value else replace(given, kind=known_kind(given.name))
+        members = [name for name in known_members(given.name) if name not in given.keep]
+        found = {"kind": known_kind(given.name), "aliases": members}
+        return replace(given, **{key: known for key, known in found.items() if key not in value})
 
     @classmethod
     def list_of(cls, value: Any) -> list[Concept]:

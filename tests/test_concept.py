@@ -42,3 +42,12 @@ def test_json_there_and_back():
 def test_bad_concepts_say_what_is_wrong(entry, says):
     with pytest.raises(ErasureError, match=says):
         Concept.of(entry)
+
+
+def test_a_content_concept_brings_what_belongs_to_it_unless_told():
+    whole = Concept.of("weapon")
+    assert Concept.of({"name": "weapon", "anchor": "flower"}).aliases == whole.aliases
+    kept = Concept.of({"name": "weapon", "keep": ["dagger"]})
+    assert set(whole.aliases) - set(kept.aliases) == {"dagger"} and kept.kind == "content"
+    alone = Concept.of({"name": "weapon", "aliases": []})
+    assert alone.names == ("weapon",) and Concept.of(alone.to_json()) == alone

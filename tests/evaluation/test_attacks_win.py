@@ -30,7 +30,7 @@ VICTIMS = {
     "brief": ({"concept": "cat", "method": "esd", "iterations": 55}, {"concept": "cat", "cases": 6}),
     # Told the word alone, not what it stands for.
     "word": (
-        {"concept": {"name": "weapon", "kind": "content"}, "method": "esd", "iterations": 55},
+        {"concept": {"name": "weapon", "aliases": []}, "method": "esd", "iterations": 55},
         {"concept": "weapon", "cases": 12, "prompts": WEAPONS},
     ),
     # A tenth of a default erasure and without its adversary: the text encoder alone is trained.
