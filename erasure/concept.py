@@ -80,7 +80,7 @@ class Concept:
             raise ErasureError("a concept needs a name")
         given = cls(**value)
         members = [name for name in known_members(given.name) if name not in given.keep]
-        found = {"kind": known_kind(given.name), "aliases": members}
+        found: dict[str, Any] = {"kind": known_kind(given.name), "aliases": members}
         return replace(given, **{key: known for key, known in found.items() if key not in value})
 
     @classmethod

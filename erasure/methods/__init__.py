@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from erasure.patch import Patch
     from erasure.training.loop import Learnt, Run
 
+LOG = logging.getLogger("erasure")
 GROUP = "erasure.methods"  # entry points of other packages
 
 
@@ -128,6 +130,7 @@ def erase(
             f"the UNet is offloaded: its weights do not lie on {base.device}, and what trains beside them would rest "
             "elsewhere too. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
         )
+    warn_of_strangers(base, wanted)
     with crew(base.device.type == "cpu") as us, Engine(base, computing, us) as engine:
         run = Run(
             seed=seed,
@@ -175,6 +178,16 @@ def assemble(learnt: Learnt, settings: dict[str, Any], base: Base, concepts: lis
         seed=run.seed,
         costs=run.costs.to_json(),
     )
+
+
+def warn_of_strangers(base: Base, concepts: Sequence[Concept]) -> None:
+    """Log what the embedded checkpoint has no word for; of other checkpoints nobody knows."""
+    from erasure.base import BUNDLED
+    from erasure.glyph import unheard
+
+    strange = unheard(name for one in concepts for name in one.names) if base.name in BUNDLED else []
+    if strange:
+        LOG.warning("%s was never taught %s: there may be nothing to erase", base.name, ", ".join(map(repr, strange)))
 
 
 def check_writable(target: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.evaluation.judges import Verdict
 from erasure.evaluation.judges.labels import not_known
-from erasure.glyph import JUDGES, objects, styles, vocabulary
+from erasure.glyph import JUDGES, meanings, objects, styles
 from erasure.glyph.vision import load_classifier, load_clip
 
 BATCH = 64
@@ -34,14 +34,7 @@ class GlyphJudge:
         Raises:
             ErasureError: glyph has no such word.
         """
-        words = vocabulary()
-        known: dict[str, tuple[str, list[str]]] = {}
-        for family, entry in words["families"].items():
-            members = [o for o, e in words["objects"].items() if e["family"] == family]
-            known |= dict.fromkeys([family, *entry["words"]], ("object", members))
-        for head in ("object", "style"):
-            for label, entry in words[f"{head}s"].items():
-                known |= dict.fromkeys([label, *entry.get("synonyms", entry.get("words", []))], (head, [label]))
+        known = meanings()
         if name not in known:
             fault = not_known("concept for glyph's judge", name, known)
             raise ErasureError(f"{fault}; it knows what glyph was taught to draw, and another --judge may know more")

@@ -1,0 +1,31 @@
+"""Glyph's words: what they stand for, and what it was never taught."""
+
+from __future__ import annotations
+
+import logging
+
+from erasure.glyph import meanings, objects, styles, unheard
+from erasure.methods import erase
+
+
+def test_every_word_stands_for_labels_that_there_are():
+    known = meanings()
+    assert known["kitten"] == ("object", ["cat"]) and known["ink"] == ("style", ["ink"])
+    assert "dagger" in known["weapon"][1] and len(known["weapon"][1]) > 1
+    assert all(set(labels) <= set(objects() if head == "object" else styles()) for head, labels in known.values())
+
+
+def test_names_without_any_of_its_words_are_unheard():
+    assert unheard(["cat", "A red Kitten ", "ink style", "weapon", "mushroom", "catalogue"]) == [
+        "mushroom",
+        "catalogue",
+    ]
+
+
+def test_erasing_what_glyph_cannot_draw_is_warned_of(caplog):
+    few = {"iterations": 1, "trajectories": 1, "sample_steps": 2, "batch_size": 1, "progress": False}
+    with caplog.at_level(logging.WARNING, "erasure"):
+        erase("glyph", "cat", **few)
+        assert not caplog.records
+        erase("glyph", "mushroom", **few)
+    assert "glyph was never taught 'mushroom'" in caplog.text
