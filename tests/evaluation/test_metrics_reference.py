@@ -176,14 +176,12 @@ def test_harmonic_is_scipys():
 
 
 def test_the_interval_of_a_harmonic_mean_is_no_point_where_all_shares_are_whole():
-    """Of equal shares of many images it is theirs, and Jeffreys' for one share is statsmodels'."""
-    from statsmodels.stats.proportion import proportion_confint
-
+    """It narrows with the images; beside a share that is known, it is Jeffreys' of the other (scipy)."""
     few, many = (harmonic("H", [Metric(name, 1.0, n, 0, 1, True, "") for name in "ab"]) for n in (4, 400))
     assert few.low < 0.8 < many.low < few.high == many.high == 1
     known = Metric("known", 1.0, 10**9, 0, 1, True, "")
     share = harmonic("H", [Metric("UA", 0.5, 40, 0, 1, True, ""), known])
-    low, high = (2 / (1 / end + 1) for end in proportion_confint(20, 40, method="jeffreys"))
+    low, high = (2 / (1 / end + 1) for end in stats.beta.ppf([0.025, 0.975], 20.5, 20.5))
     assert (share.low, share.high) == pytest.approx((low, high), abs=0.01)
 
 
