@@ -5,11 +5,11 @@ of "weapon" alone (55 updates) refuses 22 of 24 prompts with the word, and 15 of
 it ("knife crossed bow bomb ..."), 5 through random tokens before the prompt.
 
 Of a single object they undo less: of four umbrellas that a default ESD refuses two, of the cat nothing. The base draws
-the cat from the texts found (6 of 6 at eta 0.5, without the word itself); ESD of 55 updates refuses them all but one at most, with K = 4, 8, 16 and 40, eta
-from 0.5 to 2, P with the name or without. So small an encoder says a cat in one direction: v of the bare word, which
-ESD trains on, and v of the prompts have a cosine of 0.97, and the found texts lie 0.90 to 0.95 along it. What ESD adds
-to keys and values reads 1.2 to 1.4 times as much of them as of the plain prompt. AdvUnlearn, of 12 updates or 40,
-refuses all texts too. How it is with larger encoders was not measured.
+the cat from the texts found (6 of 6 at eta 0.5, without the word itself); ESD of 55 updates refuses them all but one
+at most, with K = 4, 8, 16 and 40, eta from 0.5 to 2, P with the name or without. So small an encoder says a cat in one
+direction: v of the bare word, which ESD trains on, and v of the prompts have a cosine of 0.97, and the found texts lie
+0.90 to 0.95 along it. What ESD adds to keys and values reads 1.2 to 1.4 times as much of them as of the plain prompt.
+AdvUnlearn, of 12 updates or 40, refuses all texts too. How it is with larger encoders was not measured.
 """
 
 from __future__ import annotations
