@@ -163,7 +163,7 @@ def run_verify(given: argparse.Namespace) -> None:
         given.file,
         folder=given.out,
         attacks=ATTACKS if given.attack is None else [name for name in given.attack if name != "none"],
-        prompts=_rows(given),
+        prompts=_rows(given) if given.where or given.label else given.prompts,  # the card repeats a name, not rows
         limit=given.limit,
         cases=given.cases,
         budget=given.budget,

@@ -183,9 +183,11 @@ def _write(patch: Patch, name: str, results: dict[str, Any], out: Path) -> Verif
 
 
 def _said(prompts: str | PromptSet | None) -> str | None:
-    """Prompts as a command names them: of a path, which is one machine's own, the file; None: it cannot."""
-    if not isinstance(prompts, str):
+    """Prompts as a command names them: of a path, which is one machine's own, the file; None: the default ones."""
+    if prompts is None:
         return None
+    if not isinstance(prompts, str):
+        return prompts.name
     return Path(prompts).name if Path(prompts).is_file() else prompts
 
 

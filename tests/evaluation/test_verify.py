@@ -56,10 +56,8 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
         assert str(tmp_path / "out" / part / "report.html") in found.text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: other objects drawn right" in card
-    again = (
-        "erasure verify cat.safetensors --model some/tiny --judge likeness --steps 2 --guidance 3.0 --attack encoder"
-    )
-    assert f"{again} --cases 2 --budget lite\n" in card
+    again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"
+    assert f"{again} --attack encoder --cases 2 --budget lite\n" in card
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
     # Never "safe": what was tried, with intervals.
     pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
