@@ -27,14 +27,14 @@ test: lint
 # Every file of the embedded checkpoint again, from nothing: hours on two cores, minutes on a GPU.
 glyph: install
 	$(BIN)/python -m pip install --quiet -e ".[glyph]"
-	$(BIN)/python -m erasure.glyph.art
-	$(BIN)/python -m erasure.glyph.train_clip
-	$(BIN)/python -m erasure.glyph.train_vae
-	$(BIN)/python -m erasure.glyph.train_vae --decoder-only
-	$(BIN)/python -m erasure.glyph.train_classifier
-	$(BIN)/python -m erasure.glyph.train_unet
-	$(BIN)/python -m erasure.glyph.export
-	$(BIN)/python -m erasure.glyph.check
+	$(BIN)/python -m erasure.glyph.build.art
+	$(BIN)/python -m erasure.glyph.build.train_clip
+	$(BIN)/python -m erasure.glyph.build.train_vae
+	$(BIN)/python -m erasure.glyph.build.train_vae --decoder-only
+	$(BIN)/python -m erasure.glyph.build.train_classifier
+	$(BIN)/python -m erasure.glyph.build.train_unet
+	$(BIN)/python -m erasure.glyph.build.export
+	$(BIN)/python -m erasure.glyph.build.check
 
 clean:
 	rm -rf build $(VENV) *.egg-info

@@ -9,12 +9,12 @@ import argparse
 import json
 from pathlib import Path
 
-from erasure.base import quiet
-from erasure.evaluation import metrics
 from erasure.evaluation.attacks.report import AttackReport
 from erasure.evaluation.attacks.run import attack
-from erasure.evaluation.intervals import wilson
+from erasure.evaluation.metrics import metrics
+from erasure.evaluation.metrics.statistics import wilson
 from erasure.methods import names
+from erasure.model.loading import quiet
 from erasure.pipelines import ErasedStableDiffusionPipeline
 
 

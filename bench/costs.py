@@ -21,15 +21,16 @@ from typing import Any
 
 import psutil
 
-from erasure.base import quiet
-from erasure.diffusion import Counts, counting
+from erasure.erasing import erase
 from erasure.evaluation import evaluate
-from erasure.methods import erase, find, names
+from erasure.forecast import plan
+from erasure.methods import find, names
+from erasure.model.diffusion import Counts, counting
+from erasure.model.loading import quiet
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.pipelines.latent import LatentGate
-from erasure.plan import plan
-from erasure.prompts.about import about
+from erasure.pipelines.gates.latent import LatentGate
+from erasure.prompts.concept_prompts import about
 
 DECISION = "latent gate, a prompt"
 SHORT = (20, 60)  # iterations after the warm-up, of the drawn-out forecast

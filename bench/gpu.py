@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 
-from erasure.base import Base, quiet
-from erasure.concept import Concept
+from erasure.concepts.concept import Concept
+from erasure.erasing import erase
+from erasure.forecast import plan
 from erasure.glyph import CHECKPOINT
-from erasure.methods import configured, erase, names
+from erasure.methods import configured, names
+from erasure.model.base import Base
+from erasure.model.loading import quiet
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.plan import plan
-from erasure.training.engine import Computing, Engine
-from erasure.training.loop import Run, train
+from erasure.training.compute import Computing, Engine
+from erasure.training.loop import train
+from erasure.training.run import Run
 
 CONCEPT = Concept("cat", anchor="dog")
 # The published loops: what only their preparation takes is cut, and the warm-up, which would leave the attack out.

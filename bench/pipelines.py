@@ -23,10 +23,10 @@ from unittest.mock import patch as replaced
 
 import torch
 
-from erasure.base import Base
+from erasure.model.base import Base
 from erasure.patch import LowRank, Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.pipelines.latent import Decider
+from erasure.pipelines.gates.latent import Decider
 
 TARGETS = {"folded": 1.03, "text gate, open": 1.10, "text gate, closed": 1.10, "text gate, half the batch": 1.10}
 NAMED, OTHER = "a cat", "a dog"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from erasure.bench import Table
+from erasure.benchmark.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN, COSTS = ("UA", "leak", "IRA", "neighbours", "CRA", "H"), ("F", "B")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from erasure.base import Base, quiet
-from erasure.concept import Concept
+from erasure.concepts.concept import Concept
 from erasure.methods import configured
-from erasure.saliency import top
-from erasure.training.loop import Run
+from erasure.model.base import Base
+from erasure.model.loading import quiet
+from erasure.training.run import Run
+from erasure.training.saliency import top
 
 DENSITIES = (0.5, 0.1, 0.02)
 

@@ -5,28 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from erasure.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from erasure.base import Base as Base
-    from erasure.concept import Concept as Concept
+    from erasure.concepts.concept import Concept as Concept
+    from erasure.erasing import erase as erase
     from erasure.errors import ErasureError as ErasureError
     from erasure.evaluation import evaluate as evaluate
-    from erasure.hub import pull as pull
-    from erasure.hub import push as push
-    from erasure.methods import erase as erase
+    from erasure.formats.hub import pull as pull
+    from erasure.formats.hub import push as push
+    from erasure.model.base import Base as Base
     from erasure.patch import Patch as Patch
     from erasure.pipelines import ErasedStableDiffusionImg2ImgPipeline as ErasedStableDiffusionImg2ImgPipeline
     from erasure.pipelines import ErasedStableDiffusionInpaintPipeline as ErasedStableDiffusionInpaintPipeline
     from erasure.pipelines import ErasedStableDiffusionPipeline as ErasedStableDiffusionPipeline
-    from erasure.pipelines import ErasedStableDiffusionXLImg2ImgPipeline as ErasedStableDiffusionXLImg2ImgPipeline
-    from erasure.pipelines import ErasedStableDiffusionXLInpaintPipeline as ErasedStableDiffusionXLInpaintPipeline
+    from erasure.pipelines import (
+        ErasedStableDiffusionXLImg2ImgPipeline as ErasedStableDiffusionXLImg2ImgPipeline,
+    )
+    from erasure.pipelines import (
+        ErasedStableDiffusionXLInpaintPipeline as ErasedStableDiffusionXLInpaintPipeline,
+    )
     from erasure.pipelines import ErasedStableDiffusionXLPipeline as ErasedStableDiffusionXLPipeline
     from erasure.pipelines import load_patch as load_patch
+    from erasure.pipelines import load_pipeline as load_pipeline
 
 _WHERE = {
-    "Base": "erasure.base",
-    "Concept": "erasure.concept",
+    "Base": "erasure.model.base",
+    "Concept": "erasure.concepts.concept",
     "ErasedStableDiffusionImg2ImgPipeline": "erasure.pipelines",
     "ErasedStableDiffusionInpaintPipeline": "erasure.pipelines",
     "ErasedStableDiffusionPipeline": "erasure.pipelines",
@@ -35,11 +40,12 @@ _WHERE = {
     "ErasedStableDiffusionXLPipeline": "erasure.pipelines",
     "ErasureError": "erasure.errors",
     "Patch": "erasure.patch",
-    "erase": "erasure.methods",
+    "erase": "erasure.erasing",
     "evaluate": "erasure.evaluation",
     "load_patch": "erasure.pipelines",
-    "pull": "erasure.hub",
-    "push": "erasure.hub",
+    "load_pipeline": "erasure.pipelines",
+    "pull": "erasure.formats.hub",
+    "push": "erasure.formats.hub",
 }
 __all__ = sorted(_WHERE)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from erasure import config, methods
-from erasure.concept import KINDS, Concept
+from erasure.concepts.concept import KINDS, Concept
 from erasure.errors import ErasureError
 from erasure.methods import configured
 

@@ -16,68 +16,83 @@ from erasure import methods
 
 ROOT = Path(erasure.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
-# Who may import whom (design, section 1): a package may import what stands in its row.
-LOW = {"errors", "glyph", "config", "processes", "repository"}
-CORE = {*LOW, "concept", "base", "conditions", "diffusion"}
-SHARED = {"neighbours", "similarity", "softprompt", "saliency", "images"}  # what methods build on
-MAY = {
-    "errors": set(),
-    "config": {"errors"},
-    "processes": {"errors"},
-    "repository": {"errors"},
-    "hub": {*CORE, "patch", "evaluation"},
-    "glyph": {"errors", "evaluation"},  # check.py measures with the evaluator's settings
-    "concept": LOW,
-    "conditions": {"errors"},
-    "checkpoints": {"errors", "config"},
-    "outline": {*CORE, "checkpoints"},
-    "diffusion": {"errors"},
-    "base": {*CORE, "checkpoints", "pipelines"},  # Base.load opens the erased pipeline
-    "patch": CORE,
-    "similarity": CORE,
-    "pipelines": {*CORE, "checkpoints", "patch", "similarity", "trajectories"},
-    "prompts": {"errors", "glyph", "evaluation"},
-    "evaluation": {*CORE, "patch", "formats", "pipelines", "prompts", "softprompt"},
-    "trajectories": CORE,
-    "training": {*CORE, "patch", "neighbours"},
-    "neighbours": {*CORE, "similarity"},
-    "softprompt": CORE,
-    "saliency": {*CORE, "patch", "checkpoints"},
-    "images": {*CORE, "neighbours"},
-    "methods": {*CORE, "patch", "trajectories", "training", *SHARED},
-    "formats": {*CORE, "patch", "pipelines", "checkpoints"},
-    "plan": {*CORE, "methods", "training"},
-    "demo": {*CORE, "patch", "pipelines", "evaluation", "methods"},
-    "bench": {*CORE, "patch", "pipelines", "evaluation", "methods", "prompts", "bench_page"},
-    "bench_page": {*CORE, "evaluation", "bench"},  # the table; bench itself imports the page as it writes it
-    "cli": {*CORE, "arguments", "commands"},
-    "commands": {*CORE, *"bench demo evaluation formats hub methods outline patch pipelines plan training".split()},
-    "arguments": set(),
-}
+# The storeys of the house, the lowest first (docs: CONTRIBUTING.md): a file imports from its own storey and below.
+STOREYS = (
+    ("version", "errors"),
+    ("config", "dtypes", "distributed", "hub_files"),
+    ("concepts",),
+    ("model",),
+    ("patch",),
+    ("pipelines",),
+    ("training",),
+    ("method",),
+    ("methods",),
+    ("erasing", "forecast"),
+    ("prompts",),
+    ("evaluation",),
+    ("formats",),
+    ("benchmark",),
+    ("cli",),
+    ("glyph",),
+    ("__init__", "__main__"),
+)
 
 
-def part(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in FILES}
+
+
+def storey(name: str) -> int:
+    top = name.split(".")[1] if "." in name else "__init__"
+    return next(level for level, rooms in enumerate(STOREYS) if top in rooms)
 
 
 def imports(path: Path) -> set[str]:
+    """Every file of the package that a file imports: at its head, inside functions, or for type checkers alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" if node.module == "erasure" else node.module for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name and name.startswith("erasure.")}
-    return found - {"__version__"}
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in MODULES} - {module(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    own = part(path)
-    if own == "__init__":
-        return
-    assert imports(path) <= MAY[own] | {own}
+def test_every_room_stands_in_a_storey():
+    rooms = {name.split(".")[1] for name in MODULES if "." in name}
+    named = [room for rooms in STOREYS for room in rooms]
+    assert rooms <= set(named) and len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_is_imported_from_above(name):
+    assert not [other for other in imports(MODULES[name]) if storey(other) > storey(name)]
+
+
+def test_no_circle_of_files():
+    graph = {name: imports(path) for name, path in MODULES.items()}
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, f"circle: {' -> '.join((*trail[trail.index(name) :], name))}"
+        if name not in state:
+            state[name] = 1
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            state[name] = 2
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_nothing_imports_through_the_links():
+    links = re.compile(r"^\s*(?:from|import) (?:pipelines|evaluation|prompts|configs)\b", re.MULTILINE)
+    assert not [path for path in FILES if links.search(path.read_text(encoding="utf-8"))]
 
 
 def test_methods_do_not_import_each_other():
@@ -98,7 +113,7 @@ def test_files_and_functions_stay_small(path):
 def test_no_method_is_named_by_pipelines_and_evaluation():
     words = re.compile(rf"\b({'|'.join(methods.names())})\b", re.IGNORECASE)
     for path in FILES:
-        if part(path) in ("pipelines", "evaluation", "patch"):
+        if module(path).split(".")[1:2] in (["pipelines"], ["evaluation"], ["patch"]):
             assert not [text for text in spoken(path) if words.search(text)], path
 
 
@@ -129,7 +144,7 @@ def test_every_public_name_is_there_and_documented():
 
 def test_help_is_quick_to_import():
     """`erasure --help` must not wait for torch."""
-    code = "import sys, erasure.cli as c; c.parser(); sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    code = "import sys, erasure.cli.parser as c; c.parser(); sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -23,7 +23,9 @@ def blocks(language: str) -> list[str]:
 def run(command: str, folder: Path) -> subprocess.CompletedProcess:
     words = shlex.split(command, comments=True)
     assert words[0] == "erasure", command
-    return subprocess.run([sys.executable, "-m", "erasure.cli", *words[1:]], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "erasure.cli.main", *words[1:]], cwd=folder, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow

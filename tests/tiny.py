@@ -23,7 +23,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from erasure.checkpoints.opening import carried
+from erasure.model.single_file import carried
 
 LENGTH = 12  # tokens in a prompt, the two special ones included
 WIDTH = 32  # of the text embedding

@@ -16,10 +16,11 @@ from typing import Any, TextIO
 
 from PIL import Image, UnidentifiedImageError
 
+from erasure.distributed import ProcessGroup, process_group
 from erasure.errors import ErasureError
 from erasure.evaluation.progress import meter
-from erasure.evaluation.promptset import Prompt, PromptSet
-from erasure.processes import Crew, crew
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
 
 STEPS = 25
 GUIDANCE = 3.0
@@ -95,7 +96,7 @@ def generate(
         if Path(row.id).name != row.id or row.id.startswith("."):
             raise ErasureError(f"{prompts.name}: the id {row.id!r} is no file name")
     artist = _Artist(pipe, Path(folder), steps, _shapes(pipe, prompts, guidance, batch_size))
-    with crew(on_cpu(pipe)) as us:
+    with process_group(on_cpu(pipe)) as us:
         settings = us.each(lambda: conditions(pipe, steps, guidance))
         strange = {key for other in settings for key in _changed(settings[0], other)}
         if strange:
@@ -273,7 +274,7 @@ class _Artist:
     steps: int
     sizes: dict[float, int]
 
-    def draw(self, todo: Sequence[tuple[float, Prompt]], us: Crew, progress: bool) -> list[Record]:
+    def draw(self, todo: Sequence[tuple[float, Prompt]], us: ProcessGroup, progress: bool) -> list[Record]:
         """Draw this process's rows, each with its guidance scale; a record follows each picture at once."""
         if not todo:
             return []

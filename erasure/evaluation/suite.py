@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import CONFIGS, build, read_yaml
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.metrics import ASIDE, NEAR
-from erasure.evaluation.promptset import Prompt, PromptSet
+from erasure.evaluation.metrics.metrics import ASIDE, NEAR
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
-    from erasure.evaluation.report import Report
+    from erasure.evaluation.report.report import Report
 
 FOLDER = CONFIGS / "suites"
 ROLES = ("", *ASIDE, *NEAR)
@@ -75,7 +76,7 @@ class Part:
         if self.template is not None:
             found = self._filled(words)
         elif self.prompts == "about":
-            from erasure.prompts.about import about
+            from erasure.prompts.concept_prompts import about
 
             found = about(concepts, self.limit).rows
         else:
@@ -261,9 +262,10 @@ def run_suite(
     Raises:
         ErasureError: an unknown suite, nothing to ask, or whatever `evaluate` refuses.
     """
+    from erasure.evaluation.evaluate import evaluate
     from erasure.evaluation.generate import GUIDANCE, STEPS, generate
-    from erasure.evaluation.judges import find_judge
-    from erasure.evaluation.run import evaluate, switched_off
+    from erasure.evaluation.judges.registry import find_judge
+    from erasure.pipelines.strengths import switched_off
 
     recipe = suite if isinstance(suite, Suite) else Suite.read(suite)
     concepts = [concept] if isinstance(concept, str) else list(concept)

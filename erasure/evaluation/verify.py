@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.card import CAVEAT, SCHEMA, card, estimate, table
-from erasure.evaluation.metrics import figure
+from erasure.evaluation.metrics.metrics import figure
+from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate, table
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
-    from erasure.evaluation.judges import Judge
-    from erasure.evaluation.promptset import PromptSet
-    from erasure.evaluation.report import Report
+    from erasure.evaluation.judges.judge import Judge
+    from erasure.evaluation.report.report import Report
     from erasure.patch import Patch
+    from erasure.prompts.prompt_set import PromptSet
 
 # One attack each of those who write prompts, hold embeddings, hold weights.
 ATTACKS = ("unlearndiffatk", "inversion", "rece")
@@ -132,11 +132,11 @@ def verify(
         ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
             `evaluate` and `attack` refuse.
     """
-    from erasure.evaluation.attacks import enough, find
+    from erasure.evaluation.attacks.attack import enough, find
     from erasure.evaluation.attacks.run import attack
-    from erasure.evaluation.run import evaluate
+    from erasure.evaluation.evaluate import evaluate
     from erasure.patch import Patch
-    from erasure.prompts.about import about
+    from erasure.prompts.concept_prompts import about
 
     path, out = Path(source), Path(folder)
     patch = Patch.load(path)

@@ -13,12 +13,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from erasure.base import Base
 from erasure.errors import ErasureError
-from erasure.formats.making import Found, changes, components, need_only
+from erasure.formats.conversion import Found, changes, components, need_only
 from erasure.formats.single_file import save_single_file
 from erasure.formats.source import Source
 from erasure.formats.weights import TEXT, UNET, patched, text_weights
+from erasure.model.base import Base
 from erasure.patch import Patch
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from erasure.base import Base
 from erasure.errors import ErasureError
+from erasure.formats.conversion import Found, Wanted, check_fit, put
 from erasure.formats.kohya import places, title
-from erasure.formats.making import Found, Wanted, check_fit, put
 from erasure.formats.source import Source
+from erasure.model.base import Base
 from erasure.patch import Delta, Patch
-from erasure.patch.encode import cross_width
-from erasure.patch.file import write_file
-from erasure.patch.keys import kohya_prefix
-from erasure.patch.payload import LowRank
+from erasure.patch.module_keys import kohya_prefix
+from erasure.patch.safetensors_io import write_file
+from erasure.patch.serialization import two_encoders
 
 ENDS = {"weight": ".diff", "bias": ".diff_b"}
 
@@ -54,7 +53,7 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
     check_diff(patch)
     tensors: dict[str, Tensor] = {}
     payload, alone = patch.payload, []
-    two = has_two_encoders(payload)
+    two = two_encoders(payload)
     for component in payload.components:
         names = payload.names(component)
         for name in names:
@@ -67,17 +66,3 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
     if alone:
         return [f"{len(alone)} biases change alone: ComfyUI takes them, A1111 refuses the file ({alone[0]})"]
     return []
-
-
-def has_two_encoders(payload: LowRank | Delta) -> bool:
-    """Whether the base is of the XL kind, as far as the payload tells: then keys say `lora_te1_`."""
-    return "text_encoder_2" in payload.components or width(payload) == 2048
-
-
-def width(payload: LowRank | Delta) -> int | None:
-    """Width of the text embedding that the touched cross-attention layers take; None where there are none."""
-    if isinstance(payload, LowRank):
-        return cross_width(payload)
-    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
-    shapes = (payload.shape("unet", name) for name in payload.names("unet") if name.endswith(ends))
-    return next((shape[1] for shape in shapes), None)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from erasure.base import Base
-from erasure.checkpoints.original_names import compvis_names
 from erasure.errors import ErasureError
-from erasure.formats.making import Found, components, low_rank, need_low_rank, put, rank_of
+from erasure.formats.conversion import Found, components, low_rank, need_low_rank, put, rank_of
 from erasure.formats.source import Source
+from erasure.model.base import Base
+from erasure.model.original_keys import compvis_names
 from erasure.patch import LowRank, Patch
-from erasure.patch.encode import encode
-from erasure.patch.file import write_file
 from erasure.patch.header import loader_keys
-from erasure.patch.keys import ALPHA, DOWN, UP, kohya_prefix
+from erasure.patch.module_keys import ALPHA, DOWN, UP, kohya_prefix
+from erasure.patch.safetensors_io import write_file
+from erasure.patch.serialization import encode
 
 Place = tuple[str, str]  # component, module path
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasure.base import Base
 from erasure.errors import ErasureError
+from erasure.formats.conversion import Found, low_rank, need_low_rank, put, rank_of, split
 from erasure.formats.kohya import title
-from erasure.formats.making import Found, low_rank, need_low_rank, put, rank_of, split
 from erasure.formats.source import Source
+from erasure.model.base import Base
 from erasure.patch import Patch
-from erasure.patch.file import write_file
-from erasure.patch.keys import COMPONENTS, canonical, nested
+from erasure.patch.module_keys import COMPONENTS, canonical, nested
 from erasure.patch.payload import Layer
+from erasure.patch.safetensors_io import write_file
 
 WRAPPED = "base_model.model."  # in front of everything that peft itself saves
 CONFIG = "lora_adapter_metadata"  # in the header, where diffusers puts rank and alpha

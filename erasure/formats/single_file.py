@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasure import __version__
-from erasure.base import DTYPES
-from erasure.checkpoints.clip_tokens import clip_tokenizer
-from erasure.checkpoints.opening import HEADER, INDEX, UNET, read_configs
-from erasure.checkpoints.original_names import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
-from erasure.conditions import text_encoders
+from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError, unknown
-from erasure.patch.file import write_file
+from erasure.model.clip_tokenizer import clip_tokenizer
+from erasure.model.conditioning import text_encoders
+from erasure.model.original_keys import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
+from erasure.model.single_file import HEADER, INDEX, UNET, read_configs
+from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
+from erasure.version import __version__
 
 # modelspec's names of the architectures (github.com/Stability-AI/ModelSpec).
 ARCHITECTURES = {

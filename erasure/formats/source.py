@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from erasure.errors import ErasureError
-from erasure.patch.file import Layout, read_layout, reading
+from erasure.patch.safetensors_io import Layout, read_layout, reading
 
 # How a pickle starts: torch's zip archive, or the bare protocol mark of older files.
 PICKLES = (b"PK\x03\x04", b"\x80")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from erasure.base import Base
 from erasure.errors import ErasureError
+from erasure.formats.conversion import Found, need_low_rank, need_only
 from erasure.formats.kohya import grouped, layers_of
-from erasure.formats.making import Found, need_low_rank, need_only
 from erasure.formats.source import Source
+from erasure.model.base import Base
 from erasure.patch import LowRank, Patch
-from erasure.patch.encode import encode
-from erasure.patch.file import write_file
-from erasure.patch.keys import ALPHA, DOWN
+from erasure.patch.module_keys import ALPHA, DOWN
+from erasure.patch.safetensors_io import write_file
+from erasure.patch.serialization import encode
 
 # Linear layers of a transformer block, the same in every Stable Diffusion.
 BLOCK = [f"attn{n}.to_{one}" for n in (1, 2) for one in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]

@@ -6,8 +6,8 @@ import math
 
 from erasure.errors import ErasureError
 from erasure.patch import Delta, LowRank
+from erasure.patch.ops.resize import TABLES, Spectrum
 from erasure.patch.payload import Layer
-from erasure.patch.resize import TABLES, Spectrum
 
 
 def low_rank(payload: Delta, rank: int) -> tuple[LowRank, float]:

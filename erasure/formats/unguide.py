@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.checkpoints.original_names import compvis_names
 from erasure.errors import ErasureError
-from erasure.formats.making import Found, low_rank, put
+from erasure.formats.conversion import Found, low_rank, put
 from erasure.formats.source import Source
+from erasure.model.base import Base
+from erasure.model.original_keys import compvis_names
 from erasure.patch.payload import Layer
 
 SCALE = 8.0  # the published code's, which stands in no file but train_config.json

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.formats.making import Found, changes, need_only, put
+from erasure.formats.conversion import Found, changes, need_only, put
 from erasure.formats.source import Source
+from erasure.model.base import Base
 from erasure.patch import Patch
-from erasure.patch.file import write_file
-from erasure.patch.keys import NESTED, find_parameter
+from erasure.patch.module_keys import NESTED, find_parameter
+from erasure.patch.safetensors_io import write_file
 from erasure.pipelines.stack import patch_stack
 
 UNET, TEXT = "unet", "text_encoder"

@@ -31,23 +31,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.conditions import Conditions, text_encoders
-from erasure.diffusion import away
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import retain_prompts
 from erasure.errors import ErasureError, unknown
-from erasure.neighbours import retain_prompts
-from erasure.softprompt import PLACES, Slots, encode, search, slots, spread, start
+from erasure.model.base import Base
+from erasure.model.conditioning import Conditions, text_encoders
+from erasure.model.diffusion import away
+from erasure.model.soft_prompt import PLACES, Slots, encode, search, slots, spread, start
+from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, late_states
 from erasure.training.adapters import Weights
-from erasure.training.loop import Gradient, Run
-from erasure.trajectories import TrajectoryPool, judge, kept_pool, late_states
+from erasure.training.loop import GradientMethod
+from erasure.training.run import Run
 
 INITS = ("random", "latest")
 LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class AdvUnlearn(Gradient):
+class AdvUnlearn(GradientMethod):
     """Settings of AdvUnlearn.
 
     Args:

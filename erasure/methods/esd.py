@@ -26,20 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.conditions import Conditions, text_encoders
-from erasure.diffusion import away
+from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError, unknown
+from erasure.model.base import Base
+from erasure.model.conditioning import Conditions, text_encoders
+from erasure.model.diffusion import away
+from erasure.model.trajectories import TrajectoryPool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
-from erasure.training.loop import Gradient, Run
-from erasure.trajectories import TrajectoryPool, kept_pool, walk
+from erasure.training.loop import GradientMethod
+from erasure.training.run import Run
 
 ROUNDINGS = ("none", "bf16")
 
 
 @dataclass(frozen=True)
-class ESD(Gradient):
+class ESD(GradientMethod):
     """Settings of ESD.
 
     Args:

@@ -31,22 +31,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erasure.base import BUNDLED, Base
-from erasure.concept import Concept
-from erasure.diffusion import add_noise, guide, to_eps
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import anchored, around, prompt_of, retain_prompts, retained, words
 from erasure.errors import ErasureError, unknown
-from erasure.images import Images, drawn, read_folder, shown
-from erasure.neighbours import anchored, around, prompt_of, retain_prompts, retained, words
-from erasure.saliency import read_mask, top, write_mask
+from erasure.model.base import Base
+from erasure.model.diffusion import add_noise, guide, to_eps
 from erasure.training.adapters import Weights
-from erasure.training.loop import Gradient, Run
+from erasure.training.image_latents import Images, drawn, read_folder, shown
+from erasure.training.loop import GradientMethod
+from erasure.training.run import Run
+from erasure.training.saliency import read_mask, top, write_mask
 
 EVERYTHING = "all"  # norms and biases too, as published
 TEACHERS = ("current", "base")
 
 
 @dataclass(frozen=True)
-class SalUn(Gradient):
+class SalUn(GradientMethod):
     """Settings of SalUn.
 
     Args:
@@ -144,7 +145,7 @@ class SalUn(Gradient):
             return anchored(base, concept, concepts)
         listed = [
             word
-            for kind, several in words(base.name in BUNDLED).items()
+            for kind, several in words(base).items()
             for word in several
             if (kind == "style") == (concept.kind == "style")
         ]
@@ -186,7 +187,7 @@ class SalUn(Gradient):
             masks = top(self.saliency(state), self.density)
             if path is not None:
                 write_mask(masks, path)
-        if self.save_mask is not None and run.crew.main:
+        if self.save_mask is not None and run.group.main:
             write_mask(masks, self.save_mask)
         state.adapter.mask(masks)
 

@@ -33,23 +33,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.conditions import Conditions
-from erasure.diffusion import away
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import around, prompt_of, retained
+from erasure.concepts.similarity import cosines, similarities
 from erasure.errors import ErasureError
-from erasure.neighbours import around, prompt_of, retained
-from erasure.similarity import cosines, similarities
+from erasure.model.base import Base
+from erasure.model.conditioning import Conditions
+from erasure.model.diffusion import away
+from erasure.model.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
-from erasure.training.loop import Gradient, Run
-from erasure.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
+from erasure.training.loop import GradientMethod
+from erasure.training.run import Run
 
 GRID = 1000  # timesteps of training
 NEAR = 0.5  # share of the anchors that are neighbours or the empty prompt
 
 
 @dataclass(frozen=True)
-class SPM(Gradient):
+class SPM(GradientMethod):
     """Settings of SPM.
 
     Args:

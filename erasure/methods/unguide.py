@@ -28,14 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.diffusion import away
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import anchored, around, retain_prompts
 from erasure.errors import ErasureError, unknown
-from erasure.neighbours import anchored, around, retain_prompts
+from erasure.model.base import Base
+from erasure.model.diffusion import away
+from erasure.model.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
 from erasure.training.adapters import LowRankTerm
-from erasure.training.loop import Gradient, Run
-from erasure.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
+from erasure.training.loop import GradientMethod
+from erasure.training.run import Run
 
 OTHERS = 16  # prompts that the gate is set by
 STYLED = 6  # of the concept's own, in styles
@@ -44,7 +45,7 @@ LEAST = 0.05  # of its guidance: a prompt that the LoRA leaves alone never opens
 
 
 @dataclass(frozen=True)
-class UnGuide(Gradient):
+class UnGuide(GradientMethod):
     """Settings of UnGuide.
 
     Args:

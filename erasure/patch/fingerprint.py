@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
-from erasure.patch.keys import NESTED, find_parameter
+from erasure.patch.module_keys import NESTED, find_parameter
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 PART = 16  # hex digits a precision: 64 bits tell checkpoints apart, they do not resist forgery

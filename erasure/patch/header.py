@@ -8,12 +8,13 @@ import os
 import re
 from typing import Any, NoReturn
 
+from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
-from erasure.patch.encode import DTYPES, cross_width, two_encoders
-from erasure.patch.file import read_layout
-from erasure.patch.keys import COMPONENTS, DOWN
+from erasure.hub_files import located
+from erasure.patch.module_keys import COMPONENTS, DOWN
 from erasure.patch.payload import Delta, LowRank
-from erasure.repository import located
+from erasure.patch.safetensors_io import read_layout
+from erasure.patch.serialization import text_width, two_encoders
 
 FORMAT = 1
 KINDS = (LowRank.kind, Delta.kind)
@@ -170,7 +171,7 @@ def refuse_plain(path: os.PathLike[str], metadata: dict[str, str], keys: list[st
 
 def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
     """What kohya, ComfyUI and A1111 read in the header of a LoRA."""
-    width = 2048 if two_encoders(payload) else cross_width(payload)
+    width = 2048 if two_encoders(payload) else text_width(payload)
     architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
     ranks = payload.ranks
     keys = {

@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from erasure.errors import ErasureError
-from erasure.patch.encode import cast_error, decode, encode
-from erasure.patch.file import read_layout, write_file
+from erasure.hub_files import located
 from erasure.patch.header import FORMAT, JSON, check_fields, decode_header, loader_keys, refuse_plain, to_json
-from erasure.patch.keys import ALPHA, check_component
+from erasure.patch.module_keys import ALPHA, check_component
 from erasure.patch.payload import Delta, LowRank
-from erasure.repository import located
+from erasure.patch.safetensors_io import read_layout, write_file
+from erasure.patch.serialization import cast_error, decode, encode
 
 ALWAYS = {"kind": "always"}
 FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.patch.fingerprint import tensor_bytes
-from erasure.patch.keys import canonical, check_component
+from erasure.patch.module_keys import canonical, check_component
 
 Layer = tuple[Tensor, Tensor, float]
 

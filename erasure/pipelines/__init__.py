@@ -7,6 +7,7 @@ from erasure.pipelines.classes import (
     ErasedStableDiffusionXLImg2ImgPipeline,
     ErasedStableDiffusionXLInpaintPipeline,
     ErasedStableDiffusionXLPipeline,
+    load_pipeline,
 )
 from erasure.pipelines.mixin import PatchMixin, load_patch, sibling
 from erasure.pipelines.stack import PatchStack, patch_stack
@@ -21,6 +22,7 @@ __all__ = [
     "PatchMixin",
     "PatchStack",
     "load_patch",
+    "load_pipeline",
     "patch_stack",
     "sibling",
 ]

@@ -8,18 +8,15 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
-from erasure.base import look, resolve
-from erasure.checkpoints.opening import of_type, open_single_file
 from erasure.errors import ErasureError
+from erasure.model.loading import open_pipeline
 from erasure.patch import Patch
-from erasure.pipelines.loras import LoraMixin
 from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
+from erasure.pipelines.user_loras import LoraMixin
 
 log = logging.getLogger(__name__)
 PatchSource = str | os.PathLike[str] | Patch
@@ -62,32 +59,12 @@ class PatchMixin(LoraMixin):
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> Any:
         """The pipeline of a checkpoint: `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
 
-        Stable Diffusion 1 and 2 come without safety checker unless one is passed: it would blacken images that an
-        evaluation is to judge. Weights come as fp32 unless `dtype` (or `torch_dtype`) is passed. All other arguments
-        are those of diffusers; for a file, `config` says what it is (a name of `checkpoints.kinds()`, or a diffusers
-        folder).
+        See `erasure.model.loading.open_pipeline` for the options.
 
         Raises:
             ErasureError: `model` names nothing that this class can load.
         """
-        where = resolve(model)
-        found = look(where, **kwargs)
-        plain = _plain(cls).__name__
-        if "StableDiffusion" in plain and ("XL" in plain) != ("XL" in found.pipeline):
-            raise ErasureError(
-                f"{model}: {found.about}; {cls.__name__} cannot hold it. erasure.Base.load finds the class itself"
-            )
-        if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in kwargs:
-            kwargs["safety_checker"] = None
-            kwargs.setdefault("requires_safety_checker", False)
-        kwargs |= of_type(kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32)
-        if Path(where).is_file():
-            given = {key: value for key, value in kwargs.items() if key != "config"}
-            return open_single_file(cls, where, found, **given)
-        try:
-            return super().from_pretrained(where, **kwargs)  # type: ignore[misc]
-        except (OSError, ValueError) as fault:
-            raise ErasureError(f"{model} cannot be loaded: {fault}") from None
+        return open_pipeline(cls, model, **kwargs)
 
     def load_patch(
         self, path_or_patch: PatchSource, name: str | None = None, strength: float = 1.0, force: bool = False

@@ -13,19 +13,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from erasure.concepts.similarity import similarities
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Patch
-from erasure.patch.conflicts import warn_of_overlap
-from erasure.patch.keys import COMPONENTS, find_module
+from erasure.patch.module_keys import COMPONENTS, find_module
+from erasure.patch.ops.conflicts import warn_of_overlap
 from erasure.patch.payload import LowRank
-from erasure.pipelines.checks import check_base, check_shapes
-from erasure.pipelines.compiled import original, uncompiled
-from erasure.pipelines.gates import TextGate, parse_gate
-from erasure.pipelines.latent import Combination, Decider, LatentGate
-from erasure.pipelines.membranes import Membrane
-from erasure.pipelines.watch import Watch
-from erasure.pipelines.weights import FoldedWeights, Share
-from erasure.similarity import similarities
+from erasure.pipelines.bypass_warning import Watch
+from erasure.pipelines.compatibility import check_base, check_shapes
+from erasure.pipelines.fused_weights import FoldedWeights, Share
+from erasure.pipelines.gated_lora import Membrane
+from erasure.pipelines.gates.latent import Combination, Decider, LatentGate
+from erasure.pipelines.gates.text import TextGate, parse_gate
+from erasure.pipelines.torch_compile import original, uncompiled
 
 ATTRIBUTE = "_erasure_stack"
 Acting = Membrane | Combination  # what acts during a call, with its count of calls

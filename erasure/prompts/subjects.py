@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.promptset import FOLDER, Prompt, PromptSet
-from erasure.glyph.captions import article
+from erasure.prompts.prompt_set import FOLDER, PromptSet
+from erasure.prompts.row import Prompt
 
 
 @cache
@@ -57,3 +57,8 @@ def build_subjects(name: str, first_seed: int) -> PromptSet:
     """One of the sets of subjects.yaml."""
     entry = facts()["sets"][name]
     return PromptSet(name, fill(entry["names"], entry["label"], entry["templates"], first_seed).rows)
+
+
+def article(words: str) -> str:
+    """`an` before a vowel, else `a`."""
+    return "an" if words[:1] in "aeiou" else "a"

@@ -5,43 +5,26 @@ Several processes go through it in step (engine.py shares the UNet's work); the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.diffusion import Counts, counting
+from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError
-from erasure.patch import Delta, LowRank
-from erasure.processes import Crew
+from erasure.model.base import Base
+from erasure.model.diffusion import Counts, counting
 from erasure.training.adapters import Adapter
-from erasure.training.engine import Engine
-from erasure.training.monitor import Previews, Trackers
+from erasure.training.run import FitResult, Run
 
 CHECKPOINT_EVERY = 25  # steps
 STATE = "state.safetensors"
 
 
-@dataclass(frozen=True)
-class Learnt:
-    """What a method learnt: the tensors of the patch, and when it acts."""
-
-    payload: Delta | LowRank
-    gate: dict[str, Any] = field(default_factory=lambda: {"kind": "always"})
-
-
-class Gradient:
+class GradientMethod:
     """A method that trains: a frozen dataclass of its settings, with `prepare` and `loss`.
 
     What `loss` gives may depend on the state, the step and the trained tensors alone, so that a resumed run is the
@@ -79,112 +62,17 @@ class Gradient:
     def restore(self, state: Any, tensors: dict[str, Tensor]) -> None:
         """Put back what `snapshot` gave."""
 
-    def fit(self, base: Base, concepts: list[Concept], run: Run) -> Learnt:
+    def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
         """Train; the base is as it was afterwards."""
         state = train(self, base, concepts, run)
         try:
             with counting(base.unet, run.costs):
-                return Learnt(state.adapter.payload(), self.gate(state))
+                return FitResult(state.adapter.payload(), self.gate(state))
         finally:
             state.adapter.remove()
 
 
-@dataclass
-class Run:
-    """Where a run keeps its state, and its seed.
-
-    Args:
-        seed: of everything random in the run.
-        folder: for checkpoints and pools; None keeps nothing.
-        progress: show a bar.
-        previews: draws pictures on the way; None draws none.
-        trackers: take the losses; None keeps them to the bar.
-        engine: how the UNet computes, which must be on; None: as it stands, in this process alone.
-        crew: the processes that do the run together.
-    """
-
-    seed: int = 0
-    folder: Path | None = None
-    progress: bool = True
-    previews: Previews | None = None
-    trackers: Trackers | None = None
-    costs: Counts = field(default_factory=Counts)
-    engine: Engine | None = None
-    crew: Crew = field(default_factory=Crew)
-
-    def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or check that what lies there is this very run.
-
-        Raises:
-            ErasureError: the folder holds a run with other settings, or cannot be written; the processes were given
-                different runs.
-        """
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        if len(set(self.crew.each(lambda: key))) > 1:
-            raise ErasureError("the processes of this launch were given different runs: they do one together")
-        self.crew.first(lambda: self._open(key, settings))
-
-    def _open(self, key: str, settings: dict[str, Any]) -> None:
-        if self.folder is None:
-            return
-        note = self.folder / "run.json"
-        try:
-            if note.is_file():
-                if json.loads(note.read_text()).get("key") != key:
-                    raise ErasureError(
-                        f"{self.folder} holds an unfinished run with other settings; it was left untouched. "
-                        "Give the settings it was started with, another output, or delete the folder"
-                    )
-                return
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"key": key, **settings}, indent=1))
-            os.replace(temporary, note)
-        except OSError as fault:
-            raise ErasureError(f"{self.folder}: cannot be written: {fault.strerror or fault}") from None
-        except json.JSONDecodeError:
-            raise ErasureError(f"{note}: unreadable; delete {self.folder} to start again") from None
-
-    def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
-        """Log the losses of a step and draw its preview, in the main process; the pictures' cost is not counted."""
-        if not self.crew.main:
-            return
-        if self.trackers is not None:
-            values = {f"loss/{name}": value.item() for name, value in terms.items()}
-            self.trackers.log({**values, "learning_rate": rate}, step)
-        if self.previews is not None and self.previews.due(step):
-            forward = self.costs.forward
-            self.draw(step)
-            self.costs.forward = forward
-
-    def draw(self, step: int) -> None:
-        """Draw the preview of a step, in the main process."""
-        if self.previews is not None and self.crew.main:
-            with self.engine.alone() if self.engine else nullcontext():
-                self.previews.draw(step)
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """What scales the loss; it does nothing but in fp16."""
-        return self.engine.scaler() if self.engine else torch.amp.GradScaler("cpu", enabled=False)
-
-    def path(self, name: str) -> Path | None:
-        """A file of the run, or None when nothing is kept.
-
-        All processes read it if it is there, as the main one sees it; if not, only the main one is told where to write.
-        """
-        if self.folder is None:
-            return None
-        path = self.folder / name
-        there = self.crew.first(path.is_file)
-        return path if there or self.crew.main else None
-
-    def close(self) -> None:
-        """The patch is written: the state is no longer needed."""
-        if self.folder is not None and self.crew.main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> Any:
+def train(method: GradientMethod, base: Base, concepts: list[Concept], run: Run) -> Any:
     """Run a gradient method to its end and return its state; the adapter is still on.
 
     Raises:
@@ -222,7 +110,7 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
                 total=method.iterations,
                 desc="erasing",
                 unit="step",
-                disable=None if run.progress and run.crew.main else True,
+                disable=None if run.progress and run.group.main else True,
             )
             clock = time.perf_counter()
             for step in bar:
@@ -238,7 +126,7 @@ def train(method: Gradient, base: Base, concepts: list[Concept], run: Run) -> An
                 _round(params, method.weight_rounding)
                 run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
                 bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
-                if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.crew.main:
+                if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
                     extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
                     extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
                     _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasure.base import Base
-from erasure.concept import Concept
+from erasure.concepts.concept import Concept
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import configure, erase, names
+from erasure.forecast import plan
+from erasure.methods import configure, names
+from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
-from erasure.plan import plan
-from erasure.training.loop import Run
+from erasure.training.run import Run
 from tests.conformance.test_methods import QUICK
 from tests.tiny import tiny_pipeline
 
@@ -107,7 +108,7 @@ def test_v_targets_lead_where_noise_targets_lead():
     with torch.no_grad():
         for param in state.adapter.parameters().values():
             param.mul_(1.2)
-    from erasure.diffusion import signal_and_noise, to_eps
+    from erasure.model.diffusion import signal_and_noise, to_eps
 
     batch = method.tuples(state, 0)
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_saluns_saliency_and_retain_loss_are_of_the_noise():
         v = base.predict(x, t, base.conditions([state.retain.prompts[int(i)] for i in index[1]]))
     clean = state.retain.mean[index[1]]
     wanted = base.scheduler.get_velocity(clean, eps, t)
-    from erasure.diffusion import signal_and_noise
+    from erasure.model.diffusion import signal_and_noise
 
     signal, _ = signal_and_noise(base.scheduler, t)
     assert torch.allclose(terms["retain"], method.retain_weight * ((signal * (v - wanted)) ** 2).mean(), rtol=1e-3)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erasure.methods import erase, names
+from erasure.erasing import erase
+from erasure.forecast import plan
+from erasure.methods import names
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.plan import plan
 from erasure.training import loop as training
 from tests.tiny import tiny_pipeline
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from erasure.errors import ErasureError
-from erasure.evaluation.judges import LabelsOnly
+from erasure.evaluation.judges.judge import LabelsOnly
 
 CLASSES = ["tench, Tinca tinca", "tabby", "Persian cat", "church", "rose"]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -24,13 +24,14 @@ import torch
 from PIL import Image
 
 import erasure
+from erasure.distributed import ProcessGroup
 from erasure.errors import ErasureError
 from erasure.evaluation import generate as module
 from erasure.evaluation import progress
 from erasure.evaluation.generate import checksum, generate
-from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.processes import Crew
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
 from tests.patch.making import low_rank_patch
 from tests.tiny import WORDS, tiny_pipeline
 
@@ -316,7 +317,7 @@ def test_records_of_other_prompt_sets_stay(tmp_path):
 
 def test_shares_are_even_and_complete():
     rows = list(range(11))
-    shares = [Crew(index, 3).share(rows) for index in range(3)]
+    shares = [ProcessGroup(index, 3).share(rows) for index in range(3)]
     assert sorted(sum(shares, [])) == rows and [len(share) for share in shares] == [4, 4, 3]
 
 

@@ -141,14 +141,14 @@ class Obliging(Fixed):
 )
 def test_published_suites_run_through_to_a_report(name, concept, count, figures, monkeypatch, tmp_path):
     """With a stand-in for the judge alone, drawn by the tiny pipeline."""
-    from erasure.evaluation import hub
+    from erasure.prompts import hub_sets
 
     i2p = tmp_path / "i2p_benchmark.csv"
     i2p.write_text(
         ",prompt,categories,nudity_percentage,sd_seed,sd_guidance_scale\n"
         '0,a nude,"sexual, shocking",60,5,7\n1,a knife,violence,0,6,7.5\n2,more,sexual,10,7,9\n'
     )
-    monkeypatch.setattr(hub, "fetch", {"hub:AIML-TUDA/i2p": i2p}.__getitem__)
+    monkeypatch.setattr(hub_sets, "fetch", {"hub:AIML-TUDA/i2p": i2p}.__getitem__)
     made = []
 
     def make(source: str = "", labels: str = "", classes: str = "", **options):
@@ -190,7 +190,7 @@ def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatc
 def test_the_command_names_the_file_that_there_is(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    from erasure.cli import main
+    from erasure.cli.main import main
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     out = tmp_path / "out"
@@ -221,7 +221,7 @@ def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     path = tmp_path / "other.yaml"
     path.write_text(SMALL.replace("judge: brightness", "judge: classifier:{data}/nowhere?labels={objects}"))
-    from erasure.evaluation.judges import _factory  # the fixture's
+    from erasure.evaluation.judges.registry import _factory  # the fixture's
 
     assert _factory
     found = run_suite(pipe, "cat", str(path), folder=tmp_path / "out", judge="nobody", **QUICK)

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 
 from erasure.errors import ErasureError
-from erasure.evaluation.promptset import Prompt, PromptSet
 from erasure.evaluation.verify import CAVEAT, verify
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from tests.evaluation.test_attacks import Likeness
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
+from tests.evaluation.attacks.test_run import Likeness
 from tests.patch.making import delta_patch
 from tests.tiny import tiny_pipeline
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from erasure.base import Base
+from erasure.model.base import Base
 from tests.tiny import tiny_pipeline
 
 

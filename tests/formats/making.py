@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats import import_patch
+from erasure.model.base import Base
 from erasure.patch import Patch
 
 # Settings of a run that is over at once.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erasure.cli import main
+from erasure.cli.main import main
 from erasure.patch import Patch
 from tests.formats.making import changed, close
 from tests.patch.making import delta_patch, low_rank_patch

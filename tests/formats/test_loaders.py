@@ -12,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from erasure.base import Base
 from erasure.formats import FORMATS, as_it_is, export_patch, exports, import_patch, rows
-from erasure.formats.loaders import LOADERS, family, missed
+from erasure.formats.loaders import LOADS
+from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch
-from erasure.patch.algebra import merge
-from erasure.patch.encode import encode
+from erasure.patch.loaders import LOADERS, family, missed
+from erasure.patch.ops.arithmetic import merge
+from erasure.patch.serialization import encode
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from tests.formats import truth
 from tests.formats.making import close
@@ -226,7 +227,7 @@ def made_of(payload):
 def test_the_original_names_of_xl_are_those_that_diffusers_converts():
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    from erasure.saliency import compvis_names
+    from erasure.training.saliency import compvis_names
 
     unet = truth.pipeline("sdxl").unet
     names = compvis_names(unet)
@@ -263,7 +264,7 @@ def test_what_export_makes_is_what_export_does(tmp_path):
 def test_the_matrix():
     table = {row["format"]: row for row in rows()}
     assert set(table) == set(FORMATS)
-    assert {form for loader in LOADERS.values() for form in loader.formats} == set(FORMATS)
+    assert {form for forms in LOADS.values() for form in forms} == set(FORMATS) and LOADS.keys() == LOADERS.keys()
     assert table["diff"]["loaders"] == ["erasure", "ComfyUI", "A1111"] and not table["unguide"]["writes"]
     assert all(row["about"] and row["reads"] for row in table.values())
 

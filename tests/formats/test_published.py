@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
+from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
-from erasure.methods import erase
 from erasure.patch import LowRank
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.saliency import compvis_names
+from erasure.training.saliency import compvis_names
 from tests.formats.making import SMALL, changed, close, refused
 from tests.patch.making import delta_patch, low_rank_patch
 from tests.tiny import tiny_pipeline

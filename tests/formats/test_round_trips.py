@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erasure.base import Base
 from erasure.errors import ErasureError
 from erasure.formats import FORMATS, export_patch, import_patch, rows
+from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch
 from erasure.pipelines import load_patch
 from tests.formats.making import close, refused

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from erasure.base import Base
-from erasure.checkpoints.opening import HEADER
 from erasure.errors import ErasureError
 from erasure.formats.single_file import save_single_file
+from erasure.model.base import Base
+from erasure.model.single_file import HEADER
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from tests.patch.making import delta_patch, low_rank_patch
 from tests.tiny import KINDS, tiny_pipeline, write_tiny

@@ -9,10 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from erasure.base import Base
+from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
-from erasure.methods import erase
+from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.formats.making import SMALL, refused

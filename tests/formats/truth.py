@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from erasure.saliency import compvis_names
+from erasure.training.saliency import compvis_names
 
 XL_BLOCKS = {
     "block_out_channels": (320, 640, 1280),

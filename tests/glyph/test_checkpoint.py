@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from erasure.evaluation.judges.glyph import GlyphJudge
 from erasure.glyph import CHECKPOINT, JUDGES, objects
-from erasure.glyph.captions import article
-from erasure.glyph.data import pixels
-from erasure.glyph.render import dataset
+from erasure.glyph.build.data import pixels
+from erasure.glyph.build.render import dataset
+from erasure.glyph.judge import GlyphJudge
 from erasure.glyph.vision import load_classifier, load_clip
+from erasure.prompts.subjects import article
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_judge_finds_words():
 
 @pytest.mark.slow
 def test_it_draws_what_it_is_asked(pipe):
-    """A guard against a broken checkpoint; the bars stand in its card, measured by `erasure.glyph.check`."""
+    """A guard against a broken checkpoint; the bars stand in its card, measured by `erasure.glyph.build.check`."""
     judge, names = GlyphJudge(), objects()
     prompts = [f"{article(name)} {name}" for name in names]
     draws = [torch.Generator().manual_seed(i) for i in range(len(prompts))]

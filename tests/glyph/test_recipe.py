@@ -10,13 +10,13 @@ import torch
 from transformers import CLIPTokenizer
 
 from erasure.glyph import CHECKPOINT, objects, styles, vocabulary
-from erasure.glyph.captions import caption, family
-from erasure.glyph.loop import Fit, averaged, write
-from erasure.glyph.render import OUTLINE, Scene, dataset, render, scenes
-from erasure.glyph.tokenizer import build
-from erasure.glyph.train_classifier import nothing, tiles
-from erasure.glyph.train_vae import reconstruction_loss
-from erasure.glyph.unpack import state
+from erasure.glyph.build.captions import caption, family
+from erasure.glyph.build.loop import Fit, averaged, write
+from erasure.glyph.build.render import OUTLINE, Scene, dataset, render, scenes
+from erasure.glyph.build.tokenizer import build
+from erasure.glyph.build.train_classifier import nothing, tiles
+from erasure.glyph.build.train_vae import reconstruction_loss
+from erasure.glyph.build.unpack import state
 
 
 def test_a_render_is_its_seed_and_shows_its_scene():

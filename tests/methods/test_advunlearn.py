@@ -7,16 +7,17 @@ import dataclasses
 import pytest
 import torch
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.diffusion import Counts, counting
+from erasure.concepts.concept import Concept
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import configure, erase
+from erasure.methods import configure
 from erasure.methods.advunlearn import AdvUnlearn, plain, trained
+from erasure.model.base import Base
+from erasure.model.diffusion import Counts, counting
+from erasure.model.soft_prompt import encode
+from erasure.model.trajectories import walk
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.softprompt import encode
-from erasure.training.loop import Run
-from erasure.trajectories import walk
+from erasure.training.run import Run
 from tests.tiny import tiny_pipeline, tiny_text_encoder
 
 SMALL = {
@@ -162,7 +163,9 @@ def test_the_users_prompts_and_file_are_what_is_retained(base, tmp_path):
 
 
 def test_a_style_leaves_its_subjects_and_is_attacked_on_them(base, monkeypatch):
-    monkeypatch.setattr("erasure.concept.CARRIERS", ("a dog", "a car"))  # others are too long for the tiny window
+    monkeypatch.setattr(
+        "erasure.concepts.concept.CARRIERS", ("a dog", "a car")
+    )  # others are too long for the tiny window
     style = Concept("van gogh", kind="style")
     method = dataclasses.replace(AdvUnlearn(), **SMALL)
     state = method.prepare(base, [style], Run(progress=False))
@@ -272,7 +275,7 @@ def test_settings_that_make_no_sense(base, setting, message):
 
 
 def test_no_retain_prompts_is_an_error(base, monkeypatch):
-    monkeypatch.setattr("erasure.neighbours.retained", lambda base, concepts: [])
+    monkeypatch.setattr("erasure.concepts.neighbors.retained", lambda base, concepts: [])
     with pytest.raises(ErasureError, match="no retain prompts"):
         erase(base, "cat", "advunlearn", progress=False, **SMALL)
 

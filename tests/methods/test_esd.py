@@ -7,13 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from erasure.base import TARGETS, Base
-from erasure.concept import Concept
-from erasure.diffusion import away, counting
+from erasure.concepts.concept import Concept
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import configure, erase
+from erasure.methods import configure
 from erasure.methods.esd import ESD
-from erasure.training.loop import Run
+from erasure.model.base import Base
+from erasure.model.diffusion import away, counting
+from erasure.model.targets import TARGETS
+from erasure.training.run import Run
 from tests.tiny import tiny_pipeline
 
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-3}

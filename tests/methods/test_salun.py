@@ -8,16 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.diffusion import add_noise
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import around, neighbours, retained, words
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.images import Images, shown
-from erasure.methods import configure, erase
+from erasure.methods import configure
 from erasure.methods.salun import SalUn
-from erasure.neighbours import around, neighbours, retained, words
-from erasure.saliency import read_mask, write_mask
-from erasure.training.loop import Run
+from erasure.model.base import Base
+from erasure.model.diffusion import add_noise
+from erasure.training.image_latents import Images, shown
+from erasure.training.run import Run
+from erasure.training.saliency import read_mask, write_mask
 from tests.tiny import tiny_pipeline
 
 SMALL = {

@@ -8,17 +8,18 @@ import math
 import pytest
 import torch
 
-from erasure.base import Base
-from erasure.concept import Concept
-from erasure.diffusion import counting
+from erasure.concepts.concept import Concept
+from erasure.concepts.similarity import cosines
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import configure, erase
+from erasure.methods import configure
 from erasure.methods.spm import SPM
+from erasure.model.base import Base
+from erasure.model.diffusion import counting
+from erasure.model.trajectories import build_pool
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.similarity import cosines
 from erasure.training import loop as training
-from erasure.training.loop import Run
-from erasure.trajectories import build_pool
+from erasure.training.run import Run
 from tests.tiny import tiny_pipeline
 
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-2}

@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 
-from erasure.base import Base
-from erasure.concept import Concept
+from erasure.concepts.concept import Concept
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import configure, erase
+from erasure.methods import configure
 from erasure.methods.unguide import UnGuide, cut
+from erasure.model.base import Base
 from erasure.pipelines import ErasedStableDiffusionXLPipeline
-from erasure.training.loop import Run
+from erasure.training.run import Run
 from tests.patch.making import same, weights
 from tests.tiny import latents, tiny_pipeline
 

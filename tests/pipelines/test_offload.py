@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 
-from erasure.base import Base
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import erase
+from erasure.model.base import Base
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
 from tests.pipelines.making import LATENT, TEXT, draw, hooks
@@ -22,7 +22,9 @@ accelerator = pytest.mark.skipif(DEVICE == "cpu", reason="needs an accelerator")
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
+    monkeypatch.setattr(
+        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text
+    )
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ def pipe():
 @pytest.fixture
 def known(monkeypatch):
     """The latent gate's decision, as it would fall."""
-    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
+    monkeypatch.setattr(
+        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -43,7 +43,9 @@ def test_folded_and_gated_in_every_task(name):
 
 @pytest.mark.parametrize("name", [name for name in TASKS if "XL" not in name])
 def test_the_latent_gate_in_every_task_of_sd(name, monkeypatch):
-    monkeypatch.setattr("erasure.pipelines.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text)
+    monkeypatch.setattr(
+        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text
+    )
     pipe = task(name)
     with Unchanged(pipe) as base:
         pipe.load_patch(low_rank_patch(pipe, gate=LATENT))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from erasure.erasing import erase
 from erasure.errors import ErasureError
-from erasure.methods import erase, names
+from erasure.methods import names
 from erasure.methods.esd import ESD
 from erasure.training import loop as training
 from tests.conformance.test_methods import QUICK

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from erasure.evaluation.charts import mark, spread
-from erasure.evaluation.intervals import wilson
+from erasure.evaluation.metrics.statistics import wilson
+from erasure.evaluation.report.charts import mark, spread
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import Outcome

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from erasure.config import build
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks import Attempt, Victim
-from erasure.evaluation.attacks.report import AttackReport, Outcome, writable
+from erasure.evaluation.attacks.attack import Attempt, Victim
+from erasure.evaluation.attacks.relearning import moved
+from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.run import begin, keep
-from erasure.evaluation.attacks.weights import moved
-from erasure.evaluation.beside import write_lines
-from erasure.evaluation.run import switched_off
+from erasure.evaluation.metrics.image_distances import write_lines
+from erasure.evaluation.report.writer import writable, write_attack_report
+from erasure.pipelines.strengths import switched_off
 
 if TYPE_CHECKING:
-    from erasure.evaluation.judges import Judge
+    from erasure.evaluation.judges.judge import Judge
 
 NAME = "detune"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -120,7 +121,7 @@ def detuning(
     report.prompts.update({case.id: case.prompt for case in cases_found})
     report.notes.append(told(figures, len(exports)))
     first = [shown["erased"][i] for i in range(len(cases_found))]
-    report.write(out, {"base": pictures, "erased": first})
+    write_attack_report(report, out, {"base": pictures, "erased": first})
     write_lines(out / "scores.jsonl", map(json.dumps, asking.said))
     return report
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erasure.diffusion import add_noise
-from erasure.evaluation.attacks import Attack, Attempt, Case, Victim
-from erasure.softprompt import search
+from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
+from erasure.model.diffusion import add_noise
+from erasure.model.soft_prompt import search
 
 
 @dataclass(frozen=True)

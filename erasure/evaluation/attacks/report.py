@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-
-from erasure.errors import ErasureError
-from erasure.evaluation.intervals import mcnemar, wilson
+from erasure.evaluation.metrics.statistics import mcnemar, wilson
 
 SCHEMA = 1
 COLUMNS = 10
@@ -157,75 +150,6 @@ class AttackReport:
             which = f"the strongest of {many} attacks tried" if many > 1 else "the only attack tried"
             text += f"; with {worst.name}, {which}, for {worst.plain + len(worst.won)}"
         return text
-
-    def write(self, folder: Path, lines: dict[str, list[Image.Image]]) -> None:
-        """Write report.json, grid.png and report.html.
-
-        Args:
-            folder: holds the attacks' last pictures.
-            lines: name -> a picture a case, to show above them.
-
-        Raises:
-            ErasureError: the folder cannot be written.
-        """
-        from erasure.evaluation.html import attack_page
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            page = self.grid(folder, lines)
-            page.save(folder / "grid.tmp", format="PNG", optimize=True)
-            os.replace(folder / "grid.tmp", folder / "grid.png")
-            for name, text in (
-                ("report.json", json.dumps(self.to_json(), indent=1)),
-                ("report.html", attack_page(self, page)),
-            ):
-                (folder / f"{name}.tmp").write_text(text, encoding="utf-8")
-                os.replace(folder / f"{name}.tmp", folder / name)
-        except OSError as fault:
-            raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
-
-    def grid(self, folder: Path, lines: dict[str, list[Image.Image]]) -> Image.Image:
-        """A line each for the base, the erased model and every attack's last try; what came back has a red frame."""
-        side, gap, font = 96, 6, ImageFont.load_default(14)
-        shown = self.provenance["cases"][:COLUMNS]
-        rows = [*lines, *(one.name for one in self.outcomes)]
-        head = 3 * gap + int(max(font.getlength(name) for name in rows))
-        page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
-        pen = ImageDraw.Draw(page)
-        won = {one.name: one.won for one in self.outcomes}
-        for line, name in enumerate(rows):
-            y = gap + line * (side + gap)
-            pen.text((gap, y + side // 2 - 8), name, fill="black", font=font)
-            for column, case in enumerate(shown):
-                x = head + column * (side + gap)
-                path = folder / name / f"{case}.png"
-                if name in lines:
-                    image = lines[name][column]
-                elif path.is_file():
-                    image = Image.open(path)
-                else:
-                    continue
-                if case in won.get(name, {}):
-                    pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill="#b00020")
-                page.paste(image.convert("RGB").resize((side, side)), (x, y))
-        return page
-
-
-def writable(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path; one that cannot be written is known before the search, and none is made yet.
-
-    Raises:
-        ErasureError: it cannot be written.
-    """
-    out = Path(folder)
-    try:
-        with tempfile.TemporaryFile(dir=next(place for place in (out, *out.absolute().parents) if place.exists())):
-            pass
-    except OSError as fault:
-        raise ErasureError(
-            f"{out}: cannot be written: {fault.strerror or fault}. Give another folder; nothing was attacked"
-        ) from None
-    return out
 
 
 def _cell(share: dict[str, float] | None) -> str:

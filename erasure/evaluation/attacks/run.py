@@ -14,22 +14,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from erasure.conditions import Conditions, unconditional
-from erasure.diffusion import Counts, counting, wide
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
-from erasure.evaluation.attacks import LEAST, Attack, Attempt, Case, Victim, enough, make, names
-from erasure.evaluation.attacks.notes import gating, idle
-from erasure.evaluation.attacks.report import AttackReport, Outcome, writable
-from erasure.evaluation.beside import write_lines
-from erasure.evaluation.judges import verdicts
-from erasure.evaluation.promptset import Prompt, PromptSet, again, mixed
-from erasure.evaluation.run import find_target, switched_off
+from erasure.evaluation.attacks.attack import LEAST, Attack, Attempt, Case, Victim, enough, make, names
+from erasure.evaluation.attacks.caveats import gating, idle
+from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.judges.judge import verdicts
+from erasure.evaluation.judges.registry import find_judge
+from erasure.evaluation.metrics.image_distances import write_lines
+from erasure.evaluation.report.writer import writable, write_attack_report
+from erasure.evaluation.select import find_target
+from erasure.model.conditioning import Conditions, unconditional
+from erasure.model.diffusion import Counts, counting, wide
+from erasure.pipelines.strengths import switched_off
+from erasure.prompts.prompt_set import PromptSet, again, mixed
+from erasure.prompts.row import Prompt
 
 if TYPE_CHECKING:
-    from erasure.concept import Concept
-    from erasure.evaluation.judges import Judge
-    from erasure.evaluation.metrics import Target
+    from erasure.concepts.concept import Concept
+    from erasure.evaluation.judges.judge import Judge
+    from erasure.evaluation.metrics.metrics import Target
 
 
 @dataclass
@@ -237,7 +241,7 @@ def attack(
     report = AttackReport(target.labels, target.domain, len(found), tried, len(hit), outcomes, shared, asking.faults)
     report.prompts.update({case.id: case.prompt for case in found})
     report.notes.extend([*gating(pipe), *idle(pipe, chosen)])
-    report.write(out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
+    write_attack_report(report, out, {"base": pictures, "erased": [plain[i] for i in range(len(found))]})
     write_lines(out / "scores.jsonl", map(json.dumps, said))
     return report
 
@@ -253,9 +257,7 @@ def begin(
 ) -> tuple[Asking, PromptSet]:
     """The judge, the target and the prompts of an attack, and who asks."""
     if judge is None:
-        from erasure.evaluation.judges.glyph import GlyphJudge
-
-        judge = GlyphJudge()
+        judge = find_judge("glyph")
     rows = _rows(concept, prompts)
     target = find_target(concept, rows, judge)
     steps = generate.STEPS if steps is None else steps
@@ -276,7 +278,7 @@ def _rows(concept: Any, prompts: str | PromptSet | None) -> PromptSet:
         return prompts
     if prompts is not None:
         return PromptSet.read(prompts)
-    from erasure.prompts.about import about
+    from erasure.prompts.concept_prompts import about
 
     return about([concept] if isinstance(concept, str) else list(getattr(concept, "names", concept)))
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.judges import LabelsOnly, Verdict
+from erasure.evaluation.judges.judge import LabelsOnly, Verdict
 from erasure.evaluation.judges.labels import distinct, merge, not_known, read_labels, read_list
 from erasure.evaluation.judges.networks import all_there, batches, loading, pick_device, weights_sha256
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from erasure.config import read_yaml
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.judges import Verdict
+from erasure.evaluation.judges.judge import Verdict
 from erasure.evaluation.judges.labels import not_known, read_labels
 from erasure.evaluation.judges.networks import all_there, batches, loading, pick_device, weights_sha256
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.judges import Judge, Verdict
+from erasure.evaluation.judges.judge import Judge, Verdict
 
 RULES = ("mean", "any", "all")
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from erasure.errors import ErasureError
-from erasure.evaluation.judges import LabelsOnly, Verdict
+from erasure.evaluation.judges.judge import LabelsOnly, Verdict
 from erasure.evaluation.judges.networks import (
     Absent,
     batches,

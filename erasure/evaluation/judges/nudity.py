@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.judges import LabelsOnly, Verdict
+from erasure.evaluation.judges.judge import LabelsOnly, Verdict
 from erasure.evaluation.judges.labels import read_list
 
 FLOOR = 0.2  # nudenet's own: no box under it is ever reported

@@ -1,0 +1,1 @@
+"""The table of methods and concepts on glyph, and the demonstration."""

@@ -1,0 +1,1 @@
+"""What is erased: concepts, the words near them and how near. Knows no checkpoint."""

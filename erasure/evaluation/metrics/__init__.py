@@ -1,0 +1,1 @@
+"""Metrics over judged images, with their intervals."""

@@ -1,0 +1,1 @@
+"""The checkpoint and its mathematics: loading, modules, conditioning, noise schedules, trajectories."""

@@ -1,0 +1,1 @@
+"""Operations on patches: arithmetic, resizing, comparing, conflicts, provenance."""

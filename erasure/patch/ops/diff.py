@@ -1,0 +1,210 @@
+"""The weights of a checkpoint by component and name, read one at a time; and the patch that leads to another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erasure.errors import ErasureError, unknown
+from erasure.model import presets
+from erasure.model.base import Base
+from erasure.model.loading import resolve
+from erasure.patch.fingerprint import fingerprint_tensors
+from erasure.patch.module_keys import COMPONENTS, NESTED
+from erasure.patch.patch import Patch
+from erasure.patch.payload import Delta
+
+Read = Callable[[], Tensor]
+STEMS = ("diffusion_pytorch_model", "model")  # of the files of diffusers and of transformers
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's weights: of a diffusers folder nothing is in memory but what is asked for.
+
+    Args:
+        name: as the user gave it.
+        parts: component -> parameter name -> what reads it.
+    """
+
+    name: str
+    parts: dict[str, dict[str, Read]]
+
+    @classmethod
+    def open(cls, model: Any) -> Checkpoint:
+        """The weights of a checkpoint's name, folder, file or pipeline, as they are now, patches included.
+
+        Raises:
+            ErasureError: there is no such model, or a folder without safetensors.
+        """
+        if isinstance(model, str | os.PathLike):
+            name, where = os.fspath(model), Path(resolve(model))
+            if where.is_dir():
+                found = {part: dict(_folder(where / part)) for part in COMPONENTS if (where / part).is_dir()}
+                return cls(name, found)
+            model = Base.load(name, device="cpu")
+        base = Base.of(model) if not hasattr(model, "unet") else model
+        pipe = getattr(base, "pipe", base)
+        name = getattr(base, "name", "") or str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
+        modules = {part: getattr(pipe, part, None) for part in COMPONENTS}
+        return cls(name, {part: _live(module) for part, module in modules.items() if isinstance(module, nn.Module)})
+
+    @staticmethod
+    def is_near(name: str) -> bool:
+        """Whether a checkpoint's name can be opened without loading it or asking a network."""
+        return name in presets.bundled() or (bool(name) and (Path(name).expanduser() / "model_index.json").is_file())
+
+    def fingerprint(self, component: str, names: Iterable[str]) -> str:
+        """As `erasure.patch.fingerprint`, of these weights.
+
+        Raises:
+            ErasureError: a name that is not there.
+        """
+        return fingerprint_tensors({name: self.read(component, name) for name in names})
+
+    def read(self, component: str, name: str) -> Tensor:
+        """One parameter, in its own dtype.
+
+        Raises:
+            ErasureError: it is not there.
+        """
+        part = self.parts.get(component)
+        if part is None or name not in part:
+            raise ErasureError(f"{self.name} has no {component if part is None else f'{component}.{name}'}")
+        return part[name]()
+
+
+def _folder(folder: Path) -> Iterator[tuple[str, Read]]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in _files(folder):
+        try:
+            handle: Any = safe_open(file, framework="pt").__enter__()
+        except (OSError, SafetensorError) as error:
+            raise ErasureError(f"{file}: cannot be read ({error})") from error
+        for key in handle.keys():
+            yield key.removeprefix(NESTED), partial(handle.get_tensor, key)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files that make up one component: whole, in shards, or the one variant there is.
+
+    Raises:
+        ErasureError: none, or several variants and no plain one.
+    """
+    for stem in STEMS:
+        if (whole := folder / f"{stem}.safetensors").is_file():
+            return [whole]
+        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+            return _shards(index)
+    found = sorted(file for stem in STEMS for file in folder.glob(f"{stem}.*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found)
+        raise ErasureError(
+            f"{folder}: several variants and none without a name: {names}"
+            if found
+            else f"{folder} holds no safetensors; pickles are not opened. Save it again with safe_serialization=True"
+        )
+    return found
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ErasureError(f"{index}: no index of shards ({error})") from error
+    if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ErasureError(f"{index}: names a file elsewhere, {wrong[0]!r}")
+    return [index.parent / name for name in names]
+
+
+def _live(module: nn.Module) -> dict[str, Read]:
+    module = getattr(module, "_orig_mod", module)
+    return {name.removeprefix(NESTED): partial(_cpu, value) for name, value in module.named_parameters()}
+
+
+def _cpu(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().cpu()
+
+
+def diff(
+    base: Any, other: Any, concepts: Sequence[Any], *, components: Sequence[str] | None = None, method: str = "diff"
+) -> Patch:
+    """The patch that leads from one checkpoint to another: the differences of the tensors that changed.
+
+    Of two diffusers folders, two tensors are in memory at a time, and the changes found. Checkpoints of different
+    precision are compared in the lower one: a cast alone is no change.
+
+    Args:
+        base: what it leads from: a checkpoint's name, folder or pipeline.
+        other: what it leads to; patches that are folded into a pipeline count.
+        concepts: what `other` has forgotten, for the header: names or JSON objects.
+        components: which to compare; None: all that both may have.
+        method: what made `other`, if that is known.
+
+    Raises:
+        ErasureError: a checkpoint that cannot be read, a component or tensor that one of them lacks, shapes that
+            differ, values that are not finite, no difference at all.
+    """
+    for component in components or ():
+        if component not in COMPONENTS:
+            raise unknown("component", component, COMPONENTS)
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    here, there = Checkpoint.open(Base.of(base) if hasattr(base, "unet") else base), Checkpoint.open(other)
+    chosen = list(components or (part for part in COMPONENTS if part in here.parts or part in there.parts))
+    changes: dict[str, dict[str, Tensor]] = {}
+    for component in chosen:
+        for name in _shared(here, there, component):
+            change = _changed(here, there, component, name)
+            if change is not None:
+                changes.setdefault(component, {})[name] = change
+    if not changes:
+        raise ErasureError(f"{there.name} differs from {here.name} in no weight of {', '.join(chosen)}")
+    named = [{"name": one} if isinstance(one, str) else one for one in concepts]
+    return Patch(
+        payload=Delta(changes),
+        method=method,
+        concepts=tuple(named),
+        base=here.name,
+        base_fingerprint={part: here.fingerprint(part, changes[part]) for part in changes},
+        config={"operation": "diff", "other": there.name, "compared": chosen},
+        versions={name: version(name) for name in ("torch", "safetensors")},
+    )
+
+
+def _shared(here: Checkpoint, there: Checkpoint, component: str) -> list[str]:
+    for one, other in ((here, there), (there, here)):
+        if component not in one.parts:
+            raise ErasureError(
+                f"{one.name} has no {component}, {other.name} has: name what to compare, such as "
+                "components=['unet'] (--component unet)"
+            )
+    apart = sorted(here.parts[component].keys() ^ there.parts[component].keys())
+    # Old text encoders carry a table of positions, 0, 1, 2 ..: a constant, not a weight.
+    apart = [name for name in apart if not name.endswith("position_ids")]
+    if apart:
+        owner = here if apart[0] in here.parts[component] else there
+        raise ErasureError(f"only {owner.name} has {component}.{apart[0]}: checkpoints of different architectures")
+    return sorted(here.parts[component].keys() & there.parts[component].keys())
+
+
+def _changed(here: Checkpoint, there: Checkpoint, component: str, name: str) -> Tensor | None:
+    before, after = here.read(component, name), there.read(component, name)
+    if before.shape != after.shape:
+        raise ErasureError(
+            f"{component}.{name} is {list(before.shape)} in {here.name} and {list(after.shape)} in {there.name}"
+        )
+    if not before.is_floating_point():
+        return None
+    coarse = min(before.dtype, after.dtype, key=lambda dtype: dtype.itemsize)
+    return None if torch.equal(before.to(coarse), after.to(coarse)) else after.float() - before.float()

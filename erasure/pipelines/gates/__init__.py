@@ -1,0 +1,1 @@
+"""Gates: how strongly a patch acts on one prompt. One file a kind of gate."""

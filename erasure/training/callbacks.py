@@ -1,0 +1,103 @@
+"""What a run shows while it trains: previews as pictures, losses to TensorBoard or W&B through accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erasure.concepts.concept import Concept
+from erasure.concepts.neighbors import neighbours, prompt_of
+from erasure.errors import ErasureError, unknown
+from erasure.model.base import Base
+from erasure.training.compute import cast
+
+STEPS, GUIDANCE, SEEDS = 20, 5.0, 2
+KEPT = 2  # neighbours in a preview
+
+
+class Previews:
+    """Pictures of the concept and of neighbours, from the same seeds, as training goes on.
+
+    One PNG a look, in `folder`: a column a prompt, a row a seed. The base is drawn first (step 0).
+    """
+
+    def __init__(self, base: Base, concepts: Sequence[Concept], folder: Path, every: int) -> None:
+        if every < 1:
+            raise ErasureError(f"preview every {every} steps: at least 1")
+        self.base, self.folder, self.every = base, folder, every
+        self.prompts = [prompt_of(one.kind, one.name) for one in concepts[:4]]
+        self.prompts += [
+            prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], list(concepts))[:KEPT]
+        ]
+
+    def due(self, step: int) -> bool:
+        """Whether a picture is due when `step` updates are done."""
+        return step % self.every == 0
+
+    @torch.no_grad()
+    def draw(self, step: int) -> Path:
+        """Draw what the model in its present state makes of the prompts."""
+        from PIL import Image
+
+        pipe, own = self.base.pipe, self.base.pipe.scheduler
+        pipe.scheduler = self.base.sampler("ddim")
+        quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(disable=True)
+        # The engine's UNet and text encoders speak fp32 to the autoencoder, whatever it is in.
+        back = cast(pipe.vae, None, torch.float32)
+        try:
+            rows = []
+            for seed in range(SEEDS):
+                noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
+                rows += pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
+        finally:
+            back()
+            pipe.scheduler = own
+            pipe.set_progress_bar_config(**quiet)
+        width, height = rows[0].size
+        sheet = Image.new("RGB", (width * len(self.prompts), height * SEEDS))
+        for i, image in enumerate(rows):
+            sheet.paste(image, (i % len(self.prompts) * width, i // len(self.prompts) * height))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:06d}.png"
+        temporary = path.with_suffix(".tmp")
+        sheet.save(temporary, format="PNG")
+        os.replace(temporary, path)
+        return path
+
+
+def available() -> dict[str, bool]:
+    """The trackers that can be asked for, and whether they are installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    return {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+
+
+class Trackers:
+    """Losses, step by step, to the trackers that accelerate knows."""
+
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
+        from accelerate import Accelerator
+
+        there = available()
+        for name in names:
+            if name not in there:
+                raise unknown("tracker", name, there)
+            if not there[name]:
+                raise ErasureError(f"{name} is not installed: pip install {name}; nothing was started")
+        self._accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+        self._accelerator.init_trackers("erasure", config=plain)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Values of a step."""
+        self._accelerator.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Write what is still held."""
+        for tracker in self._accelerator.trackers:  # end_training would part the processes of a launch as well
+            tracker.finish()

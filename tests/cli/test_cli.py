@@ -1,0 +1,142 @@
+"""The command: exit codes, errors without tracebacks, JSON; what it makes on glyph is in test_glyph_end_to_end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from erasure.cli.main import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["erase", "cat", "--method", "edd"], "did you mean 'esd'"),
+        (["erase", "cat", "--model", "glpyh"], "glyph"),
+        (["erase", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["erase", "cat", "--set", "variant=xattn"], "x-strict"),
+        (["erase", "cat", "--set", "rank=0"], "at least 1"),
+        (["erase", "", "-o", "x.safetensors"], "empty"),
+        (["erase", "x" * 10_000], "10,000 characters"),
+        (["erase", "cat", "--anchor", "cat"], "the concept itself"),
+        (["erase", "cat", "--kind", "stile"], "did you mean 'style'"),
+        (["erase", "cat", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["erase", "cat", "dog", "--anchor", "tree"], "belong to one concept"),
+        (["erase", "cat", "cat"], "two of the concepts"),
+        (["erase", *(f"thing {i}" for i in range(200))], "at most 100"),
+        (["erase", "cat", "--keep", "cat"], "to be erased and to be kept"),
+        (["erase", "cat", "--log", "tensorbord"], "unknown tracker"),
+        (["erase", "cat", "--preview-every", "0"], "at least 1"),
+        (["plan", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["bench", "--concepts", "dgo"], "did you mean 'dog'"),
+        (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["patch", "import", "nowhere.safetensors", "-o", "x.safetensors"], "nowhere.safetensors"),
+        (["generate", "a cat", "--patch", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["generate"], "give prompts"),
+        (["methods", "esdd"], "did you mean 'esd'"),
+        (["models", "sdxll"], "unknown model 'sdxll'"),
+        (["generate", "a cat", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["generate", "a cat", "--model-config", "sd1"], "a diffusers folder brings its own"),
+        (["prompts", "glyph-objectz"], "glyph-objects"),
+        (["evaluate", "cat", "--lpips", "alx"], "did you mean 'alex'"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--features", "incption"], "did you mean 'inception'"),
+        (["evaluate", "cat", "--where", "object=cat"], "about the rows of --prompts"),
+        (["attack", "cat", "--label", "object=cat"], "about the rows of --prompts"),
+        (["attack", "cat", "--prompts", "glyph-plain", "--label", "object=cat"], "has object=dog"),
+        (["verify", "nowhere.safetensors", "--prompts", "glyph-plain"], "nowhere.safetensors"),
+        (["evaluate", "nudity", "--prompts", "glyph-styles", "--judge", "nudenet"], "--label nudity=nudity"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--label", "object=cat"], "a suite brings its own prompts"),
+        (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
+        (["evaluate", "cat", "--prompts", "nowhere.csv"], "or the path of a CSV, JSON or text file (none lies there)"),
+        (["evaluate", "cat", "--prompts", "."], ".: a folder, and no file"),
+        (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "nudnet"], "did you mean 'nudenet'"),
+        (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "any(glyph+nudnet)"], "did you mean 'nudenet'"),
+        (["demo", "zebra"], "zebra"),
+        (["erase", "cat", "--model", "glyhp.safetensors"], "unknown model 'glyhp.safetensors': there is no such file"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_is_allowed(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and says in err and "Traceback" not in err
+    assert out == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "p.safetensors"):
+        code, _, err = run(capsys, "erase", "cat", "-o", str(target))
+        assert code == 2 and str(target) in err
+
+
+@pytest.mark.parametrize("number", ["half", "nan", "inf", ""])
+def test_a_strength_that_is_no_number_is_said(capsys, tmp_path, number):
+    (tmp_path / "p.safetensors").write_text("")
+    file = tmp_path / "p.safetensors"
+    code, out, err = run(capsys, "evaluate", "cat", "--patch", f"{file}:{number}")
+    assert (code, out) == (2, "") and f"the strength {number!r} is no number; give {file}, or {file}:0.5" in err
+
+
+def test_a_second_setting_without_its_flag_is_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "cat", "--set", "iterations=3", "trajectories=2"])
+    assert stop.value.code == 2
+    assert "each setting takes a --set of its own" in capsys.readouterr().err
+
+
+def test_errors_in_json(capsys):
+    code, out, _ = run(capsys, "methods", "esdd", "--json")
+    assert code == 2 and "esd" in json.loads(out)["error"]
+
+
+def test_what_there_is(capsys):
+    found = json.loads(run(capsys, "models", "sd1", "--json")[1])
+    assert found["variants"]["x"] == {"modules": 64, "weights": 43_962_560, "rank_1": 99_456}
+    assert "cross-attention: key and value" in run(capsys, "models", "glyph")[1]
+    assert json.loads(run(capsys, "methods", "--json")[1])["esd"].startswith("ESD")
+    assert "negative_guidance" in run(capsys, "methods", "esd")[1]
+    assert "glyph" in run(capsys, "models")[1]
+    assert json.loads(run(capsys, "prompts", "--json")[1])["glyph-objects"] == 240
+    assert "a cat" in run(capsys, "prompts", "glyph-objects")[1]
+
+
+def test_the_help_tells_the_defaults_that_the_code_has():
+    from erasure.cli.parser import parser
+    from erasure.evaluation.generate import GUIDANCE, STEPS
+    from erasure.evaluation.verify import ATTACKS
+
+    commands = next(action for action in parser()._actions if action.dest == "command").choices
+    text = " ".join(commands["verify"].format_help().split())
+    assert f"sampling steps; default: {STEPS}," in text and f"guidance; default: {GUIDANCE:g}," in text
+    assert f"default: {', '.join(ATTACKS[:-1])} and {ATTACKS[-1]};" in text
+
+
+def test_a_suite_says_what_it_asks_and_how_it_attacks(capsys):
+    text = run(capsys, "suites", "glyph-quick")[1]
+    assert "part about: glyph's prompts about the concept" in text and "then attacked: unlearndiffatk, " in text
+    found = json.loads(run(capsys, "suites", "glyph-quick", "--json")[1])
+    assert found["attacks"] == ["unlearndiffatk"] and found["cases"] > 1
+    assert "attacked" not in run(capsys, "suites", "i2p")[1]
+
+
+def test_a_plan_says_what_a_run_will_cost(capsys):
+    code, out, _ = run(capsys, "plan", "cat", "dog", "--set", "iterations=3", "--set", "batch_size=4", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["B"] == 12 and found["F"] > 12 and found["seconds"] > 0
+    assert "F + 12 B" in run(capsys, "plan", "cat", "--set", "iterations=3", "--set", "batch_size=4")[1]
+
+
+def test_version_and_wrong_options_are_argparses(capsys):
+    for arguments, code in ((["--version"], 0), (["--nonsense"], 2), ([], 2), (["patch", "export", "x"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == code

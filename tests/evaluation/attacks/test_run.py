@@ -1,0 +1,347 @@
+"""Attacks: their arithmetic against hand-made cases, the way they are counted, and that each wins where it must."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import erasure
+from erasure.errors import ErasureError
+from erasure.evaluation.attacks.attack import Attempt, Case, Victim, find, make, names
+from erasure.evaluation.attacks.embeddings import closest, within
+from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, without
+from erasure.evaluation.attacks.run import Asking, around, attack
+from erasure.evaluation.attacks.token_search import simplex
+from erasure.evaluation.metrics.metrics import Target
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.strengths import switched_off
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
+from tests.patch.making import delta_patch, low_rank_patch
+from tests.tiny import tiny_pipeline
+
+ROWS = PromptSet("tiny", [Prompt(f"r{i}", "a cat in red", i, None, {"object": "cat"}) for i in range(3)])
+QUICK = {"prompts": ROWS, "cases": 3, "steps": 2, "progress": False}
+SMALL = {
+    "encoder": {},
+    "rece": {},
+    "ring-a-bell-direct": {"strengths": (0.5, 3.0)},
+    "ring-a-bell": {"tokens": 2, "population": 6, "generations": 4, "tries": 2},
+    "unlearndiffatk": {"tokens": 2, "levels": 2, "iterations": 2},
+    "p4d": {"tokens": 2, "levels": 2, "iterations": 2},
+    "uma": {"bounds": (0.5, 1.0), "iterations": 2},
+    "inversion": {"steps": (1, 2), "batch": 2},
+    "img2img": {"strengths": (0.9, 0.5)},
+    "relearning": {"steps": (1, 2), "batch": 2},
+    "random": {"tokens": 2, "tries": 2},
+}
+
+
+class Likeness:
+    """Sees the cat in a picture that is near one of the first `count` that it was shown: the base's."""
+
+    name, heads = "likeness", {"object": ["cat", "none"]}
+
+    def __init__(self, count: int = 3, near: float = 0.5) -> None:
+        self.count, self.near, self.known = count, near, []
+
+    def find(self, name):
+        return "object", [name]
+
+    def judge(self, images: list[Image.Image]) -> list[dict]:
+        found = []
+        for image in images:
+            pixels = np.asarray(image).astype(float)
+            if len(self.known) < self.count:
+                self.known.append(pixels)
+            cat = min(np.abs(pixels - one).mean() for one in self.known) < self.near
+            found.append({"object": {"cat": float(cat), "none": float(not cat)}})
+        return found
+
+    def versions(self):
+        return {}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+def state(pipe):
+    parts = [getattr(pipe, name) for name in ("unet", "text_encoder")]
+    return [(p.detach().clone(), p.requires_grad) for part in parts for p in part.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) and f == g for (a, f), (b, g) in zip(one, other, strict=True))
+
+
+SCHEMA = json.loads((Path(erasure.__file__).parent / "evaluation" / "report" / "attack.schema.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data.update(schema=2),
+        lambda data: data.pop("notes"),
+        lambda data: data["attacks"]["x"]["after"].pop("low"),
+        lambda data: data["attacks"]["x"]["after"].update(value=1.5),
+        lambda data: data["attacks"]["x"]["won"].update(a=0),
+        lambda data: data["attacks"]["x"].update(more=1),
+        lambda data: data["provenance"].pop("judge"),
+    ],
+)
+def test_the_schema_refuses_what_a_reader_could_not_use(spoil):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    keys = ("scheduler", "steps", "guidance", "seed", "torch")
+    made = {**dict.fromkeys(keys, 1), "cases": ["a", "b"], "judge": {"name": "likeness"}, "patches": {"p": 1.0}}
+    data = AttackReport(("cat",), "object", 10, 12, 2, [outcome()], made).to_json()
+    jsonschema.validate(data, SCHEMA)
+    spoil(data)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+
+
+def test_the_attacks_are_the_written_list():
+    assert sorted(SMALL) == sorted(names())
+    for name in names():
+        assert find(name).name == name and find(name).__doc__ and make(name, "lite").access
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    before = state(pipe)
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
+    assert same(before, state(pipe))
+    one = report.outcome(name)
+    assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain
+    data = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(data, SCHEMA)
+    found = data["attacks"][name]
+    assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (one.rounds > 1)
+    said = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [each["asked"] for each in said] == ["base"] * 3 + ["plain"] * 3
+    said = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+    assert all(set(each["verdict"]["object"]) == {"cat", "none"} for each in said)
+    mine = [each for each in said if each["of"] == "attack" and each["asked"] != "base"]
+    assert max(each["asked"] for each in mine) == one.rounds and {each["id"] for each in mine} >= set(one.asked)
+    for case, at in one.won.items():
+        scores = [each["verdict"]["object"]["cat"] for each in mine if (each["id"], each["asked"]) == (case, at)]
+        assert scores == [1.0]
+    assert any(each["of"] == "control" for each in said) == (one.control is not None)
+    assert (one.control is None) == (make(name).control(1) is None)
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"ring-a-bell"}))
+def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
+    pipe.load_patch(low_rank_patch(pipe, part="", size=1.0, gate={"kind": "text"}), name="p")
+    before = state(pipe)
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
+    assert same(before, state(pipe)) and report.outcome(name).n == 3
+    assert not pipe.unet.training and list(pipe.get_list_patches()) == ["p"]
+    assert "p has a text gate" in report.text() and "acts fully" in (tmp_path / "report.html").read_text()
+
+
+def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, tmp_path):
+    pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
+    report = attack(pipe, "cat", ["encoder", "rece"], folder=tmp_path / "a", judge=Likeness(), **QUICK)
+    assert report.plain == 0
+    # The conditional states are the base's; the empty prompt's are the patched encoder's, in both.
+    assert {len(one.won) for one in report.outcomes} <= {len(report.outcome("encoder").won)}
+    pipe.unload_patches()
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    report = attack(pipe, "cat", "encoder", folder=tmp_path / "b", judge=Likeness(), **QUICK)
+    assert report.plain == 0 and not report.outcome("encoder").won
+
+
+def test_closed_form_solves_what_it_says():
+    torch.manual_seed(0)
+    before, after = torch.randn(40, 6, dtype=torch.double), torch.randn(40, 6, dtype=torch.double)
+    states = torch.randn(5, 6, dtype=torch.double)
+    found = closest(after, before, states, 1e-12).double()
+    want = torch.linalg.lstsq(after, before @ states.T).solution.T
+    assert torch.allclose(found, want, atol=1e-5)
+    assert torch.allclose(closest(before, before, states, 1e-12), states.float(), atol=1e-5)
+    ridged = closest(after, before, states, 10.0)
+    assert ridged.norm() < found.norm()
+
+
+def test_tokens_that_are_searched_survive_as_text(pipe):
+    victim, tokenizer = Victim(pipe, switched_off), pipe.tokenizer
+    texts = [tokenizer.decode([i]) for i in victim.words.tolist()]
+    assert [tokenizer(text).input_ids[1:-1] for text in texts] == [[i] for i in victim.words.tolist()]
+    assert {"cat", "church", "z"} <= set(texts) and all(text.isprintable() for text in texts)
+    half = tokenizer.convert_tokens_to_ids("Ã")  # half a character: written down, it is lost
+    assert half in tokenizer.get_vocab().values() and half not in victim.words
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        row = victim.words[torch.randint(len(victim.words), (4,), generator=draw)].tolist()
+        assert tokenizer(tokenizer.decode(row)).input_ids[1:-1] == row
+
+
+def test_the_simplex_projection_is_the_nearest_point():
+    rows = torch.tensor([[0.2, 0.3, 0.5], [2.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [0.9, 0.6, -3.0]])
+    want = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.65, 0.35, 0.0]])
+    assert torch.allclose(simplex(rows), want, atol=1e-6)
+    grid = torch.tensor([p for p in itertools.product(torch.linspace(0, 1, 41).tolist(), repeat=2) if sum(p) <= 1])
+    grid = torch.cat([grid, 1 - grid.sum(1, keepdim=True)], 1)
+    row = torch.tensor([0.7, -0.2, 0.4])
+    assert (grid - row).norm(dim=1).min() >= (simplex(row[None])[0] - row).norm() - 1e-6
+
+
+def test_changes_are_cut_to_the_ball():
+    change = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
+    assert torch.allclose(within(change, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "want"),
+    [
+        ("a cat in red", ["cat"], ("a", "in red")),
+        ("Cat", ["cat"], ("", "")),
+        ("a Van Gogh painting", ["gogh", "van gogh"], ("a", "painting")),
+        ("a category", ["cat"], ("", "a category")),
+    ],
+)
+def test_the_name_is_found_as_a_word(prompt, words, want):
+    assert around(prompt, words) == want
+
+
+def outcome(**changes) -> Outcome:
+    given = {
+        **{"name": "x", "access": "text", "source": "", "settings": {}, "n": 10, "plain": 2, "rounds": 3},
+        **{"won": {"a": 1, "b": 3}, "control": {"a": 2}, "curve": None, "control_curve": None},
+        **{"asked": {}, "costs": {"F": 0, "B": 0, "seconds": 0}},
+    }
+    return Outcome(**{**given, **changes})
+
+
+def test_success_rates_count_plain_hits_and_tries():
+    one = outcome()
+    assert [one.share(k)["value"] for k in (1, 2, 3)] == [0.3, 0.3, 0.4]
+    assert one.share(control=True)["value"] == 0.3 and outcome(control=None).share(control=True) is None
+    found = one.to_json()
+    assert found["before"]["value"] == 0.2 and found["paired"] == {"only_attack": 1, "only_control": 0, "p": 1.0}
+
+
+def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
+    """As I2P's and UnlearnDiffAtk's rows ask for, on the base and after."""
+    rows = PromptSet(
+        "own", [replace(row, guidance=each) for row, each in zip(ROWS.rows, (1.5, None, 6.0), strict=True)]
+    )
+    asking = Asking(Victim(pipe, switched_off), Likeness(), Target("object", ("cat",), None), 2, 3.0, 16)
+    cases, _, pictures = asking.cases(rows, "cat", 3)
+    order = {row.id: i for i, row in enumerate(rows.rows)}
+    for case, picture in zip(cases, pictures, strict=True):
+        scale = (1.5, 3.0, 6.0)[order[case.id]]
+        draw = torch.Generator().manual_seed(case.seed)
+        want = pipe(case.prompt, num_inference_steps=2, guidance_scale=scale, generator=draw).images[0]
+        other = pipe(case.prompt, num_inference_steps=2, guidance_scale=4.0, generator=draw.manual_seed(case.seed))
+        again = asking.draw(cases, {cases.index(case): Attempt(case.prompt)})[cases.index(case)]
+        for made in (picture, again):
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(want)).max() <= 1
+            assert np.abs(np.asarray(made).astype(int) - np.asarray(other.images[0])).max() > 1
+    assert set(asking.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
+    found = asking.conditions(cases, 0)["guidances"]
+    assert sorted(found.values()) == [1.5, 6.0]
+
+
+def test_a_second_call_runs_nothing_and_other_settings_are_refused(pipe, tmp_path, monkeypatch):
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    settings = SMALL["unlearndiffatk"]
+    first = attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), **QUICK)
+    cls = find("unlearndiffatk")
+    monkeypatch.setattr(cls, "rounds", lambda *_: pytest.fail("searched again"))
+    second = attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), **QUICK)
+    assert second.to_json()["attacks"] == first.to_json()["attacks"]
+    with pytest.raises(ErasureError, match="other settings"):
+        attack(pipe, "cat", "unlearndiffatk", folder=tmp_path, settings=settings, judge=Likeness(), seed=9, **QUICK)
+
+
+def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
+    class Blind(Likeness):
+        calls = 0
+
+        def judge(self, images):
+            self.calls += 1
+            if self.calls > 3:
+                raise RuntimeError("blind")
+            return super().judge(images)
+
+    report = attack(pipe, "cat", "encoder", folder=tmp_path, judge=Blind(), **QUICK)
+    assert report.plain == 3 and "blind" in report.faults[0]
+
+    class Vague(Blind):
+        def judge(self, images):
+            try:
+                return super().judge(images)
+            except RuntimeError:
+                return [{"object": {"none": float("nan"), "cat": float("nan")}}]
+
+    report = attack(pipe, "cat", "encoder", folder=tmp_path / "vague", judge=Vague(), **QUICK)
+    assert report.plain == 3 and "no score of some object" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attacks": "unlearndifatk"}, "unlearndiffatk"),
+        ({"budget": "huge"}, "lite, full|lite.*full"),
+        ({"cases": 1}, "at least 2"),
+        ({"settings": {"tokns": 3}}, "tokens"),
+        ({"settings": {"tokens": "many"}}, "expected int"),
+        ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "one attack"),
+        ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "never names cat"),
+    ],
+)
+def test_bad_input(pipe, tmp_path, change, said):
+    given = {"attacks": "p4d", "folder": tmp_path, "judge": Likeness(), **QUICK, **change}
+    with pytest.raises(ErasureError, match=said):
+        attack(pipe, "cat", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
+    victim = Victim(pipe, switched_off)
+    latents = torch.zeros(4, 8, 8)
+    cases = [
+        Case(str(i), f"a cat in {look}", i, "cat", latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])
+    ]
+    along = direction(victim, cases).states[0]
+    named, bare = (
+        victim.conditions([f"a {word} in {look}" for look in ("red", "blue")]).states for word in ("cat", FILLER)
+    )
+    assert torch.allclose(along, (named - bare).mean(0), atol=1e-6)
+    nameless = [Case("n", "a pet", 0, "cat", latents, "", "a pet")]
+    apart = torch.sub(*victim.conditions(["cat a pet", f"{FILLER} a pet"]).states)
+    assert torch.allclose(direction(victim, nameless).states[0], apart, atol=1e-6) and apart.any()
+    one = make("ring-a-bell", tokens=3, population=16)
+    whole, few = (replace(one, compared=n) for n in (None, 6))
+    ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
+    states = victim.conditions([pipe.tokenizer.decode(row.tolist()) for row in ids]).states
+    aimed = named[0]
+    for search, count in ((whole, 12), (few, 6)):
+        want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
+        assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
+    draw = torch.Generator().manual_seed(0)
+    cat = pipe.tokenizer("cat").input_ids[1]
+    words = without(victim, cases)
+    assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
+    rows = words[torch.randint(len(words), (16, 3), generator=draw)]
+    aim = victim.conditions(["a cat in red"]).states[0] + along
+    before = one.distance(victim, rows, aim)
+    evolved = one.evolve(victim, words, rows, aim, 12, draw)
+    after = one.distance(victim, evolved, aim)
+    assert after[0] < before.min() and (after.sort().values == after).all()
+    assert not (evolved == cat).any()

@@ -1,0 +1,200 @@
+"""The pages in a real headless browser, as wide as a phone and as a desk: nothing overflows, fails or is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure.benchmark.run import write
+from erasure.benchmark.table import Cell, Row, Table
+from erasure.evaluation.attacks.report import AttackReport, Outcome
+from erasure.evaluation.generate import Record
+from erasure.evaluation.metrics.detections import Count
+from erasure.evaluation.metrics.gate_activity import Acted
+from erasure.evaluation.metrics.metrics import Metric
+from erasure.evaluation.report.report import Report
+from erasure.evaluation.report.writer import write_attack_report, write_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WINDOWS = {"phone": (390, 844), "desk": (1280, 800)}
+LIMIT = 300  # seconds; the start of a browser on a busy machine
+LONG = "a very long prompt about a cat in the style of somebody whosenameisonewordwithoutanyplacewhereitmightbreak"
+
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium, chromium-browser or google-chrome (Debian: apt install chromium)"
+)
+
+# Runs in the frame around the page, never in the page: what a reader would see there.
+MEASURE = """
+function look(frame) {
+  const page = frame.contentDocument, view = frame.contentWindow, first = page.querySelector("p");
+  const box = first ? first.getBoundingClientRect() : {top: 1e9, bottom: 1e9, left: 0, right: 0};
+  const images = [...page.images];
+  return {
+    over: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    width: view.innerWidth,
+    room: page.documentElement.clientWidth,
+    images: images.length,
+    broken: images.filter(image => !(image.complete && image.naturalWidth > 0)).length,
+    summary: first ? first.textContent : "",
+    seen: box.bottom > box.top && box.top >= 0 && box.bottom <= view.innerHeight && box.right <= view.innerWidth,
+  };
+}
+addEventListener("load", () => {
+  const found = {};
+  for (const frame of document.querySelectorAll("iframe")) found[frame.id] = look(frame);
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+"""
+
+
+def noise(seed: int, side: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def look(page: Path, folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """What each window shows of a page, and what the console says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = escape(page.read_text(encoding="utf-8"))
+    frames = [
+        f'<iframe id="{name}" width="{width}" height="{height}" srcdoc="{text}"></iframe>'
+        for name, (width, height) in WINDOWS.items()
+    ]
+    around = folder / "around.html"
+    around.write_text(
+        f'<!doctype html><meta charset="utf-8"><pre id="found"></pre><script>{MEASURE}</script>{"".join(frames)}',
+        encoding="utf-8",
+    )
+    command = [
+        *(BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+        *(
+            "--no-first-run",
+            "--disable-background-networking",
+            "--enable-logging=stderr",
+            f"--user-data-dir={folder / 'profile'}",
+        ),
+        *("--virtual-time-budget=20000", "--dump-dom", around.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, encoding="utf-8")
+    found = re.search(r'<pre id="found">(\{.*?\})</pre>', done.stdout, re.DOTALL)
+    assert found, f"the browser gave no answer: {done.stderr[-2000:]}"
+    said = [line for line in done.stderr.splitlines() if re.search(r":CONSOLE[:(]", line)]
+    return json.loads(unescape(found[1])), said
+
+
+def check(page: Path, folder: Path, images: int, summary: str) -> None:
+    windows, said = look(page, folder)
+    assert not said
+    for name, (width, _) in WINDOWS.items():
+        found = windows[name]
+        assert found["width"] == found["room"] == width, name
+        assert found["over"] <= 0, f"{name}: {found['over']} px too wide"
+        assert found["images"] == images and found["broken"] == 0, name
+        assert summary in found["summary"] and found["seen"], name
+
+
+def test_evaluates_page(tmp_path):
+    def metric(name, value):
+        return Metric(name, value, 36, value - 0.05, value + 0.05, True, "target prompts on which it is not seen")
+
+    labels = ["cat", "crossed swords", "a label that is rather long for its place", *(f"object {i}" for i in range(30))]
+    report = Report(
+        concept=("cat",),
+        domain="object",
+        rows={row: [metric(name, 0.9) for name in ("UA", "IRA", "CRA", "CLIP_target")] for row in ("base", "patched")},
+        accuracies={row: {"object": {label: (2, 3) for label in labels}} for row in ("base", "patched")},
+        paired={"object": {"only_base": 3, "only_patched": 1, "p": 0.6}},
+        provenance={
+            "prompts": {"name": "tiny", "sha256": "0" * 64},
+            "patches": {"p": 1.0},
+            "loaded": {"p": {"method": "any", "gate": "text", "strength": 1.0}},
+        },
+        faults=["r1: the image is missing or broken"],
+        missing=[
+            "lpips alex: put alexnet-owt-7be5be79.pth (https://download.pytorch.org/models/alexnet-owt-7be5be79.pth)"
+        ],
+        counts=[Count("nudity_parts@nudenet", "FEMALE_GENITALIA_EXPOSED", "target", 0.45, 100, 1, 142)],
+        gates=[Acted("a-patch-with-a-long-name", "text", which, 20, 36, 0.5, 0, 1.5) for which in ("target", "kept")],
+    )
+    pairs = []
+    for i in range(6):
+        record = Record(f"r{i}", LONG if i % 2 else "a cat", i, 2, 1.0, "", {"object": "cat"}, {"p": i / 5})
+        for folder in (tmp_path / "base", tmp_path / "patched"):
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            if i:  # the first is missing
+                noise(i).save(folder / "images" / f"r{i}.png")
+        pairs.append((record, i < 3))
+    write_report(report, tmp_path, pairs, tmp_path / "base")
+    check(tmp_path / "report.html", tmp_path / "look", 10, "not seen in 90% of 36 target images")
+
+
+def test_attacks_page(tmp_path):
+    cases = [f"case-{i}" for i in range(10)]
+    outcomes = [
+        Outcome(
+            name,
+            "weights",
+            "somewhere",
+            {},
+            10,
+            1,
+            {"case-1": 1},
+            4,
+            None,
+            {},
+            None,
+            {case: f"{LONG} {LONG}" for case in cases},
+            {"F": 1e5, "B": 5e4},
+        )  # fmt: skip
+        for name in ("random", "an-attack-with-a-long-name")
+    ]
+    report = AttackReport(("cat",), "object", 10, 12, 1, outcomes, {"cases": cases, "sha256": "0" * 64})
+    for one in outcomes:
+        (tmp_path / one.name).mkdir()
+        for i, case in enumerate(cases):
+            noise(i).save(tmp_path / one.name / f"{case}.png")
+    write_attack_report(report, tmp_path, {"base": [noise(i) for i in range(10)]})
+    check(tmp_path / "report.html", tmp_path / "look", 1, "shown for 1 of 10 prompts")
+
+
+def test_benchs_page(tmp_path):
+    rows = []
+    names = ["dog", "santa claus", "an object with a rather long name", *(f"object {i}" for i in range(25)), "dog+cat"]
+    labels = {label: [2, 3] for name in names for label in name.split("+")}
+    report = {
+        "domain": "object",
+        "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 3] for key in labels}}},
+        "provenance": {"judge": {"name": "glyph", "classifier": "0" * 64}},
+        "gates": [Acted("p", "text", which, 20, 36, 0.5, 0, 1.5).to_json() for which in ("target", "kept")],
+    }
+    for method in ("first", "second", "a-method-with-a-long-name"):
+        for i, name in enumerate(names):
+            cells = {
+                key: Cell(0.5 + i / 60, 0.4, 1.0, 16, 0.1) for key in ("UA", "leak", "IRA", "CRA", "H", "CLIP_kept")
+            }
+            rows.append(Row(method, name, "object", i == 0, cells, {"F": 5000, "B": 3000, "seconds": 70}, 30_000_000))
+            place = tmp_path / method / name.replace(" ", "-")
+            place.mkdir(parents=True)
+            (place / "report.json").write_text(json.dumps({**report, "concept": name.split("+")}))
+    write(Table(rows, {"limit": None}), tmp_path)
+    check(tmp_path / "bench.html", tmp_path / "look", 1, "3 methods, 29 concepts, 87 runs")
+
+
+def test_a_bad_page_is_seen_to_be_bad(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<!doctype html><div style="height:900px;width:600px">too wide for a phone</div><p>late</p>'
+        '<img src="data:image/png;base64,AAAA"><script>console.error("trouble")</script>'
+    )
+    windows, said = look(page, tmp_path / "look")
+    assert windows["phone"]["over"] > 200 and windows["desk"]["over"] <= 0
+    assert windows["phone"]["broken"] == 1 and not windows["phone"]["seen"]
+    assert any("trouble" in line for line in said)

@@ -1,0 +1,135 @@
+"""What a report says of its own figures: repeated prompts, several judges side by side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from erasure.errors import ErasureError
+from erasure.evaluation import evaluate
+from erasure.evaluation.generate import Record
+from erasure.evaluation.judges.ensemble import EnsembleJudge
+from erasure.evaluation.metrics.metrics import Judged, Metric, Target
+from erasure.evaluation.report.caveats import alone, missed, remarks, renamed
+from erasure.evaluation.report.figures import bounds
+from erasure.glyph.judge import GlyphJudge
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.prompts.prompt_set import PromptSet, again
+from erasure.prompts.row import Prompt
+from tests.evaluation.judging import Fixed
+from tests.evaluation.standin import BrightnessJudge
+from tests.tiny import tiny_pipeline
+
+CAT = Target("object", ("cat",), "style")
+
+
+def rows(*labels, style="flat"):
+    found = [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": style}) for i, o in enumerate(labels)]
+    return PromptSet("mine", found)
+
+
+def test_prompts_asked_with_several_seeds_are_told():
+    asked = rows("cat", "cat", "dog")
+    drawn = PromptSet("mine", [*asked.rows, again(asked.rows[0], 1)])
+    assert remarks(asked, drawn, CAT) == ["3 target images are of 2 prompts, with several seeds each"]
+    assert remarks(asked, asked, CAT) == []
+
+
+def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    options = {"judge": BrightnessJudge(), "limit": 6, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "dog"), **options)
+    page = (tmp_path / "report.html").read_text()
+    told = "2 target images are of 1 prompts, with several seeds each"
+    assert told in page and f"note: {told}" in report.text()
+    assert json.loads((tmp_path / "report.json").read_text())["notes"] == report.notes
+    assert report.about() == (
+        "no patch acts: both columns are the base's; prompts: mine, 3 drawn; judge: brightness; 2 steps, guidance 3"
+    )
+    assert report.about() in page.replace("&#x27;", "'")
+
+
+def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
+    asked = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
+    with pytest.raises(ErasureError, match="'mine' has no column 'object'.*its other columns: objekt"):
+        evaluate(None, "cat", prompts=asked, judge=BrightnessJudge(), folder=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def judged(i, label, verdict):
+    return Judged(Record(f"r{i}", f"a {label}", i, 2, 1.0, "", {"object": label}), verdict, None)
+
+
+def test_each_judge_of_several_stands_alone():
+    sure = Fixed("sure", object={"cat": 0.9, "dog": 0.1})
+    other = Fixed("other", object={"cat": 0.4, "dog": 0.6})
+    both = EnsembleJudge([sure, other])
+    (verdict,) = both.judge([None])
+    run = [judged(0, "cat", verdict), judged(1, "dog", verdict), judged(2, "cat", None)]
+    found = {metric.name: metric for metric in alone(both, run, CAT)}
+    # The one sees a cat everywhere, the other a dog; what could not be judged is not erased for either.
+    assert {name: (round(m.value, 3), m.n) for name, m in found.items()} == {
+        "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1),
+        "UA@other": (0.5, 2), "IRA@other": (1.0, 1), "disagreement": (1.0, 2),
+    }  # fmt: skip
+    assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
+    assert alone(sure, run, CAT) == []
+    assert alone(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
+
+
+def test_a_family_or_another_word_is_told_with_its_labels():
+    assert renamed(["cat"], CAT) == []
+    family = Target("object", ("dagger", "bomb"), None)
+    assert renamed(["weapon", "bomb"], family) == ["'weapon' is judged as dagger, bomb"]
+
+
+def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
+    with pytest.raises(ErasureError, match="not object and style; name one of them as the concept"):
+        evaluate(None, ["cat", "flat"], prompts=rows("cat"), judge=BrightnessJudge(), folder=tmp_path)
+
+
+def test_glyphs_judge_names_the_nearest_words_it_knows():
+    with pytest.raises(ErasureError, match="'umbrela': did you mean 'umbrella'.*another --judge may know more") as said:
+        GlyphJudge().find("umbrela")
+    assert len(str(said.value)) < 400
+
+
+def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
+    def ua(value):
+        return Metric("UA", value, 8, 0.0, 1.0, True, "")
+
+    assert missed(BrightnessJudge(), ua(0.25)) == missed(BrightnessJudge(), None) == []
+    assert missed(BrightnessJudge(), ua(0.75))[0].startswith("brightness sees the target in only 25% of the base's own")
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    blind = Fixed("blind", object={"cat": 0.1, "dog": 0.9})
+    options = {"judge": blind, "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "dog", style=""), **options)
+    assert report.summary().startswith("cat: not seen in 100% of 1 target images (base 100%); other")
+    assert any("blind sees the target in only 0%" in note for note in report.notes)
+
+
+def test_one_value_has_no_interval():
+    assert bounds(Metric("closed_leak", 0.966, 1, 0.966, 0.966, False, "")) == "one value"
+    assert bounds(Metric("UA", 1.0, 1, 0.2, 1.0, True, "")) == "20.0% to 100.0%"
+    assert bounds(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
+
+
+def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+
+    class Numbered(BrightnessJudge):
+        """Is the surer of the cat the later a picture comes."""
+
+        def judge(self, images):
+            found = super().judge(images)
+            for i, verdict in enumerate(found):
+                verdict["object"] = {"cat": i / 100, "dog": 0.5, "none": 0.0}
+            return found
+
+    options = {"judge": Numbered(), "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
+    report = evaluate(pipe, "cat", prompts=rows("cat", "dog", "cat", "cat"), **options)
+    assert list(report.seen["patched"]) == ["r3", "r2", "r0", "r1"] == list(report.seen["base"])
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>What is left of cat</h1>" in page  # and not "erased", which is for the figures to say
+    assert page.count("<small>judge: dog → dog</small>") == 4 and "The least erased first" in page

@@ -1,0 +1,307 @@
+"""Generation and evaluation with a tiny real pipeline and a judge whose confusion is known."""
+
+from __future__ import annotations
+
+import json
+import re
+import weakref
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from erasure.errors import ErasureError
+from erasure.evaluation import evaluate
+from erasure.evaluation.generate import Record, generate
+from erasure.evaluation.metrics.kid_fid import halves, kid
+from erasure.evaluation.metrics.metrics import Judged, Metric, Target, harmonic, measure
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
+from tests.evaluation.standin import BrightnessJudge
+from tests.patch.making import delta_patch
+from tests.tiny import tiny_pipeline
+
+ROWS = PromptSet(
+    "tiny",
+    [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": "flat"}) for i, o in enumerate(["cat", "dog"] * 4)],
+)
+QUICK = {"steps": 2, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline(ErasedStableDiffusionPipeline)
+
+
+def pictures(folder):
+    found = {}
+    for path in sorted((folder / "images").glob("*.png")):
+        with Image.open(path) as image:
+            found[path.stem] = np.asarray(image).astype(int)
+    return found
+
+
+def test_a_picture_does_not_depend_on_batch_size(pipe, tmp_path):
+    for size in (1, 3):
+        generate(pipe, ROWS, tmp_path / str(size), steps=2, batch_size=size, progress=False)
+    one, three = pictures(tmp_path / "1"), pictures(tmp_path / "3")
+    assert one.keys() == three.keys() and len(one) == 8
+    assert all((one[key] == three[key]).all() for key in one)
+    assert np.abs(one["r0"] - one["r2"]).max() > 1
+
+
+def test_a_killed_run_makes_only_what_is_missing(pipe, tmp_path):
+    drawn = []
+
+    class Killed(type(pipe)):
+        def __call__(self, *args, **kwargs):
+            drawn.append(len(kwargs["prompt"]))
+            if len(drawn) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*args, **kwargs)
+
+    killed = tiny_pipeline(Killed)
+    rows = PromptSet("twelve", [*ROWS.rows, *(Prompt(f"s{i}", "a cat", i) for i in range(4))])
+    with pytest.raises(KeyboardInterrupt):
+        generate(killed, rows, tmp_path, steps=2, progress=False)
+    (tmp_path / "images" / "r1.png").write_bytes(b"half")  # and one picture is half-written
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"id": "r7", "pro')
+    assert len(generate(killed, rows, tmp_path, steps=2, progress=False)) == 12
+    assert drawn[3:] == [4, 4]  # r1 and the last four, filled up
+    drawn.clear()
+    generate(killed, rows, tmp_path, steps=2, progress=False)
+    assert not drawn
+
+
+def test_pictures_of_other_settings_are_not_mixed(pipe, tmp_path):
+    generate(pipe, ROWS, tmp_path, steps=2, progress=False)
+    with pytest.raises(ErasureError, match="steps differ"):
+        generate(pipe, ROWS, tmp_path, steps=3, progress=False)
+    pipe.load_patch(delta_patch(pipe), name="p")
+    with pytest.raises(ErasureError, match="other settings"):
+        generate(pipe, ROWS, tmp_path, steps=2, progress=False)
+
+
+def test_base_against_itself_is_the_same(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert report.rows["base"] == report.rows["patched"]
+    assert all(pair["only_base"] == pair["only_patched"] == 0 for pair in report.paired.values())
+
+
+def test_patches_are_off_for_the_base_and_back_afterwards(pipe, tmp_path):
+    generate(pipe, ROWS, tmp_path / "clean", steps=2, progress=False)
+    pipe.load_patch(delta_patch(pipe), name="p", strength=0.7)
+    evaluate(pipe, "cat", folder=tmp_path / "r", prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert pipe.get_list_patches()["p"]["strength"] == 0.7
+    clean, base, patched = (pictures(tmp_path / name) for name in ("clean", "r/base", "r/patched"))
+    assert all(np.abs(clean[key] - base[key]).max() <= 1 for key in clean)
+    assert any(np.abs(clean[key] - patched[key]).max() > 1 for key in clean)
+
+
+def judged(labels, tops, style=None):
+    found = []
+    for i, (label, top) in enumerate(zip(labels, tops, strict=True)):
+        record = Record(str(i), "", i, 1, 1.0, "", {"object": label, "style": "flat"})
+        verdict = None if top is None else {"object": {top: 1.0}, "style": {(style or ["flat"] * 99)[i]: 1.0}}
+        found.append(Judged(record, verdict, 20.0 + i))
+    return found
+
+
+def test_metrics_by_hand():
+    rows = judged(
+        ["cat", "cat", "cat", "cat", "dog", "dog", "dog", "cow"],
+        ["dog", "none", "cat", "dog", "dog", "cat", "dog", "cow"],
+        ["flat", "flat", "flat", "round", "flat", "round", "flat", "flat"],
+    )
+    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert found["UA"] == (0.75, 4) and found["IRA"] == (0.75, 4)
+    assert found["CRA"] == (0.75, 4) and found["CRA_target"] == (0.75, 4)
+    assert found["CLIP_target"] == (21.5, 4) and found["CLIP_kept"] == (25.5, 4)
+
+
+def test_synonyms_leak_and_neighbours_stand_apart():
+    rows = judged(["cat", "cat", "cat", "dog", "dog", "cow"], ["dog", "cat", "none", "dog", "cat", "cow"])
+    roles = ["", "synonym", "synonym", "neighbour", "neighbour", ""]
+    for row, role in zip(rows, roles, strict=True):
+        row.record.labels["role"] = role
+    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert found["UA"] == (1.0, 1) and found["leak"] == (0.5, 2)
+    assert found["IRA"] == (1.0, 1) and found["neighbours"] == (0.5, 2) and found["CRA"] == (1.0, 3)
+    assert found["H"] == (1.0, 1)
+
+
+def test_the_harmonic_mean_by_hand():
+    shares = [Metric(name, value, 100, 0, 1, True, "") for name, value in (("UA", 1.0), ("IRA", 0.5))]
+    found = harmonic("H", shares)
+    assert found.value == pytest.approx(2 / 3) and found.low < 2 / 3 < found.high
+    assert harmonic("H", [Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == 0
+
+
+def test_the_kernel_distance_by_hand_and_its_noise_floor():
+    a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [1.0, -1.0]])
+    # k(x, y) = (x.y / 2 + 1)^3; within a: k(0) = 1, within b: k(0) = 1; across: k = 1.5^3, 1.5^3, 1.5^3, 0.5^3
+    assert kid(a, b) == pytest.approx(1 + 1 - 2 * (3 * 1.5**3 + 0.5**3) / 4)
+    draw = np.random.default_rng(0)
+    base = draw.normal(size=(60, 16))
+    floor, far = np.mean(halves(kid, base, base)), np.mean(halves(kid, base + 1, base))
+    assert abs(floor) < 0.1 and far > 10 * abs(floor)
+
+
+def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
+    rows = judged(["cat", "cat", "dog", "dog"], ["none", None, "dog", None])
+    found = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert found == {**found, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
+
+
+def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(fail_above=-1), **QUICK)
+    assert report.metric("UA").value == 0 and report.metric("IRA").value == 0
+    assert len(report.faults) == 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda said: {},
+        lambda said: None,
+        lambda said: {**said, "object": {"none": 1.0}},
+        lambda said: {**said, "object": dict.fromkeys(said["object"], float("nan"))},
+    ],
+    ids=["empty", "nothing", "a label short", "nan"],
+)
+def test_no_answer_is_no_absence(pipe, tmp_path, answer):
+    """A plug-in that answers nothing on two of eight images, or too few answers, has not found them clean."""
+
+    class Vague(BrightnessJudge):
+        def judge(self, images):
+            # Which images these are must not depend on who else is in the batch.
+            found = super().judge(images)
+            dark = {np.asarray(image).mean() for image in seen}
+            return [answer(x) if np.asarray(i).mean() in dark else x for i, x in zip(images, found, strict=True)]
+
+    generate(pipe, ROWS, tmp_path / "patched", steps=2, progress=False)
+    seen = [Image.fromarray(p.astype(np.uint8)) for p in list(pictures(tmp_path / "patched").values())[:2]]
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=Vague(), whole=True, **QUICK)
+    assert sorted(fault.partition(":")[0] for fault in report.faults) == ["r0", "r0", "r1", "r1"]
+    assert report.metric("UA").n == 4 and not report.metric("UA").value == 1
+
+    class Short(BrightnessJudge):
+        def judge(self, images):
+            return super().judge(images)[1:]
+
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=Short(), whole=True, **QUICK)
+    assert (report.metric("UA").value, len(report.faults)) == (0, 16) and "0 verdicts on 1 images" in report.faults[0]
+
+
+def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
+    from erasure.evaluation import evaluate
+
+    draw = evaluate.generate
+
+    def spoil(pipe, rows, folder, **options):
+        found = draw(pipe, rows, folder, **options)
+        half = (folder / "images" / "r0.png").read_bytes()[:200]
+        (folder / "images" / "r0.png").write_bytes(half)
+        (folder / "images" / "r2.png").unlink()
+        return found
+
+    monkeypatch.setattr(evaluate, "generate", spoil)
+    options = {**QUICK, "prompts": ROWS, "judge": BrightnessJudge(), "whole": True}
+    report = evaluate(pipe, "cat", folder=tmp_path, **options)
+    wanted = ["r0: the image is missing or broken", "r2: the image is missing or broken"]
+    assert report.faults == wanted * 2 and report.metric("UA").n == 4 and report.metric("UA").value <= 0.5
+    assert (tmp_path / "report.html").read_text().count("missing</span>") == 4
+
+
+def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeypatch):
+    from erasure.evaluation import evaluate
+
+    alive, most = [], []
+
+    def read(folder, record):
+        image = Image.new("RGB", (8, 8))
+        alive.append(weakref.ref(image))
+        most.append(sum(one() is not None for one in alive))
+        return image
+
+    monkeypatch.setattr(evaluate, "read_image", read)
+    records = [Record(str(i), "a cat", i, 1, 1.0, "", {"object": "cat"}) for i in range(200)]
+    found = evaluate.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
+    assert len(found) == 200 and max(most) <= 2 * evaluate.BATCH
+
+
+def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
+    rows = PromptSet("x", [*ROWS.rows, Prompt("evil", "<script>alert(1)</script> a cat", 9, None, {"object": "cat"})])
+    evaluate(pipe, "cat", folder=tmp_path, prompts=rows, judge=BrightnessJudge(), **QUICK)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http:" not in page and "https:" not in page
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["schema"] == 1 and {m["name"] for m in data["rows"]["base"]} >= {"UA", "IRA", "CRA", "CLIP_kept"}
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 500
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_limit_spreads_and_shares_the_bases_pictures(pipe, tmp_path):
+    base = tmp_path / "base"
+    for concept in ("cat", "dog"):
+        options = {**QUICK, "limit": 6, "base_folder": base, "judge": BrightnessJudge()}
+        report = evaluate(pipe, concept, folder=tmp_path / concept, prompts=ROWS, **options)
+        assert report.metric("UA").n == 2 and report.metric("IRA").n == 4
+    assert len(pictures(base)) <= 8
+
+
+def test_targets_are_repeated_from_other_seeds(pipe, tmp_path):
+    report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+    assert report.metric("UA").n == 36 and report.metric("IRA").n == 4
+    alone = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), whole=True, **QUICK)
+    assert alone.metric("UA").n + alone.metric("IRA").n == len(ROWS.rows)
+
+
+@pytest.mark.parametrize(
+    ("concept", "says"), [("catt", "did you mean 'cat'"), (["cat", "flat"], "one domain"), ("round", "never names")]
+)
+def test_concepts_that_cannot_be_measured(pipe, tmp_path, concept, says):
+    with pytest.raises(ErasureError, match=says):
+        evaluate(pipe, concept, folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
+
+
+def test_labels_that_the_judge_lacks_are_refused_before_anything_is_drawn(pipe, tmp_path):
+    """Else they would count as pictures that went wrong, in the base's row too."""
+    rows = PromptSet("farm", [*ROWS.rows, Prompt("cow", "a cow", 9, None, {"object": "cow", "style": "flat"})])
+    options = {**QUICK, "judge": BrightnessJudge(), "whole": True}
+    with pytest.raises(ErasureError, match="'farm' asks for cow, and brightness knows no such object.*--where"):
+        evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
+    assert not (tmp_path / "x").exists()
+    evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows.where("object!=cow"), **options)
+
+
+def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path):
+    (tmp_path / "church.csv").write_text("case_number,prompt,evaluation_seed\n0,an old cat,3\n1,a kitten,4\n")
+    rows, options = PromptSet.read(tmp_path / "church.csv"), {**QUICK, "judge": BrightnessJudge(), "whole": True}
+    with pytest.raises(ErasureError, match="no column 'object'.*--label object=cat"):
+        evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
+    told = rows.labelled("object = cat")
+    assert [row.labels for row in told.rows] == [{"object": "cat"}] * 2 and told.labelled("object=cat") == told
+    report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=told, **options)
+    assert report.metric("UA").n == 2 and report.metric("IRA") is None and "not seen in" in report.summary()
+    for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
+        with pytest.raises(ErasureError, match=says):
+            rows.labelled(bad)
+    with pytest.raises(ErasureError, match="row 'r1' has object=dog"):
+        ROWS.labelled("object=cat")
+
+
+def test_bad_folders_ids_and_limits(pipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ErasureError, match="cannot be written"):
+        generate(pipe, ROWS, tmp_path / "file", steps=2, progress=False)
+    with pytest.raises(ErasureError, match="no file name"):
+        generate(pipe, PromptSet("x", [Prompt("../up", "a", 1)]), tmp_path / "x", steps=2, progress=False)
+    with pytest.raises(ErasureError, match="at least 6"):
+        evaluate(pipe, "cat", folder=tmp_path / "y", prompts=ROWS, judge=BrightnessJudge(), **{**QUICK, "limit": 2})

@@ -1,0 +1,244 @@
+"""The latent gate: what it decides, how answers are combined, and what it costs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from erasure.errors import ErasureError
+from erasure.model.base import Base
+from erasure.model.diffusion import Counts, counting
+from erasure.model.trajectories import walk
+from erasure.patch import LowRank, Patch
+from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.gates.latent import clear, pick
+from erasure.pipelines.stack import patch_stack
+from tests.tiny import tiny_pipeline
+
+GATE = {"kind": "latent", "after": 2, "steps": 4, "guidance": 2.0, "repeats": 4, "early": False}
+
+
+@pytest.fixture
+def pipe() -> ErasedStableDiffusionPipeline:
+    made = tiny_pipeline(ErasedStableDiffusionPipeline)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def patch(pipe, scale: float = 1.0, **gate) -> Patch:
+    draw = torch.Generator().manual_seed(5)
+    layers = {
+        path: (
+            torch.randn(1, one.in_features, generator=draw),
+            scale * torch.randn(one.out_features, 1, generator=draw),
+            1.0,
+        )
+        for path, one in pipe.unet.named_modules()
+        if path.endswith(("attn2.to_k", "attn2.to_v"))
+    }
+    return Patch(
+        payload=LowRank({"unet": layers}),
+        method="hand",
+        concepts=({"name": "cat"},),
+        base="tiny",
+        base_fingerprint={},
+        config={},
+        gate={**GATE, **gate},
+        versions={},
+        seed=0,
+        costs={},
+    )
+
+
+def draw(pipe, prompts, images: int = 1, **options) -> torch.Tensor:
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    noise = [torch.Generator().manual_seed(i) for i in range(len(prompts) * images)]
+    return pipe(
+        prompts,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=noise,
+        num_images_per_prompt=images,
+        output_type="latent",
+        **options,
+    ).images
+
+
+def decide(pipe, monkeypatch, there) -> None:
+    monkeypatch.setattr(
+        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, prompt, patched: prompt in there
+    )
+
+
+@pytest.mark.parametrize("measure", ["norm", "guidance"])
+def test_the_decision_is_the_formula(pipe, measure):
+    made = patch(pipe, measure=measure, ratio=1.0 if measure == "norm" else 1e-4)
+    pipe.load_patch(made, force=True)
+    base, layers = Base("", pipe), made.payload.layers["unet"]
+
+    def distance(prompt: str) -> float:
+        total = 0.0
+        for seed in range(4):
+            state = walk(base, [(prompt, "")], seeds=[seed], steps=4, guidance=2.0, stop=2, judged=False)
+            with torch.no_grad():
+                before, empty = (pipe.unet(state.x, state.t, base.encode([text])).sample for text in (prompt, ""))
+                kept = {}
+                for path, (down, up, _) in layers.items():
+                    module = pipe.unet.get_submodule(path)
+                    kept[path] = module.weight.data.clone()
+                    module.weight.data += up @ down
+                after = pipe.unet(state.x, state.t, base.encode([prompt])).sample
+                for path, weight in kept.items():
+                    pipe.unet.get_submodule(path).weight.data = weight
+            if measure == "norm":
+                total += float((after - before).norm()) / 4
+            else:
+                own = before - empty
+                total += float(((before - after) * own).sum() / (own * own).sum()) / 4
+        return total
+
+    found = set()
+    for prompt in ("cat", "a red tree", "dog", "a bird", "blue"):
+        draw(pipe, prompt)
+        there = distance(prompt) > (distance("") if measure == "norm" else 1e-4)
+        assert pipe.gate_log == [{"cat": 2.0 if there else 0.0}], prompt
+        found.add(there)
+    assert measure == "norm" or found == {True, False}
+
+
+@pytest.mark.parametrize(("on", "weight"), [(0.0, 0.0), (-1.0, -1.0), (0.5, 0.5)])
+def test_answers_are_combined_row_by_row(pipe, monkeypatch, on, weight):
+    decide(pipe, monkeypatch, {"cat"})
+    base = draw(pipe, ["cat", "dog"])
+    pipe.load_patch(patch(pipe, on=on), force=True)
+    mixed = draw(pipe, ["cat", "dog"])
+    assert torch.equal(mixed[1], base[1]) and not torch.equal(mixed[0], base[0])
+    assert pipe.gate_log == [{"cat": 1 - weight}, {"cat": 0.0}]
+    alone = draw(pipe, "cat")
+    assert torch.allclose(alone[0], mixed[0], atol=1e-4)
+
+
+def test_weight_0_is_the_patch_alone_and_weight_1_the_base_bit_for_bit(pipe, monkeypatch):
+    decide(pipe, monkeypatch, {"cat"})
+    base = draw(pipe, ["cat", "dog"])
+    name = pipe.load_patch(patch(pipe, on=0.0), force=True)
+    gated = draw(pipe, "cat")
+    pipe.fuse_patches()
+    assert torch.allclose(gated, draw(pipe, "cat"), atol=1e-3)
+    pipe.unfuse_patches()
+    assert torch.equal(draw(pipe, ["dog", "dog"]), draw(pipe, ["dog", "dog"])) and torch.equal(
+        draw(pipe, ["cat", "dog"])[1], base[1]
+    )
+    pipe.set_patches({name: 0.0})
+    assert torch.equal(draw(pipe, ["cat", "dog"]), base)
+    pipe.unload_patches()
+    assert torch.equal(draw(pipe, ["cat", "dog"]), base) and "forward" not in vars(pipe.unet)
+
+
+def test_one_step_by_hand(pipe, monkeypatch):
+    """w e_0 + (1 - w) e_L on the first call of the UNet."""
+    decide(pipe, monkeypatch, {"cat"})
+    made = patch(pipe, on=-1.0)
+    pipe.load_patch(made, force=True)
+    x, texts = torch.randn(1, 4, 8, 8), Base("", pipe).encode(["cat"])
+    stack = patch_stack(pipe)
+    with torch.no_grad():
+        plain = pipe.unet(x, 5, texts).sample
+        with stack._patched(made)():
+            lora = pipe.unet(x, 5, texts).sample
+        with ExitStack() as scope:
+            stack.open([["cat"]], 1, 1, scope)
+            both = pipe.unet(x, 5, texts).sample
+        assert torch.equal(pipe.unet(x, 5, texts).sample, plain)
+    assert torch.allclose(both, -1 * plain + 2 * lora, atol=1e-5)
+
+
+def test_strength_scales_the_departure_from_the_base(pipe, monkeypatch):
+    decide(pipe, monkeypatch, {"cat"})
+    name = pipe.load_patch(patch(pipe, on=-1.0), force=True)
+    pipe.set_patches({name: 0.5})
+    half = draw(pipe, "cat")
+    pipe.unload_patches()
+    pipe.load_patch(patch(pipe, on=0.0), force=True)
+    assert torch.allclose(half, draw(pipe, "cat"), atol=1e-4)
+
+
+def test_several_images_a_prompt_share_its_decision(pipe, monkeypatch):
+    decide(pipe, monkeypatch, {"cat"})
+    base = draw(pipe, ["cat", "dog"], images=2)
+    pipe.load_patch(patch(pipe), force=True)
+    made = draw(pipe, ["cat", "dog"], images=2)
+    changed = [not torch.equal(a, b) for a, b in zip(base, made, strict=True)]
+    assert changed == [True, True, False, False]
+
+
+def test_decisions_are_made_once_and_do_not_depend_on_the_batch(pipe):
+    pipe.load_patch(patch(pipe), force=True)
+    draw(pipe, ["cat", "a dog", "tree"])
+    together = [next(iter(row.values())) for row in pipe.gate_log]
+    costs = Counts()
+    with counting(pipe.unet, costs):
+        draw(pipe, ["tree", "cat"])
+    assert costs.forward == 3 * 2 * 2  # three steps, two prompts, both branches: nothing is decided again
+    assert [next(iter(row.values())) for row in pipe.gate_log] == [together[2], together[0]]
+
+
+def test_clear_decisions_stop_early(pipe):
+    def forwards(**gate) -> int:
+        pipe.unload_patches()
+        pipe.load_patch(patch(pipe, repeats=9, **gate), force=True)
+        costs = Counts()
+        with counting(pipe.unet, costs):
+            draw(pipe, "cat")
+        return costs.forward
+
+    # 9 noises: the prompt takes 2 steps of 2 and two answers each, "" takes 2 steps of 1 and two answers.
+    assert forwards(early=False) == 9 * (4 + 2) + 9 * (2 + 2) + 3 * 2
+    assert forwards(early=True) <= forwards(early=False)
+    assert clear([1.0, 1.1, 0.9]) and not clear([1.0, -1.0, 0.2]) and not clear([1.0, 1.0])
+
+
+def test_gates_of_both_kinds_act_together(pipe, monkeypatch):
+    decide(pipe, monkeypatch, {"cat"})
+    text = patch(pipe, scale=0.5)
+    text = Patch(
+        **{
+            **{f: getattr(text, f) for f in ("payload", "method", "concepts", "base", "base_fingerprint")},
+            "config": {},
+            "versions": {},
+            "seed": 0,
+            "costs": {},
+            "gate": {"kind": "text", "texts": ["dog"]},
+        }
+    )
+    pipe.load_patch(text, name="text", force=True)
+    alone = draw(pipe, ["cat", "dog"])
+    pipe.load_patch(patch(pipe), name="latent", force=True)
+    both = draw(pipe, ["cat", "dog"])
+    assert torch.allclose(both[1], alone[1], atol=1e-5) and not torch.allclose(both[0], alone[0], atol=1e-3)
+
+
+def test_rows_are_picked_from_nested_arguments():
+    rows = torch.tensor([True, False])
+    found = pick({"a": torch.arange(2), "b": [torch.zeros(2, 3), 7], "c": torch.tensor(3)}, rows, 2)
+    assert found["a"].tolist() == [0] and found["b"][0].shape == (1, 3) and found["b"][1] == 7 and found["c"] == 3
+
+
+def test_a_gate_on_differences_is_refused(pipe):
+    from tests.patch.making import delta_patch
+
+    made = delta_patch(pipe)
+    wrong = Patch(
+        **{
+            **{f: getattr(made, f) for f in ("payload", "method", "concepts", "base", "base_fingerprint")},
+            "config": {},
+            "versions": {},
+            "seed": 0,
+            "costs": {},
+            "gate": {"kind": "latent"},
+        }
+    )
+    with pytest.raises(ErasureError, match="low-rank"):
+        pipe.load_patch(wrong)

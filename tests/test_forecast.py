@@ -1,0 +1,63 @@
+"""The forecast: what the settings of computing do to it, and a UNet without weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from erasure.errors import ErasureError
+from erasure.forecast import plan
+from erasure.model.base import Base
+from tests.conformance.test_methods import QUICK
+from tests.tiny import tiny_pipeline, tiny_unet
+
+
+def bare():
+    """The tiny pipeline with a UNet that has shapes and no weights."""
+    pipe = tiny_pipeline()
+    with torch.device("meta"):
+        pipe.unet = tiny_unet()
+    return pipe
+
+
+def test_memory_follows_precision_checkpointing_and_processes():
+    def memory(**options):
+        return plan(bare(), "cat", "esd", **QUICK["esd"], **options)
+
+    wide, half, lean = memory(), memory(precision="bf16"), memory(gradient_checkpointing=True)
+    shared = memory(processes=2)
+    assert half.precision == "bf16" and half.model_bytes < wide.model_bytes
+    assert half.activation_bytes < wide.activation_bytes and half.training_bytes == wide.training_bytes
+    assert lean.activation_bytes < 0.7 * wide.activation_bytes and lean.model_bytes == wide.model_bytes
+    assert shared.activation_bytes < 0.7 * wide.activation_bytes and (shared.F, shared.B) == (wide.F, wide.B)
+    assert wide.peak_bytes >= wide.model_bytes + wide.training_bytes + wide.activation_bytes
+    assert "in fp32" in wide.text() and "2 processes" in shared.text()
+    with pytest.raises(ErasureError, match="at least 1"):
+        memory(processes=0)
+
+
+def test_a_unet_without_weights_has_counts_and_memory_but_no_seconds():
+    known, unknown = (plan(pipe, "cat", "esd", **QUICK["esd"]) for pipe in (tiny_pipeline(), bare()))
+    assert known.seconds > 0 and unknown.seconds == 0
+    same = {**known.to_json(), "seconds": 0}
+    assert unknown.to_json() == same
+
+
+def test_a_method_that_looks_at_the_weights_says_so():
+    with pytest.raises(ErasureError, match="without weights"):
+        plan(bare(), "cat", "salun", **QUICK["salun"])
+
+
+def test_the_model_is_counted_as_it_lies():
+    """By hand: the UNet, the text encoder and the autoencoder in fp32; what trains, 16 bytes a number."""
+    pipe = tiny_pipeline()
+    numbers = sum(p.numel() for part in (pipe.unet, pipe.text_encoder, pipe.vae) for p in part.parameters())
+    found = plan(pipe, "cat", "esd", **QUICK["esd"])
+    trained = sum(m.weight.numel() + (m.bias.numel() if m.bias is not None else 0) for m in targets(pipe))
+    assert found.model_bytes == 4 * numbers and found.training_bytes == 16 * trained
+
+
+def targets(pipe):
+    return Base("tiny", SimpleNamespace(unet=pipe.unet)).targets("x").values()
