@@ -1,0 +1,103 @@
+"""Compare the patches of two versions of this project, method by method: `python bench/same_patches.py REVISION`.
+
+Every method's default run on `cat` is made twice, by the code at REVISION and by the code at hand, each in a process of
+its own with one thread. A patch counts as the same where every tensor agrees bit for bit and so does every header field,
+except for the measured ones (seconds and peak memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("esd", "salun", "spm", "unguide", "advunlearn")
+MEASURED = ("seconds", "peak_bytes", "peak")  # costs that differ from run to run
+
+
+def run(tree: Path, method: str, concept: str, target: Path, seed: int) -> None:
+    """Erase `concept` with the code in `tree` and write the patch to `target`; skip a patch that is there already."""
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "erasure.cli", "erase", concept, "--method", method, "--seed", str(seed)]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([*command, "-o", str(target)], cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a patch's tensors and header; JSON fields are parsed, and measured costs left out."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        header = dict(file.metadata() or {})
+    fields: dict[str, Any] = {}
+    for key, value in header.items():
+        try:
+            fields[key] = json.loads(value)
+        except ValueError:
+            fields[key] = value
+    for costs in (value for value in fields.values() if isinstance(value, dict)):
+        for key in MEASURED:
+            costs.pop(key, None)
+    return tensors, fields
+
+
+def differences(before: Path, after: Path) -> list[str]:
+    """List what differs between two patch files: tensors by name, then header fields with both values."""
+    (old, old_fields), (new, new_fields) = read(before), read(after)
+    names = sorted(old.keys() | new.keys())
+    wrong = [f"tensor {name}" for name in names if not _same(old.get(name), new.get(name))]
+    for key in sorted(old_fields.keys() | new_fields.keys()):
+        if old_fields.get(key) != new_fields.get(key):
+            wrong.append(f"{key}: {old_fields.get(key)!r} before, {new_fields.get(key)!r} now")
+    return wrong
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def main() -> int:
+    """Run both versions and print what differs; exit with 1 where anything does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("revision", help="the commit to compare with")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all five")
+    parser.add_argument("--concept", default="cat", help="default: cat")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "same-patches", help="keeps both patches")
+    args = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", args.revision], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "before"
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", str(tree), commit], cwd=ROOT, check=True)
+        try:
+            for method in args.methods:
+                before = args.output / commit / f"{method}.safetensors"
+                after = args.output / "now" / f"{method}.safetensors"
+                run(tree, method, args.concept, before, args.seed)
+                after.unlink(missing_ok=True)
+                run(ROOT, method, args.concept, after, args.seed)
+                wrong = differences(before, after)
+                failed += bool(wrong)
+                print(f"{method}: {'; '.join(wrong) if wrong else 'the same tensors and header'}", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
