@@ -1,8 +1,8 @@
 """Compare the patches of two versions of this project, method by method: `python bench/same_patches.py REVISION`.
 
-Every method's default run on `cat` is made twice, by the code at REVISION and by the code at hand, each in its own process
-with one thread. A patch counts as the same where every tensor agrees bit for bit and so does every header field,
-except for the measured ones (seconds and peak memory).
+Every method's default run on `cat` is made twice, by the code at REVISION and by the code at hand, each in a process of
+its own with one thread. A patch counts as the same where all tensors and all header fields agree bit for bit, except
+for the measured costs (seconds and peak memory).
 """
 
 from __future__ import annotations
