@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import weakref
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from erasure.errors import ErasureError
-from erasure.evaluation import evaluate
+from erasure.evaluation import evaluate, score
 from erasure.evaluation.generate import Record, generate
 from erasure.evaluation.metrics.kid_fid import halves, kid
 from erasure.evaluation.metrics.metrics import Judged, Metric, Target, harmonic, measure
@@ -196,9 +197,8 @@ def test_no_answer_is_no_absence(pipe, tmp_path, answer):
 
 
 def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
-    from erasure.evaluation import evaluate
-
-    draw = evaluate.generate
+    module = importlib.import_module("erasure.evaluation.evaluate")  # the package has a function of that name
+    draw = module.generate
 
     def spoil(pipe, rows, folder, **options):
         found = draw(pipe, rows, folder, **options)
@@ -207,7 +207,7 @@ def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, mo
         (folder / "images" / "r2.png").unlink()
         return found
 
-    monkeypatch.setattr(evaluate, "generate", spoil)
+    monkeypatch.setattr(module, "generate", spoil)
     options = {**QUICK, "prompts": ROWS, "judge": BrightnessJudge(), "whole": True}
     report = evaluate(pipe, "cat", folder=tmp_path, **options)
     wanted = ["r0: the image is missing or broken", "r2: the image is missing or broken"]
@@ -216,8 +216,6 @@ def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, mo
 
 
 def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeypatch):
-    from erasure.evaluation import evaluate
-
     alive, most = [], []
 
     def read(folder, record):
@@ -226,10 +224,10 @@ def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeyp
         most.append(sum(one() is not None for one in alive))
         return image
 
-    monkeypatch.setattr(evaluate, "read_image", read)
+    monkeypatch.setattr(score, "read_image", read)
     records = [Record(str(i), "a cat", i, 1, 1.0, "", {"object": "cat"}) for i in range(200)]
-    found = evaluate.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
-    assert len(found) == 200 and max(most) <= 2 * evaluate.BATCH
+    found = score.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
+    assert len(found) == 200 and max(most) <= 2 * score.BATCH
 
 
 def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):

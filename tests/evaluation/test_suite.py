@@ -7,7 +7,7 @@ import json
 import pytest
 
 from erasure.errors import ErasureError
-from erasure.evaluation import judges
+from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.suite import Suite, names, run_suite
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.judging import Fixed
