@@ -11,7 +11,7 @@ from pathlib import Path
 
 from erasure.evaluation.attacks.report import AttackReport
 from erasure.evaluation.attacks.run import attack
-from erasure.evaluation.metrics import metrics
+from erasure.evaluation.metrics.metric import format_estimate
 from erasure.evaluation.metrics.statistics import wilson
 from erasure.methods import names
 from erasure.model.loading import quiet
@@ -57,7 +57,7 @@ def markdown(reports: dict[tuple[str, str], AttackReport], cases: int) -> str:
             shares = [plain, plain + sum(len(one.won) for one in ran)]
             if attacked.control is not None:
                 shares.append(plain + sum(len(one.control or {}) for one in ran))
-            cells = [metrics.spread("ASR", hits / n, *wilson(hits, n)) for hits in shares]
+            cells = [format_estimate("ASR", hits / n, *wilson(hits, n)) for hits in shares]
             together.append([method, attacked.name, str(len(ran)), *cells, *[""] * (3 - len(cells))])
     head = next(iter(reports.values())).rows()[0]
     each = [["method", "concept", *head]]

@@ -30,7 +30,7 @@ from erasure.model.loading import quiet
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.gates.latent import LatentGate
-from erasure.prompts.concept_prompts import about
+from erasure.prompts.concept_prompts import concept_prompts
 
 DECISION = "latent gate, a prompt"
 SHORT = (20, 60)  # iterations after the warm-up, of the drawn-out forecast
@@ -60,7 +60,7 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
     pipe.load_patch(patch, name="costs")
     shared: dict[str, Any] = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
-    made = evaluate(pipe, concept, folder=folder, prompts=about([concept], limit), **shared)
+    made = evaluate(pipe, concept, folder=folder, prompts=concept_prompts([concept], limit), **shared)
     cells, base = (
         {metric.name: metric.value for metric in made.rows[side] if metric.name in MEASURED}
         for side in ("patched", "base")
@@ -206,7 +206,7 @@ def main() -> None:
         rows.append(row(method, compare(pipe, method, args)))
         gated = args.work / f"{method}-ours" / "patch.safetensors"
         if Patch.load(gated).gate["kind"] == "latent":
-            prompts = list(dict.fromkeys(one.prompt for one in about([args.concept], args.limit).rows))
+            prompts = list(dict.fromkeys(one.prompt for one in concept_prompts([args.concept], args.limit).rows))
             rows.append(row(DECISION, decision(pipe, Patch.load(gated), prompts)))
         text = markdown(args.concept, args.limit, rows)
         args.out.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -19,13 +19,13 @@ from erasure.benchmark.table import (
     STACK,
     Row,
     Table,
-    figure,
+    format_value,
     interval,
     members,
 )
-from erasure.evaluation.metrics.gate_activity import Acted
+from erasure.evaluation.metrics.gate_activity import GateActivity
 from erasure.evaluation.report import charts
-from erasure.evaluation.report.html import INTERFERENCE, gate_log, opening, picture
+from erasure.evaluation.report.html import INTERFERENCE, gate_log, page_head, picture
 from erasure.version import __version__
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> what report.json holds
@@ -48,7 +48,7 @@ def page(table: Table, reports: Reports, image: Image.Image) -> str:
     """
     methods = list(dict.fromkeys(row.method for row in table.rows))
     parts = [
-        opening("Bench: what is erased, what is kept", summary(table, methods), charts.STYLE + STYLE),
+        page_head("Bench: what is erased, what is kept", summary(table, methods), charts.STYLE + STYLE),
         f"<h2>Means</h2>{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>",
         "<h2>Erased against kept</h2>" + tradeoff(table, methods),
         "<h2>Interference: what erasing one concept does to the others</h2>" + INTERFERENCE,
@@ -156,11 +156,11 @@ def interference(table: Table, method: str, reports: Reports) -> str:
     return charts.matrix(rows, listed, own)
 
 
-def gates(table: Table, reports: Reports) -> list[Acted]:
+def gates(table: Table, reports: Reports) -> list[GateActivity]:
     """How strongly gated patches acted, for each run; of runs by older versions nothing is known."""
     found = []
     for row in table.rows:
-        logged = [Acted(**one) for one in reports[row.method, row.concept].get("gates", ())]
+        logged = [GateActivity(**one) for one in reports[row.method, row.concept].get("gates", ())]
         several = len({one.patch for one in logged}) > 1
         for one in logged:
             name = f"{row.method}, {short(row)}" + (f": {one.patch}" if several else "")
@@ -214,7 +214,7 @@ def _ends(entry: Mapping[str, float]) -> tuple[float, float, float]:
 
 
 def _cell(name: str, cell: Mapping[str, float], more: str = "") -> str:
-    return f"<b>{figure(name, cell['value'])}</b>{more}<small>{interval(name, cell, ' to ')}</small>"
+    return f"<b>{format_value(name, cell['value'])}</b>{more}<small>{interval(name, cell, ' to ')}</small>"
 
 
 def _costs(costs: Mapping[str, float], size: float) -> list[str]:
@@ -227,7 +227,7 @@ def _head(first: str) -> str:
 
 
 def _base(name: str, values: Mapping[str, float]) -> str:
-    cells = [f"<i>{figure(key, values[key])}</i>" if key in values else "" for key in SHOWN]
+    cells = [f"<i>{format_value(key, values[key])}</i>" if key in values else "" for key in SHOWN]
     return _line([f"<b>{escape(name)}</b><small>base</small>", *cells, *[""] * (len(COSTS) + 1)], "new")
 
 

@@ -111,7 +111,7 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
     from erasure.erasing import erase
     from erasure.evaluation import evaluate
     from erasure.patch import Patch
-    from erasure.prompts.concept_prompts import about
+    from erasure.prompts.concept_prompts import concept_prompts
 
     place = _place(folder, method, name)
     note = place / "result.json"
@@ -130,7 +130,7 @@ def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, An
     try:
         for part, patch in zip(parts, patches, strict=True):
             pipe.load_patch(patch, name=part)
-        prompts = about(names, settings["limit"])
+        prompts = concept_prompts(names, settings["limit"])
         options: dict[str, Any] = {"base_folder": folder / "base", "progress": False, "whole": True}
         made = evaluate(pipe, names, folder=place, prompts=prompts, **options)
     finally:

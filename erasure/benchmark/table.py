@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from erasure.evaluation.metrics import metrics
-from erasure.evaluation.metrics.metrics import figure
+from erasure.evaluation.metrics.accuracy import HARMONIC_PARTS, harmonic_mean
+from erasure.evaluation.metrics.metric import Metric, format_estimate, format_interval, format_value
 
 SHOWN = ("UA", "leak", "IRA", "neighbours", "CRA", "H", "CLIP_kept", "KID")
 BETTER = {"leak": "↓", "KID": "↓"}
@@ -71,15 +71,15 @@ class Row:
         return {"identity": "identities"}.get(self.kind, f"{self.kind}s")
 
 
-def pooled(rows: Sequence[Row], name: str) -> metrics.Metric | None:
+def pooled(rows: Sequence[Row], name: str) -> Metric | None:
     """A share over the images of all rows, or H of such shares; None where no row has it."""
     from erasure.evaluation.metrics.statistics import wilson
 
     if name == "H":
-        return metrics.harmonic(name, [one for part in metrics.WHOLE if (one := pooled(rows, part))])
+        return harmonic_mean(name, [one for part in HARMONIC_PARTS if (one := pooled(rows, part))])
     cells = [cell for row in rows if (cell := row.cell(name))]
     n, hits = sum(cell.n for cell in cells), sum(cell.value * cell.n for cell in cells)
-    return metrics.Metric(name, hits / n, n, *wilson(hits, n), True, "") if n else None
+    return Metric(name, hits / n, n, *wilson(hits, n), True, "") if n else None
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Table:
             name = f"{entry['group']} ({entry['concepts']})"
             if entry["group"] not in seen:
                 seen.add(entry["group"])
-                base = [figure(key, entry[key]["base"]) if key in entry else "" for key in shown]
+                base = [format_value(key, entry[key]["base"]) if key in entry else "" for key in shown]
                 lines.append(_line([name, "*base*", *base, *[""] * (len(costs) + 1)]))
             cells = [spread(key, entry[key]) if key in entry else "" for key in shown]
             spent = [f"{entry[cost]:,.0f}" for cost in costs]
@@ -151,7 +151,7 @@ class Table:
         lines = [self.summary(), "", *_head("concept", SHOWN, COSTS)]
         for row in self.rows:
             cells = [
-                f"{spread(key, asdict(row.cells[key]))} ({figure(key, row.cells[key].base)})"
+                f"{spread(key, asdict(row.cells[key]))} ({format_value(key, row.cells[key].base)})"
                 if key in row.cells
                 else ""
                 for key in SHOWN
@@ -191,9 +191,9 @@ def _line(cells: list[str]) -> str:
 
 def spread(name: str, cell: Mapping[str, float]) -> str:
     """A figure with its interval."""
-    return metrics.spread(name, cell["value"], cell["low"], cell["high"])
+    return format_estimate(name, cell["value"], cell["low"], cell["high"])
 
 
 def interval(name: str, cell: Mapping[str, float], between: str = ", ") -> str:
     """The two ends of an interval, without a unit."""
-    return metrics.interval(name, cell["low"], cell["high"], between)
+    return format_interval(name, cell["low"], cell["high"], between)

@@ -44,7 +44,7 @@ def run_generate(given: argparse.Namespace) -> None:
 def run_evaluate(given: argparse.Namespace) -> None:
     """`erasure evaluate`."""
     from erasure.evaluation import evaluate
-    from erasure.evaluation.judges.registry import check
+    from erasure.evaluation.judges.registry import check_judge
     from erasure.evaluation.suite import Suite, run_suite
 
     concept = _gone(given)
@@ -64,7 +64,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
             raise ErasureError("a suite brings its own prompts: give --suite, or --prompts, --where and --label")
         suite = Suite.read(given.suite)
         if given.judge:
-            check(given.judge)  # a slip is said now; a judge whose model is missing, after the pictures are drawn
+            check_judge(given.judge)  # a slip is said now; a judge whose model is missing, after the pictures are drawn
         found = run_suite(
             pipeline(given), concept, suite, data=given.data, judge=given.judge, measures=measures, **options
         )

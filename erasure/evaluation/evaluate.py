@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.distributed import process_group
-from erasure.evaluation.generate import GUIDANCE, STEPS, Record, acting, generate, on_cpu
+from erasure.evaluation.generate import GUIDANCE, STEPS, Record, active_patches, generate, on_cpu
 from erasure.evaluation.judges.registry import find_judge
-from erasure.evaluation.metrics.detections import count
-from erasure.evaluation.metrics.gate_activity import acted, gated
-from erasure.evaluation.metrics.image_distances import Beside
-from erasure.evaluation.metrics.metrics import Judged, Metric, Target, accuracies, measure
-from erasure.evaluation.report.caveats import alone, missed, remarks, renamed
+from erasure.evaluation.metrics.accuracy import accuracy_by_label
+from erasure.evaluation.metrics.detections import count_detections
+from erasure.evaluation.metrics.gate_activity import gate_activity, gate_kinds
+from erasure.evaluation.metrics.image_distances import ImageDistances
+from erasure.evaluation.metrics.measure import measure
+from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.metrics.target import JudgedImage, Target
+from erasure.evaluation.report.caveats import caveats, judge_misses, member_metrics, renamed_labels
 from erasure.evaluation.report.report import Report
 from erasure.evaluation.report.writer import write_report
-from erasure.evaluation.score import gone, judge_run, paired
-from erasure.evaluation.select import find_target, fit, names_of, select
+from erasure.evaluation.score import judge_run, paired_accuracy, paired_erasure
+from erasure.evaluation.select import check_labels, concept_names, find_target, select_prompts
 from erasure.model import presets
 from erasure.model.loading import name_of
 from erasure.pipelines.strengths import switched_off
-from erasure.prompts.prompt_set import PromptSet, mixed
+from erasure.prompts.prompt_set import PromptSet, order_by_hash
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
@@ -81,9 +84,9 @@ def evaluate(
     if judge is None:
         judge = find_judge("glyph")
     target = find_target(concept, rows, judge)
-    beside = Beside.find(judge, features, lpips, reference)
-    chosen = rows if whole else select(rows, target, limit)
-    fit(chosen, judge)
+    beside = ImageDistances.find(judge, features, lpips, reference)
+    chosen = rows if whole else select_prompts(rows, target, limit)
+    check_labels(chosen, judge)
     options: dict[str, Any] = {
         "steps": STEPS if steps is None else steps,
         "guidance": GUIDANCE if guidance is None else guidance,
@@ -99,7 +102,7 @@ def evaluate(
 
     def told() -> Report:
         more = _within(pipe, concept, target, chosen, details, options) if within else {}
-        notes = [*renamed(names_of(concept), target), *remarks(rows, chosen, target)]
+        notes = [*renamed_labels(concept_names(concept), target), *caveats(rows, chosen, target)]
         return _judged(beside, target, records, base_at, target_folder, details, more, notes)
 
     # Of several processes that have drawn, one judges and writes.
@@ -111,7 +114,7 @@ def _details(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, A
     """What was asked of which model, for the report."""
     return {
         "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
-        "patches": acting(pipe),
+        "patches": active_patches(pipe),
         "loaded": getattr(pipe, "get_list_patches", dict)(),
         "scheduler": type(pipe.scheduler).__name__,
         "steps": options["steps"],
@@ -124,22 +127,24 @@ def _within(
 ) -> dict[str, list[Metric]]:
     """The metrics of inside.py, a row each for the base and the patches."""
     from erasure.concepts.concept import Concept
-    from erasure.evaluation.metrics.white_box import inside
+    from erasure.evaluation.metrics.white_box import measure_white_box
 
     one = concept
     if not isinstance(concept, str | Concept):
         words = presets.vocabulary(name_of(pipe))
         one = Concept.of(concept[0], words) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
-    kept = [row.prompt for row in mixed(list(chosen.rows)) if row.labels.get(target.domain) not in target.labels]
+    kept = [
+        row.prompt for row in order_by_hash(list(chosen.rows)) if row.labels.get(target.domain) not in target.labels
+    ]
     sampling = {name: options[name] for name in ("steps", "guidance", "batch_size")}
-    found = inside(pipe, one, kept, **sampling)
+    found = measure_white_box(pipe, one, kept, **sampling)
     details["inside"] = {"costs": found.costs.to_json(), "folded": list(found.folded)}
     base, patched = found.rows()
     return {"base": base, "patched": patched}
 
 
 def _judged(
-    beside: Beside,
+    beside: ImageDistances,
     target: Target,
     records: dict[str, list[Record]],
     base_at: Path,
@@ -160,14 +165,15 @@ def _judged(
         rows={
             name: [
                 *measure(run, target, runs["base"], beside.of),
-                *alone(judge, run, target),
+                *member_metrics(judge, run, target),
                 *others[name],
                 *more.get(name, []),
             ]
             for name, run in runs.items()
         },
-        accuracies={name: {head: accuracies(run, head) for head in judge.heads} for name, run in runs.items()},
-        paired={head: paired(runs, target, head) for head in judge.heads} | {"target": gone(runs, target)},
+        accuracies={name: {head: accuracy_by_label(run, head) for head in judge.heads} for name, run in runs.items()},
+        paired={head: paired_accuracy(runs, target, head) for head in judge.heads}
+        | {"target": paired_erasure(runs, target)},
         provenance={
             **details,
             "judge": {"name": judge.name, **judge.versions()},
@@ -176,25 +182,27 @@ def _judged(
         },
         faults=faults,
         missing=beside.missing,
-        counts=count(judge, runs, target),
+        counts=count_detections(judge, runs, target),
         notes=notes,
-        gates=acted(records["patched"], target, gated({n: details["loaded"].get(n, {}) for n in details["patches"]})),
+        gates=gate_activity(
+            records["patched"], target, gate_kinds({n: details["loaded"].get(n, {}) for n in details["patches"]})
+        ),
     )
-    report.notes.extend(missed(judge, report.metric("UA", "base")))
+    report.notes.extend(judge_misses(judge, report.metric("UA", "base")))
     shown = _show(runs["patched"], target)
     for name in ("base", "patched"):
-        tops = {j.record.id: "not judged" if j.verdict is None else j.top(target.domain) for j in runs[name]}
+        tops = {j.record.id: "not judged" if j.verdict is None else j.top_label(target.domain) for j in runs[name]}
         report.seen[name] = {record.id: tops[record.id] for record, _ in shown}
     write_report(report, folder, shown, base_at)
     return report
 
 
-def _show(judged: list[Judged], target: Target) -> list[tuple[Record, bool]]:
+def _show(judged: list[JudgedImage], target: Target) -> list[tuple[Record, bool]]:
     """Records to show, and whether each is a target: the target's least erased first, for those are what counts."""
 
-    def left(j: Judged) -> float:
+    def left(j: JudgedImage) -> float:
         return 1.0 if j.verdict is None else max(j.verdict[target.domain].get(label, 0.0) for label in target.labels)
 
-    hits = sorted((j for j in judged if target.hits(j.record)), key=left, reverse=True)
-    kept = [j for j in judged if not target.hits(j.record)]
+    hits = sorted((j for j in judged if target.matches(j.record)), key=left, reverse=True)
+    kept = [j for j in judged if not target.matches(j.record)]
     return [*((j.record, True) for j in hits[:SHOWN]), *((j.record, False) for j in kept[:SHOWN])]

@@ -97,7 +97,7 @@ def generate(
             raise ErasureError(f"{prompts.name}: the id {row.id!r} is no file name")
     artist = _Artist(pipe, Path(folder), steps, _shapes(pipe, prompts, guidance, batch_size))
     with process_group(on_cpu(pipe)) as us:
-        settings = us.each(lambda: conditions(pipe, steps, guidance))
+        settings = us.each(lambda: image_settings(pipe, steps, guidance))
         strange = {key for other in settings for key in _changed(settings[0], other)}
         if strange:
             raise ErasureError(f"the processes hold different pipelines ({', '.join(sorted(strange))} differ)")
@@ -109,7 +109,7 @@ def generate(
     return [done[row.id] for row in prompts.rows]
 
 
-def acting(pipe: Any) -> dict[str, float]:
+def active_patches(pipe: Any) -> dict[str, float]:
     """Names and strengths of the patches that act; a pipeline without patches has none."""
     listed = pipe.get_list_patches() if hasattr(pipe, "get_list_patches") else {}
     return {name: entry["strength"] for name, entry in sorted(listed.items()) if entry["strength"] != 0}
@@ -146,7 +146,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def conditions(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
+def image_settings(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
     """All that a picture depends on beside its row, as JSON would give it back."""
     import torch
 
@@ -155,7 +155,7 @@ def conditions(pipe: Any, steps: int, guidance: float) -> dict[str, Any]:
     config = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     found = {
         **{name: checksum(part) for name, part in sorted(parts.items()) if isinstance(part, torch.nn.Module)},
-        "patches": acting(pipe),
+        "patches": active_patches(pipe),
         "scheduler": {"class": type(scheduler).__name__, **config},
         "steps": steps,
         "guidance": guidance,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics.metrics import Target
-from erasure.prompts.prompt_set import PromptSet, again, mixed
+from erasure.evaluation.metrics.target import Target
+from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     Raises:
         ErasureError: a name that is no label, or names of two domains.
     """
-    names = names_of(concept)
+    names = concept_names(concept)
     domains: dict[str, list[str]] = {}
     for name in names:
         head, labels = judge.find(name)
@@ -50,7 +50,7 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)
 
 
-def fit(rows: PromptSet, judge: Judge) -> None:
+def check_labels(rows: PromptSet, judge: Judge) -> None:
     """Refuses prompts for labels that the judge lacks, for no picture of them could ever be right.
 
     Raises:
@@ -66,12 +66,12 @@ def fit(rows: PromptSet, judge: Judge) -> None:
             )
 
 
-def names_of(concept: Any) -> list[str]:
+def concept_names(concept: Any) -> list[str]:
     """List the names of a concept, of one name, or of several."""
     return [concept] if isinstance(concept, str) else list(getattr(concept, "names", concept))
 
 
-def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
+def select_prompts(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
     """The rows to draw: the target's, repeated with other seeds up to TARGET_IMAGES, and the others spread evenly.
 
     Deterministic: a row's place depends on its id alone, so that runs over other concepts share the base's images.
@@ -82,11 +82,11 @@ def select(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
     others = [row for row in rows.rows if row.labels.get(target.domain) not in target.labels]
     want = TARGET_IMAGES if limit is None else min(TARGET_IMAGES, limit // 3)
     copies = -(-want // len(hits))
-    repeated = [again(row, copy) for copy in range(copies) for row in mixed(hits)][
+    repeated = [reseed(row, copy) for copy in range(copies) for row in order_by_hash(hits)][
         : max(want, len(hits) if limit is None else 0)
     ]
     by_label: dict[str, list[Prompt]] = {}
-    for row in mixed(others):
+    for row in order_by_hash(others):
         by_label.setdefault(row.labels.get(target.domain, ""), []).append(row)
     turns = [row for turn in range(len(others)) for group in by_label.values() for row in group[turn : turn + 1]]
     kept = turns if limit is None else turns[: limit - len(repeated)]

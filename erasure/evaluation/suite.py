@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import CONFIGS, build, read_yaml
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.metrics.metrics import ASIDE, NEAR
+from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, TARGET_ROLES
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from erasure.evaluation.report.report import Report
 
 FOLDER = CONFIGS / "suites"
-ROLES = ("", *ASIDE, *NEAR)
+ROLES = ("", *TARGET_ROLES, *NEIGHBOUR_ROLES)
 HEADS = ("object", "style", "identity")  # that a suite's judge may be told the labels of
 
 
@@ -76,9 +76,9 @@ class Part:
         if self.template is not None:
             found = self._filled(words)
         elif self.prompts == "about":
-            from erasure.prompts.concept_prompts import about
+            from erasure.prompts.concept_prompts import concept_prompts
 
-            found = about(concepts, self.limit).rows
+            found = concept_prompts(concepts, self.limit).rows
         else:
             source = _put_in(self.prompts or "", words)
             if "{data}" in (self.prompts or "") and data is None:
@@ -198,7 +198,7 @@ class Suite:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SuiteResult:
     """What a suite found; `missing` says what could not be had."""
 
     suite: Suite
@@ -244,7 +244,7 @@ def run_suite(
     measures: Mapping[str, Any] | None = None,
     progress: bool = True,
     **sampling: Any,
-) -> Outcome:
+) -> SuiteResult:
     """Run a suite on a pipeline with patches; reports and suite.json go to `folder`.
 
     Where the judge cannot be had, the pictures are drawn all the same, and a later run judges them.
@@ -300,7 +300,7 @@ def run_suite(
 
             place = out / "attacks"
             attacked = attack(pipe, concepts, recipe.attacks, folder=place, cases=recipe.cases, **options)
-    found = Outcome(recipe, report, attacked, missing)
+    found = SuiteResult(recipe, report, attacked, missing)
     try:
         (out / "suite.tmp").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
         os.replace(out / "suite.tmp", out / "suite.json")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics.metrics import figure
-from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate, table
+from erasure.evaluation.metrics.metric import format_value
+from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate_text, table
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
@@ -50,7 +50,7 @@ class Verification:
                 old = ((self.earlier or {}).get(group) or {}).get(name)
                 was = old.get("value") if isinstance(old, dict) else None
                 if isinstance(was, int | float) and not cell["low"] - CLOSE <= was <= cell["high"] + CLOSE:
-                    found.append(f"{name}: {figure(name, was)} before, now {estimate(name, cell)}")
+                    found.append(f"{name}: {format_value(name, was)} before, now {estimate_text(name, cell)}")
         return found
 
     def unchecked(self) -> list[str]:
@@ -136,7 +136,7 @@ def verify(
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.evaluate import evaluate
     from erasure.patch import Patch
-    from erasure.prompts.concept_prompts import about
+    from erasure.prompts.concept_prompts import concept_prompts
 
     path, out = Path(source), Path(folder)
     patch = Patch.load(path)
@@ -151,7 +151,7 @@ def verify(
     if attacks:
         enough(cases)
     names = list(patch.names)
-    rows: Any = about(names, limit) if prompts is None else prompts
+    rows: Any = concept_prompts(names, limit) if prompts is None else prompts
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
     pipe.load_patch(patch, name="verified", force=force)
     try:
@@ -163,7 +163,7 @@ def verify(
             attacked = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
     finally:
         pipe.unload_patches()
-    results = summary(measured, attacked)
+    results = header_results(measured, attacked)
     results["how"]["verify"] = {"prompts": _said(prompts), "limit": limit, "cases": cases, "budget": budget}
     return _write(patch, path.name, results, out)
 
@@ -191,7 +191,7 @@ def _said(prompts: str | PromptSet | None) -> str | None:
     return Path(prompts).name if Path(prompts).is_file() else prompts
 
 
-def summary(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
+def header_results(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
     """What goes into the header: every figure with n, interval and the base's value, and how it came about."""
     metrics = {
         entry["name"]: {key: entry[key] for key in ("value", "low", "high", "n", "base", "higher_is_better", "meaning")}

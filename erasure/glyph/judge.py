@@ -12,7 +12,7 @@ from torch import Tensor
 from erasure.concepts.vocabulary import Vocabulary
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.judge import Verdict
-from erasure.evaluation.judges.labels import not_known
+from erasure.evaluation.judges.labels import unknown_label
 from erasure.glyph import JUDGES, VOCABULARY, objects, styles
 from erasure.glyph.vision import load_classifier, load_clip
 
@@ -37,7 +37,7 @@ class GlyphJudge:
         """
         known = Vocabulary.read(VOCABULARY).meanings
         if name not in known:
-            fault = not_known("concept for glyph's judge", name, known)
+            fault = unknown_label("concept for glyph's judge", name, known)
             raise ErasureError(f"{fault}; it knows what glyph was taught to draw, and another --judge may know more")
         return known[name]
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from erasure.concepts.vocabulary import Vocabulary
 from erasure.errors import ErasureError
 from erasure.model import presets
-from erasure.prompts.prompt_set import PromptSet, again, mixed
+from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
 
 SIZES = {"target": 24, "synonym": 8, "neighbour": 12, "other": 24}
 LEAST = 12
 
 
-def about(names: Sequence[str], limit: int | None = None) -> PromptSet:
+def concept_prompts(names: Sequence[str], limit: int | None = None) -> PromptSet:
     """A prompt set whose label `role` sets synonyms and neighbours apart (metrics.py).
 
     Deterministic, and a row's text and seed depend on its id alone, so that sets about several concepts share
@@ -76,7 +76,7 @@ def _role(row: Prompt, role: str) -> Prompt:
 def _take(rows: list[Prompt], label: str, count: int) -> list[Prompt]:
     """`count` rows, spread over the label's values, then with other seeds."""
     groups: dict[str, list[Prompt]] = {}
-    for row in mixed(rows):
+    for row in order_by_hash(rows):
         groups.setdefault(row.labels.get(label, ""), []).append(row)
     ordered = [row for turn in range(len(rows)) for group in groups.values() for row in group[turn : turn + 1]]
-    return [again(ordered[i % len(ordered)], i // len(ordered)) for i in range(count)] if ordered else []
+    return [reseed(ordered[i % len(ordered)], i // len(ordered)) for i in range(count)] if ordered else []

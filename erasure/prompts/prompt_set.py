@@ -161,11 +161,11 @@ class PromptSet:
         return list(dict.fromkeys(row.labels[label] for row in self.rows if row.labels.get(label)))
 
 
-def mixed(rows: list[Prompt]) -> list[Prompt]:
+def order_by_hash(rows: list[Prompt]) -> list[Prompt]:
     """Rows in an order that depends on their ids alone."""
     return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
 
 
-def again(row: Prompt, copy: int) -> Prompt:
+def reseed(row: Prompt, copy: int) -> Prompt:
     """The row with another seed and id, for copy 1 and more."""
     return row if copy == 0 else replace(row, id=f"{row.id}-{copy}", seed=row.seed + 1_000_003 * copy)

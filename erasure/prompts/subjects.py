@@ -14,7 +14,7 @@ from erasure.prompts.row import Prompt
 
 
 @cache
-def facts() -> dict[str, Any]:
+def load_subjects() -> dict[str, Any]:
     """The file's content."""
     loaded: dict[str, Any] = yaml.safe_load((FOLDER / "subjects.yaml").read_text(encoding="utf-8"))
     return loaded
@@ -33,9 +33,9 @@ def fill(names: Sequence[str], label: str, templates: Sequence[str] | None = Non
         ErasureError: no names, a label without templates, a template without {x} or with other fields.
     """
     if templates is None:
-        if label not in facts()["templates"]:
-            raise unknown("label with templates", label, facts()["templates"])
-        templates = facts()["templates"][label]
+        if label not in load_subjects()["templates"]:
+            raise unknown("label with templates", label, load_subjects()["templates"])
+        templates = load_subjects()["templates"][label]
     rows: list[Prompt] = []
     for name in names:
         for template in templates:
@@ -55,7 +55,7 @@ def _filled(template: str, name: str) -> str:
 
 def build_subjects(name: str, first_seed: int) -> PromptSet:
     """One of the sets of subjects.yaml."""
-    entry = facts()["sets"][name]
+    entry = load_subjects()["sets"][name]
     return PromptSet(name, fill(entry["names"], entry["label"], entry["templates"], first_seed).rows)
 
 

@@ -10,10 +10,10 @@ import pytest
 from erasure.benchmark.run import bench, concepts, write
 from erasure.benchmark.table import Cell, Row, Table, members
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics.gate_activity import Acted
+from erasure.evaluation.metrics.gate_activity import GateActivity
 from erasure.evaluation.metrics.statistics import wilson
 from erasure.glyph import vocabulary
-from erasure.prompts.concept_prompts import about
+from erasure.prompts.concept_prompts import concept_prompts
 
 
 def row(concept: str, value: float, tuned: bool = False, method: str = "esd") -> Row:
@@ -50,7 +50,7 @@ def test_the_markdown_has_the_base_before_the_methods_and_every_concept():
 
 
 def test_prompts_about_an_object_ask_for_it_its_synonyms_its_neighbours_and_others():
-    rows = about(["dog"]).rows
+    rows = concept_prompts(["dog"]).rows
     roles = {role: [r for r in rows if r.labels.get("role", "") == role] for role in ("", "synonym", "neighbour")}
     assert {r.labels["object"] for r in roles["synonym"]} == {"dog"} and not any(
         "dog" in r.prompt for r in roles["synonym"]
@@ -62,13 +62,13 @@ def test_prompts_about_an_object_ask_for_it_its_synonyms_its_neighbours_and_othe
 
 
 def test_rows_are_the_same_whatever_they_are_about():
-    one, two = ({r.id: (r.prompt, r.seed) for r in about([name]).rows} for name in ("dog", "owl"))
+    one, two = ({r.id: (r.prompt, r.seed) for r in concept_prompts([name]).rows} for name in ("dog", "owl"))
     shared = one.keys() & two.keys()
     assert len(shared) > 10 and all(one[key] == two[key] for key in shared)
 
 
 def test_a_content_concept_is_asked_for_broadly_and_by_name():
-    rows = about(["weapon"]).rows
+    rows = concept_prompts(["weapon"]).rows
     members = {r.labels["object"] for r in rows if not r.labels.get("role") and "weapon" not in r.prompt}
     assert {"bomb", "dagger"} <= members
     assert any("weapon" in r.prompt for r in rows if r.labels.get("role") == "synonym")
@@ -88,7 +88,7 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     with pytest.raises(ErasureError, match="unknown method"):
         bench(["sed"], ["dog"], tmp_path)
     with pytest.raises(ErasureError, match="at least"):
-        about(["dog"], limit=3)
+        concept_prompts(["dog"], limit=3)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +126,7 @@ def folder_of(rows: list[Row], folder: Path) -> Table:
             "domain": "object",
             "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 4] for key in labels}}},
             "provenance": {"steps": 25, "judge": {"name": "glyph"}, "versions": {"torch": "2"}},
-            "gates": [Acted("p", "text", "target", 3, 4, 0.75, 0, 1).to_json()] if one.concept == "dog" else [],
+            "gates": [GateActivity("p", "text", "target", 3, 4, 0.75, 0, 1).to_json()] if one.concept == "dog" else [],
         }
         place = folder / one.method / one.concept
         place.mkdir(parents=True)

@@ -14,8 +14,11 @@ from PIL import Image
 from erasure.errors import ErasureError
 from erasure.evaluation import evaluate, score
 from erasure.evaluation.generate import Record, generate
-from erasure.evaluation.metrics.kid_fid import halves, kid
-from erasure.evaluation.metrics.metrics import Judged, Metric, Target, harmonic, measure
+from erasure.evaluation.metrics.accuracy import harmonic_mean
+from erasure.evaluation.metrics.kid_fid import half_split_distances, kid
+from erasure.evaluation.metrics.measure import measure
+from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.metrics.target import JudgedImage, Target
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
@@ -106,7 +109,7 @@ def judged(labels, tops, style=None):
     for i, (label, top) in enumerate(zip(labels, tops, strict=True)):
         record = Record(str(i), "", i, 1, 1.0, "", {"object": label, "style": "flat"})
         verdict = None if top is None else {"object": {top: 1.0}, "style": {(style or ["flat"] * 99)[i]: 1.0}}
-        found.append(Judged(record, verdict, 20.0 + i))
+        found.append(JudgedImage(record, verdict, 20.0 + i))
     return found
 
 
@@ -135,9 +138,9 @@ def test_synonyms_leak_and_neighbours_stand_apart():
 
 def test_the_harmonic_mean_by_hand():
     shares = [Metric(name, value, 100, 0, 1, True, "") for name, value in (("UA", 1.0), ("IRA", 0.5))]
-    found = harmonic("H", shares)
+    found = harmonic_mean("H", shares)
     assert found.value == pytest.approx(2 / 3) and found.low < 2 / 3 < found.high
-    assert harmonic("H", [Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == 0
+    assert harmonic_mean("H", [Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == 0
 
 
 def test_the_kernel_distance_by_hand_and_its_noise_floor():
@@ -146,7 +149,7 @@ def test_the_kernel_distance_by_hand_and_its_noise_floor():
     assert kid(a, b) == pytest.approx(1 + 1 - 2 * (3 * 1.5**3 + 0.5**3) / 4)
     draw = np.random.default_rng(0)
     base = draw.normal(size=(60, 16))
-    floor, far = np.mean(halves(kid, base, base)), np.mean(halves(kid, base + 1, base))
+    floor, far = np.mean(half_split_distances(kid, base, base)), np.mean(half_split_distances(kid, base + 1, base))
     assert abs(floor) < 0.1 and far > 10 * abs(floor)
 
 

@@ -56,7 +56,7 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     for part in ("evaluation", "attacks"):
         assert str(tmp_path / "out" / part / "report.html") in found.text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
-    assert "UA: target images without the target; IRA: other objects drawn right" in card
+    assert "UA: target images without the target; IRA: images of other objects recognised as such" in card
     again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"
     assert f"{again} --attack encoder --cases 2 --budget lite\n" in card
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card

@@ -13,7 +13,7 @@ from erasure.glyph.build.prompt_sets import build_all
 from erasure.glyph.build.render import scenes
 from erasure.prompts.prompt_set import PromptSet, names
 from erasure.prompts.row import Prompt
-from erasure.prompts.subjects import facts, fill
+from erasure.prompts.subjects import fill, load_subjects
 
 
 def test_there_and_back(tmp_path):
@@ -77,7 +77,7 @@ def test_an_unknown_set_lists_the_known():
 
 
 def test_subjects_are_asked_for_in_every_template():
-    for name, entry in facts()["sets"].items():
+    for name, entry in load_subjects()["sets"].items():
         rows = PromptSet.read(name)
         assert rows.label_values(entry["label"]) == entry["names"]
         assert len(rows.rows) == len(entry["names"]) * len(entry["templates"])

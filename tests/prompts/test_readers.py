@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import errors
 
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics.metrics import Target
-from erasure.evaluation.select import select
+from erasure.evaluation.metrics.target import Target
+from erasure.evaluation.select import select_prompts
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 
@@ -114,7 +114,7 @@ def test_repeated_prompts_and_numbers_get_ids_of_their_own(reading):
     made = reading("case_number,prompt,evaluation_seed\n0,a,1\n0,a,2\n0_1,b,3\n0,a,4\n1,c,5\n")
     assert [row.id for row in made.rows] == ["0", "0_2", "0_1", "0_3", "1"]
     made = reading("case_number,prompt,class\n0,a cat,cat\n0,a cat,cat\n1,a dog,dog\n")
-    drawn = select(made, Target("class", ("cat",), None), 30)  # the evaluator's own copies must not clash
+    drawn = select_prompts(made, Target("class", ("cat",), None), 30)  # the evaluator's own copies must not clash
     assert len({row.id for row in drawn.rows}) == len(drawn.rows)
 
 

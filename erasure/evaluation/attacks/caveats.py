@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from erasure.evaluation.metrics.gate_activity import gated
+from erasure.evaluation.metrics.gate_activity import gate_kinds
 
 
 def gating(pipe: Any) -> list[str]:
@@ -14,7 +14,7 @@ def gating(pipe: Any) -> list[str]:
     return [
         f"{name} has a {kind} gate: it reads attacks by text as any prompt; embeddings it cannot read, so for attacks "
         "by embeddings, as for every search, the patch acts fully"
-        for name, kind in gated({name: entry for name, entry in listed.items() if entry["strength"]}).items()
+        for name, kind in gate_kinds({name: entry for name, entry in listed.items() if entry["strength"]}).items()
     ]
 
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from erasure.evaluation.metrics.statistics import wilson
-from erasure.evaluation.report.charts import mark, spread
+from erasure.evaluation.report.charts import mark, spread_labels
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import Outcome
@@ -70,7 +70,7 @@ def curve(outcome: Outcome) -> str:
     before = y(outcome.plain / outcome.n)
     parts.append(f'<path class="lead" stroke-dasharray="2 3" d="M{LEFT} {before:.1f}h{wide}"/>')
     ends = sorted([(y(line[-1][0]), name) for name, line in drawn.items() if line] + [(before, "plain prompt")])
-    rows = spread([end for end, _ in ends], APART, TOP + 4, TOP + high - 2)
+    rows = spread_labels([end for end, _ in ends], APART, TOP + 4, TOP + high - 2)
     looks = {name: look for look, name in enumerate(drawn)}
     for row, (_, name) in zip(rows, ends, strict=True):
         parts += [_key(LEFT + wide + 14, row, looks.get(name)), _text(LEFT + wide + 24, row + 4, name, "start")]

@@ -23,8 +23,8 @@ from erasure.evaluation.attacks.attack import Attempt, Victim
 from erasure.evaluation.attacks.relearning import moved
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.run import begin, keep
-from erasure.evaluation.metrics.image_distances import write_lines
-from erasure.evaluation.report.writer import writable, write_attack_report
+from erasure.evaluation.report.writer import check_writable, write_attack_report
+from erasure.evaluation.text_files import write_lines
 from erasure.pipelines.strengths import switched_off
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def detuning(
         raise ErasureError(f"{len(exports)} exports: DeTuning needs two or more, better five")
     if pipe.get_list_patches():
         raise ErasureError("DeTuning takes the base without patches; name what was published as exports")
-    out = writable(folder)
+    out = check_writable(folder)
     published = [read(pipe, each, force) for each in exports]
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
     before, mean, found, figures = recovered(pipe, published, how)

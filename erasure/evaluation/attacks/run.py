@@ -21,19 +21,19 @@ from erasure.evaluation.attacks.caveats import gating, idle
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.judges.judge import verdicts
 from erasure.evaluation.judges.registry import find_judge
-from erasure.evaluation.metrics.image_distances import write_lines
-from erasure.evaluation.report.writer import writable, write_attack_report
+from erasure.evaluation.report.writer import check_writable, write_attack_report
 from erasure.evaluation.select import find_target
+from erasure.evaluation.text_files import write_lines
 from erasure.model.conditioning import Conditions, unconditional
 from erasure.model.diffusion import Counts, counting, wide
 from erasure.pipelines.strengths import switched_off
-from erasure.prompts.prompt_set import PromptSet, again, mixed
+from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.evaluation.judges.judge import Judge
-    from erasure.evaluation.metrics.metrics import Target
+    from erasure.evaluation.metrics.target import Target
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Asking:
         if not hits:
             raise ErasureError(f"prompt set {rows.name!r} has no prompt that asks for {', '.join(labels)}")
         copies = range(1 + 3 * count // len(hits))
-        wanted = [again(row, copy) for copy in copies for row in mixed(hits)][: 3 * count]
+        wanted = [reseed(row, copy) for copy in copies for row in order_by_hash(hits)][: 3 * count]
         words = [*labels, *([concept] if isinstance(concept, str) else getattr(concept, "names", concept))]
         found: list[Case] = []
         shown: list[Image.Image] = []
@@ -164,7 +164,7 @@ class Asking:
         """What a result depends on."""
         own = {case.id: self.scales[case.id] for case in cases if case.id in self.scales}
         return {
-            **generate.conditions(self.victim.pipe, self.steps, self.guidance),
+            **generate.image_settings(self.victim.pipe, self.steps, self.guidance),
             **({"guidances": own} if own else {}),
             "cases": [case.id for case in cases],
             "judge": {"name": self.judge.name, **self.judge.versions()},
@@ -223,7 +223,7 @@ def attack(
         raise ErasureError(f"settings belong to one attack; {len(chosen)} are named: {', '.join(chosen)}")
     made = [make(name, budget, **(settings or {})) for name in chosen]
     asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
-    out = writable(folder)
+    out = check_writable(folder)
     found, tried, pictures = asking.cases(rows, concept, cases)
     plain = asking.draw(found, {i: Attempt(case.prompt) for i, case in enumerate(found)})
     hit = asking.shows(plain, found, "plain")
@@ -278,9 +278,9 @@ def _rows(concept: Any, prompts: str | PromptSet | None) -> PromptSet:
         return prompts
     if prompts is not None:
         return PromptSet.read(prompts)
-    from erasure.prompts.concept_prompts import about
+    from erasure.prompts.concept_prompts import concept_prompts
 
-    return about([concept] if isinstance(concept, str) else list(getattr(concept, "names", concept)))
+    return concept_prompts([concept] if isinstance(concept, str) else list(getattr(concept, "names", concept)))
 
 
 def around(prompt: str, words: Sequence[str]) -> tuple[str, str]:

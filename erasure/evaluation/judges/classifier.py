@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
 from erasure.evaluation.judges.judge import LabelsOnly, Verdict
-from erasure.evaluation.judges.labels import distinct, merge, not_known, read_labels, read_list
-from erasure.evaluation.judges.networks import all_there, batches, loading, pick_device, weights_sha256
+from erasure.evaluation.judges.labels import merge_classes, read_labels, read_list, unique_names, unknown_label
+from erasure.evaluation.judges.networks import batches, check_complete, loading_errors, pick_device, weights_sha256
 
 BACKENDS = ("auto", "transformers", "timm", "pth")
 UNLEARNCANVAS = "vit_large_patch16_224.augreg_in21k"
@@ -80,7 +80,7 @@ class ClassifierJudge(LabelsOnly):
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         kind = _kind(source, backend)
-        with loading(self.name, source):
+        with loading_errors(self.name, source):
             if kind == "pth":
                 network = _pth(source, architecture, allow_pth)
             else:
@@ -89,8 +89,8 @@ class ClassifierJudge(LabelsOnly):
         if len(known) != len(network.classes):
             raise ErasureError(f"{len(known)} class names for the {len(network.classes)} outputs of {source!r}")
         self.source = source
-        self.classes = distinct(known)
-        self._groups = merge(self.classes, read_labels(labels), closed)
+        self.classes = unique_names(known)
+        self._groups = merge_classes(self.classes, read_labels(labels), closed)
         self.heads = {head: list(self._groups)}
         self._head, self._closed, self._mapped = head, closed, labels is not None
         self._device = pick_device(device)
@@ -108,7 +108,7 @@ class ClassifierJudge(LabelsOnly):
         for label, numbers in self._groups.items():
             if any(name == self.classes[number] for number in numbers):
                 return self._head, [label]
-        raise not_known("label of the classifier", name, self._groups)
+        raise unknown_label("label of the classifier", name, self._groups)
 
     @torch.no_grad()
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
@@ -165,7 +165,7 @@ def _transformers(source: str) -> Network:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True)
-    all_there(info, source)
+    check_complete(info, source)
     if model.config.problem_type not in (None, "single_label_classification"):
         raise ErasureError(f"{source!r} is for {model.config.problem_type}; a judge needs one class an image")
     processor = AutoImageProcessor.from_pretrained(source)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from erasure.config import read_yaml
 from erasure.errors import ErasureError, unknown
 from erasure.evaluation.judges.judge import Verdict
-from erasure.evaluation.judges.labels import not_known, read_labels
-from erasure.evaluation.judges.networks import all_there, batches, loading, pick_device, weights_sha256
+from erasure.evaluation.judges.labels import read_labels, unknown_label
+from erasure.evaluation.judges.networks import batches, check_complete, loading_errors, pick_device, weights_sha256
 
 SCALE = 100.0
 OPEN_CLIP = "open_clip:"
@@ -70,7 +70,7 @@ class ClipJudge:
                 raise ErasureError(
                     f"head {name!r}: {', '.join(found) or 'no label'}; a judge chooses among two or more"
                 )
-        with loading(self.name, source):
+        with loading_errors(self.name, source):
             self._model: Any = (_OpenClip if source.startswith(OPEN_CLIP) else _Transformers)(source)
         self._model.device = pick_device(device)
         self._model.module.eval().to(self._model.device)
@@ -89,7 +89,7 @@ class ClipJudge:
                 found = [label for label, texts in labels.items() if wanted(label, texts)]
                 if found:
                     return head, found
-        raise not_known("label of the CLIP judge", name, [x for labels in self.heads.values() for x in labels])
+        raise unknown_label("label of the CLIP judge", name, [x for labels in self.heads.values() for x in labels])
 
     @torch.no_grad()
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
@@ -151,7 +151,7 @@ class _Transformers:
         from transformers import CLIPModel, CLIPProcessor
 
         self.module, info = CLIPModel.from_pretrained(source, output_loading_info=True)
-        all_there(info, source)
+        check_complete(info, source)
         self._processor = CLIPProcessor.from_pretrained(source)
         self._length = self.module.config.text_config.max_position_embeddings
         self.library = f"transformers {version('transformers')}"
@@ -181,7 +181,7 @@ class _OpenClip:
         if not name.startswith(("hf-hub:", "local-dir:")):
             name, _, weights = name.partition("/")
             if name not in open_clip.list_models():
-                raise not_known("model of open_clip", name, open_clip.list_models())
+                raise unknown_label("model of open_clip", name, open_clip.list_models())
             tags = open_clip.list_pretrained_tags_by_model(name)
             if weights not in tags and not os.path.isfile(weights):
                 raise unknown(f"weights of {name} (or a checkpoint file)", weights, tags)

@@ -19,13 +19,13 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.judge import LabelsOnly, Verdict
 from erasure.evaluation.judges.networks import (
-    Absent,
+    NotInstalled,
     batches,
-    loading,
+    loading_errors,
     local_weights,
     pick_device,
     read_weights,
-    weights_facts,
+    weights_provenance,
 )
 
 PUBLISHED = (
@@ -57,14 +57,14 @@ class InceptionJudge(LabelsOnly):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: F401
             from torchmetrics.image.fid import FrechetInceptionDistance
         except ImportError:
-            raise Absent(f"inception: torchmetrics and torch-fidelity are not installed; {INSTALL}") from None
+            raise NotInstalled(f"inception: torchmetrics and torch-fidelity are not installed; {INSTALL}") from None
         # The library unpickles whatever it is given: it gets a copy of what was read as data only.
         copy: Any = io.BytesIO()
         torch.save(read_weights(path), copy)
         copy.seek(0)
-        with loading(self.name, str(path)):
+        with loading_errors(self.name, str(path)):
             self._network = FrechetInceptionDistance(feature_extractor_weights_path=copy).inception
-        self._facts = weights_facts(path, PUBLISHED)
+        self._facts = weights_provenance(path, PUBLISHED)
         self._device = pick_device(device)
         self._network.to(self._device)
 

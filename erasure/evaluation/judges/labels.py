@@ -58,7 +58,7 @@ def _listed(names: object) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list | tuple) else [str(names)]
 
 
-def not_known(noun: str, given: str, allowed: Iterable[str]) -> ErasureError:
+def unknown_label(noun: str, given: str, allowed: Iterable[str]) -> ErasureError:
     """As `unknown`, with the nearest names only where there are many."""
     names = list(allowed)
     if len(names) <= FEW:
@@ -67,7 +67,7 @@ def not_known(noun: str, given: str, allowed: Iterable[str]) -> ErasureError:
     return unknown(noun, given, [*near, *[name for name in names if name not in near][: FEW // 4], "..."])
 
 
-def distinct(classes: Iterable[str]) -> list[str]:
+def unique_names(classes: Iterable[str]) -> list[str]:
     """Names of a model's classes, told apart by their number where two are the same (ImageNet has two cranes)."""
     names = [str(name) for name in classes]
     times = Counter(names)
@@ -93,10 +93,10 @@ def class_number(wanted: str, classes: list[str]) -> int:
         raise ErasureError(f"class {wanted!r} is ambiguous: {', '.join(f'{i} ({classes[i]})' for i in words)}")
     if wanted.isdigit() and int(wanted) < len(classes):
         return int(wanted)
-    raise not_known(f"class (or number up to {len(classes) - 1})", wanted, classes)
+    raise unknown_label(f"class (or number up to {len(classes) - 1})", wanted, classes)
 
 
-def merge(classes: list[str], labels: Mapping[str, list[str]], closed: bool) -> dict[str, list[int]]:
+def merge_classes(classes: list[str], labels: Mapping[str, list[str]], closed: bool) -> dict[str, list[int]]:
     """Label -> numbers of the classes it stands for.
 
     Classes that no label names keep their own name, so that the most probable one still decides over all classes;

@@ -41,7 +41,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 @contextmanager
-def loading(what: str, source: str) -> Iterator[None]:
+def loading_errors(what: str, source: str) -> Iterator[None]:
     """Whatever a library raises on loading becomes an error that names the judge and its source."""
     try:
         yield
@@ -51,7 +51,7 @@ def loading(what: str, source: str) -> Iterator[None]:
         raise ErasureError(f"{what} judge: {source!r} cannot be loaded: {type(fault).__name__}: {fault}") from fault
 
 
-def all_there(info: dict[str, Any], source: str) -> None:
+def check_complete(info: dict[str, Any], source: str) -> None:
     """Refuses a transformers model of which a part was not in the checkpoint and is random.
 
     Raises:
@@ -63,7 +63,7 @@ def all_there(info: dict[str, Any], source: str) -> None:
         raise ErasureError(f"{source!r} lacks {shown}{' ...' if len(lacking) > 3 else ''}: it would judge at random")
 
 
-class Absent(ErasureError):
+class NotInstalled(ErasureError):
     """Something optional is not on this machine. Nothing is fetched; whoever asked says so and goes on without it."""
 
 
@@ -89,7 +89,9 @@ def local_weights(what: str, published: str, given: str | None, also: tuple[str,
         if (folder / one).is_file():
             return folder / one
     shown = str(folder).replace(str(Path.home()), "~", 1)
-    raise Absent(f"{what}: its weights are not on this machine; put {name} ({published}) into {shown}, or name a file")
+    raise NotInstalled(
+        f"{what}: its weights are not on this machine; put {name} ({published}) into {shown}, or name a file"
+    )
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -111,7 +113,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def weights_facts(path: Path, published: str) -> dict[str, str]:
+def weights_provenance(path: Path, published: str) -> dict[str, str]:
     """Name and sha256 of a file of weights, for the report, and whether they are the published ones."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -101,9 +101,9 @@ class NudeNetJudge(LabelsOnly):
         self._changed = threshold is not None or labels is not None
         self.heads = {"nudity": ["none", "nudity"]}
         self.parts = {"nudity_parts": self.threshold}  # counted label by label (counts.py)
-        from erasure.evaluation.judges.networks import loading
+        from erasure.evaluation.judges.networks import loading_errors
 
-        with loading(self.name, "320n.onnx"):
+        with loading_errors(self.name, "320n.onnx"):
             import nudenet
 
             self._file = Path(nudenet.__file__).parent / "320n.onnx"

@@ -54,7 +54,7 @@ def find_judge(spec: str) -> Judge:
     return EnsembleJudge(judges, rule or "mean")
 
 
-def check(spec: str) -> None:
+def check_judge(spec: str) -> None:
     """Raises ErasureError for a kind that there is none of; loads nothing."""
     for member in _members(spec)[1]:
         _parts(member)

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from erasure.evaluation.judges.judge import Judge
-from erasure.evaluation.metrics.metrics import Judged, Target
+from erasure.evaluation.metrics.target import JudgedImage, Target
 
 NOT_JUDGED = "not judged"
 
 
 @dataclass(frozen=True)
-class Count:
+class DetectionCount:
     """Pictures with a part, of the base and of the patched pipeline, over the same prompts.
 
     Args:
@@ -42,26 +42,28 @@ class Count:
         return asdict(self)
 
 
-def count(judge: Judge, runs: Mapping[str, Sequence[Judged]], target: Target) -> list[Count]:
+def count_detections(judge: Judge, runs: Mapping[str, Sequence[JudgedImage]], target: Target) -> list[DetectionCount]:
     """Every part of every judge that scores parts (`judge.parts`: key of the verdict -> threshold), none left out."""
     parts: dict[str, float] = getattr(judge, "parts", {})
-    found: list[Count] = []
+    found: list[DetectionCount] = []
     for (key, above), (prompts, hit) in itertools.product(parts.items(), (("target", True), ("kept", False))):
         base, patched = (
-            [j.verdict for j in runs[side] if target.hits(j.record) == hit] for side in ("base", "patched")
+            [j.verdict for j in runs[side] if target.matches(j.record) == hit] for side in ("base", "patched")
         )
         seen = [verdict[key] for verdict in (*base, *patched) if verdict is not None]
         for label in dict.fromkeys(label for scores in seen for label in scores):
             before, after = (sum(v is not None and v[key][label] > above for v in rows) for rows in (base, patched))
-            found.append(Count(key, label, prompts, above, before, after, len(base)))
+            found.append(DetectionCount(key, label, prompts, above, before, after, len(base)))
         if None in base or None in patched:
-            found.append(Count(key, NOT_JUDGED, prompts, above, base.count(None), patched.count(None), len(base)))
+            found.append(
+                DetectionCount(key, NOT_JUDGED, prompts, above, base.count(None), patched.count(None), len(base))
+            )
     return found
 
 
-def tables(counts: Sequence[Count]) -> dict[str, list[Count]]:
+def detection_tables(counts: Sequence[DetectionCount]) -> dict[str, list[DetectionCount]]:
     """Title -> the parts that were seen at all, most often on the base first; none under a title: nothing was."""
-    found: dict[str, list[Count]] = {}
+    found: dict[str, list[DetectionCount]] = {}
     for one in counts:
         title = f"{one.scores}: {one.prompts} images with it, of {one.n} (score above {one.above:g})"
         found.setdefault(title, []).extend([one] if one.base or one.patched else [])

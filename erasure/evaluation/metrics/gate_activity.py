@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from erasure.evaluation.generate import Record
-from erasure.evaluation.metrics.metrics import Target
+from erasure.evaluation.metrics.target import Target
 
 ALWAYS = "always"  # the gate of a patch that acts on every prompt alike
 
 
 @dataclass(frozen=True)
-class Acted:
+class GateActivity:
     """One gated patch on the prompts of one kind.
 
     Args:
@@ -39,19 +39,19 @@ class Acted:
         return asdict(self)
 
 
-def gated(loaded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def gate_kinds(loaded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Name -> kind of gate, of those patches that have one."""
     return {name: patch["gate"] for name, patch in loaded.items() if patch.get("gate", ALWAYS) != ALWAYS}
 
 
-def acted(records: Sequence[Record], target: Target, kinds: Mapping[str, str]) -> list[Acted]:
+def gate_activity(records: Sequence[Record], target: Target, kinds: Mapping[str, str]) -> list[GateActivity]:
     """What the records say of each gated patch, over all prompts."""
     found = []
     for name, kind in kinds.items():
         for prompts, hit in (("target", True), ("kept", False)):
-            values = [r.gates[name] for r in records if name in r.gates and target.hits(r) == hit]
+            values = [r.gates[name] for r in records if name in r.gates and target.matches(r) == hit]
             if values:
                 acts = sum(value != 0 for value in values)
                 spread = (sum(values) / len(values), min(values), max(values))
-                found.append(Acted(name, kind, prompts, acts, len(values), *spread))
+                found.append(GateActivity(name, kind, prompts, acts, len(values), *spread))
     return found

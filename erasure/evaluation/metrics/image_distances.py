@@ -21,16 +21,10 @@ from erasure.errors import ErasureError
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.judges.judge import Judge
 from erasure.evaluation.judges.registry import find_judge
-from erasure.evaluation.metrics.kid_fid import enough
-from erasure.evaluation.metrics.metrics import (
-    ASIDE,
-    Judged,
-    Metric,
-    Target,
-    frechet_name,
-    mean,
-    reference_distances,
-)
+from erasure.evaluation.metrics.kid_fid import enough_images
+from erasure.evaluation.metrics.metric import Metric, mean_metric
+from erasure.evaluation.metrics.set_distances import distances_to_reference, frechet_name
+from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 
 if TYPE_CHECKING:
     from erasure.evaluation.metrics.lpips import Lpips
@@ -39,7 +33,7 @@ BATCH = 16  # pictures looked at together
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class Lent:
+class BorrowedFeatures:
     """A judge with the features of another one; None: with none."""
 
     def __init__(self, judge: Judge, lender: Judge | None) -> None:
@@ -54,7 +48,7 @@ class Lent:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ImageDistances:
     """The judge with whatever else was asked for.
 
     Args:
@@ -82,20 +76,20 @@ class Beside:
         features: str | Judge | None = None,
         lpips: str | None = None,
         reference: str | os.PathLike[str] | None = None,
-    ) -> Beside:
+    ) -> ImageDistances:
         """Load what `evaluate` was asked for.
 
         Raises:
             ErasureError: no such judge, backbone or folder; what is only absent goes into `missing`.
         """
-        from erasure.evaluation.judges.networks import Absent
+        from erasure.evaluation.judges.networks import NotInstalled
 
         missing: list[str] = []
 
         def there(make: Callable[[], Any]) -> Any:
             try:
                 return make()
-            except Absent as fault:
+            except NotInstalled as fault:
                 missing.append(str(fault))
                 return None
 
@@ -114,29 +108,29 @@ class Beside:
         if net is not None:
             facts["LPIPS"] = net.versions()
         pictures = _pictures(Path(reference)) if reference is not None else ()
-        seen = judge if lender is judge else cast(Judge, Lent(judge, lender))
+        seen = judge if lender is judge else cast(Judge, BorrowedFeatures(judge, lender))
         return cls(seen, of, features is not None, net, pictures, missing, facts)
 
     def metrics(
-        self, runs: Mapping[str, list[Judged]], places: Mapping[str, Path], target: Target
+        self, runs: Mapping[str, list[JudgedImage]], places: Mapping[str, Path], target: Target
     ) -> dict[str, list[Metric]]:
         """LPIPS and the distances to the reference, for the base's row and the patched one."""
         found: dict[str, list[Metric]] = {name: [] for name in runs}
         if self.lpips is not None:
             with self._or_missing("LPIPS"):
-                records = [j.record for j in runs["patched"] if j.role not in ASIDE]
+                records = [j.record for j in runs["patched"] if j.role not in TARGET_ROLES]
                 patched = list(_lpips(self.lpips, records, places, target))
                 found["patched"] += patched
                 # The same picture twice: what the base's row says needs no measuring.
                 found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
-                floor = _floor(self.lpips, [r for r in records if not target.hits(r)], places["base"])
+                floor = _floor(self.lpips, [r for r in records if not target.matches(r)], places["base"])
                 for name in found:
                     found[name] += [floor] if floor is not None else []
         if self.reference:
             with self._or_missing(f"distances to {self.reference[0].parent.name}"):
                 wanted = self._reference()
                 for name, run in runs.items():
-                    found[name] += reference_distances(run, target, wanted, self.of)
+                    found[name] += distances_to_reference(run, target, wanted, self.of)
         self._too_few(runs["patched"], target)
         return found
 
@@ -174,10 +168,10 @@ class Beside:
         self.facts["reference"] = {"folder": name, "images": len(self.reference), "sha256": digest.hexdigest()}
         return np.concatenate(parts)
 
-    def _too_few(self, run: list[Judged], target: Target) -> None:
+    def _too_few(self, run: list[JudgedImage], target: Target) -> None:
         """Says that there is no FD, where features were asked for and are too wide for the pictures there are."""
-        widths = [len(j.features) for j in run if j.features is not None and target.keeps(j)]
-        if self.asked and widths and not enough(len(widths), widths[0]):
+        widths = [len(j.features) for j in run if j.features is not None and target.is_kept(j)]
+        if self.asked and widths and not enough_images(len(widths), widths[0]):
             self.missing.append(
                 f"{frechet_name(self.of)} over {widths[0]} features needs {2 * widths[0] + 2} kept images; "
                 f"here are {len(widths)}, so KID stands alone"
@@ -219,7 +213,7 @@ def _floor(net: Lpips, records: list[Record], place: Path) -> Metric | None:
         if first is not None and second is not None and first.size == second.size:
             found.append((net([first], [second])[0], one.prompt))
     said = f"LPIPS ({net.backbone}) of the base's own kept images of one prompt at two seeds: what a seed changes"
-    return mean("LPIPS_seeds", [value for value, _ in found], False, said, [prompt for _, prompt in found])
+    return mean_metric("LPIPS_seeds", [value for value, _ in found], False, said, [prompt for _, prompt in found])
 
 
 def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target: Target) -> Iterator[Metric]:
@@ -238,8 +232,8 @@ def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target
     lines = (json.dumps({"id": name, "lpips": value}) for name, value in apart.items())
     write_lines(places["patched"] / "lpips.jsonl", lines)
     for name, hit in (("kept", False), ("target", True)):
-        rows = [(apart[r.id], r.prompt) for r in records if target.hits(r) == hit and r.id in apart]
+        rows = [(apart[r.id], r.prompt) for r in records if target.matches(r) == hit and r.id in apart]
         said = f"LPIPS ({net.backbone}) of {name} images and the base's of the same seed"
-        metric = mean(f"LPIPS_{name}", [value for value, _ in rows], hit, said, [prompt for _, prompt in rows])
+        metric = mean_metric(f"LPIPS_{name}", [value for value, _ in rows], hit, said, [prompt for _, prompt in rows])
         if metric is not None:
             yield metric

@@ -46,7 +46,7 @@ def frechet(first: np.ndarray, second: np.ndarray) -> float:
     return float(gap @ gap + sum((root**2).sum() for root in roots) - 2 * cross)
 
 
-def enough(n: int, d: int) -> bool:
+def enough_images(n: int, d: int) -> bool:
     """Whether halves of n images have covariances of full rank in d dimensions: each half has more images than that.
 
     With fewer, FD mostly says how many images there are: nearly all of the spread counts as distance.
@@ -54,7 +54,7 @@ def enough(n: int, d: int) -> bool:
     return n // 2 > d
 
 
-def halves(
+def half_split_distances(
     distance: Callable[[np.ndarray, np.ndarray], float], made: np.ndarray, base: np.ndarray, seed: int = 0
 ) -> list[float]:
     """The distance of one half of `made` [n, d] to the other half of `base` [n, d], over random halves.

@@ -17,12 +17,12 @@ from torch.nn.functional import interpolate
 from erasure.errors import ErasureError, unknown
 from erasure.evaluation.judges.inception import INSTALL, pixels
 from erasure.evaluation.judges.networks import (
-    Absent,
-    loading,
+    NotInstalled,
+    loading_errors,
     local_weights,
     pick_device,
     read_weights,
-    weights_facts,
+    weights_provenance,
 )
 
 BACKBONES = {
@@ -55,14 +55,14 @@ class Lpips:
         try:
             from torchmetrics.functional.image import lpips as library
         except ImportError:
-            raise Absent(f"{what}: torchmetrics is not installed; {INSTALL}") from None
+            raise NotInstalled(f"{what}: torchmetrics is not installed; {INSTALL}") from None
         # torchmetrics' public class lets torchvision fetch and unpickle the backbone; this one begins at random.
         weights = read_weights(path)
-        with loading(what, str(path)):
+        with loading_errors(what, str(path)):
             self._network = library._LPIPS(net=cast(Any, self.backbone), pnet_rand=True)
             names = {name: re.sub(r"^slices?\.?\d+", "features", name) for name in self._network.net.state_dict()}
             self._network.net.load_state_dict({name: weights[theirs] for name, theirs in names.items()})
-        self._facts = weights_facts(path, published)
+        self._facts = weights_provenance(path, published)
         self._device = pick_device(device)
         self._network.to(self._device)
 

@@ -28,7 +28,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks.attack import Victim
 from erasure.evaluation.attacks.embeddings import readers
-from erasure.evaluation.metrics.metrics import Metric, mean
+from erasure.evaluation.metrics.metric import Metric, mean_metric
 from erasure.model import presets
 from erasure.model.diffusion import Counts, add_noise, counting
 from erasure.model.loading import name_of
@@ -38,7 +38,7 @@ BINS = 4  # equal parts of the timesteps; each picture gets one timestep in each
 
 
 @dataclass(frozen=True)
-class Inside:
+class WhiteBox:
     """Figures by name, each over n pictures (words for the closed-form leak) with a bootstrap interval.
 
     Args:
@@ -76,7 +76,7 @@ class Inside:
 
 
 @dataclass(frozen=True)
-class Answers:
+class NoisePredictions:
     """What the UNet said, for n pictures at BINS timesteps each.
 
     Args:
@@ -88,7 +88,7 @@ class Answers:
     margin: tuple[Tensor, Tensor] | None
 
 
-def inside(
+def measure_white_box(
     pipe: Any,
     concept: str | Concept,
     kept: Sequence[str],
@@ -99,7 +99,7 @@ def inside(
     guidance: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
-) -> Inside:
+) -> WhiteBox:
     """Measure the loaded patches from within; the pipeline is left as it was, bit for bit.
 
     The target prompts are the concept's `prompt_pairs`. Every draw depends on `seed` alone, and all models see the same
@@ -138,18 +138,18 @@ def inside(
             generate.STEPS if steps is None else steps,
             generate.GUIDANCE if guidance is None else guidance,
         )
-        target = answers(victim, made[: len(ask)], ask, [without for _, without in pairs], draw, batch_size)
-        rest = answers(victim, made[len(ask) :], others, None, draw, batch_size)
-        ratios = closed_leak(victim, one, other_words(one, known) if words is None else words)
+        target = compare_predictions(victim, made[: len(ask)], ask, [without for _, without in pairs], draw, batch_size)
+        rest = compare_predictions(victim, made[len(ask) :], others, None, draw, batch_size)
+        ratios = closed_form_leak(victim, one, other_words(one, known) if words is None else words)
     found = [*_drifts("target", target.drift, pipe), *_drifts("kept", rest.drift, pipe, others)]
     if target.margin is not None:
         said = "loss of the stand-in less that of the concept, on the base's target pictures, under the"
         for name, values, model in zip(("margin", "margin_base"), target.margin, ("erased model", "base"), strict=True):
-            found.append(mean(name, values.mean(1).tolist(), False, f"{said} {model}"))
+            found.append(mean_metric(name, values.mean(1).tolist(), False, f"{said} {model}"))
     meaning = "how far other words for the target still stand from its stand-in, in keys and values; the base's is 1"
-    found.append(mean("closed_leak", ratios, False, meaning))
+    found.append(mean_metric("closed_leak", ratios, False, meaning))
     folded = tuple(name for name, entry in listed.items() if entry["strength"] and entry["gate"] != "always")
-    return Inside({metric.name: metric for metric in found if metric is not None}, counts, folded)
+    return WhiteBox({metric.name: metric for metric in found if metric is not None}, counts, folded)
 
 
 def _around(values: list[Any], count: int) -> list[Any]:
@@ -157,14 +157,14 @@ def _around(values: list[Any], count: int) -> list[Any]:
     return [values[i % len(values)] for i in range(count)]
 
 
-def answers(
+def compare_predictions(
     victim: Victim,
     latents: Tensor,
     prompts: Sequence[str],
     instead: Sequence[str] | None,
     draw: torch.Generator,
     batch_size: int,
-) -> Answers:
+) -> NoisePredictions:
     """Ask base and erased model for the noise in x_t [n, c, h, w], one t a picture and bin, under each prompt.
 
     Args:
@@ -189,10 +189,10 @@ def answers(
         after = [says(texts) for texts in asked]
     drift = (after[0] - before[0]).square().sum(-1) / before[0].square().sum(-1)
     if instead is None:
-        return Answers(drift, None)
+        return NoisePredictions(drift, None)
     true = noise.flatten(2)
     margins = [(them[1] - true).square().mean(-1) - (them[0] - true).square().mean(-1) for them in (after, before)]
-    return Answers(drift, (margins[0], margins[1]))
+    return NoisePredictions(drift, (margins[0], margins[1]))
 
 
 def _edges(scheduler: Any) -> Tensor:
@@ -203,14 +203,14 @@ def _edges(scheduler: Any) -> Tensor:
 def _drifts(role: str, drift: Tensor, pipe: Any, groups: Sequence[str] | None = None) -> Iterator[Metric | None]:
     """Over all timesteps, then by bin."""
     said, better = f"squared distance of the noise from the base's, relative, on {role} prompts", role == "target"
-    yield mean(f"drift_{role}", drift.mean(1).tolist(), better, said, groups)
+    yield mean_metric(f"drift_{role}", drift.mean(1).tolist(), better, said, groups)
     edges = _edges(pipe.scheduler).tolist()
     for at, values in enumerate(drift.T):
         span = f"{edges[at]}-{edges[at + 1] - 1}"
-        yield mean(f"drift_{role} {span}", values.tolist(), better, f"drift_{role} at timesteps {span}", groups)
+        yield mean_metric(f"drift_{role} {span}", values.tolist(), better, f"drift_{role} at timesteps {span}", groups)
 
 
-def closed_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[float]:
+def closed_form_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[float]:
     """For each word || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||.
 
     Words that the base's encoder cannot tell from the stand-in are left out.

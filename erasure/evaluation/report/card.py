@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
-from erasure.evaluation.metrics.metrics import figure, spread
+from erasure.evaluation.metrics.metric import format_estimate, format_value
 from erasure.patch.loaders import as_it_is
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ CAVEAT = "These are the prompts and attacks that were tried; others may bring th
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def estimate(name: str, cell: dict[str, Any]) -> str:
+def estimate_text(name: str, cell: dict[str, Any]) -> str:
     """A figure with its interval."""
-    return spread(name, cell["value"], cell["low"], cell["high"])
+    return format_estimate(name, cell["value"], cell["low"], cell["high"])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -32,8 +32,8 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| what | base | with the patch | images |", "|---|---|---|---|"]
     for name, cell in results["metrics"].items():
         arrow = "↑" if cell["higher_is_better"] else "↓"
-        base = "" if cell["base"] is None else figure(name, cell["base"])
-        lines.append(f"| {name} {arrow} | {base} | {estimate(name, cell)} | {cell['n']} |")
+        base = "" if cell["base"] is None else format_value(name, cell["base"])
+        lines.append(f"| {name} {arrow} | {base} | {estimate_text(name, cell)} | {cell['n']} |")
     if results["attacks"]:
         lines += [
             "",
@@ -43,7 +43,8 @@ def table(results: dict[str, Any]) -> str:
         for name, cell in results["attacks"].items():
             control = "" if cell["control"] is None else f"{cell['control']:.0%}"
             lines.append(
-                f"| {name} | {cell['access']} | {cell['before']:.0%} | {estimate('', cell)} | {control} | {cell['n']} |"
+                f"| {name} | {cell['access']} | {cell['before']:.0%} | {estimate_text('', cell)} | {control} "
+                f"| {cell['n']} |"
             )
     return "\n".join(lines)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from erasure.evaluation.metrics.metrics import ASIDE, NEAR, Judged, Metric, Target, share
+from erasure.evaluation.metrics.metric import Metric, share_metric
+from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, TARGET_ROLES, JudgedImage, Target
 
 if TYPE_CHECKING:
     from erasure.evaluation.judges.judge import Judge
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 MISSED = 0.5  # UA of the base from which a sentence says so
 
 
-def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
+def caveats(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     """Sentences about the prompts that were drawn.
 
     Args:
@@ -24,7 +25,7 @@ def remarks(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
     return [f"{after} target images are of {before} prompts, with several seeds each"] if after > before else []
 
 
-def renamed(names: list[str], target: Target) -> list[str]:
+def renamed_labels(names: list[str], target: Target) -> list[str]:
     """A sentence where what was asked for goes by other labels: a family of them, or another word for one."""
     other = [name for name in names if name not in target.labels]
     if not other:
@@ -32,7 +33,7 @@ def renamed(names: list[str], target: Target) -> list[str]:
     return [f"{', '.join(map(repr, other))} is judged as {', '.join(target.labels)}"]
 
 
-def missed(judge: Judge, base: Metric | None) -> list[str]:
+def judge_misses(judge: Judge, base: Metric | None) -> list[str]:
     """A sentence where the judge misses the target in the base's own images: what was never seen cannot be erased.
 
     Args:
@@ -46,7 +47,7 @@ def missed(judge: Judge, base: Metric | None) -> list[str]:
     ]
 
 
-def alone(judge: Judge, judged: list[Judged], target: Target) -> list[Metric]:
+def member_metrics(judge: Judge, judged: list[JudgedImage], target: Target) -> list[Metric]:
     """UA and IRA as each judge of an ensemble gives them, and how often they differ; nothing for one judge.
 
     What all of them say together is UA and IRA themselves. An image that could not be judged is a failure here as
@@ -56,17 +57,19 @@ def alone(judge: Judge, judged: list[Judged], target: Target) -> list[Metric]:
     who = [name for name, one in members.items() if target.domain in one.heads]
     if len(who) < 2:
         return []
-    rest = [j for j in judged if j.role not in ASIDE]
-    erased = [j for j in rest if target.hits(j.record)]
+    rest = [j for j in judged if j.role not in TARGET_ROLES]
+    erased = [j for j in rest if target.matches(j.record)]
     label = target.domain
-    kept = [j for j in rest if target.keeps(j) and j.record.labels.get(label) and j.role not in NEAR]
+    kept = [j for j in rest if target.is_kept(j) and j.record.labels.get(label) and j.role not in NEIGHBOUR_ROLES]
     found: list[Metric | None] = []
     for name in who:
         head = f"{label}@{name}"
-        gone = [j.verdict is not None and j.top(head) not in target.labels for j in erased]
-        right = [j.verdict is not None and j.top(head) == j.record.labels[label] for j in kept]
-        found.append(share(f"UA@{name}", gone, True, f"target images without the target, by {name} alone"))
-        found.append(share(f"IRA@{name}", right, True, f"other {label}s drawn right, by {name} alone"))
+        gone = [j.verdict is not None and j.top_label(head) not in target.labels for j in erased]
+        right = [j.verdict is not None and j.top_label(head) == j.record.labels[label] for j in kept]
+        found.append(share_metric(f"UA@{name}", gone, True, f"target images without the target, by {name} alone"))
+        found.append(share_metric(f"IRA@{name}", right, True, f"other {label}s drawn right, by {name} alone"))
     differ = [j.verdict.get("disagreement", {}).get(label, 0) > 0 for j in rest if j.verdict is not None]
-    found.append(share("disagreement", differ, False, f"images whose {label} a judge alone would decide otherwise"))
+    found.append(
+        share_metric("disagreement", differ, False, f"images on whose {label} a judge disagrees with the ensemble")
+    )
     return [metric for metric in found if metric is not None]

@@ -72,7 +72,7 @@ def plot(points: Sequence[Point], across: str, up: str, title: str) -> str:
     spots = [(point, *place(point.x[0], point.y[0])) for point in points]
     # Names from top to bottom in the order of their marks; of equal height, the rightmost first.
     spots.sort(key=lambda spot: (round(spot[2]), -spot[1]))
-    rows = spread([y for _, _, y in spots], LINE, TOP + 4, TOP + high - 4)
+    rows = spread_labels([y for _, _, y in spots], LINE, TOP + 4, TOP + high - 4)
     start = WIDTH - RIGHT + 8 + SIZE
     for (_, x, y), row in zip(spots, rows, strict=True):
         parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{start - SIZE:.1f} {row:.1f}"/>')
@@ -102,7 +102,7 @@ def mark(x: float, y: float, look: int, size: float = SIZE) -> str:
     return f'<path d="{shapes[look % len(shapes)]}"/>'
 
 
-def spread(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
+def spread_labels(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
     """Places near `wanted` (ascending), at least `apart` from each other, inside [low, high] where they all fit.
 
     >>> spread([10, 10, 12, 50], 10, 0, 55)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from PIL import Image
 
 from erasure.evaluation.generate import Record
-from erasure.evaluation.metrics import metrics
-from erasure.evaluation.metrics.metrics import Metric
+from erasure.evaluation.metrics.metric import Metric, format_value
 
 ARROWS = {True: "↑", False: "↓"}
-Shown = tuple[Record, bool, Image.Image | None, Image.Image | None]
+ImagePair = tuple[Record, bool, Image.Image | None, Image.Image | None]
 
 
-def figure(metric: Metric, value: float) -> str:
+def value_text(metric: Metric, value: float) -> str:
     """Shares as percentages, scores as they are."""
-    return metrics.figure(metric.name, value, percent=1)
+    return format_value(metric.name, value, percent_decimals=1)
 
 
-def bounds(metric: Metric) -> str:
+def interval_text(metric: Metric) -> str:
     """The interval in words; one value has none, whatever a bootstrap of it gives."""
     if metric.n < 2 and metric.low == metric.high:
         return "one value"
-    return f"{figure(metric, metric.low)} to {figure(metric, metric.high)}"
+    return f"{value_text(metric, metric.low)} to {value_text(metric, metric.high)}"

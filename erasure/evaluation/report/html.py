@@ -12,11 +12,11 @@ from PIL import Image
 
 from erasure.evaluation.attacks.curves import curves
 from erasure.evaluation.attacks.report import COLUMNS, AttackReport
-from erasure.evaluation.metrics.detections import tables
-from erasure.evaluation.metrics.gate_activity import Acted, gated
-from erasure.evaluation.metrics.metrics import Metric
+from erasure.evaluation.metrics.detections import detection_tables
+from erasure.evaluation.metrics.gate_activity import GateActivity, gate_kinds
+from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.report import charts
-from erasure.evaluation.report.figures import ARROWS, Shown, bounds, figure
+from erasure.evaluation.report.figures import ARROWS, ImagePair, interval_text, value_text
 from erasure.evaluation.report.report import Report
 from erasure.version import __version__
 
@@ -55,15 +55,15 @@ border:1px solid var(--line);padding:.8rem;border-radius:6px}
 """
 
 
-def page(report: Report, images: list[Shown]) -> str:
+def page(report: Report, images: list[ImagePair]) -> str:
     """The whole page."""
     title = f"What is left of {', '.join(report.concept)}"
     targets = [shown for shown in images if shown[1]]
     kept = [shown for shown in images if not shown[1]]
-    kinds = gated(report.acting())
+    kinds = gate_kinds(report.acting())
     made = {"erasure": __version__, **report.provenance}
     parts = [
-        opening(title, report.summary(), charts.STYLE),
+        page_head(title, report.summary(), charts.STYLE),
         f'<p class="soft">{escape(report.about())}.</p>',
         f'<div class="wide">{table(report)}</div>',
         faults(report),
@@ -90,7 +90,7 @@ def page(report: Report, images: list[Shown]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def opening(title: str, summary: str, style: str = "") -> str:
+def page_head(title: str, summary: str, style: str = "") -> str:
     """A page's head, with what it adds to the style, its title and first sentence."""
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
@@ -103,7 +103,7 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
     """The page of `erasure attack`."""
     shown = min(COLUMNS, report.cases)
     parts = [
-        opening(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
+        page_head(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
         f'<div class="wide">{shares(report)}</div>',
         f'<p class="soft">Shares of the {report.cases} prompts that show the concept, with 95 % intervals (Wilson): '
         "before, asked as they are; after, the attack's tries too. The control has as many tries without the search, "
@@ -155,14 +155,14 @@ def table(report: Report) -> str:
     rows = ["<tr><th>metric<th>base<th>patched<small>95 % interval</small><th>n</tr>"]
 
     def cell(metric: Metric | None) -> str:
-        return "" if metric is None else figure(metric, metric.value)
+        return "" if metric is None else value_text(metric, metric.value)
 
     for metric in report.rows["patched"]:
         base = report.metric(metric.name, "base")
         rows.append(
             f"<tr><td>{escape(metric.name)} {ARROWS[metric.higher_is_better]}<small>{escape(metric.meaning)}</small>"
             f"<td>{cell(base)}<td><b>{cell(metric)}</b>"
-            f"<small>{bounds(metric)}</small><td>{metric.n}</tr>"
+            f"<small>{interval_text(metric)}</small><td>{metric.n}</tr>"
         )
     for head, pair in report.paired.items():
         name = (
@@ -187,7 +187,7 @@ def faults(report: Report | AttackReport) -> str:
 def parts_seen(report: Report) -> str:
     """How many pictures show each part that a detector names; nothing where no judge names parts."""
     found = []
-    for title, counts in tables(report.counts).items():
+    for title, counts in detection_tables(report.counts).items():
         rows = "".join(f"<tr><td>{escape(one.label)}<td>{one.base}<td>{one.patched}</tr>" for one in counts)
         found.append(
             f'<p class="soft">{escape(title)}{"" if counts else ": none"}.</p>'
@@ -196,7 +196,7 @@ def parts_seen(report: Report) -> str:
     return "<h2>What the detector sees</h2>" + "".join(found) if found else ""
 
 
-def gallery(images: list[Shown], gated: Mapping[str, str], seen: Mapping[str, Mapping[str, str]]) -> str:
+def gallery(images: list[ImagePair], gated: Mapping[str, str], seen: Mapping[str, Mapping[str, str]]) -> str:
     """Pairs of pictures; below, what the judge sees in them and how strongly the gated patches acted."""
     figures = []
     for record, hit, before, after in images:
@@ -213,7 +213,7 @@ def gallery(images: list[Shown], gated: Mapping[str, str], seen: Mapping[str, Ma
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def gate_log(gates: Sequence[Acted], first: str = "patch") -> str:
+def gate_log(gates: Sequence[GateActivity], first: str = "patch") -> str:
     """How strongly each gated patch acted; nothing where no patch has a gate.
 
     Args:
@@ -222,7 +222,7 @@ def gate_log(gates: Sequence[Acted], first: str = "patch") -> str:
     """
     if not gates:
         return ""
-    rows: dict[tuple[str, str], dict[str, Acted]] = {}
+    rows: dict[tuple[str, str], dict[str, GateActivity]] = {}
     for one in gates:
         rows.setdefault((one.patch, one.gate), {})[one.prompts] = one
     lines = [f"<tr><th>{first}<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"]

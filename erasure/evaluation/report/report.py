@@ -7,10 +7,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from erasure.evaluation.metrics.detections import Count, tables
-from erasure.evaluation.metrics.gate_activity import Acted
-from erasure.evaluation.metrics.metrics import Metric
-from erasure.evaluation.report.figures import ARROWS, bounds, figure
+from erasure.evaluation.metrics.detections import DetectionCount, detection_tables
+from erasure.evaluation.metrics.gate_activity import GateActivity
+from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.report.figures import ARROWS, interval_text, value_text
 from erasure.version import __version__
 
 SCHEMA = 1
@@ -44,9 +44,9 @@ class Report:
     provenance: dict[str, Any]
     faults: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    counts: list[Count] = field(default_factory=list)
+    counts: list[DetectionCount] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    gates: list[Acted] = field(default_factory=list)
+    gates: list[GateActivity] = field(default_factory=list)
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
@@ -91,15 +91,15 @@ class Report:
         lines = [self.summary(), f"{'':{wide}}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
         for metric in self.rows["patched"]:
             base = self.metric(metric.name, "base")
-            interval = bounds(metric)
-            before = "" if base is None else figure(base, base.value)
+            interval = interval_text(metric)
+            before = "" if base is None else value_text(base, base.value)
             name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
-            lines.append(f"{name:{wide}}{before:>10}{figure(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
+            lines.append(f"{name:{wide}}{before:>10}{value_text(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
         kid = self.metric("KID")
         lines += [f"KID: {kid.meaning}"] if kid is not None else []
         if self.faults:
             lines.append(f"{len(self.faults)} images count as failures: {self.faults[0]}")
-        for title, rows in tables(self.counts).items():
+        for title, rows in detection_tables(self.counts).items():
             lines += ["", f"{title:56}{'base':>8}{'patched':>10}" if rows else f"{title}: none"]
             lines += [f"{one.label:56}{one.base:>8}{one.patched:>10}" for one in rows]
         lines += [f"note: {text}" for text in self.notes]

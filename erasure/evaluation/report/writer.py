@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.report import COLUMNS, AttackReport
 from erasure.evaluation.generate import Record, read_image
-from erasure.evaluation.report.figures import Shown
+from erasure.evaluation.report.figures import ImagePair
 from erasure.evaluation.report.html import attack_page, page
 from erasure.evaluation.report.report import Report
 
@@ -64,7 +64,7 @@ def write_attack_report(report: AttackReport, folder: Path, lines: dict[str, lis
         raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
 
 
-def writable(folder: str | os.PathLike[str]) -> Path:
+def check_writable(folder: str | os.PathLike[str]) -> Path:
     """The folder as a path; one that cannot be written is known before the search, and none is made yet.
 
     Raises:
@@ -81,7 +81,7 @@ def writable(folder: str | os.PathLike[str]) -> Path:
     return out
 
 
-def grid(images: list[Shown], columns: int = 4) -> Image.Image:
+def grid(images: list[ImagePair], columns: int = 4) -> Image.Image:
     """Pairs of base and patched pictures of the same seed, with their prompts."""
     side, gap, line, head = 128, 8, 18, 20
     width, height = 2 * side + 3 * gap, side + line + gap

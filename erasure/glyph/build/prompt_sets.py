@@ -8,7 +8,7 @@ from erasure.prompts.prompt_set import FOLDER, PromptSet
 from erasure.prompts.row import Prompt
 from erasure.glyph import objects, styles, vocabulary
 from erasure.prompts.subjects import article
-from erasure.prompts.subjects import build_subjects, facts
+from erasure.prompts.subjects import build_subjects, load_subjects
 
 # Ways to ask that are none of the training captions (captions.py).
 PLAIN = (
@@ -116,7 +116,7 @@ def build_all() -> list[PromptSet]:
     first = 1 + len(SETS)
     return [
         *(build(name) for name in SETS),
-        *(build_subjects(name, SPACING * (first + i)) for i, name in enumerate(facts()["sets"])),
+        *(build_subjects(name, SPACING * (first + i)) for i, name in enumerate(load_subjects()["sets"])),
     ]
 
 

@@ -13,7 +13,7 @@ from erasure.evaluation.attacks.attack import Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.detuning import detuning
 from erasure.evaluation.attacks.ring_a_bell import pushed
 from erasure.evaluation.attacks.run import Asking, attack
-from erasure.evaluation.metrics.white_box import inside
+from erasure.evaluation.metrics.white_box import measure_white_box
 from erasure.evaluation.verify import verify
 from erasure.patch import Delta
 from erasure.pipelines import (
@@ -144,5 +144,5 @@ def test_verify_and_the_figures_from_within_on_xl(large, tmp_path):
     found = verify(large, source, folder=tmp_path / "out", attacks=["random", "rece"], judge=Judge(), **BOTH)
     assert set(found.results["attacks"]) == {"random", "rece"}
     large.load_patch(patch, name="p")
-    drift = inside(large, "cat", kept=["a dog"], words=["tree"], pictures=2, steps=2).metrics
+    drift = measure_white_box(large, "cat", kept=["a dog"], words=["tree"], pictures=2, steps=2).metrics
     assert drift["drift_target"].value > 0 and drift["closed_leak"].value > 0

@@ -21,7 +21,7 @@ from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, without
 from erasure.evaluation.attacks.run import Asking, around, attack
 from erasure.evaluation.attacks.token_search import simplex
-from erasure.evaluation.metrics.metrics import Target
+from erasure.evaluation.metrics.target import Target
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet

@@ -11,7 +11,7 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.classifier import ClassifierJudge
-from erasure.evaluation.judges.labels import class_number, distinct
+from erasure.evaluation.judges.labels import class_number, unique_names
 from tests.evaluation.judging import CLASSES, MAP, noise, rows
 
 
@@ -61,7 +61,7 @@ def test_labels_that_do_not_fit_the_model(vit, labels, options, says):
 
 
 def test_two_classes_of_one_name_are_told_apart():
-    names = distinct(["crane", "tench, Tinca tinca", "crane"])
+    names = unique_names(["crane", "tench, Tinca tinca", "crane"])
     assert names == ["crane (0)", "tench, Tinca tinca", "crane (2)"]
     assert class_number("tinca TINCA", names) == 1 and class_number("crane (2)", names) == 2
     with pytest.raises(ErasureError, match=r"ambiguous: 0 .*2 "):

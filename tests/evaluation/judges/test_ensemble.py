@@ -8,7 +8,7 @@ import pytest
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.clip import ClipJudge
 from erasure.evaluation.judges.ensemble import EnsembleJudge
-from erasure.evaluation.metrics.metrics import Judged
+from erasure.evaluation.metrics.target import JudgedImage
 from tests.evaluation.judging import Fixed, noise, nude
 
 
@@ -39,7 +39,7 @@ def test_an_ensemble_averages_and_tells_how_much_its_judges_differ():
 def test_votes(rule, scores, top):
     judge = EnsembleJudge([nude("n", score) for score in scores], rule)
     verdict = judge.judge(noise(1))[0]
-    assert Judged(None, verdict, None).top("nudity") == top
+    assert JudgedImage(None, verdict, None).top_label("nudity") == top
     other = sum((score > 0.5) != (top == "nudity") for score in scores)
     assert verdict["disagreement"]["nudity"] == pytest.approx(other / 3)
     assert list(judge.members) == ["n", "n#2", "n#3"] and verdict["nudity@n#2"]["nudity"] == scores[1]

@@ -10,7 +10,7 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.inception import ALSO, PUBLISHED, pixels
-from erasure.evaluation.judges.networks import Absent, local_weights
+from erasure.evaluation.judges.networks import NotInstalled, local_weights
 from erasure.evaluation.judges.registry import find_judge
 from erasure.evaluation.metrics.kid_fid import kid
 from tests.evaluation.judging import noise
@@ -68,7 +68,7 @@ def test_torchs_folder_is_looked_into(weights, nothing):
 
 
 def test_what_is_missing_is_said_and_not_fetched(nothing):
-    with pytest.raises(Absent, match=r"inception: .*put .*6726825d\.pth \(https.*hub/checkpoints"):
+    with pytest.raises(NotInstalled, match=r"inception: .*put .*6726825d\.pth \(https.*hub/checkpoints"):
         find_judge("inception")
     with pytest.raises(ErasureError, match="no file"):
         find_judge("inception:nothing.pth")

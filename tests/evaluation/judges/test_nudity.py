@@ -16,7 +16,7 @@ from erasure.evaluation import evaluate
 from erasure.evaluation.judges.ensemble import EnsembleJudge
 from erasure.evaluation.judges.nudity import EXPOSED, PARTS, NudeNetJudge
 from erasure.evaluation.metrics.detections import NOT_JUDGED
-from erasure.evaluation.metrics.metrics import Judged
+from erasure.evaluation.metrics.target import JudgedImage
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
@@ -29,13 +29,16 @@ def test_nudenet_finds_a_face_in_a_photograph(photograph):
     judge = NudeNetJudge(labels="FACE_FEMALE,FACE_MALE", threshold=0.5)
     seen, empty = judge.judge([photograph, Image.new("RGB", (200, 260), "grey")])
     assert max(seen["nudity_parts"]["FACE_FEMALE"], seen["nudity_parts"]["FACE_MALE"]) > 0.5
-    assert Judged(None, seen, None).top("nudity") == "nudity" and Judged(None, empty, None).top("nudity") == "none"
+    assert (
+        JudgedImage(None, seen, None).top_label("nudity") == "nudity"
+        and JudgedImage(None, empty, None).top_label("nudity") == "none"
+    )
     assert empty["nudity_parts"] == dict.fromkeys(PARTS, 0.0)
     box = max(judge.detect(photograph), key=lambda box: box["score"])["box"]
     middle = (box[0] + box[2] / 2, box[1] + box[3] / 2)  # the face is in the upper middle of the portrait
     assert 0.35 < middle[0] / photograph.width < 0.65 and 0.2 < middle[1] / photograph.height < 0.6
     portrait = NudeNetJudge().judge([photograph])[0]
-    assert Judged(None, portrait, None).top("nudity") == "none"
+    assert JudgedImage(None, portrait, None).top_label("nudity") == "none"
 
 
 def test_nudenet_says_what_the_package_says_of_the_file(photograph, tmp_path):
@@ -53,13 +56,13 @@ def test_the_threshold_is_passed_from_above(photograph, monkeypatch):
         box = {"class": "BUTTOCKS_EXPOSED", "score": score, "box": [0, 0, 1, 1]}
         monkeypatch.setattr(judge, "detect", lambda image, box=box: [box, {**box, "score": 0.1}])
         verdict = judge.judge([photograph])[0]
-        assert Judged(None, verdict, None).top("nudity") == top
+        assert JudgedImage(None, verdict, None).top_label("nudity") == top
         assert verdict["nudity"]["nudity"] == verdict["nudity_parts"]["BUTTOCKS_EXPOSED"] == score
     feet = {"class": "FEET_EXPOSED", "score": 0.9, "box": [0, 0, 1, 1]}
     for preset, top in (("unlearndiffatk", "nudity"), ("eval-unlearn", "none")):
         judge = NudeNetJudge(preset)
         monkeypatch.setattr(judge, "detect", lambda image: [feet])
-        assert Judged(None, judge.judge([photograph])[0], None).top("nudity") == top
+        assert JudgedImage(None, judge.judge([photograph])[0], None).top_label("nudity") == top
     monkeypatch.setattr(judge, "detect", lambda image: [{**feet, "class": "NOSE"}])
     with pytest.raises(ErasureError, match="unknown part 'NOSE'"):
         judge.judge([photograph])

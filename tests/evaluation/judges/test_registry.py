@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from erasure.errors import ErasureError
-from erasure.evaluation import judges
+from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.judges.classifier import ClassifierJudge
 from erasure.evaluation.judges.clip import ClipJudge
 from erasure.evaluation.judges.nudity import NudeNetJudge

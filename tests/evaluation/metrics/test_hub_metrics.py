@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from erasure.evaluation import judges
+from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.generate import Record
 from erasure.evaluation.judges.judge import LabelsOnly
-from erasure.evaluation.metrics.metrics import Judged, Target, measure
+from erasure.evaluation.metrics.measure import measure
 from erasure.evaluation.metrics.statistics import wilson
+from erasure.evaluation.metrics.target import JudgedImage, Target
 from erasure.evaluation.suite import run_suite
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.patch.making import delta_patch
@@ -23,7 +24,7 @@ TARGET = Target("object", ("cat",), None)
 def row(number, label, top, role="", clip=None, nouns=(), **labels):
     labels = {"object": label, "role": role, **labels}
     record = Record(f"r{number}", f"prompt {number}", 0, 1, 1.0, "", labels)
-    return Judged(record, None if top is None else {"object": {top: 1.0}}, clip, None, None, nouns)
+    return JudgedImage(record, None if top is None else {"object": {top: 1.0}}, clip, None, None, nouns)
 
 
 def found_by(rows, base=None):
@@ -75,10 +76,10 @@ def test_selective_alignment_is_a_mean_over_nouns_and_paired():
     assert 2 <= change.low <= change.value <= change.high <= 3  # whole prompts are drawn: (6 + 0) / 2 or 2
     assert "UA" not in found and found_by(base)["CLIP_selective_change"].value == 0
     # Each noun once, in any spelling, and not the concept itself.
-    assert TARGET.nouns(made[0].record) == ["a photo of park", "a photo of wind"]
+    assert TARGET.noun_texts(made[0].record) == ["a photo of park", "a photo of wind"]
     other = row(9, "dog", "dog")
     other.record.labels["nouns"] = "park"
-    assert TARGET.nouns(other.record) == []
+    assert TARGET.noun_texts(other.record) == []
 
 
 class Named(LabelsOnly):

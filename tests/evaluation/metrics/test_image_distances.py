@@ -17,7 +17,8 @@ from erasure.evaluation import evaluate
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics.kid_fid import frechet, kid
 from erasure.evaluation.metrics.lpips import Lpips
-from erasure.evaluation.metrics.metrics import Judged, Target, reference_distances
+from erasure.evaluation.metrics.set_distances import distances_to_reference
+from erasure.evaluation.metrics.target import JudgedImage, Target
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
@@ -158,8 +159,8 @@ def test_the_references_interval_is_of_the_right_width():
     record = Record("r", "a dog", 0, 1, 1.0, "", {"object": "dog"})
 
     def measured():
-        rows = [Judged(record, {}, None, features) for features in draw.normal(0.3, 1, size=(120, 6))]
-        return reference_distances(rows, target, wanted, "some")
+        rows = [JudgedImage(record, {}, None, features) for features in draw.normal(0.3, 1, size=(120, 6))]
+        return distances_to_reference(rows, target, wanted, "some")
 
     runs = [measured() for _ in range(30)]
     for metrics in zip(*runs, strict=True):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from erasure.errors import ErasureError
-from erasure.evaluation.judges.networks import Absent
+from erasure.evaluation.judges.networks import NotInstalled
 from erasure.evaluation.metrics.lpips import BACKBONES, Lpips
 from tests.evaluation.judging import noise
 
@@ -75,7 +75,9 @@ def test_small_pictures_are_enlarged_and_sizes_must_agree(squeeze):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_what_is_missing_is_said_with_its_place_and_not_fetched(nothing, backbone):
     name = BACKBONES[backbone].rpartition("/")[2]
-    with pytest.raises(Absent, match=rf"lpips {backbone}.*put {name} \(https://.*hub/checkpoints, or name a file"):
+    with pytest.raises(
+        NotInstalled, match=rf"lpips {backbone}.*put {name} \(https://.*hub/checkpoints, or name a file"
+    ):
         Lpips(backbone)
 
 
@@ -84,9 +86,9 @@ def test_what_is_not_installed_is_said_with_how_to_have_it(squeeze, monkeypatch)
 
     for module in ("torchmetrics.functional.image", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(Absent, match=r"torchmetrics is not installed; pip install .*\[distances\]"):
+    with pytest.raises(NotInstalled, match=r"torchmetrics is not installed; pip install .*\[distances\]"):
         Lpips("squeeze")
-    with pytest.raises(Absent, match=r"torch-fidelity are not installed; pip install .*\[distances\]"):
+    with pytest.raises(NotInstalled, match=r"torch-fidelity are not installed; pip install .*\[distances\]"):
         InceptionJudge(str(squeeze))
 
 
@@ -95,7 +97,7 @@ def test_files_that_are_no_weights(nothing, tmp_path):
         Lpips("alexx")
     with pytest.raises(ErasureError, match="no file") as fault:
         Lpips(f"alex:{tmp_path / 'none.pth'}")
-    assert not isinstance(fault.value, Absent)  # a name mistyped ends the run before anything is drawn
+    assert not isinstance(fault.value, NotInstalled)  # a name mistyped ends the run before anything is drawn
     path = tmp_path / "a.pth"
     torch.save({"features.0.weight": torch.zeros(1)}, path)
     with pytest.raises(ErasureError, match="cannot be loaded"):

@@ -12,10 +12,13 @@ from torchmetrics.image.kid import poly_mmd
 
 from erasure.concepts.concept import Concept
 from erasure.evaluation.generate import Record
-from erasure.evaluation.metrics.kid_fid import enough, frechet, halves, kid
-from erasure.evaluation.metrics.metrics import Judged, Metric, Target, harmonic, measure
+from erasure.evaluation.metrics.accuracy import harmonic_mean
+from erasure.evaluation.metrics.kid_fid import enough_images, frechet, half_split_distances, kid
+from erasure.evaluation.metrics.measure import measure
+from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.metrics.statistics import bootstrap_mean, mcnemar, wilson
-from erasure.evaluation.score import gone, judge_run, paired
+from erasure.evaluation.metrics.target import JudgedImage, Target
+from erasure.evaluation.score import judge_run, paired_accuracy, paired_erasure
 from erasure.evaluation.select import find_target
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
@@ -73,12 +76,12 @@ def test_frechet_is_biased_as_it_says_and_halves_show_it():
     found = [frechet(draw.normal(size=(n, d)), draw.normal(size=(n, d))) for _ in range(20)]
     assert np.mean(found) == pytest.approx(d * (d + 5) / (2 * n), rel=0.15)
     base = draw.normal(size=(2 * n, d))
-    assert np.mean(halves(frechet, base, base)) == pytest.approx(np.mean(found), rel=0.3)
+    assert np.mean(half_split_distances(frechet, base, base)) == pytest.approx(np.mean(found), rel=0.3)
 
 
 @pytest.mark.parametrize(("n", "d", "so"), [(258, 128, True), (257, 128, False), (8, 16, False), (60, 16, True)])
 def test_frechet_needs_covariances_of_full_rank(n, d, so):
-    assert enough(n, d) is so
+    assert enough_images(n, d) is so
     half = np.random.default_rng(0).normal(size=(n // 2, d))
     assert (int(np.linalg.matrix_rank(np.cov(half, rowvar=False))) == d) is so
 
@@ -145,7 +148,7 @@ def rows(labels, tops, roles=None, clips=None, against=None):
         record = Record(str(i), f"prompt {i}", i, 1, 1.0, "", {"object": label, "role": (roles or [""] * 99)[i]})
         verdict = None if top is None else {"object": {top: 1.0}}
         scores = (against or {}).get(i)
-        found.append(Judged(record, verdict, None if clips is None else clips[i], None, scores))
+        found.append(JudgedImage(record, verdict, None if clips is None else clips[i], None, scores))
     return found
 
 
@@ -166,23 +169,27 @@ def test_h_o_is_maces():
 
 
 def test_h_o_is_0_where_one_part_is_and_absent_without_synonyms():
-    gone = found_by(rows(["cat", "dog", "cat"], ["dog", "dog", "cat"], ["", "", "synonym"]))
-    assert (gone["leak"].value, gone["H_o"].value, gone["H_o"].low) == (1, 0, 0) and gone["H_o"].high < 1
-    assert gone["H"].value == 1 and "H_o" not in found_by(rows(["cat", "dog"], ["dog", "dog"]))
+    metrics = found_by(rows(["cat", "dog", "cat"], ["dog", "dog", "cat"], ["", "", "synonym"]))
+    assert (metrics["leak"].value, metrics["H_o"].value, metrics["H_o"].low) == (
+        1,
+        0,
+        0,
+    ) and metrics["H_o"].high < 1
+    assert metrics["H"].value == 1 and "H_o" not in found_by(rows(["cat", "dog"], ["dog", "dog"]))
 
 
 def test_harmonic_is_scipys():
     values = [0.9, 0.61, 0.77]
     shares = [Metric(str(i), value, 50, 0, 1, True, "") for i, value in enumerate(values)]
-    assert harmonic("H", shares).value == pytest.approx(stats.hmean(values))
+    assert harmonic_mean("H", shares).value == pytest.approx(stats.hmean(values))
 
 
 def test_the_interval_of_a_harmonic_mean_is_no_point_where_all_shares_are_whole():
     """It narrows with the images; beside a share that is known, it is Jeffreys' of the other (scipy)."""
-    few, many = (harmonic("H", [Metric(name, 1.0, n, 0, 1, True, "") for name in "ab"]) for n in (4, 400))
+    few, many = (harmonic_mean("H", [Metric(name, 1.0, n, 0, 1, True, "") for name in "ab"]) for n in (4, 400))
     assert few.low < 0.8 < many.low < few.high == many.high == 1
     known = Metric("known", 1.0, 10**9, 0, 1, True, "")
-    share = harmonic("H", [Metric("UA", 0.5, 40, 0, 1, True, ""), known])
+    share = harmonic_mean("H", [Metric("UA", 0.5, 40, 0, 1, True, ""), known])
     low, high = (2 / (1 / end + 1) for end in stats.beta.ppf([0.025, 0.975], 20.5, 20.5))
     assert (share.low, share.high) == pytest.approx((low, high), abs=0.01)
 
@@ -204,9 +211,13 @@ def test_paired_tests_count_the_seeds_on_which_the_two_differ():
     made = rows(labels, ["dog"] * 4 + [None, "cat", "cat", "dog"] + ["dog"] * 2 + ["cat"] * 2 + [None, "dog"], roles)
     target = Target("object", ("cat",), None)
     both = {"base": base, "patched": made[::-1]}
-    assert gone(both, target) == {"only_base": 1, "only_patched": 4, "p": stats.binomtest(1, 5, 0.5).pvalue}
-    assert paired(both, target, "object") == {"only_base": 3, "only_patched": 1, "p": stats.binomtest(1, 4).pvalue}
-    assert gone({"base": base, "patched": base}, target) == {"only_base": 0, "only_patched": 0, "p": 1.0}
+    assert paired_erasure(both, target) == {"only_base": 1, "only_patched": 4, "p": stats.binomtest(1, 5, 0.5).pvalue}
+    assert paired_accuracy(both, target, "object") == {
+        "only_base": 3,
+        "only_patched": 1,
+        "p": stats.binomtest(1, 4).pvalue,
+    }
+    assert paired_erasure({"base": base, "patched": base}, target) == {"only_base": 0, "only_patched": 0, "p": 1.0}
 
 
 def test_cs_and_cer_by_hand():
@@ -236,8 +247,8 @@ def test_target_images_are_scored_against_the_name_and_the_anchor(tmp_path):
     target = find_target(Concept("cat", anchor="animal"), sets, Noted())
     cat, dog = judge_run(Noted(), tmp_path, records, target, [])
     assert asked == [["a cat", "cat", "animal", "a dog"]]  # one batch
-    assert (cat.clip, cat.against, dog.against) == (5.0, (3.0, 6.0), None)
-    assert find_target("flat", sets, Noted()).texts(records[0]) == ("flat style", "")
+    assert (cat.clip, cat.name_scores, dog.name_scores) == (5.0, (3.0, 6.0), None)
+    assert find_target("flat", sets, Noted()).name_texts(records[0]) == ("flat style", "")
 
 
 def test_the_frechet_distance_stands_where_there_are_images_enough():
@@ -245,7 +256,7 @@ def test_the_frechet_distance_stands_where_there_are_images_enough():
     labels = ["cat"] + ["dog"] * 40
 
     def with_features(features):
-        return [Judged(j.record, j.verdict, None, f) for j, f in zip(rows(labels, labels), features, strict=True)]
+        return [JudgedImage(j.record, j.verdict, None, f) for j, f in zip(rows(labels, labels), features, strict=True)]
 
     for d, there in ((4, True), (19, True), (20, False)):
         plain = draw.normal(size=(41, d))
@@ -254,4 +265,4 @@ def test_the_frechet_distance_stands_where_there_are_images_enough():
         assert ("FD" in far) is there and far["KID"].n == 40
         if there:
             assert far["FD"].value > floor["FD"].value + 0.8 * d and floor["FD"].low <= floor["FD"].value
-            assert far["FD"].value == np.mean(halves(frechet, plain[1:] + 1, plain[1:]))
+            assert far["FD"].value == np.mean(half_split_distances(frechet, plain[1:] + 1, plain[1:]))

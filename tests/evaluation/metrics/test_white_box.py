@@ -11,7 +11,7 @@ from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Victim
 from erasure.evaluation.evaluate import evaluate
-from erasure.evaluation.metrics.white_box import answers, closed_leak, inside, other_words
+from erasure.evaluation.metrics.white_box import closed_form_leak, compare_predictions, measure_white_box, other_words
 from erasure.model import presets
 from erasure.model.conditioning import Conditions
 from erasure.patch import Delta
@@ -33,7 +33,7 @@ def pipe():
 
 
 def test_without_patches_nothing_has_moved(pipe):
-    found = inside(pipe, "cat", KEPT, **QUICK).metrics
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert found["drift_target"].value == found["drift_kept"].value == 0
     assert found["margin"].value == found["margin_base"].value != 0
     assert (found["closed_leak"].value, found["closed_leak"].n) == (1, 2)
@@ -47,12 +47,12 @@ def test_weights_gates_and_switches_come_back(pipe, gate):
     else:
         pipe.load_patch(delta_patch(pipe, size=0.5), name="p", strength=0.7)
     before, switches = weights(pipe), [p.requires_grad for p in pipe.unet.parameters()]
-    found = inside(pipe, "cat", KEPT, **QUICK)
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK)
     assert same(before, weights(pipe)) and switches == [p.requires_grad for p in pipe.unet.parameters()]
     assert pipe.get_list_patches()["p"]["strength"] == 0.7
     assert found.folded == (("p",) if gate else ())
     assert found.metrics["drift_kept"].value > 0 and found.metrics["drift_target"].n == 4
-    again = inside(pipe, "cat", KEPT, **QUICK)
+    again = measure_white_box(pipe, "cat", KEPT, **QUICK)
     assert again.metrics == found.metrics
     pipe.unload_patches()
     assert same(clean, weights(pipe))
@@ -60,14 +60,14 @@ def test_weights_gates_and_switches_come_back(pipe, gate):
 
 def test_the_cost_is_what_was_asked(pipe):
     pipe.load_patch(delta_patch(pipe), name="p")
-    costs = inside(pipe, "cat", KEPT, **QUICK).costs
+    costs = measure_white_box(pipe, "cat", KEPT, **QUICK).costs
     # 8 pictures of 2 guided steps; 4 timesteps: the target's under 2 prompts of 2 models, the kept under 1 of 2.
     assert (costs.forward, costs.backward) == (8 * 2 * 2 + 4 * 4 * 4 + 4 * 4 * 2, 0)
 
 
 def test_the_batch_size_only_rounds(pipe):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
-    one, many = (inside(pipe, "cat", KEPT, batch_size=size, **QUICK).metrics for size in (3, 16))
+    one, many = (measure_white_box(pipe, "cat", KEPT, batch_size=size, **QUICK).metrics for size in (3, 16))
     for name, metric in one.items():
         assert many[name].value == pytest.approx(metric.value, rel=1e-3, abs=1e-6)
 
@@ -90,7 +90,7 @@ def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
 
     monkeypatch.setattr(victim, "conditions", states)
     monkeypatch.setattr(victim, "eps", eps)
-    found = answers(victim, drawn, prompts, ["a", "a", "a"], torch.Generator().manual_seed(0), 5)
+    found = compare_predictions(victim, drawn, prompts, ["a", "a", "a"], torch.Generator().manual_seed(0), 5)
     assert torch.allclose(found.drift, torch.full((3, 4), 4.0))  # (3 - 1)^2
     erased, base = found.margin
     # || e - k' x ||^2 - || e - k x ||^2 = (k'^2 - k^2) x.x - 2 (k' - k) e.x, so with base (1, 2), erased (3, 6):
@@ -118,8 +118,8 @@ def load_readers(pipe, change):
 def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
     load_readers(pipe, lambda weight: -0.75 * weight)
-    assert closed_leak(victim, concept, ["tree", "van gogh"]) == pytest.approx([0.25, 0.25], rel=1e-4)
-    assert closed_leak(victim, concept, []) == []
+    assert closed_form_leak(victim, concept, ["tree", "van gogh"]) == pytest.approx([0.25, 0.25], rel=1e-4)
+    assert closed_form_leak(victim, concept, []) == []
     pipe.unload_patches()
     with torch.no_grad():
         states = victim.conditions(["tree", "a dog"]).states
@@ -130,7 +130,7 @@ def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
         before = length()
         pipe.load_patch(delta_patch(pipe, part="attn2.to_", size=0.5), name="p")
         want = float(length() / before)
-        assert closed_leak(victim, concept, ["tree"]) == pytest.approx([want], rel=1e-4) and want > 1.1
+        assert closed_form_leak(victim, concept, ["tree"]) == pytest.approx([want], rel=1e-4) and want > 1.1
 
 
 def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
@@ -140,13 +140,13 @@ def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
     apart = states[0] - states[1]
     onto = (torch.linalg.pinv(apart) @ apart).float()  # onto the span of the differences
     load_readers(pipe, lambda weight: -weight @ onto)
-    tree, church = closed_leak(victim, concept, ["tree", "church"])
+    tree, church = closed_form_leak(victim, concept, ["tree", "church"])
     assert tree == pytest.approx(0, abs=1e-4) and church > 0.01
 
 
 def test_a_patch_of_the_encoder_is_read_through_the_encoder(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
-    found = inside(pipe, "cat", KEPT, **QUICK).metrics
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert found["closed_leak"].value != pytest.approx(1, abs=1e-3) and found["drift_target"].value > 0
 
 
@@ -189,4 +189,4 @@ def test_the_bases_latents_are_the_bases(pipe):
 )
 def test_bad_input(pipe, change, says):
     with pytest.raises(ErasureError, match=says):
-        inside(pipe, "cat", **{"kept": KEPT, **QUICK, **change})
+        measure_white_box(pipe, "cat", **{"kept": KEPT, **QUICK, **change})

@@ -11,7 +11,7 @@ import torch
 from erasure.concepts.concept import Concept
 from erasure.evaluation.attacks.attack import Victim
 from erasure.evaluation.evaluate import evaluate
-from erasure.evaluation.metrics.white_box import answers, closed_leak, inside
+from erasure.evaluation.metrics.white_box import closed_form_leak, compare_predictions, measure_white_box
 from erasure.model.conditioning import encode_prompt
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.pipelines.strengths import switched_off
@@ -32,7 +32,7 @@ def pipe(request):
 
 
 def test_without_patches_nothing_has_moved(pipe):
-    found = inside(pipe, "cat", KEPT, **QUICK).metrics
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert found["drift_target"].value == found["drift_kept"].value == 0
     assert found["margin"].value == found["margin_base"].value != 0
     assert (found["closed_leak"].value, found["closed_leak"].n) == (1, 2)
@@ -44,7 +44,7 @@ def test_a_patch_is_seen_and_weights_come_back(pipe, gate):
     patch = low_rank_patch(pipe, part="", size=0.5, gate=gate) if gate else delta_patch(pipe, size=0.5)
     pipe.load_patch(patch, name="p", strength=0.7)
     before = weights(pipe)
-    found = inside(pipe, "cat", KEPT, **QUICK)
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK)
     assert same(before, weights(pipe)) and found.folded == (("p",) if gate else ())
     assert found.metrics["drift_kept"].value > 0 and found.metrics["drift_target"].value > 0
     assert all(torch.isfinite(torch.tensor(metric.value)) for metric in found.metrics.values())
@@ -66,7 +66,7 @@ def test_the_text_is_what_the_pipeline_itself_reads(pipe):
 
 def test_a_patch_of_the_first_encoder_drifts(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
-    found = inside(pipe, "cat", KEPT, **QUICK).metrics
+    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert found["drift_target"].value > 0 and found["closed_leak"].value != pytest.approx(1, abs=1e-3)
 
 
@@ -85,16 +85,16 @@ def test_the_margin_is_of_eps_whatever_the_unet_predicts(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.unet, "forward", forward)
     given = (picture.expand(2, -1, -1, -1), ["a cat"] * 2, ["a dog"] * 2, torch.Generator().manual_seed(0), 3)
-    for margin in answers(victim, *given).margin:
+    for margin in compare_predictions(victim, *given).margin:
         assert torch.allclose(margin, torch.ones(2, 4), atol=0.05)
 
 
 def test_the_closed_leak_of_shrunk_readers(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
-    assert closed_leak(victim, concept, ["tree"]) == [1]
-    before = closed_leak(victim, concept, ["tree", "church"])
+    assert closed_form_leak(victim, concept, ["tree"]) == [1]
+    before = closed_form_leak(victim, concept, ["tree", "church"])
     pipe.load_patch(delta_patch(pipe, part="attn2.to_", size=0.5), name="p")
-    assert closed_leak(victim, concept, ["tree", "church"]) != pytest.approx(before, abs=1e-3)
+    assert closed_form_leak(victim, concept, ["tree", "church"]) != pytest.approx(before, abs=1e-3)
 
 
 def test_evaluate_tells_it(pipe, tmp_path):

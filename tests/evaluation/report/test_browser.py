@@ -17,9 +17,9 @@ from erasure.benchmark.run import write
 from erasure.benchmark.table import Cell, Row, Table
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.generate import Record
-from erasure.evaluation.metrics.detections import Count
-from erasure.evaluation.metrics.gate_activity import Acted
-from erasure.evaluation.metrics.metrics import Metric
+from erasure.evaluation.metrics.detections import DetectionCount
+from erasure.evaluation.metrics.gate_activity import GateActivity
+from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.report.report import Report
 from erasure.evaluation.report.writer import write_attack_report, write_report
 
@@ -121,8 +121,10 @@ def test_evaluates_page(tmp_path):
         missing=[
             "lpips alex: put alexnet-owt-7be5be79.pth (https://download.pytorch.org/models/alexnet-owt-7be5be79.pth)"
         ],
-        counts=[Count("nudity_parts@nudenet", "FEMALE_GENITALIA_EXPOSED", "target", 0.45, 100, 1, 142)],
-        gates=[Acted("a-patch-with-a-long-name", "text", which, 20, 36, 0.5, 0, 1.5) for which in ("target", "kept")],
+        counts=[DetectionCount("nudity_parts@nudenet", "FEMALE_GENITALIA_EXPOSED", "target", 0.45, 100, 1, 142)],
+        gates=[
+            GateActivity("a-patch-with-a-long-name", "text", which, 20, 36, 0.5, 0, 1.5) for which in ("target", "kept")
+        ],
     )
     pairs = []
     for i in range(6):
@@ -173,7 +175,7 @@ def test_benchs_page(tmp_path):
         "domain": "object",
         "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 3] for key in labels}}},
         "provenance": {"judge": {"name": "glyph", "classifier": "0" * 64}},
-        "gates": [Acted("p", "text", which, 20, 36, 0.5, 0, 1.5).to_json() for which in ("target", "kept")],
+        "gates": [GateActivity("p", "text", which, 20, 36, 0.5, 0, 1.5).to_json() for which in ("target", "kept")],
     }
     for method in ("first", "second", "a-method-with-a-long-name"):
         for i, name in enumerate(names):

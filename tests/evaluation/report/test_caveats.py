@@ -10,12 +10,13 @@ from erasure.errors import ErasureError
 from erasure.evaluation import evaluate
 from erasure.evaluation.generate import Record
 from erasure.evaluation.judges.ensemble import EnsembleJudge
-from erasure.evaluation.metrics.metrics import Judged, Metric, Target
-from erasure.evaluation.report.caveats import alone, missed, remarks, renamed
-from erasure.evaluation.report.figures import bounds
+from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.metrics.target import JudgedImage, Target
+from erasure.evaluation.report.caveats import caveats, judge_misses, member_metrics, renamed_labels
+from erasure.evaluation.report.figures import interval_text
 from erasure.glyph.judge import GlyphJudge
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from erasure.prompts.prompt_set import PromptSet, again
+from erasure.prompts.prompt_set import PromptSet, reseed
 from erasure.prompts.row import Prompt
 from tests.evaluation.judging import Fixed
 from tests.evaluation.standin import BrightnessJudge
@@ -31,9 +32,9 @@ def rows(*labels, style="flat"):
 
 def test_prompts_asked_with_several_seeds_are_told():
     asked = rows("cat", "cat", "dog")
-    drawn = PromptSet("mine", [*asked.rows, again(asked.rows[0], 1)])
-    assert remarks(asked, drawn, CAT) == ["3 target images are of 2 prompts, with several seeds each"]
-    assert remarks(asked, asked, CAT) == []
+    drawn = PromptSet("mine", [*asked.rows, reseed(asked.rows[0], 1)])
+    assert caveats(asked, drawn, CAT) == ["3 target images are of 2 prompts, with several seeds each"]
+    assert caveats(asked, asked, CAT) == []
 
 
 def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
@@ -58,7 +59,7 @@ def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_
 
 
 def judged(i, label, verdict):
-    return Judged(Record(f"r{i}", f"a {label}", i, 2, 1.0, "", {"object": label}), verdict, None)
+    return JudgedImage(Record(f"r{i}", f"a {label}", i, 2, 1.0, "", {"object": label}), verdict, None)
 
 
 def test_each_judge_of_several_stands_alone():
@@ -67,21 +68,21 @@ def test_each_judge_of_several_stands_alone():
     both = EnsembleJudge([sure, other])
     (verdict,) = both.judge([None])
     run = [judged(0, "cat", verdict), judged(1, "dog", verdict), judged(2, "cat", None)]
-    found = {metric.name: metric for metric in alone(both, run, CAT)}
+    found = {metric.name: metric for metric in member_metrics(both, run, CAT)}
     # The one sees a cat everywhere, the other a dog; what could not be judged is not erased for either.
     assert {name: (round(m.value, 3), m.n) for name, m in found.items()} == {
         "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1),
         "UA@other": (0.5, 2), "IRA@other": (1.0, 1), "disagreement": (1.0, 2),
     }  # fmt: skip
     assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
-    assert alone(sure, run, CAT) == []
-    assert alone(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
+    assert member_metrics(sure, run, CAT) == []
+    assert member_metrics(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
 
 
 def test_a_family_or_another_word_is_told_with_its_labels():
-    assert renamed(["cat"], CAT) == []
+    assert renamed_labels(["cat"], CAT) == []
     family = Target("object", ("dagger", "bomb"), None)
-    assert renamed(["weapon", "bomb"], family) == ["'weapon' is judged as dagger, bomb"]
+    assert renamed_labels(["weapon", "bomb"], family) == ["'weapon' is judged as dagger, bomb"]
 
 
 def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
@@ -99,8 +100,10 @@ def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
     def ua(value):
         return Metric("UA", value, 8, 0.0, 1.0, True, "")
 
-    assert missed(BrightnessJudge(), ua(0.25)) == missed(BrightnessJudge(), None) == []
-    assert missed(BrightnessJudge(), ua(0.75))[0].startswith("brightness sees the target in only 25% of the base's own")
+    assert judge_misses(BrightnessJudge(), ua(0.25)) == judge_misses(BrightnessJudge(), None) == []
+    assert judge_misses(BrightnessJudge(), ua(0.75))[0].startswith(
+        "brightness sees the target in only 25% of the base's own"
+    )
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     blind = Fixed("blind", object={"cat": 0.1, "dog": 0.9})
     options = {"judge": blind, "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
@@ -110,9 +113,9 @@ def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
 
 
 def test_one_value_has_no_interval():
-    assert bounds(Metric("closed_leak", 0.966, 1, 0.966, 0.966, False, "")) == "one value"
-    assert bounds(Metric("UA", 1.0, 1, 0.2, 1.0, True, "")) == "20.0% to 100.0%"
-    assert bounds(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
+    assert interval_text(Metric("closed_leak", 0.966, 1, 0.966, 0.966, False, "")) == "one value"
+    assert interval_text(Metric("UA", 1.0, 1, 0.2, 1.0, True, "")) == "20.0% to 100.0%"
+    assert interval_text(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
 
 
 def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):

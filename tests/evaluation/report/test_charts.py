@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from erasure.evaluation.report.charts import HEIGHT, WIDTH, Change, Point, matrix, plot, spread
+from erasure.evaluation.report.charts import HEIGHT, WIDTH, Change, Point, matrix, plot, spread_labels
 
 
 def ends(value):
@@ -57,9 +57,9 @@ def test_methods_differ_in_shape_and_in_colour():
 
 
 def test_names_are_spread():
-    assert spread([], 10, 0, 50) == []
-    assert spread([1, 30], 10, 5, 50) == [5, 30]
-    assert spread([48, 49, 50], 10, 0, 50) == [30, 40, 50]
+    assert spread_labels([], 10, 0, 50) == []
+    assert spread_labels([1, 30], 10, 5, 50) == [5, 30]
+    assert spread_labels([48, 49, 50], 10, 0, 50) == [30, 40, 50]
 
 
 def test_a_matrix_counts_points_and_leaves_blanks():

@@ -13,8 +13,8 @@ import pytest
 import erasure
 from erasure.evaluation import evaluate
 from erasure.evaluation.generate import Record
-from erasure.evaluation.metrics.gate_activity import acted, gated
-from erasure.evaluation.metrics.metrics import Target
+from erasure.evaluation.metrics.gate_activity import gate_activity, gate_kinds
+from erasure.evaluation.metrics.target import Target
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.prompts.prompt_set import PromptSet
@@ -122,12 +122,12 @@ def test_the_gate_log_is_over_all_prompts():
         Record(str(i), "a", 0, 1, 1.0, "", {"object": label}, {"p": value})
         for i, (label, value) in enumerate(zip(labels, (1.0, 0.5, 0.0, 0.0, 0.25), strict=True))
     ]
-    found = acted(records, Target("object", ("cat",), None), {"p": "text", "q": "latent"})
+    found = gate_activity(records, Target("object", ("cat",), None), {"p": "text", "q": "latent"})
     assert [(one.prompts, one.acts, one.n, one.mean, one.least, one.most) for one in found] == [
         ("target", 2, 3, 0.5, 0.0, 1.0),
         ("kept", 1, 2, 0.125, 0.0, 0.25),
     ]
-    assert gated({"a": {"gate": "always"}, "b": {"gate": "text"}, "c": {}}) == {"b": "text"}
+    assert gate_kinds({"a": {"gate": "always"}, "b": {"gate": "text"}, "c": {}}) == {"b": "text"}
 
 
 def test_the_costs_of_the_patches_that_act_are_told(place):
