@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.generate import Record
+from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.judges.judge import LabelsOnly
 from erasure.evaluation.metrics.measure import measure
 from erasure.evaluation.metrics.statistics import wilson
