@@ -1,4 +1,4 @@
-"""Patches in diffusers pipelines: classes that load them, gate them by prompt, and give the base back bit for bit."""
+"""Diffusers pipelines that load patches, gate them by the prompt, and restore the base weights bit for bit."""
 
 from erasure.pipelines.classes import (
     ErasedStableDiffusionImg2ImgPipeline,

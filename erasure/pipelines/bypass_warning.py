@@ -1,4 +1,4 @@
-"""Gated patches act in an erased pipeline's own calls alone: a word where their networks are called past it."""
+"""A warning for gated patches that are bypassed because their network is called outside the erased pipeline."""
 
 from __future__ import annotations
 
@@ -14,44 +14,50 @@ from torch.utils.hooks import RemovableHandle
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """A hook in front of whole networks (none on their layers) that says once that no gate was decided for a call.
+class BypassWarning:
+    """A forward pre-hook on whole networks that warns, once, about calls for which no gate was evaluated.
 
-    Networks are shared: `StableDiffusionPipeline.from_pipe(erased)` has the erased one's UNet, and decides on no gate.
-    In a network that is compiled while the hook is there nothing is said: a graph cannot speak.
+    Networks can be shared: `StableDiffusionPipeline.from_pipe(erased)` uses the UNet of the erased pipeline but
+    evaluates no gates, so gated patches silently do not act there. Only whole networks are hooked, never their layers.
+    A network that is compiled while the hook is registered cannot log, so it never warns.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._handles: list[RemovableHandle] = []
-        self._decided = 0
-        self._told = False
+        self._evaluated = 0  # nesting depth of `decided`
+        self._warned = False
 
     def over(self, names: Iterable[str], networks: Iterable[nn.Module]) -> None:
-        """Watch these networks from now on, and no others, for the gated patches `names`."""
+        """Watch these networks from now on, and stop watching all others.
+
+        Args:
+            names: names of the gated patches, for the warning.
+            networks: the networks that those patches change.
+        """
         for handle in self._handles:
             handle.remove()
-        self._names, self._told = list(names), False
+        self._names, self._warned = list(names), False
         self._handles = [network.register_forward_pre_hook(self) for network in networks]
 
     @contextmanager
     def decided(self) -> Iterator[None]:
-        """A context in which the gates have been decided on, though it may be against the patches."""
-        self._decided += 1
+        """Suppress the warning while the gates have been evaluated, even if none of them lets its patch act."""
+        self._evaluated += 1
         try:
             yield
         finally:
-            self._decided -= 1
+            self._evaluated -= 1
 
     def __call__(self, network: nn.Module, inputs: Any) -> None:
-        """In front of a call."""
-        if torch.compiler.is_compiling() or self._decided or self._told:
+        """Warn if the network is called while no gate has been evaluated."""
+        if torch.compiler.is_compiling() or self._evaluated or self._warned:
             return
-        self._told = True
+        self._warned = True
         log.warning(
-            "%s: gated, and this call of the %s does not come from the erased pipeline, which decides on gates: it "
-            "runs without. Draw with the erased pipeline, or let the patch act on every prompt with fuse_patches(). "
-            "This is said once",
+            "%s: gated, but this call of %s bypasses the erased pipeline, which evaluates the gates, so it runs "
+            "without the gated patches. Generate with the erased pipeline, or make the patches act on every prompt "
+            "with fuse_patches(). This warning is shown once",
             ", ".join(self._names),
             type(network).__name__,
         )

@@ -19,7 +19,7 @@ from erasure.patch import Patch
 from erasure.patch.module_keys import COMPONENTS, find_module
 from erasure.patch.ops.conflicts import warn_of_overlap
 from erasure.patch.payload import LowRank
-from erasure.pipelines.bypass_warning import Watch
+from erasure.pipelines.bypass_warning import BypassWarning
 from erasure.pipelines.compatibility import check_base, check_shapes
 from erasure.pipelines.fused_weights import FoldedWeights, Share
 from erasure.pipelines.gated_lora import Membrane
@@ -89,7 +89,7 @@ class PatchStack:
         self._modules: dict[str, nn.Module] = {}
         self._weights = FoldedWeights(self.component)
         self._decider: Decider | None = None
-        self._watch = Watch()
+        self._bypass_warning = BypassWarning()
 
     def component(self, name: str) -> nn.Module:
         """The pipeline's component, seen through `torch.compile`.
@@ -245,7 +245,7 @@ class PatchStack:
             ErasureError: embeddings without a prompt and a gated patch, or embeddings and a gated patch of an encoder.
         """
         gated = self.gated
-        scope.enter_context(self._watch.decided())
+        scope.enter_context(self._bypass_warning.decided())
         if gated and prompts is None:
             raise ErasureError(
                 f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. Say what they "
@@ -341,7 +341,7 @@ class PatchStack:
         }
         self._claim()
         touched = {component for one in self.gated.values() for component in one.patch.components}
-        self._watch.over(self.gated, [self._modules[component] for component in sorted(touched)])
+        self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [

@@ -1,4 +1,4 @@
-"""Networks with gated patches that are called past the erased pipeline: that is said, once, and nothing else is."""
+"""One warning for calls that bypass the gates of an erased pipeline, and none for any other call."""
 
 from __future__ import annotations
 
@@ -26,63 +26,65 @@ def pipe():
 
 
 @pytest.fixture
-def said(caplog):
-    """What the watch has said since the last look."""
+def warnings(caplog):
+    """A function that returns the bypass warnings logged since it was last called."""
 
-    def look() -> list[str]:
-        found = [one.getMessage() for one in caplog.records if one.name == "erasure.pipelines.bypass_warning"]
+    def collect() -> list[str]:
+        messages = [
+            record.getMessage() for record in caplog.records if record.name == "erasure.pipelines.bypass_warning"
+        ]
         caplog.clear()
-        return found
+        return messages
 
-    return look
+    return collect
 
 
-def ask(pipe):
+def call_unet(pipe):
     with torch.no_grad():
         return pipe.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 12, 32)).sample
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_plain_pipeline_over_an_erased_ones_networks(pipe, said, gate):
+def test_a_plain_pipeline_that_shares_the_networks_warns_once(pipe, warnings, gate):
     base = draw(pipe)
     pipe.load_patch(low_rank_patch(pipe, gate=gate))
     plain = StableDiffusionPipeline.from_pipe(pipe)
     plain.set_progress_bar_config(disable=True)
-    assert not torch.equal(draw(pipe), base) and said() == []
+    assert not torch.equal(draw(pipe), base) and warnings() == []
     assert torch.equal(draw(plain), base)
-    (text,) = said()
-    assert text.startswith("van gogh: gated, and this call of the UNet2DConditionModel") and "fuse_patches()" in text
+    (text,) = warnings()
+    assert text.startswith("van gogh: gated, but this call of UNet2DConditionModel") and "fuse_patches()" in text
     draw(plain)
     draw(pipe)
-    assert said() == [], "once"
+    assert warnings() == [], "warns once"
     pipe.set_patches("van gogh")
-    ask(pipe)
-    assert len(said()) == 1, "once more when the patches change"
+    call_unet(pipe)
+    assert len(warnings()) == 1, "warns again after the patches change"
 
 
-def test_where_there_is_nothing_to_say(pipe, said):
+def test_no_warning_where_no_gate_is_bypassed(pipe, warnings):
     always, patch = (low_rank_patch(pipe, gate=gate) for gate in ({"kind": "always"}, TEXT))
     pipe.load_patch(always)
-    ask(pipe)
+    call_unet(pipe)
     pipe.load_patch(patch)
     pipe.fuse_patches()
-    ask(pipe)
+    call_unet(pipe)
     pipe.unload_patches()
     pipe.load_patch(patch)
-    draw(pipe, "the car")  # a gate that stays closed has been decided on
+    draw(pipe, "the car")  # a gate that stays closed was still evaluated
     draw(ErasedStableDiffusionImg2ImgPipeline.from_pipe(pipe))
     with Victim(pipe, lambda pipe: pytest.fail("not asked for")).folded():
-        ask(pipe)
+        call_unet(pipe)
     pipe.set_patches({})
-    ask(pipe)
+    call_unet(pipe)
     erase(pipe, "cat", "esd", progress=False, iterations=1, trajectories=1, sample_steps=2)
     pipe.unload_patches()
-    ask(pipe)
-    assert said() == []
+    call_unet(pipe)
+    assert warnings() == []
     assert not pipe.unet._forward_pre_hooks and not pipe.text_encoder._forward_pre_hooks
 
 
-def test_a_call_that_failed_has_decided_on_nothing_for_the_next(pipe, said):
+def test_a_failed_call_does_not_suppress_later_warnings(pipe, warnings):
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
 
     def fail(*_):
@@ -92,36 +94,36 @@ def test_a_call_that_failed_has_decided_on_nothing_for_the_next(pipe, said):
         draw(pipe, callback_on_step_end=fail)
     with pytest.raises(ErasureError, match="only prompt_embeds"):
         draw(pipe, prompt_embeds=torch.zeros(1, 12, 32), negative_prompt_embeds=torch.zeros(1, 12, 32))
-    assert said() == []
-    ask(pipe)
-    assert len(said()) == 1
+    assert warnings() == []
+    call_unet(pipe)
+    assert len(warnings()) == 1
 
 
-def test_text_encoders_too(pipe, said):
+def test_text_encoders_are_watched_too(pipe, warnings):
     pipe.load_patch(low_rank_patch(pipe, components=("text_encoder",), gate=TEXT))
     draw(pipe)
-    ask(pipe)  # the UNet is the base's
-    assert said() == []
+    call_unet(pipe)  # no patch changes the UNet
+    assert warnings() == []
     pipe.encode_prompt("van gogh", "cpu", 1, False)
-    assert "CLIPTextModel" in said()[0]
+    assert "CLIPTextModel" in warnings()[0]
 
 
-def test_it_stands_before_the_network_alone_and_is_copied_with_it(pipe, said):
+def test_only_the_whole_network_is_hooked_and_copies_keep_the_hook(pipe, warnings):
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     assert [path for path, module in pipe.unet.named_modules() if module._forward_pre_hooks] == [""]
     for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         draw(twin)
-        assert said() == []
-        ask(twin)
-        assert len(said()) == 1
+        assert warnings() == []
+        call_unet(twin)
+        assert len(warnings()) == 1
         twin.unload_patches()
-        ask(twin)
-        assert not twin.unet._forward_pre_hooks and said() == []
-    ask(pipe)
-    assert len(said()) == 1
+        call_unet(twin)
+        assert not twin.unet._forward_pre_hooks and warnings() == []
+    call_unet(pipe)
+    assert len(warnings()) == 1
 
 
-def test_a_compiled_network_stays_whole(pipe, said):
+def test_a_compiled_network_keeps_a_full_graph(pipe, warnings):
     torch._dynamo.reset()
     never = low_rank_patch(pipe, 2, gate={**TEXT, "threshold": 2.0})
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
@@ -130,5 +132,5 @@ def test_a_compiled_network_stays_whole(pipe, said):
     pipe.load_patch(never)
     pipe.set_patches("van gogh-2")
     closed = draw(pipe)
-    assert said() == [] and not torch.equal(open_, closed)
+    assert warnings() == [] and not torch.equal(open_, closed)
     torch._dynamo.reset()
