@@ -1,4 +1,7 @@
-"""The diffusers pipelines of Stable Diffusion, with patches. Any other: `class Mine(PatchMixin, ItsPipeline)`."""
+"""Erased versions of diffusers' Stable Diffusion pipelines.
+
+For any other diffusers pipeline class, derive one with `class MyPipeline(PatchMixin, OtherPipeline)`.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,31 @@ from erasure.pipelines.mixin import PatchMixin
 
 
 class ErasedStableDiffusionPipeline(PatchMixin, StableDiffusionPipeline):
-    """Text to image, Stable Diffusion 1 and 2."""
+    """The text-to-image pipeline of Stable Diffusion 1 and 2, with patches."""
 
 
 class ErasedStableDiffusionImg2ImgPipeline(PatchMixin, StableDiffusionImg2ImgPipeline):
-    """Image to image, Stable Diffusion 1 and 2."""
+    """The image-to-image pipeline of Stable Diffusion 1 and 2, with patches."""
 
 
 class ErasedStableDiffusionInpaintPipeline(PatchMixin, StableDiffusionInpaintPipeline):
-    """Inpainting, Stable Diffusion 1 and 2."""
+    """The inpainting pipeline of Stable Diffusion 1 and 2, with patches."""
 
 
 class ErasedStableDiffusionXLPipeline(PatchMixin, StableDiffusionXLPipeline):
-    """Text to image, Stable Diffusion XL."""
+    """The text-to-image pipeline of Stable Diffusion XL, with patches."""
 
 
 class ErasedStableDiffusionXLImg2ImgPipeline(PatchMixin, StableDiffusionXLImg2ImgPipeline):
-    """Image to image, Stable Diffusion XL."""
+    """The image-to-image pipeline of Stable Diffusion XL, with patches."""
 
 
 class ErasedStableDiffusionXLInpaintPipeline(PatchMixin, StableDiffusionXLInpaintPipeline):
-    """Inpainting, Stable Diffusion XL."""
+    """The inpainting pipeline of Stable Diffusion XL, with patches."""
 
 
-# AutoPipelineFor...from_pipe finds a pipeline's relatives by the name of its class in these tables.
-for _table, _first, _large in (
+# AutoPipelineFor...from_pipe looks up the class for each task in these tables, so the erased classes are added there.
+for _table, _sd_class, _sdxl_class in (
     (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline),
     (
         auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -59,30 +62,33 @@ for _table, _first, _large in (
         ErasedStableDiffusionXLInpaintPipeline,
     ),
 ):
-    _table.setdefault("erased-stable-diffusion", _first)
-    _table.setdefault("erased-stable-diffusion-xl", _large)
+    _table.setdefault("erased-stable-diffusion", _sd_class)
+    _table.setdefault("erased-stable-diffusion-xl", _sdxl_class)
 
 
 def load_pipeline(
     model: str | os.PathLike[str] = "glyph", *, device: str | torch.device | None = None, **options: Any
 ) -> Any:
-    """Load a checkpoint as the erased pipeline of its kind, ready for `load_patch`.
+    """Load a checkpoint as the erased pipeline that matches its architecture, ready for `load_patch`.
 
     Args:
         model: `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
-        device: where to compute; None: the accelerator if there is one, else the CPU.
-        options: those of diffusers' `from_pretrained`, and `config` for a single file.
+        device: device to compute on (default: the accelerator if there is one, else the CPU).
+        options: options of diffusers' `from_pretrained`; for a single file also `config`.
+
+    Returns:
+        The pipeline, an instance of one of the Erased classes.
 
     Raises:
-        ErasureError: the model is unknown, cannot be loaded, or has no erased class; there is no such device.
+        ErasureError: the model is unknown or cannot be loaded, no erased class matches it, or the device is missing.
     """
-    found = look(resolve(model), **options)
-    kind = globals().get(f"Erased{found.pipeline}")
-    if kind is None:
-        known = ", ".join(name for name in globals() if name.startswith("Erased"))
-        raise ErasureError(f"{model}: {found.about}, which no erased pipeline can hold; there are {known}")
-    pipe = kind.from_pretrained(model, **options)
+    detected = look(resolve(model), **options)
+    pipeline_class = globals().get(f"Erased{detected.pipeline}")
+    if pipeline_class is None:
+        classes = ", ".join(name for name in globals() if name.startswith("Erased"))
+        raise ErasureError(f"{model}: {detected.about}; no erased pipeline class matches it. Available: {classes}")
+    pipe = pipeline_class.from_pretrained(model, **options)
     try:
         return pipe.to(device or best_device())
     except (RuntimeError, AssertionError) as fault:
-        raise ErasureError(f"{model} cannot be put on {device or best_device()}: {fault}") from None
+        raise ErasureError(f"{model} cannot be moved to {device or best_device()}: {fault}") from None

@@ -1,4 +1,4 @@
-"""Weights with patches folded in: base + sum of strength * change, and the base kept aside to give back bit for bit."""
+"""Patches folded into weights (base + sum of strength * change), with a copy of the base for an exact restore."""
 
 from __future__ import annotations
 
@@ -17,92 +17,100 @@ Key = tuple[str, str]  # component, parameter name
 
 @dataclass(frozen=True)
 class Share:
-    """One patch's part in the weights."""
+    """The contribution of one patch to the weights: its payload times its strength."""
 
     payload: LowRank | Delta
     strength: float
 
     @property
     def order(self) -> tuple[str, float]:
-        """Place in the sum: by content, so that the order of loading changes no bit."""
+        """Return the sort key of the sum: by content, so that the order of loading changes no bit."""
         return self.payload.digest, self.strength
 
 
 class FoldedWeights:
-    """The parameters that patches have changed in place, each with its base value on the CPU in its own dtype.
+    """The parameters that patches have changed in place, with a CPU copy of the base value of each in its own dtype.
 
-    Weights are always computed from the kept base, in float64 and in one canonical order, and written to wherever
-    the parameter now lies (sequential offload keeps it beside the network), in the dtype it now has. A change that
-    somebody else makes to a touched parameter while a patch is folded in is overwritten by the next change of the
-    patches; a LoRA that was fused or unfused meanwhile is refused.
+    Weights are always computed from that copy, in float64 and in one canonical order, and written to wherever the
+    parameter currently resides (sequential offload moves it out of the network), in the dtype it currently has. If
+    other code changes a parameter while a patch is folded into it, the next change of the patches overwrites that
+    change; if a LoRA was fused or unfused meanwhile, the next change of the patches is refused.
+
+    Args:
+        component: function from the name of a component to its module.
     """
 
     def __init__(self, component: Callable[[str], nn.Module]) -> None:
         self._component = component
-        self._kept: dict[Key, Tensor] = {}
-        self._written: dict[Key, list[Share]] = {}
-        self._fused: dict[Key, tuple[str, ...]] = {}  # the LoRAs that peft had merged into the kept value
+        self._base: dict[Key, Tensor] = {}
+        self._folded: dict[Key, list[Share]] = {}
+        self._merged_loras: dict[Key, tuple[str, ...]] = {}  # LoRAs that peft had merged when the base was copied
 
     def base(self, component: str, name: str) -> Tensor:
-        """The unpatched value of a parameter: the kept one where a patch is folded in, else the live one."""
-        kept = self._kept.get((component, name))
-        return self._live(component, name) if kept is None else kept
+        """Return the unpatched value of a parameter: the copy if a patch is folded into it, else the live value."""
+        value = self._base.get((component, name))
+        return self._live(component, name) if value is None else value
 
     def fold(self, shares: list[Share]) -> None:
-        """Bring all weights to base + `shares`; parameters that no share touches get their base back.
+        """Set all weights to base + `shares`, and restore the base of parameters that no share changes any more.
+
+        Args:
+            shares: the contributions of all patches that are to be folded in; an empty list restores the base.
 
         Raises:
-            ErasureError: a component was replaced, its weights are not in memory, its projections or a LoRA were
+            ErasureError: a component was replaced, its weights are not in memory, or its projections or a LoRA were
                 fused meanwhile. Nothing is changed then.
         """
-        wanted: dict[Key, list[Share]] = {}
+        shares_of: dict[Key, list[Share]] = {}
         for share in sorted(shares, key=lambda share: share.order):
             for component in share.payload.components:
                 for name in share.payload.names(component):
-                    wanted.setdefault((component, name), []).append(share)
-        live = {key: self._live(*key) for key in {**wanted, **self._kept}}
-        for key in self._kept:
-            self._check_fused(key, live[key])
+                    shares_of.setdefault((component, name), []).append(share)
+        live = {key: self._live(*key) for key in {**shares_of, **self._base}}
+        for key in self._base:
+            self._check_loras(key, live[key])
         with torch.no_grad():
             for key, parameter in live.items():
-                if key in wanted:
-                    self._write(key, parameter, wanted[key])
+                if key in shares_of:
+                    self._write(key, parameter, shares_of[key])
                 else:
-                    parameter.copy_(self._kept[key])
-                    del self._kept[key], self._written[key], self._fused[key]
+                    parameter.copy_(self._base[key])
+                    del self._base[key], self._folded[key], self._merged_loras[key]
 
     def _write(self, key: Key, parameter: Tensor, shares: list[Share]) -> None:
-        if key in self._written and [one.order for one in self._written[key]] == [one.order for one in shares]:
+        if key in self._folded and [share.order for share in self._folded[key]] == [share.order for share in shares]:
             return
-        if key not in self._kept:
-            self._fused[key] = self._merged(key)
-            self._kept[key] = parameter.detach().to("cpu", copy=True)
-        # A write that fails half-way is not taken for the recipe before it.
-        self._written[key] = []
+        if key not in self._base:
+            self._merged_loras[key] = self._lora_names(key)
+            self._base[key] = parameter.detach().to("cpu", copy=True)
+        # Cleared first, so that after a write that fails half-way the old shares do not count as written.
+        self._folded[key] = []
         parameter.copy_(self._sum(key, shares).to(parameter.dtype))
-        self._written[key] = shares
+        self._folded[key] = shares
 
     def _sum(self, key: Key, shares: list[Share]) -> Tensor:
-        total = self._kept[key].double()
+        total = self._base[key].double()
         for share in shares:
             total += share.strength * share.payload.change(*key).double()
         return total
 
-    def _check_fused(self, key: Key, parameter: Tensor) -> None:
-        """A LoRA that was fused or unfused since would be lost, or stay, with the kept value."""
-        merged = self._merged(key)
-        if merged == self._fused[key] or not self._written[key]:
+    def _check_loras(self, key: Key, parameter: Tensor) -> None:
+        """Refuse if a LoRA was fused or unfused: restoring the base copy would lose it, or keep it for good."""
+        merged = self._lora_names(key)
+        if merged == self._merged_loras[key] or not self._folded[key]:
             return
-        expected = self._sum(key, self._written[key]).to(self._kept[key].dtype).to(parameter.dtype)
+        expected = self._sum(key, self._folded[key]).to(self._base[key].dtype).to(parameter.dtype)
         if not torch.equal(parameter.cpu(), expected):
             raise ErasureError(
-                f"a LoRA was fused into {key[0]}, or unfused, while patches were folded in: undo that first "
-                "(unfuse_lora or fuse_lora), or use an erased pipeline's own fuse_lora and unfuse_lora, which keep "
+                f"a LoRA was fused into {key[0]}, or unfused from it, while patches were folded in. Undo that first "
+                "(unfuse_lora or fuse_lora), or use the fuse_lora and unfuse_lora of an erased pipeline, which keep "
                 "both. Nothing was changed"
             )
-        self._fused[key] = merged  # unload_lora_weights: the layer stays as fused, and nobody can unfuse it
+        # The weight is unchanged, so the LoRA was unloaded after it was fused: it can no longer be unfused.
+        self._merged_loras[key] = merged
 
-    def _merged(self, key: Key) -> tuple[str, ...]:
+    def _lora_names(self, key: Key) -> tuple[str, ...]:
+        """Return the names of the LoRAs that peft has merged into the layer of a parameter."""
         root, path = self._component(key[0]), key[1].rpartition(".")[0]
         for spelling in (path, NESTED + path):
             try:
@@ -112,38 +120,43 @@ class FoldedWeights:
         return ()
 
     def _live(self, component: str, name: str) -> Tensor:
+        """Return the tensor that holds a parameter now, wherever offloading has put it.
+
+        Raises:
+            ErasureError: the parameter is gone, its projection is fused, or its value is not in memory.
+        """
         root, (path, _, leaf) = self._component(component), name.rpartition(".")
         parameter = find_parameter(root, name)
         if parameter is None:
-            raise ErasureError(f"{component} has lost its parameter {name} while patches were loaded")
+            raise ErasureError(f"{component} no longer has the parameter {name}; it had it when patches were loaded")
         parent, _, last = path.rpartition(".")
-        if last in ("to_q", "to_k", "to_v") and _fused_attention(find_module(root, parent)):
+        if last in ("to_q", "to_k", "to_v") and _is_fused_attention(find_module(root, parent)):
             raise ErasureError(
-                f"{component}.{path} is not in use: its projections are fused. Call "
-                f"pipe.{component}.unfuse_qkv_projections() before patches change, and fuse them again afterwards"
+                f"{component}.{path} is not in use because its projections are fused. Call "
+                f"pipe.{component}.unfuse_qkv_projections() before you change patches, then fuse them again"
             )
         if not parameter.is_meta:
             return parameter.data
-        value = _offloaded(find_module(root, path) if path else root, leaf)
+        value = _offloaded_value(find_module(root, path) if path else root, leaf)
         if value is None:
             raise ErasureError(
-                f"{component}.{name} is not in memory (offloaded to disk, or never loaded): "
-                "load and unload patches before you offload it"
+                f"{component}.{name} is not in memory (offloaded to disk, or never loaded). "
+                "Load and unload patches before you offload it"
             )
         return value
 
 
-def _fused_attention(attention: nn.Module | None) -> bool:
+def _is_fused_attention(attention: nn.Module | None) -> bool:
     return type(getattr(attention, "processor", None)).__name__.startswith("Fused")
 
 
-def _offloaded(layer: nn.Module | None, leaf: str) -> Tensor | None:
-    """The value of a parameter that accelerate's sequential offload keeps in memory; None where it keeps none."""
+def _offloaded_value(layer: nn.Module | None, leaf: str) -> Tensor | None:
+    """Return the value of a parameter that accelerate's sequential offload keeps in memory, or None."""
     hook = getattr(layer, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        values = getattr(each, "weights_map", None)
+    for part in getattr(hook, "hooks", [hook]):
+        values = getattr(part, "weights_map", None)
         if values is not None:
             value = values[leaf]
-            # From a disk every look gives a copy, and what is written to a copy is lost.
+            # Weights on disk are loaded anew on every access, and writes to such a copy would be lost.
             return value.data if value is values[leaf] and not value.is_meta else None
     return None

@@ -1,11 +1,11 @@
-"""The stack of patches on one diffusers pipeline."""
+"""The stack of the patches that are loaded on one diffusers pipeline."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,26 +16,32 @@ from torch import nn
 from erasure.concepts.similarity import similarities
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Patch
-from erasure.patch.module_keys import COMPONENTS, find_module
+from erasure.patch.module_keys import COMPONENTS
 from erasure.patch.ops.conflicts import warn_of_overlap
-from erasure.patch.payload import LowRank
 from erasure.pipelines.bypass_warning import BypassWarning
 from erasure.pipelines.compatibility import check_base, check_shapes
 from erasure.pipelines.fused_weights import FoldedWeights, Share
-from erasure.pipelines.gated_lora import Membrane
+from erasure.pipelines.gated_lora import Membrane, attached, membranes
 from erasure.pipelines.gates.latent import Combination, Decider, LatentGate
-from erasure.pipelines.gates.text import TextGate, parse_gate
+from erasure.pipelines.gates.parse import parse_gate
+from erasure.pipelines.gates.text import TextGate
 from erasure.pipelines.torch_compile import original, uncompiled
 
 ATTRIBUTE = "_erasure_stack"
-Acting = Membrane | Combination  # what acts during a call, with its count of calls
-# Which stack has changed a module's weights: pipelines may share components.
+Acting = Membrane | Combination  # what gates attach for one call; both count how often they ran
+# The stack whose patches change a module: pipelines may share components.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A patch on the stack; `gate` is None where it acts on every prompt alike."""
+    """A patch on the stack with its strength and its gate.
+
+    Args:
+        patch: the patch.
+        strength: factor on its change.
+        gate: its gate, or None if it acts on every prompt alike.
+    """
 
     patch: Patch
     strength: float
@@ -43,28 +49,31 @@ class Loaded:
 
 
 def patch_stack(pipe: Any) -> PatchStack:
-    """The one stack of a diffusers pipeline, made on first use.
+    """Return the stack of a diffusers pipeline, and create it on first use.
 
-    Patches belong to the networks: a pipeline without patches over the components of another (`from_pipe`,
-    `AutoPipelineForImage2Image.from_pipe`, `cls(**pipe.components)`) has the other's stack.
+    Patches belong to the networks. A pipeline without patches that was made from the components of another one
+    (`from_pipe`, `AutoPipelineForImage2Image.from_pipe`, `cls(**pipe.components)`) shares the stack of that pipeline.
+
+    Args:
+        pipe: any diffusers pipeline.
 
     Raises:
-        ErasureError: `pipe` is no pipeline.
+        ErasureError: `pipe` is not a diffusers pipeline.
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise ErasureError(f"patches go onto a diffusers pipeline, not onto {type(pipe).__name__}")
+        raise ErasureError(f"patches can be loaded into a diffusers pipeline, not into a {type(pipe).__name__}")
     stack = vars(pipe).get(ATTRIBUTE)
     if stack is None or not stack.loaded:
-        kept = stack if stack is not None and stack.serves(pipe) else None
-        stack = _shared(pipe) or kept or PatchStack(pipe)
+        own = stack if stack is not None and stack.serves(pipe) else None
+        stack = _shared_stack(pipe) or own or PatchStack(pipe)
         setattr(pipe, ATTRIBUTE, stack)
         if not hasattr(type(stack.pipe), "gate_log"):
-            stack.pipe = pipe  # an erased pipeline over a plain one's components can run gates
+            stack.pipe = pipe  # the stack was made on a plain pipeline; an erased one can also run gates
     return stack
 
 
-def _shared(pipe: Any) -> PatchStack | None:
-    """The stack of another pipeline whose patched networks are all this one's too."""
+def _shared_stack(pipe: Any) -> PatchStack | None:
+    """Return the stack of another pipeline if this one has all the networks that are patched there."""
     for name in COMPONENTS:
         module = original(getattr(pipe, name, None))
         owner = _OWNERS.get(module) if isinstance(module, nn.Module) else None
@@ -75,10 +84,13 @@ def _shared(pipe: Any) -> PatchStack | None:
 
 
 class PatchStack:
-    """Patches by name, on one pipeline.
+    """The patches on one pipeline by name, with their strengths.
 
-    Patches that act on every prompt alike are folded into the weights; those with a gate become membranes for the
-    time of a call. `gate_log` tells for each prompt of the last call how strongly each patch acted.
+    Patches that act on every prompt alike are folded into the weights. Gated patches are attached to the layers for the
+    duration of a call. `gate_log` holds, for each prompt of the last call, the strength with which each patch acted.
+
+    Args:
+        pipe: the diffusers pipeline.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -92,34 +104,39 @@ class PatchStack:
         self._bypass_warning = BypassWarning()
 
     def component(self, name: str) -> nn.Module:
-        """The pipeline's component, seen through `torch.compile`.
+        """Return a component of the pipeline, without the wrapper of `torch.compile`.
+
+        Args:
+            name: name of the component, such as `unet`.
 
         Raises:
-            ErasureError: there is none, or it was replaced while patches were loaded.
+            ErasureError: the pipeline has no such component, or it was replaced while patches were loaded.
         """
         module = original(getattr(self.pipe, name, None))
         if not isinstance(module, nn.Module):
-            raise ErasureError(f"the patch touches {name}, and {type(self.pipe).__name__} has none")
+            raise ErasureError(f"the patch changes {name}, but this {type(self.pipe).__name__} has no {name}")
         if self._modules.get(name, module) is not module:
-            raise ErasureError(f"{name} was replaced while patches were loaded; unload them before you replace it")
+            raise ErasureError(
+                f"{name} was replaced while patches were loaded. Unload the patches before you replace it"
+            )
         return module
 
     @property
     def loaded(self) -> bool:
-        """Whether any patch is loaded."""
+        """Return whether any patch is loaded."""
         return bool(self._loaded)
 
     def serves(self, pipe: Any) -> bool:
-        """Whether `pipe` has the networks of the pipeline that the stack was made on."""
+        """Return whether `pipe` has the same networks as the pipeline that the stack was made on."""
         return all(getattr(pipe, name, None) is getattr(self.pipe, name, None) for name in COMPONENTS)
 
     def strange(self, pipe: Any) -> list[str]:
-        """The patched components that `pipe` has not, or has others of."""
+        """Return the names of the patched components that `pipe` lacks or has replaced."""
         return [name for name, module in self._modules.items() if original(getattr(pipe, name, None)) is not module]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copy owns the copied networks
-        self._claim()
+        self.__dict__.update(state)
+        self._claim()  # a copied stack owns the copied networks
 
     def _claim(self) -> None:
         for module in self._modules.values():
@@ -127,7 +144,7 @@ class PatchStack:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A context with the base's own weights, for changes to them; folded patches come back on top of these."""
+        """Restore the base weights inside a context, so that other code can change them, then fold the patches in."""
         self._weights.fold([])
         try:
             yield
@@ -136,30 +153,34 @@ class PatchStack:
             self.forget()
 
     def forget(self) -> None:
-        """Let latent gates decide anew: the networks answer differently now."""
+        """Discard the cached decisions of latent gates, because the predictions of the networks have changed."""
         self._decider = None
 
     def load(self, patch: Patch, name: str | None = None, strength: float = 1.0, force: bool = False) -> str:
-        """Check `patch` against the pipeline and put it on the stack; returns its name.
+        """Check a patch against the pipeline and load it.
 
         Args:
             patch: the patch.
-            name: what to call it; by default its concept, with a number where that is taken.
-            strength: factor on its change.
-            force: load also onto another base than it was made from, where all shapes fit.
+            name: name for the patch (default: its concepts, with a number if that name is taken).
+            strength: factor on its change; may be negative or above 1.
+            force: whether to load it also onto another base than it was made from, provided that all shapes fit.
+
+        Returns:
+            The name of the patch on the stack.
 
         Raises:
-            ErasureError: taken name, wrong base, shapes that do not fit, a gate that this pipeline cannot run. Nothing
-                is changed then.
+            ErasureError: the name is taken, the base is another one, a shape does not fit, or this pipeline cannot run
+                the gate. Nothing is changed then.
         """
-        name = self._name(patch, name)
-        strength = _number(strength)
+        name = self._checked_name(patch, name)
+        strength = _checked_strength(strength)
         gate = parse_gate(patch)
         if gate is not None and not hasattr(type(self.pipe), "gate_log"):
             kind = type(self.pipe).__name__
             raise ErasureError(
-                f"{name!r} has a {patch.gate['kind']} gate: {kind} does not show it the prompts. Make an erased "
-                f"pipeline of it: Erased{kind}.from_pipe(pipe), or, if there is none, class Mine(PatchMixin, {kind})"
+                f"patch {name!r} has a {patch.gate['kind']} gate, which {kind} cannot run. Convert the pipeline with "
+                f"Erased{kind}.from_pipe(pipe); if there is no such class, define one with "
+                f"class MyPipeline(PatchMixin, {kind})"
             )
         if isinstance(gate, LatentGate):
             Decider.check(self.pipe)
@@ -168,66 +189,79 @@ class PatchStack:
             check_shapes(name, patch, component, self.component(component))
         if not force:
             check_base(name, patch, self.pipe, self._weights.base)
-        warn_of_overlap(name, patch, {known: one.patch for known, one in self._loaded.items()})
+        warn_of_overlap(name, patch, {other: entry.patch for other, entry in self._loaded.items()})
         self._change({**self._loaded, name: Loaded(patch, strength, gate)})
         return name
 
     def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
-        """Let exactly these patches act: `{name: strength}`, or a name or names for strength 1. All others get 0.
+        """Set the strengths of all patches: those that are not named get strength 0.
+
+        Args:
+            patches: `{name: strength}`, or a name or several names for strength 1.
 
         Raises:
-            ErasureError: a name that is not loaded, a strength that is no finite number. Nothing is changed then.
+            ErasureError: a name is not loaded, or a strength is not a finite number. Nothing is changed then.
         """
         if isinstance(patches, Mapping):
-            wanted = {name: _number(strength) for name, strength in patches.items()}
+            strengths = {name: _checked_strength(strength) for name, strength in patches.items()}
         else:
-            wanted = dict.fromkeys([patches] if isinstance(patches, str) else patches, 1.0)
-        self._known(wanted)
-        self._change({name: replace(one, strength=wanted.get(name, 0.0)) for name, one in self._loaded.items()})
+            strengths = dict.fromkeys([patches] if isinstance(patches, str) else patches, 1.0)
+        self._check_loaded(strengths)
+        self._change({name: replace(entry, strength=strengths.get(name, 0.0)) for name, entry in self._loaded.items()})
 
     def get_list_patches(self) -> dict[str, dict[str, Any]]:
-        """Name -> strength, method, concepts, gate, kind, components, costs and file size of each patch, as loaded."""
+        """Return for each loaded patch, by name and in order of loading, its strength and what its header says.
+
+        Returns:
+            Name -> a table with `strength`, `method`, `concepts` (names), `gate` (its kind), `kind` (of the payload),
+            `components`, `costs` and `bytes` (size of its file; None if it was not loaded from one).
+        """
         return {
             name: {
-                "strength": one.strength,
-                "method": one.patch.method,
-                "concepts": one.patch.names,
-                "gate": one.patch.gate["kind"],
-                "kind": one.patch.payload.kind,
-                "components": one.patch.components,
-                "costs": dict(one.patch.costs),
-                "bytes": one.patch.stored.get("bytes"),  # of its file, if it came from one
+                "strength": entry.strength,
+                "method": entry.patch.method,
+                "concepts": entry.patch.names,
+                "gate": entry.patch.gate["kind"],
+                "kind": entry.patch.payload.kind,
+                "components": entry.patch.components,
+                "costs": dict(entry.patch.costs),
+                "bytes": entry.patch.stored.get("bytes"),
             }
-            for name, one in self._loaded.items()
+            for name, entry in self._loaded.items()
         }
 
     def delete_patches(self, names: Iterable[str] | str) -> None:
-        """Take patches off; weights that no other patch touches are the base's again, bit for bit.
+        """Unload patches, and restore the base bit for bit in weights that no other patch changes.
+
+        Args:
+            names: a name or several names.
 
         Raises:
-            ErasureError: a name that is not loaded. Nothing is changed then.
+            ErasureError: a name is not loaded. Nothing is changed then.
         """
-        gone = [names] if isinstance(names, str) else list(names)
-        self._known(gone)
-        self._change({name: one for name, one in self._loaded.items() if name not in gone})
+        deleted = [names] if isinstance(names, str) else list(names)
+        self._check_loaded(deleted)
+        self._change({name: entry for name, entry in self._loaded.items() if name not in deleted})
 
     def unload_patches(self) -> None:
-        """Take all patches off: every weight is the base's again, bit for bit."""
+        """Unload all patches, and restore the base in every weight, bit for bit."""
         self._change({})
         self._fused = False
 
     def fuse_patches(self) -> None:
-        """Fold gated patches into the weights too: they act on every prompt, and a call runs no extra layers."""
+        """Fold gated patches into the weights too, so that they act on every prompt and a call runs no extra layers."""
         self._change(self._loaded, fused=True)
 
     def unfuse_patches(self) -> None:
-        """Undo `fuse_patches`."""
+        """Undo `fuse_patches`, so that the gates decide again."""
         self._change(self._loaded, fused=False)
 
     @property
     def gated(self) -> dict[str, Loaded]:
-        """The patches whose strength depends on the prompt now."""
-        return {name: one for name, one in self._loaded.items() if one.gate and one.strength and not self._fused}
+        """Return the patches, by name, whose strength currently depends on the prompt."""
+        if self._fused:
+            return {}
+        return {name: entry for name, entry in self._loaded.items() if entry.gate and entry.strength}
 
     def open(
         self, prompts: list[list[str]] | None, rows: int, images: int, scope: ExitStack, encoded: bool = False
@@ -235,97 +269,78 @@ class PatchStack:
         """Let the gated patches act for one call, and write the gate log.
 
         Args:
-            prompts: for each row, the texts that it is asked for (two on XL); None where only embeddings are known.
+            prompts: the texts of each prompt (two on XL), or None if only embeddings are known.
             rows: number of prompts.
-            images: images per prompt.
-            scope: what ends the call; closing it takes everything off again.
-            encoded: the prompts come as embeddings: text encoders do not run.
+            images: number of images per prompt.
+            scope: receives what ends the call; closing it detaches the patches again.
+            encoded: whether the prompts are passed as embeddings, so that the text encoders do not run.
+
+        Returns:
+            What was attached; the `calls` of each counts how often it ran.
 
         Raises:
-            ErasureError: embeddings without a prompt and a gated patch, or embeddings and a gated patch of an encoder.
+            ErasureError: a patch is gated and only embeddings are known, or the text encoder that it changes does not
+                run.
         """
         gated = self.gated
         scope.enter_context(self._bypass_warning.decided())
         if gated and prompts is None:
             raise ErasureError(
-                f"{', '.join(map(repr, gated))}: gated by the prompt, and only prompt_embeds were given. Say what they "
-                "ask for with erasure_prompts=[...], switch the gate off with fuse_patches(), or the patch with "
+                f"{', '.join(map(repr, gated))}: gated by the prompt, but only prompt_embeds were given. Pass the "
+                "texts with erasure_prompts=[...], disable the gates with fuse_patches(), or disable the patches with "
                 "set_patches()"
             )
-        strengths = {name: [one.strength] * rows for name, one in self._loaded.items()}
+        strengths = {name: [entry.strength] * rows for name, entry in self._loaded.items()}
         with uncompiled(self.pipe) if gated else nullcontext():
-            strengths |= {name: self._gate(one, prompts or []) for name, one in gated.items()}
+            strengths |= {name: self._strengths(entry, prompts or []) for name, entry in gated.items()}
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
-        acting = {name: one for name, one in gated.items() if any(strengths[name])}
-        bypassed = [name for name, one in acting.items() if encoded and one.patch.components != ["unet"]]
+        acting = {name: entry for name, entry in gated.items() if any(strengths[name])}
+        bypassed = [name for name, entry in acting.items() if encoded and entry.patch.components != ["unet"]]
         if bypassed:
             raise ErasureError(
-                f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Give the "
-                "prompt, or fuse_patches() before you encode it"
+                f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Pass the "
+                "prompt as text, or call fuse_patches() before you encode it"
             )
         if acting:
             scope.enter_context(uncompiled(self.pipe))
-        membranes: list[Acting] = []
+        hooks: list[Acting] = []
         parts: list[tuple[torch.Tensor, Callable[[], Any]]] = []
-        # In order of content, as in the weights: the order of loading changes no bit.
-        for name, one in sorted(acting.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
+        # Sorted by content, as in the weights, so that the order of loading changes no bit.
+        for name, entry in sorted(acting.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
             shares = torch.tensor(strengths[name])
-            if isinstance(one.gate, LatentGate):
-                parts.append((shares.repeat_interleave(images), self._patched(one.patch)))
+            if isinstance(entry.gate, LatentGate):
+                parts.append((shares.repeat_interleave(images), self._patched(entry.patch)))
                 continue
-            for membrane, module in self._membranes(one.patch, shares, images):
+            for membrane, module in membranes(entry.patch.payload, self.component, shares, images):
                 scope.callback(membrane.attach(module).remove)
-                membranes.append(membrane)
+                hooks.append(membrane)
         if not parts:
-            return membranes
-        combination = Combination(self.component("unet"), parts, whole=bool(membranes))
+            return hooks
+        combination = Combination(self.component("unet"), parts, whole=bool(hooks))
         scope.callback(combination.remove)
-        return [*membranes, combination]
+        return [*hooks, combination]
 
-    def _gate(self, one: Loaded, prompts: list[list[str]]) -> list[float]:
-        """Strength of one gated patch for each prompt: the largest over the prompt's texts and the gate's.
+    def _strengths(self, entry: Loaded, prompts: list[list[str]]) -> list[float]:
+        """Return the strength of one gated patch for each prompt, multiplied by the strength that the user has set.
 
-        For a latent gate it is 1 - w, times the patch's strength.
+        For a text gate, it is the largest over the texts of the prompt and of the gate; for a latent gate, 1 - w.
         """
-        if isinstance(one.gate, TextGate):
-            flat = [text for texts in prompts for text in texts]
-            best = dict(zip(flat, map(max, similarities(self.pipe, flat, list(one.gate.texts))), strict=True))
-            return [one.strength * max(one.gate.strength(best[text]) for text in texts) for texts in prompts]
-        if not isinstance(one.gate, LatentGate):
-            return [one.strength] * len(prompts)
-        gate, patched = one.gate, self._patched(one.patch)
+        gate = entry.gate
+        if isinstance(gate, TextGate):
+            texts = [text for row in prompts for text in row]
+            nearest = dict(zip(texts, map(max, similarities(self.pipe, texts, list(gate.texts))), strict=True))
+            return [entry.strength * max(gate.strength(nearest[text]) for text in row) for row in prompts]
+        if not isinstance(gate, LatentGate):
+            return [entry.strength] * len(prompts)
+        patched = self._patched(entry.patch)
         self._decider = self._decider or Decider(self.pipe)
-        key = (one.patch.payload.digest, gate)
-        there = [self._decider.present(key, gate, texts[0], patched) for texts in prompts]
-        return [one.strength * (1 - (gate.on if each else gate.off)) for each in there]
+        key = (entry.patch.payload.digest, gate)
+        present = [self._decider.present(key, gate, row[0], patched) for row in prompts]
+        return [entry.strength * (1 - (gate.on if decision else gate.off)) for decision in present]
 
-    def _patched(self, patch: Patch) -> Callable[[], AbstractContextManager[None]]:
-        """What opens a context in which the UNet has a low-rank patch at strength 1."""
-        found = self._membranes(patch, torch.ones(1), 1)  # once: factors stay where the network has brought them
-
-        @contextmanager
-        def patched() -> Iterator[None]:
-            handles = [membrane.attach(module) for membrane, module in found]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-
-        return patched
-
-    def _membranes(self, patch: Patch, strengths: torch.Tensor, images: int) -> list[tuple[Membrane, nn.Module]]:
-        found: list[tuple[Membrane, nn.Module]] = []
-        layers = patch.payload.layers if isinstance(patch.payload, LowRank) else {}
-        for component, factors in layers.items():
-            # Text encoders see a row per prompt, the UNet one per image.
-            rows = strengths.repeat_interleave(images) if component == "unet" else strengths
-            for path, (down, up, alpha) in factors.items():
-                module = find_module(self.component(component), path)
-                if module is None:
-                    raise ErasureError(f"{component} has lost its layer {path} while patches were loaded")
-                found.append((Membrane(down, up, alpha / down.shape[0], rows), module))
-        return found
+    def _patched(self, patch: Patch) -> Callable[[], Any]:
+        """Return a function that opens a context in which the UNet has a low-rank patch at strength 1."""
+        return attached(membranes(patch.payload, self.component, torch.ones(1), 1))
 
     def _change(self, loaded: dict[str, Loaded], fused: bool | None = None) -> None:
         fused = self._fused if fused is None else fused
@@ -337,17 +352,17 @@ class PatchStack:
             raise
         self._loaded, self._fused, self._decider = loaded, fused, None
         self._modules = {
-            component: self.component(component) for one in loaded.values() for component in one.patch.components
+            component: self.component(component) for entry in loaded.values() for component in entry.patch.components
         }
         self._claim()
-        touched = {component for one in self.gated.values() for component in one.patch.components}
+        touched = {component for entry in self.gated.values() for component in entry.patch.components}
         self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [
-            Share(one.patch.payload, one.strength)
-            for one in loaded.values()
-            if one.strength and (one.gate is None or fused)
+            Share(entry.patch.payload, entry.strength)
+            for entry in loaded.values()
+            if entry.strength and (entry.gate is None or fused)
         ]
 
     def _check_owner(self, component: str) -> None:
@@ -355,28 +370,28 @@ class PatchStack:
         stack = owner() if owner is not None else None
         if stack is not None and stack is not self and component in stack._modules:
             raise ErasureError(
-                f"{component} is shared with another pipeline, which has patches on it: "
-                f"{', '.join(stack._loaded)}. Unload them there first"
+                f"{component} is shared with another pipeline that has patches on it "
+                f"({', '.join(stack._loaded)}). Unload them there first"
             )
 
-    def _name(self, patch: Patch, name: str | None) -> str:
+    def _checked_name(self, patch: Patch, name: str | None) -> str:
         if name is None:
             stem = "+".join(patch.names)
-            tries = [stem, *(f"{stem}-{number}" for number in range(2, len(self._loaded) + 2))]
-            return next(each for each in tries if each not in self._loaded)
+            candidates = [stem, *(f"{stem}-{number}" for number in range(2, len(self._loaded) + 2))]
+            return next(candidate for candidate in candidates if candidate not in self._loaded)
         if not isinstance(name, str) or not name:
-            raise ErasureError(f"a patch's name is a word, not {name!r}")
+            raise ErasureError(f"the name of a patch must be a non-empty string, not {name!r}")
         if name in self._loaded:
-            raise ErasureError(f"the name {name!r} is taken. Loaded: {', '.join(self._loaded)}")
+            raise ErasureError(f"a patch named {name!r} is already loaded. Loaded patches: {', '.join(self._loaded)}")
         return name
 
-    def _known(self, names: Iterable[str]) -> None:
+    def _check_loaded(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._loaded:
                 raise unknown("patch", name, self._loaded)
 
 
-def _number(strength: Any) -> float:
+def _checked_strength(strength: Any) -> float:
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise ErasureError(f"a strength is a finite number, not {strength!r}")
+        raise ErasureError(f"a strength must be a finite number, not {strength!r}")
     return float(strength)

@@ -130,7 +130,7 @@ def test_on_xl_a_gate_that_could_not_decide_is_refused_before_training():
     pipe.unload_patches()
     # The reason given is the truth: drawing finds no unit.
     pipe.load_patch(dataclasses.replace(strict, gate={**strict.gate, "measure": "norm"}))
-    with pytest.raises(ErasureError, match="does not move the empty prompt"):
+    with pytest.raises(ErasureError, match="does not affect the empty prompt"):
         latents(pipe, ["a cat"])
     pipe.unload_patches()
     pipe.register_to_config(force_zeros_for_empty_prompt=False)

@@ -127,9 +127,9 @@ def test_set_patches_takes_names_and_strengths(pipe):
 
 def test_a_taken_name_lists_what_is_loaded(pipe):
     pipe.load_patch(low_rank_patch(pipe), name="art")
-    with pytest.raises(ErasureError, match="'art' is taken. Loaded: art"):
+    with pytest.raises(ErasureError, match="named 'art' is already loaded. Loaded patches: art"):
         pipe.load_patch(delta_patch(pipe), name="art")
-    with pytest.raises(ErasureError, match="name is a word"):
+    with pytest.raises(ErasureError, match="must be a non-empty string"):
         pipe.load_patch(delta_patch(pipe), name="")
 
 
@@ -153,12 +153,12 @@ def test_what_does_not_fit_is_refused_even_with_force(pipe, force):
     base = weights(pipe)
     pair = (torch.ones(1, 4), torch.ones(4, 1), 1.0)
     misfits = [
-        (Delta({"unet": {"nothing.weight": torch.ones(2)}}), "0 of its 1 layers"),
-        (Delta({"unet": {"conv_in.bias": torch.ones(8), "nothing.weight": torch.ones(2)}}), "1 of its 2 layers"),
-        (Delta({"unet": {"conv_in.bias": torch.ones(9)}}), r"is \[8\] here and \[9\]"),
+        (Delta({"unet": {"nothing.weight": torch.ones(2)}}), "0 of the 1 layers"),
+        (Delta({"unet": {"conv_in.bias": torch.ones(8), "nothing.weight": torch.ones(2)}}), "1 of the 2 layers"),
+        (Delta({"unet": {"conv_in.bias": torch.ones(9)}}), r"has shape \[8\] in the pipeline and \[9\] in the patch"),
         (LowRank({"unet": {"conv_in": pair}}), "does not fit"),
         (LowRank({"unet": {"conv_norm_out": pair}}), "does not fit"),
-        (Delta({"text_encoder_2": {"a.weight": torch.ones(1)}}), "has none"),
+        (Delta({"text_encoder_2": {"a.weight": torch.ones(1)}}), "has no text_encoder_2"),
     ]
     for payload, fault in misfits:
         with pytest.raises(ErasureError, match=fault):
@@ -203,7 +203,7 @@ def test_any_diffusers_pipeline_takes_patches():
     assert same(weights(plain), base)
     patch_stack(plain).unload_patches()
     assert patch_stack(plain).get_list_patches() == {}
-    with pytest.raises(ErasureError, match="not onto UNet2DConditionModel"):
+    with pytest.raises(ErasureError, match="not into a UNet2DConditionModel"):
         load_patch(plain.unet, patch)
 
 

@@ -58,7 +58,7 @@ def test_the_latent_gate_in_every_task_of_sd(name, monkeypatch):
 def test_the_latent_gate_refuses_what_it_cannot_decide_on():
     pipe = task("ErasedStableDiffusionInpaintPipeline")
     pipe.unet.register_to_config(in_channels=9)
-    with pytest.raises(ErasureError, match="takes 9 channels for 4"):
+    with pytest.raises(ErasureError, match="takes 9 channels and returns 4"):
         pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
 
 
@@ -69,7 +69,7 @@ def test_the_latent_gate_decides_on_xl():
     assert strengths(pipe) == [0.0, 0.0]
     pipe.unload_patches()
     pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
-    with pytest.raises(ErasureError, match="does not move the empty prompt"):
+    with pytest.raises(ErasureError, match="does not affect the empty prompt"):
         draw(pipe, ["a cat"])
 
 

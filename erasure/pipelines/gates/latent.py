@@ -1,18 +1,19 @@
-"""The latent gate: whether a patch acts on a prompt is decided from partially denoised latents.
+"""The latent gate: decides from partially denoised latents whether a patch acts on a prompt.
 
-For a prompt p, N noises and the sampler's state x after some steps with the base (UnGuide, Polowczyk et al. 2025)
+For a prompt p, N noises and the sampler's state x after some steps with the base (UnGuide, Polowczyk et al. 2025,
+arXiv 2508.05755), the effect of the patch is
 
     d(p) = mean || e_L(x, p) - e_0(x, p) ||_2
 
-with e_L the UNet with the patch. Where d(p) > ratio * d("") the prompt names what the patch was made for (the paper:
-ratio 1; a checkpoint on which the patch moves every named prompt more than the empty one needs a higher one). With
-`measure: guidance`, d is how many times p's own guidance the patch takes back (`trajectories.shifts`), and the limit is
-`ratio` itself. Then every answer of the UNet becomes w e_0 + (1 - w) e_L, with w = `on` there and w = `off` elsewhere.
-One UNet answers both times.
+with e_L the UNet with the patch and e_0 the UNet without. Where d(p) > ratio * d(""), the prompt names the erased
+concept. The paper's ratio is 1; a checkpoint on which the patch affects every other prompt more than the empty one
+needs a higher ratio. With `measure: guidance`, d is the multiple of p's own guidance that the patch takes back
+(`trajectories.shifts`), and the limit is `ratio` itself. Then every output of the UNet becomes w e_0 + (1 - w) e_L,
+with w = `on` for prompts that name the concept and w = `off` for the others. The same UNet computes both terms.
 
-The noises of p and "" are the same, so their differences are paired: with `early`, repeats stop when the mean
-difference is more than CLEAR standard errors from zero. A decision depends on the prompt and the patches alone, not on
-the batch around it, and is kept until the patches change.
+The noises of p and "" are the same, so their differences are paired. With `early`, no more noises are drawn once the
+mean difference is more than CLEAR standard errors from zero. A decision depends on the prompt and the patches alone,
+not on the rest of the batch, and is cached until the patches change.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ from erasure.model.base import Base
 from erasure.model.conditioning import text_encoders
 from erasure.model.trajectories import MEASURES, shifts
 
-FIRST = 3  # repeats before the first look
+FIRST = 3  # noises before the first test of whether the decision is clear
 CLEAR = 4.0  # standard errors
 
 
 @dataclass(frozen=True)
 class LatentGate:
-    """How to decide, and with which weights to combine.
+    """The settings of a latent gate: how it decides, and the weights of the base's and the patch's predictions.
 
     Args:
-        on: w where the concept is there; 0 is the patch alone, -1 leads away from it.
-        off: w elsewhere; 1 is the base alone.
-        after: steps until the decision.
-        steps: of the deciding sampler.
-        guidance: of the deciding sampler.
-        repeats: noises, at most.
-        early: stop when the decision is clear.
-        ratio: how many times more than the empty prompt the patch must move a prompt; by `guidance`, how many times
-            the prompt's own guidance it must take back.
-        measure: of a move: norm, or guidance.
+        on: w for prompts that name the concept; 0 is the patch alone, -1 extrapolates beyond it, away from the base.
+        off: w for all other prompts; 1 is the base alone.
+        after: number of sampling steps before the decision.
+        steps: total number of steps of the sampler that is used for the decision.
+        guidance: guidance scale of that sampler.
+        repeats: largest number of noises.
+        early: whether to stop before `repeats` once the decision is clear.
+        ratio: limit of the decision. By `norm`, how many times more than the empty prompt the patch must affect a
+            prompt; by `guidance`, the multiple of the prompt's own guidance that it must take back.
+        measure: measure of the effect, `norm` or `guidance`.
+
+    Raises:
+        ErasureError: a value is of the wrong type or out of range.
     """
 
     on: float = -1.0
@@ -68,96 +72,103 @@ class LatentGate:
                 if value not in MEASURES:
                     raise unknown("measure of a latent gate", value, MEASURES)
                 continue
-            right = isinstance(value, bool) if field.name == "early" else type(value) in (int, float)
-            if not right or not math.isfinite(value):
-                raise ErasureError(f"a latent gate's {field.name} is {value!r}")
+            if field.name == "early":
+                if not isinstance(value, bool):
+                    raise ErasureError(f"early of a latent gate must be true or false, not {value!r}")
+            elif type(value) not in (int, float) or not math.isfinite(value):
+                raise ErasureError(f"{field.name} of a latent gate must be a finite number, not {value!r}")
         if self.ratio <= 0:
-            raise ErasureError(f"a latent gate's ratio is above 0, not {self.ratio}")
+            raise ErasureError(f"ratio of a latent gate must be above 0, not {self.ratio}")
         if not 0 < self.after < self.steps or self.repeats < 1 or type(self.after * self.steps * self.repeats) is float:
             raise ErasureError(
-                f"a latent gate decides after {self.after} of {self.steps} steps, {self.repeats} times: "
-                "expected whole numbers, 0 < after < steps, at least once"
+                f"a latent gate needs whole numbers with 0 < after < steps and repeats of at least 1, not after "
+                f"{self.after}, steps {self.steps}, repeats {self.repeats}"
             )
 
 
-Answers = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 class Decider:
-    """Decides for one pipeline, as its weights now are; what it found is kept."""
+    """The decisions of latent gates on one pipeline with its current weights, cached by patch and prompt."""
 
     def __init__(self, pipe: Any) -> None:
         self.check(pipe)
         self._base = Base("", pipe)
-        self._empty: dict[tuple[Any, int], float] = {}
-        self._found: dict[tuple[Any, str], bool] = {}
+        self._empty_effects: dict[tuple[Any, int], float] = {}
+        self._decisions: dict[tuple[Any, str], bool] = {}
 
     @staticmethod
     def check(pipe: Any) -> None:
-        """Refuse pipelines that it cannot decide on.
+        """Check that latent gates can decide on a pipeline.
 
         Raises:
-            ErasureError: saying why not.
+            ErasureError: its prompts cannot be encoded, or its UNet needs more than latents.
         """
-        kind = type(pipe).__name__
-        text_encoders(pipe)  # refuses pipelines whose prompts it cannot encode
+        text_encoders(pipe)  # raises if the prompts cannot be encoded
         config = pipe.unet.config
         if config.in_channels != config.out_channels:
             raise ErasureError(
-                f"a latent gate decides from latents alone, and this {kind}'s UNet takes {config.in_channels} channels "
-                f"for {config.out_channels}; use a text gate, or fuse_patches() on a text-to-image pipeline"
+                f"a latent gate decides from latents alone, but the UNet of this {type(pipe).__name__} takes "
+                f"{config.in_channels} channels and returns {config.out_channels}. Use a text gate, or fuse_patches() "
+                "on a text-to-image pipeline"
             )
 
     def present(self, key: Any, gate: LatentGate, prompt: str, patched: Callable[[], Any]) -> bool:
-        """Whether the prompt names what the patch was made for.
+        """Return whether a prompt names the concept that a patch was made for.
 
         Args:
-            key: of the patch, for what is kept.
-            gate: how to decide.
+            key: identifies the patch and its gate in the cache.
+            gate: the settings of the decision.
             prompt: the prompt.
             patched: opens a context in which the UNet has the patch.
+
+        Raises:
+            ErasureError: the UNet needs an image too (IP-Adapter), or the patch does not affect the empty prompt.
         """
         if self._base.unet.config.encoder_hid_dim_type is not None:
             raise ErasureError(
-                "a latent gate decides by the prompt alone, and this UNet wants an image too (IP-Adapter): "
-                "unload_ip_adapter(), fuse_patches(), or set_patches() without the patch"
+                "a latent gate decides by the prompt alone, but this UNet also needs an image (IP-Adapter). Call "
+                "unload_ip_adapter() or fuse_patches(), or disable the patch with set_patches()"
             )
-        key = key, str(self._base.sampler("ddim").config)  # another scheduler's noise, another decision
-        if (key, prompt) not in self._found:
+        key = key, str(self._base.sampler("ddim").config)  # another noise schedule can change the decision
+        if (key, prompt) not in self._decisions:
             differences: list[float] = []
             while len(differences) < gate.repeats:
                 done = len(differences)
                 seeds = range(done, min(done + (FIRST if gate.early else gate.repeats), gate.repeats))
-                named = self._distances(gate, prompt, seeds, patched)
+                effects = self._effects(gate, prompt, seeds, patched)
                 by_norm = gate.measure == "norm"
-                units = self._plain(key, gate, seeds, patched) if by_norm else [1.0] * len(named)
-                differences += [a - gate.ratio * b for a, b in zip(named, units, strict=True)]
+                units = self._effects_on_empty(key, gate, seeds, patched) if by_norm else [1.0] * len(effects)
+                differences += [effect - gate.ratio * unit for effect, unit in zip(effects, units, strict=True)]
                 if clear(differences):
                     break
-            self._found[key, prompt] = sum(differences) > 0
-        return self._found[key, prompt]
+            self._decisions[key, prompt] = sum(differences) > 0
+        return self._decisions[key, prompt]
 
-    def _plain(self, key: Any, gate: LatentGate, seeds: Sequence[int], patched: Callable[[], Any]) -> list[float]:
-        new = [seed for seed in seeds if (key, seed) not in self._empty]
-        if new:
-            found = self._distances(gate, "", new, patched)
-            if not all(found):
-                raise ErasureError(
-                    "the patch does not move the empty prompt, so `norm` has no unit to decide by (XL's empty prompt "
-                    "is all zeros, and keys and values of cross-attention do nothing there); measure `guidance` has one"
-                )
-            self._empty |= {(key, seed): value for seed, value in zip(new, found, strict=True)}
-        return [self._empty[key, seed] for seed in seeds]
-
-    def _distances(
-        self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]
+    def _effects_on_empty(
+        self, key: Any, gate: LatentGate, seeds: Sequence[int], patched: Callable[[], Any]
     ) -> list[float]:
-        ways = ("after", "steps", "guidance", "measure")
-        return shifts(self._base, prompt, seeds, patched, **{name: getattr(gate, name) for name in ways})
+        missing = [seed for seed in seeds if (key, seed) not in self._empty_effects]
+        if missing:
+            effects = self._effects(gate, "", missing, patched)
+            if not all(effects):
+                raise ErasureError(
+                    "the patch does not affect the empty prompt, so the measure `norm` has nothing to compare with "
+                    "(the empty prompt of XL is all zeros, which the keys and values of cross-attention leave zero). "
+                    "Use the measure `guidance`"
+                )
+            self._empty_effects |= {(key, seed): effect for seed, effect in zip(missing, effects, strict=True)}
+        return [self._empty_effects[key, seed] for seed in seeds]
+
+    def _effects(self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]) -> list[float]:
+        names = ("after", "steps", "guidance", "measure")
+        return shifts(self._base, prompt, seeds, patched, **{name: getattr(gate, name) for name in names})
 
 
 def clear(differences: list[float]) -> bool:
-    """Whether the mean of paired differences lies more than CLEAR standard errors from zero."""
+    """Return whether the mean of paired differences is more than CLEAR standard errors from zero.
+
+    Args:
+        differences: paired differences; fewer than FIRST are never clear.
+    """
     n = len(differences)
     if n < FIRST:
         return False
@@ -167,62 +178,85 @@ def clear(differences: list[float]) -> bool:
 
 
 class Combination:
-    """Stands for the UNet's forward during a call: e_0 + sum over patches of (1 - w_i) (e_i - e_0).
+    """A replacement for the UNet's forward during one call: e_0 + sum over patches of (1 - w_i) (e_i - e_0).
 
     Args:
         unet: the UNet.
-        parts: for each patch, 1 - w for each row [rows], and what opens a context in which the UNet has the patch.
-        whole: run every row through every patch, because other hooks expect full batches.
+        parts: for each patch, 1 - w for each row [rows], and a function that opens a context in which the UNet has the
+            patch.
+        whole: whether to run every row through every patch, because other hooks expect full batches.
     """
 
     def __init__(self, unet: nn.Module, parts: list[tuple[Tensor, Callable[[], Any]]], whole: bool) -> None:
         self._unet, self._parts, self._whole = unet, parts, whole
         self._forward = unet.forward
-        self._own = "forward" in vars(unet)
+        self._had_own_forward = "forward" in vars(unet)
         self.calls = 0
         unet.forward = self
 
     def remove(self) -> None:
-        """Give the UNet its own forward back."""
-        # Offloading hooks come and go at the end of a call: where they have put their own back, it stays.
+        """Restore the UNet's own forward, unless an offloading hook has already done so."""
+        # diffusers removes and adds offloading hooks at the end of a call; a forward that they have set must stay.
         if vars(self._unet).get("forward") is self:
-            if self._own:
+            if self._had_own_forward:
                 self._unet.forward = self._forward
             else:
                 del self._unet.forward
 
     def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the UNet's forward."""
+        """Run the UNet with and without the patches, and return the combined output in the UNet's own type.
+
+        Args:
+            sample: noisy latents [rows, channels, height, width].
+            args: further arguments of the UNet.
+            kwargs: further arguments of the UNet.
+
+        Raises:
+            ErasureError: the number of rows is not a multiple of the number that the gates were opened for.
+        """
         self.calls += 1
-        n, plain = sample.shape[0], None
+        rows = sample.shape[0]
         moves = []
-        for shares, patched in self._parts:
-            if n % len(shares):
-                raise ErasureError(f"a gated patch expects batches of {len(shares)} rows or a multiple, and met {n}")
-            share = shares.repeat(n // len(shares)).to(sample.device)
-            rows = torch.ones_like(share, dtype=torch.bool) if self._whole else share != 0
+        for weights, patched in self._parts:
+            if rows % len(weights):
+                raise ErasureError(
+                    f"a gated patch was opened for {len(weights)} rows, but the UNet was called with a batch of "
+                    f"{rows}, which is not a multiple of {len(weights)}"
+                )
+            weight = weights.repeat(rows // len(weights)).to(sample.device)
+            chosen = torch.ones_like(weight, dtype=torch.bool) if self._whole else weight != 0
             with patched():
-                made = self._forward(*pick((sample, *args), rows, n), **pick(kwargs, rows, n))
-            moves.append((share[rows].view(-1, 1, 1, 1), rows, made[0] if isinstance(made, tuple) else made.sample))
+                output = self._forward(*pick((sample, *args), chosen, rows), **pick(kwargs, chosen, rows))
+            moves.append((weight[chosen].view(-1, 1, 1, 1), chosen, _prediction(output)))
         if len(moves) == 1 and bool((moves[0][0] == 1).all()) and bool(moves[0][1].all()):
-            return made  # the patch alone, on every row
+            return output  # the patch alone, on every row
         plain = self._forward(sample, *args, **kwargs)
-        base = plain[0] if isinstance(plain, tuple) else plain.sample
-        out = base.clone()
-        for share, rows, answer in moves:
-            out[rows] += (share * (answer.float() - base[rows].float())).to(out.dtype)
+        base = _prediction(plain)
+        combined = base.clone()
+        for weight, chosen, prediction in moves:
+            combined[chosen] += (weight * (prediction.float() - base[chosen].float())).to(combined.dtype)
         if isinstance(plain, tuple):
-            return (out, *plain[1:])
-        plain.sample = out
+            return (combined, *plain[1:])
+        plain.sample = combined
         return plain
 
 
+def _prediction(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
 def pick(value: Any, rows: Tensor, n: int) -> Any:
-    """The rows of every tensor of n rows in nested arguments; anything else as it is."""
+    """Select rows from every tensor with n rows in nested arguments; return everything else unchanged.
+
+    Args:
+        value: a tensor, a list, tuple or dict of values, or anything else.
+        rows: boolean mask of the rows to keep [n].
+        n: number of rows of the batch.
+    """
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.dim() and value.shape[0] == n else value
     if isinstance(value, dict):
-        return {key: pick(one, rows, n) for key, one in value.items()}
+        return {key: pick(item, rows, n) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(pick(one, rows, n) for one in value)
+        return type(value)(pick(item, rows, n) for item in value)
     return value

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from erasure.concepts.similarity import similarities
 from erasure.errors import ErasureError
 from erasure.patch import Patch
-from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline, load_patch
+from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.pipelines.gated_lora import Membrane
 from tests.patch.making import delta_patch, gap, low_rank_patch, same, weights
 from tests.pipelines.making import tiny_xl
@@ -195,36 +195,6 @@ def test_embeddings_without_prompt(pipe):
         pipe(**given)
     pipe.fuse_patches()
     pipe(**given)
-
-
-def test_a_gate_that_cannot_run_is_refused_at_loading(pipe):
-    gates = [
-        ({"kind": "latnt"}, "unknown gate 'latnt'.*did you mean 'latent'"),
-        ({"kind": "latent", "after": 60}, "0 < after < steps"),
-        ({"kind": "latent", "repeats": 1.5}, "whole numbers"),
-        ({"kind": "latent", "early": 1}, "early is 1"),
-        ({"kind": "latent", "on": "x"}, "on is 'x'"),
-        ({"kind": "latent", "offf": 1}, "did you mean 'off'"),
-        ({"kind": "always", "power": 1}, "unknown key of a gate of kind always 'power'"),
-        ({**TEXT, "powr": 1}, "did you mean 'power'"),
-        ({**TEXT, "power": -1}, "power is a number"),
-        ({**TEXT, "power": "1"}, "power is a number"),
-        ({**TEXT, "threshold": True}, "threshold is a number"),
-        ({**TEXT, "texts": "cat"}, "are lists"),
-        ({**TEXT, "texts": []}, "at least one text"),
-        ({**TEXT, "texts": [3]}, "at least one text"),
-    ]
-    for gate, fault in gates:
-        with pytest.raises(ErasureError, match=fault):
-            pipe.load_patch(low_rank_patch(pipe, gate=gate))
-    with pytest.raises(ErasureError, match="low-rank payload"):
-        pipe.load_patch(delta_patch(pipe, gate=TEXT))
-    with pytest.raises(ErasureError, match="at least one text"):
-        pipe.load_patch(low_rank_patch(pipe, gate=TEXT, concepts=[{}]))
-    plain = tiny_pipeline()
-    with pytest.raises(ErasureError, match=r"ErasedStableDiffusionPipeline.from_pipe\(pipe\)"):
-        load_patch(plain, low_rank_patch(plain, gate=TEXT))
-    assert pipe.get_list_patches() == {}
 
 
 def test_layers_that_never_run_are_noticed(pipe):
