@@ -47,7 +47,12 @@ class FoldedWeights:
         self._merged_loras: dict[Key, tuple[str, ...]] = {}  # LoRAs that peft had merged when the base was copied
 
     def base(self, component: str, name: str) -> Tensor:
-        """Return the unpatched value of a parameter: the copy if a patch is folded into it, else the live value."""
+        """Return the unpatched value of a parameter: the copy if a patch is folded into it, else the live value.
+
+        Args:
+            component: name of the component, such as `unet`.
+            name: name of the parameter.
+        """
         value = self._base.get((component, name))
         return self._live(component, name) if value is None else value
 

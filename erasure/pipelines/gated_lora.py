@@ -122,6 +122,9 @@ def attached(pairs: Iterable[tuple[Membrane, nn.Module]]) -> Callable[[], Abstra
     """Return a function that opens a context in which the membranes act.
 
     The same membranes are attached every time, so that their factors stay on the device of the network.
+
+    Args:
+        pairs: membranes and their layers, as from `membranes`.
     """
 
     @contextmanager

@@ -64,8 +64,8 @@ def patch_stack(pipe: Any) -> PatchStack:
         raise ErasureError(f"patches can be loaded into a diffusers pipeline, not into a {type(pipe).__name__}")
     stack = vars(pipe).get(ATTRIBUTE)
     if stack is None or not stack.loaded:
-        own = stack if stack is not None and stack.serves(pipe) else None
-        stack = _shared_stack(pipe) or own or PatchStack(pipe)
+        existing = stack if stack is not None and stack.serves(pipe) else None
+        stack = _shared_stack(pipe) or existing or PatchStack(pipe)
         setattr(pipe, ATTRIBUTE, stack)
         if not hasattr(type(stack.pipe), "gate_log"):
             stack.pipe = pipe  # the stack was made on a plain pipeline; an erased one can also run gates

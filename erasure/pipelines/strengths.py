@@ -1,4 +1,4 @@
-"""Change the strengths of a pipeline's patches for a while."""
+"""A context that changes the strengths of the patches on a pipeline for a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 @contextmanager
 def switched_off(pipe: Any) -> Iterator[None]:
-    """The pipeline with every patch at strength 0; the strengths are put back whatever happens."""
+    """Set all patches of a pipeline to strength 0 inside a context, and restore their strengths at its end.
+
+    Args:
+        pipe: any pipeline; one without patches is left unchanged.
+    """
     if not hasattr(pipe, "get_list_patches") or not pipe.get_list_patches():
         yield
         return

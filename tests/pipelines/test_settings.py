@@ -173,9 +173,9 @@ def test_embeddings_with_what_they_ask_for(pipe):
     with pytest.raises(ErasureError, match="erasure_prompts=\\[...\\]"):
         draw(pipe, **given)
     for wrong in (PROMPTS[:1], "a cat", [1, 2]):
-        with pytest.raises(ErasureError, match="expected 2 texts, one for each row"):
+        with pytest.raises(ErasureError, match="must be 2 texts, one for each row"):
             draw(pipe, **given, erasure_prompts=wrong)
-    with pytest.raises(ErasureError, match="beside a prompt it has no meaning"):
+    with pytest.raises(ErasureError, match="cannot be combined with a prompt"):
         draw(pipe, erasure_prompts=PROMPTS)
     # What one call declared is forgotten by the next.
     with pytest.raises(ErasureError, match="only prompt_embeds were given"):

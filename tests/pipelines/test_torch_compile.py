@@ -85,6 +85,6 @@ def test_an_older_torch_is_told(pipe, monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance")
     pipe.unet.compile(backend="eager")
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
-    with pytest.raises(ErasureError, match="compiled network with this torch.*torch 2.6"):
+    with pytest.raises(ErasureError, match="compiled network with torch .*Update to torch 2.6"):
         draw(pipe)
     pipe.fuse_patches()

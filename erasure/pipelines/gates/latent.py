@@ -132,8 +132,8 @@ class Decider:
         if (key, prompt) not in self._decisions:
             differences: list[float] = []
             while len(differences) < gate.repeats:
-                done = len(differences)
-                seeds = range(done, min(done + (FIRST if gate.early else gate.repeats), gate.repeats))
+                drawn = len(differences)
+                seeds = range(drawn, min(drawn + (FIRST if gate.early else gate.repeats), gate.repeats))
                 effects = self._effects(gate, prompt, seeds, patched)
                 by_norm = gate.measure == "norm"
                 units = self._effects_on_empty(key, gate, seeds, patched) if by_norm else [1.0] * len(effects)
