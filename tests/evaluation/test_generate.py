@@ -44,8 +44,8 @@ import errno, os, signal, sys, time
 from PIL import Image
 from erasure.errors import ErasureError
 from erasure.evaluation.generate import generate
-from erasure.evaluation.promptset import PromptSet
-from erasure.processes import speaks
+from erasure.prompts.prompt_set import PromptSet
+from erasure.distributed import speaks
 from erasure.pipelines import ErasedStableDiffusionPipeline
 
 folder, mode = sys.argv[1:]
