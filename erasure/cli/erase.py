@@ -3,98 +3,291 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from erasure.cli.inputs import base, say
+from erasure.cli import choices
+from erasure.cli.arguments import FILE, Commands, Options, Parser
+from erasure.cli.inputs import base
+from erasure.cli.options import add_device, add_file, add_folder, add_model, add_seed, add_settings
+from erasure.cli.output import facts, page, say
 from erasure.errors import ErasureError
 
 
-def run_demo(given: argparse.Namespace) -> None:
-    """`erasure demo`."""
+def add_commands(commands: Commands) -> None:
+    """Add demo, erase, plan and bench."""
+    commands.add(
+        "demo",
+        "Erase a concept from the bundled model and measure the result",
+        run_demo,
+        _demo_arguments,
+        "Erases the concept from glyph with ESD, loads the patch, compares images drawn with and without it, and "
+        "writes a report. Takes about two minutes on a CPU and needs no network.",
+    )
+    commands.add(
+        "erase",
+        "Erase concepts from a model and write a patch",
+        run_erase,
+        _erase_arguments,
+        "An interrupted run is resumed by the same command.",
+        "erasure erase cat --method esd -o cat.safetensors\n"
+        "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors",
+    )
+    commands.add(
+        "plan",
+        "Forecast the cost of an erasure",
+        run_plan,
+        _plan_arguments,
+        "Reports the UNet forwards and backwards, the seconds and the memory that `erasure erase` would take with the "
+        "same arguments. Nothing is trained or written.",
+        "erasure plan cat dog --method spm",
+    )
+    commands.add(
+        "bench",
+        "Compare methods on concepts of the bundled model",
+        run_bench,
+        _bench_arguments,
+        "Erases every concept with every method, evaluates each patch, and writes a table, a picture and a page.",
+        'erasure bench --methods esd spm --concepts cat "cat+dog" --limit 80',
+    )
+
+
+def _demo_arguments(parser: Parser) -> None:
+    Options(parser, "concept").add(
+        "concept", nargs="?", default="cat", metavar="CONCEPT", help="Object or style that glyph can draw"
+    )
+    add_folder(Options(parser, "output"), "erasure-demo")
+
+
+def _erase_arguments(parser: Parser) -> None:
+    _what_arguments(parser)
+    output = Options(parser, "output")
+    add_file(output, "patch.safetensors", "Patch file to write")
+    output.add(
+        "--preview-every",
+        type=int,
+        metavar="STEPS",
+        shown="no previews",
+        help="Draw the concept and its neighbours every so many steps, into FILE.previews",
+    )
+    output.add(
+        "--log",
+        metavar="TRACKER",
+        names=choices.TRACKERS,
+        repeat=True,
+        help="Log the losses into FILE.logs with one of these trackers",
+    )
+
+
+def _plan_arguments(parser: Parser) -> None:
+    _what_arguments(parser).add(
+        "--processes", type=int, default=1, metavar="N", help="Number of distributed processes to plan for"
+    )
+
+
+def _what_arguments(parser: Parser) -> Options:
+    """Add what is erased, from what and how; returns the group about computing."""
+    concept = Options(parser, "concept")
+    concept.add(
+        "concept", nargs="+", metavar="CONCEPT", help="Name of a concept; several are erased together, by one patch"
+    )
+    concept.add(
+        "--kind",
+        metavar="KIND",
+        names=choices.KINDS,
+        shown="what the model's vocabulary says, else object",
+        help="Kind of concept",
+    )
+    concept.add("--alias", metavar="NAME", repeat=True, help="Another name of the concept")
+    concept.add(
+        "--anchor",
+        metavar="TEXT",
+        shown="left to the method",
+        help="What the concept's prompts should show instead",
+    )
+    concept.add(
+        "--keep",
+        metavar="NAME",
+        repeat=True,
+        shown="neighbours found by the text encoder",
+        help="Neighbour to preserve. A method without a retain term, such as esd, only records it",
+    )
+    method = Options(parser, "method and settings")
+    method.add(
+        "--method",
+        default="esd",
+        metavar="METHOD",
+        names=choices.methods(),
+        see="erasure list methods",
+        help="Method of erasing",
+    )
+    method.add("--config", type=Path, metavar="FILE", completes=FILE, help="YAML file with settings of the method")
+    add_settings(method, "the method, over those of --config", "erasure list methods NAME")
+    add_seed(method)
+    add_model(parser, "to erase from")
+    computing = Options(parser, "computing")
+    add_device(computing)
+    computing.add(
+        "--precision",
+        metavar="DTYPE",
+        names=choices.DTYPES,
+        shown="bf16 on GPUs that support it, else fp32; trained weights are always fp32",
+        help="Data type that the UNet computes in",
+    )
+    for flag, text in (
+        ("--channels-last", "Use the channels-last memory layout, which is faster for convolutions on GPUs"),
+        ("--compile", "Compile the UNet, which pays off in long runs"),
+        ("--gradient-checkpointing", "Use less memory and about a third more time"),
+    ):
+        computing.add(flag, action="store_true", default=None, help=text)
+    return computing
+
+
+def _bench_arguments(parser: Parser) -> None:
+    runs = Options(parser, "runs")
+    runs.add(
+        "--methods",
+        nargs="+",
+        default=["all"],
+        metavar="METHOD",
+        names=("all", *choices.methods()),
+        shown="all",
+        help="Methods to compare",
+    )
+    runs.add(
+        "--concepts",
+        nargs="+",
+        metavar="CONCEPT",
+        shown="those of configs/concepts/glyph.yaml",
+        help='Concepts to erase; "a+b" by one patch, "a&b" by two stacked patches',
+    )
+    runs.add("--limit", type=int, metavar="N", shown="all", help="Number of prompts per concept, approximately")
+    add_settings(runs, "every run")
+    add_folder(Options(parser, "output"), "build/bench")
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Run `erasure demo`."""
     from erasure.benchmark.demo import demo
     from erasure.model.loading import quiet
 
     quiet()
-    tell = (lambda _: None) if given.json else print
-    found = demo(given.concept, given.out, progress=not given.json, say=tell)
-    say(given, found.to_json(), f"{found.summary}\n4. {found.seconds:.0f} s; the report: {found.report}")
+    tell = (lambda _: None) if args.json else lambda text: print(page(text))
+    result = demo(args.concept, args.out, progress=not args.json, say=tell)
+    say(args, result.to_json(), f"{result.summary}\n4. {result.seconds:.0f} s; the report: {result.report}")
 
 
-def named(given: argparse.Namespace) -> list[Any]:
-    """The concepts of the command line.
+def named(args: argparse.Namespace) -> list[Any]:
+    """Return the concepts of the command line.
 
     Raises:
         ErasureError: an alias, an anchor or a neighbour for several concepts at once.
     """
-    details = {"aliases": given.alias, "anchor": given.anchor, "keep": given.keep, "kind": given.kind}
+    details = {"aliases": args.alias, "anchor": args.anchor, "keep": args.keep, "kind": args.kind}
     details = {key: value for key, value in details.items() if value}
-    if len(given.concept) > 1 and details.keys() - {"kind"}:
+    if len(args.concept) > 1 and details.keys() - {"kind"}:
         raise ErasureError(
-            "--alias, --anchor and --keep belong to one concept: erase several from Python, "
+            "--alias, --anchor and --keep belong to one concept, and several are given; erase several from Python: "
             "erase(model, [{'name': .., 'anchor': ..}, ..])"
         )
-    return [{"name": name, **details} if details else name for name in given.concept]
+    return [{"name": name, **details} if details else name for name in args.concept]
 
 
-def settings(given: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the command line: of the method, and how to compute."""
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the command line: of the method, and how to compute."""
     from dataclasses import fields
 
     from erasure.config import parse_overrides
     from erasure.training.compute import Computing
 
-    named = {field.name: getattr(given, field.name) for field in fields(Computing)}
-    return {**parse_overrides(given.set), **{key: value for key, value in named.items() if value is not None}}
+    computing = {field.name: getattr(args, field.name) for field in fields(Computing)}
+    return {**parse_overrides(args.set), **{key: value for key, value in computing.items() if value is not None}}
 
 
-def run_erase(given: argparse.Namespace) -> None:
-    """`erasure erase`."""
+def run_erase(args: argparse.Namespace) -> None:
+    """Run `erasure erase`."""
     from erasure.erasing import erase
 
-    concepts = named(given)
+    concepts = named(args)
     patch = erase(
-        base(given),
+        base(args),
         concepts,
-        given.method,
-        out=given.out,
-        config=given.config,
-        seed=given.seed,
-        progress=False if given.json else None,
-        preview_every=given.preview_every,
-        trackers=given.log,
-        **settings(given),
+        args.method,
+        out=args.out,
+        config=args.config,
+        seed=args.seed,
+        progress=False if args.json else None,
+        preview_every=args.preview_every,
+        trackers=args.log,
+        **settings(args),
     )
-    names = ", ".join(repr(one.name) for one in concepts)
+    names = ", ".join(repr(name) for name in args.concept)
     costs = patch.costs
-    text = f"{given.out}: {given.method} erases {names}, {costs['F']} F + {costs['B']} B, {costs['seconds']} s"
-    say(given, {"patch": str(given.out), **patch.info()}, text)
+    text = (
+        f"{args.out}: erases {names} by {args.method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
+        f"and {costs['seconds']} s"
+    )
+    say(args, {"patch": str(args.out), **patch.info()}, text)
 
 
-def run_plan(given: argparse.Namespace) -> None:
-    """`erasure plan`."""
+def run_plan(args: argparse.Namespace) -> None:
+    """Run `erasure plan`."""
     from erasure.config import read_yaml
     from erasure.forecast import plan
 
-    concepts = named(given)
-    file = read_yaml(given.config) if given.config else {}
-    options: dict[str, Any] = {"seed": given.seed, "processes": given.processes}
-    found = plan(base(given), concepts, given.method, **options, **{**file, **settings(given)})
-    say(given, found.to_json(), found.text())
+    concepts = named(args)
+    file = read_yaml(args.config) if args.config else {}
+    options: dict[str, Any] = {"seed": args.seed, "processes": args.processes}
+    forecast = plan(base(args), concepts, args.method, **options, **{**file, **settings(args)})
+    say(args, forecast.to_json(), *_plan_page(args, forecast.to_json()))
 
 
-def run_bench(given: argparse.Namespace) -> None:
-    """`erasure bench`."""
+def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
+    """Lay out a forecast, from its plain data."""
+    shared = f" in each of {costs['processes']} processes" if costs["processes"] > 1 else ""
+    trains = f"{costs['modules']:,} modules, {costs['weights']:,} weights"
+    time = f"about {costs['seconds']:,.1f} s on this machine" if costs["seconds"] else "not measured without weights"
+    return [
+        f"To erase {', '.join(map(repr, args.concept))} from {args.model} by {args.method}:",
+        facts(
+            "Work",
+            [
+                ("trains", trains),
+                ("UNet calls", f"{costs['F']:,} F + {costs['B']:,} B (forwards and backwards, per sample)"),
+                ("time", time),
+            ],
+        ),
+        facts(
+            f"Memory{shared}, in {costs['precision']}",
+            [
+                ("peak", size(costs["peak_bytes"])),
+                ("model", size(costs["model_bytes"])),
+                ("training state", size(costs["training_bytes"])),
+                ("activations", size(costs["activation_bytes"])),
+                ("while preparing", size(costs["prepare_bytes"])),
+            ],
+        ),
+    ]
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in words: 63 MB, 1.2 GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Run `erasure bench`."""
     from erasure.benchmark.run import bench
     from erasure.config import parse_overrides
     from erasure.model.loading import quiet
 
     quiet()
-    table = bench(
-        given.methods,
-        given.concepts,
-        given.out,
-        limit=given.limit,
-        progress=not given.json,
-        overrides=parse_overrides(given.set),
+    results = bench(
+        args.methods,
+        args.concepts,
+        args.out,
+        limit=args.limit,
+        progress=not args.json,
+        overrides=parse_overrides(args.set),
     )
-    say(given, table.to_json(), table.markdown())
+    say(args, results.to_json(), results.markdown())

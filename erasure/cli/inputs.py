@@ -1,4 +1,4 @@
-"""What the subcommands do: parses nothing, calls the Python API, prints. Heavy imports stay inside the functions."""
+"""From the command line to what the library takes: checkpoints, patches, prompts, judges."""
 
 from __future__ import annotations
 
@@ -8,69 +8,64 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-def say(given: argparse.Namespace, data: Any, text: str) -> None:
-    """Print the result: text, or with --json one document."""
-    from erasure.distributed import speaks
-
-    if speaks():  # one of the processes that a launcher started
-        print(json.dumps(data, indent=1) if given.json else text)
+from erasure.cli.output import waiting
+from erasure.errors import ErasureError
 
 
-def options(given: argparse.Namespace) -> dict[str, Any]:
-    """Return how to load the checkpoint of the command line; the detected kind of a single file is printed."""
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how to load the checkpoint of the command line; the detected type of a single file is printed."""
     from erasure.dtypes import DTYPES
     from erasure.errors import unknown
     from erasure.model.loading import look, quiet
 
     quiet()
-    found = {"variant": given.variant, "config": given.model_config}
-    if given.dtype is not None:
-        if given.dtype not in DTYPES:
-            raise unknown("dtype", given.dtype, DTYPES)
-        found["dtype"] = DTYPES[given.dtype]
-    found = {key: value for key, value in found.items() if value is not None}
-    if Path(given.model).is_file():
-        print(f"{given.model}: detected as {look(given.model, **found).about}", file=sys.stderr)
-    return found
+    options = {"variant": args.variant, "config": args.model_config}
+    if args.dtype is not None:
+        if args.dtype not in DTYPES:
+            raise unknown("dtype", args.dtype, DTYPES)
+        options["dtype"] = DTYPES[args.dtype]
+    options = {key: value for key, value in options.items() if value is not None}
+    if Path(args.model).is_file():
+        print(f"{args.model}: detected as {look(args.model, **options).about}", file=sys.stderr)
+    return options
 
 
-def base(given: argparse.Namespace) -> Any:
+def base(args: argparse.Namespace) -> Any:
     """Load the checkpoint of the command line to erase from it."""
-    from erasure.model.base import Base
+    with waiting(args, f"Loading {args.model}"):
+        from erasure.model.base import Base
 
-    return Base.load(given.model, device=given.device, **options(given))
+        return Base.load(args.model, device=args.device, **load_options(args))
 
 
-def model(given: argparse.Namespace) -> Any:
+def model(args: argparse.Namespace) -> Any:
     """Load the checkpoint of the command line as a pipeline that can hold patches."""
-    from erasure.pipelines import load_pipeline
+    with waiting(args, f"Loading {args.model}"):
+        from erasure.pipelines import load_pipeline
 
-    pipe = load_pipeline(given.model, device=given.device, **options(given))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        pipe = load_pipeline(args.model, device=args.device, **load_options(args))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
 
-def pipeline(given: argparse.Namespace) -> Any:
-    """The model with the patches of the command line, which are read first: they fail quicker."""
+def pipeline(args: argparse.Namespace) -> Any:
+    """Load the checkpoint of the command line with its patches; those are read first, because they fail sooner."""
     from erasure.patch import Patch
 
-    files = [(Patch.load(path), factor) for path, factor in map(strength, given.patch)]
-    pipe = model(given)
-    for patch, factor in files:
-        pipe.load_patch(patch, strength=factor, force=given.force)
+    patches = [(Patch.load(path), factor) for path, factor in map(strength, args.patch)]
+    pipe = model(args)
+    for patch, factor in patches:
+        pipe.load_patch(patch, strength=factor, force=args.force)
     return pipe
 
 
 def strength(item: str) -> tuple[str, float]:
-    """`file` or `file:0.5`.
+    """Read `file` or `file:0.5`.
 
     Raises:
-        ErasureError: what follows an existing file's name is no number.
+        ErasureError: what follows an existing file's name is not a number.
     """
     import math
-
-    from erasure.errors import ErasureError
 
     path, sign, number = item.rpartition(":")
     if not sign or Path(item).is_file():
@@ -82,5 +77,50 @@ def strength(item: str) -> tuple[str, float]:
     if math.isfinite(factor):
         return path, factor
     if Path(path).is_file():
-        raise ErasureError(f"{item}: the strength {number!r} is no number; give {path}, or {path}:0.5")
+        raise ErasureError(f"{item}: the strength {number!r} is not a number; give {path}, or {path}:0.5")
     return item, 1.0
+
+
+def prompt_rows(args: argparse.Namespace) -> Any:
+    """Return the prompt set of the command line, filtered and labelled; None where none is named.
+
+    Raises:
+        ErasureError: conditions or labels without a prompt set, or that do not fit it.
+    """
+    from erasure.prompts.prompt_set import PromptSet
+
+    labels = getattr(args, "label", [])
+    if not args.prompts:
+        if args.where or labels:
+            raise ErasureError("--where and --label apply to the rows of --prompts, which is missing")
+        return None
+    rows = PromptSet.read(args.prompts)
+    rows = rows.where(*args.where) if args.where else rows
+    return rows.labelled(*labels) if labels else rows
+
+
+def judge(args: argparse.Namespace) -> Any:
+    """Make the judge of the command line; None for the default one."""
+    from erasure.evaluation.judges.registry import find_judge
+
+    return find_judge(args.judge) if args.judge else None
+
+
+def erased_concepts(args: argparse.Namespace) -> Any:
+    """Return what should be gone: the concept of the command line, or those that its patches name."""
+    if args.concept is not None:
+        return args.concept
+    return concepts_of([strength(item)[0] for item in args.patch])
+
+
+def concepts_of(files: list[str]) -> list[str]:
+    """Read from the headers of patch files which concepts they erase.
+
+    Raises:
+        ErasureError: no file, or a folder, or one that is not a patch.
+    """
+    from erasure.patch import read_header
+
+    if not files or any(Path(file).is_dir() for file in files):
+        raise ErasureError("which concept should be gone? Give CONCEPT, or a patch with --patch")
+    return [entry["name"] for file in files for entry in json.loads(read_header(file)["erasure.concepts"])]

@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     code = main(["patch", *map(str, arguments)])
     out, err = capsys.readouterr()
-    return code, out, err
+    return code, " ".join(out.split()), err
 
 
 def test_out_and_in_again(capsys, tmp_path, model):
@@ -45,7 +45,7 @@ def test_out_and_in_again(capsys, tmp_path, model):
         "-o",
         tmp_path / "back.safetensors",
     )
-    assert code == 0 and "taken for unet (UNet weights under diffusers' names" in out
+    assert code == 0 and "detected as unet (UNet weights under diffusers' names" in out
     back = Patch.load(tmp_path / "back.safetensors")
     assert close(patch, back, 1e-5) and back.names == ["cat"]
 
@@ -62,7 +62,7 @@ def test_a_rank_is_cut_to_and_its_error_said(capsys, tmp_path):
         "-o",
         tmp_path / "lora.safetensors",
     )
-    assert "cut to rank 3: relative error 0." in run(capsys, *command)[1]
+    assert "reduced to rank 3: relative error 0." in run(capsys, *command)[1]
     found = json.loads(run(capsys, *command, "--json")[1])
     assert 0 < found["error"] < 1 and found["format"] == "kohya" and found["notes"] == []
 
@@ -84,7 +84,7 @@ def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
     assert found["loads"]["erasure"] == "with its gate" and found["loads"]["ComfyUI"] == "without its gate"
     assert found["exports"]["spm"].startswith("no: also wants") and found["exports"]["peft"].startswith("yes")
     text = run(capsys, "info", tmp_path / "p.safetensors")[1]
-    assert "diffusers  without its gate" in text and "checkpoint" in text
+    assert "diffusers without its gate" in text and "checkpoint" in text
 
 
 def test_the_formats_there_are(capsys):

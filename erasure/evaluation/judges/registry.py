@@ -79,7 +79,7 @@ def _parts(spec: str) -> tuple[str, str, str]:
 
 def _one(spec: str) -> Judge:
     kind, sign, rest = _parts(spec)
-    make = _factory(kind)
+    make = factory(kind)
     given: dict[str, Any] = {}
     source = inspect.signature(make).parameters.get("source")
     if source is not None:
@@ -91,7 +91,8 @@ def _one(spec: str) -> Judge:
     return make(**given, **_options(kind, make, rest))
 
 
-def _factory(kind: str) -> Callable[..., Judge]:
+def factory(kind: str) -> Callable[..., Judge]:
+    """Return what makes a judge of a kind: a class, or a plug-in's callable."""
     for point in entry_points(group=GROUP):
         if point.name == kind and kind not in KINDS:
             return point.load()

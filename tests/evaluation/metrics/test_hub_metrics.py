@@ -114,7 +114,7 @@ def test_hubs_suite_reads_its_folder_and_measures_all_of_it(tmp_path, monkeypatc
     for name, text in files.items():
         (data / name).parent.mkdir(parents=True)
         (data / name).write_text(text)
-    monkeypatch.setattr(judges, "_factory", lambda kind: Named)
+    monkeypatch.setattr(judges, "factory", lambda kind: Named)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="p")
     options = {"data": data, "limit": 3, "steps": 1, "progress": False}
