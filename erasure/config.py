@@ -17,6 +17,89 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 T = TypeVar("T")
 
 
+def setting(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare a field of a dataclass of settings with its default and the range it must lie in.
+
+    `check_settings` holds the values to it, and lists show it. None is always allowed where the field's type allows it.
+
+    Args:
+        default: the value where none is given.
+        at_least: smallest value allowed.
+        above: values must be greater than this one.
+        at_most: largest value allowed.
+        below: values must be smaller than this one.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return dataclasses.field(default=default, metadata={key: end for key, end in limits.items() if end is not None})
+
+
+def allowed(limits: Mapping[str, float]) -> str:
+    """Say in words which values a field's limits allow; empty where there are none.
+
+    >>> allowed({"at_least": 1}), allowed({"above": 0, "below": 1})
+    ('at least 1', 'above 0 and below 1')
+    """
+    low = next((f"{text} {limits[key]:g}" for key, text in _LOW.items() if key in limits), "")
+    high = next((f"{text} {limits[key]:g}" for key, text in _HIGH.items() if key in limits), "")
+    if "at_least" in limits and "at_most" in limits:
+        return f"between {limits['at_least']:g} and {limits['at_most']:g}"
+    if limits.get("at_least") == 0 and not high:
+        return "0 or more"
+    return " and ".join(filter(None, (low, high)))
+
+
+_LOW = {"at_least": "at least", "above": "above"}
+_HIGH = {"at_most": "at most", "below": "below"}
+
+
+def check_settings(settings: Any) -> None:
+    """Hold every field of a dataclass to its declared range and choices (`setting`, `Literal`).
+
+    Raises:
+        ErasureError: naming the field, its value and what is allowed.
+    """
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value is None:
+            continue
+        if choices := literal_choices(hints[field.name]):
+            if value not in choices:
+                raise unknown(field.name, value, choices)
+        elif not _inside(value, field.metadata):
+            raise ErasureError(f"{field.name}={value}: expected {allowed(field.metadata)}")
+
+
+def literal_choices(hint: Any) -> tuple[Any, ...]:
+    """Return the choices of a `Literal` type, alone or in a union; empty for any other type."""
+    for option in _options(hint):
+        if typing.get_origin(option) is typing.Literal:
+            return typing.get_args(option)
+    return ()
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union; a `Literal` in a union makes it one of typing's, any other one of Python's."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _inside(value: Any, limits: Mapping[str, float]) -> bool:
+    return (
+        not limits
+        or value >= limits.get("at_least", value)
+        and value <= limits.get("at_most", value)
+        and ("above" not in limits or value > limits["above"])
+        and ("below" not in limits or value < limits["below"])
+    )
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping from a file.
 
@@ -80,7 +163,7 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
 
 def coerce(value: Any, hint: Any) -> Any:
     """`value` as the type of a field; "1e-4" (a string to YAML) is a float, 3 is 3.0, "x" is no int."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = _options(hint)
     if value is None and type(None) in options:
         return None
     for option in options:
@@ -90,7 +173,7 @@ def coerce(value: Any, hint: Any) -> Any:
             return int(value)
         if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             return float(value)
-        if option is str and isinstance(value, str):
+        if isinstance(value, str) and (option is str or typing.get_origin(option) is typing.Literal):
             return value
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             kind = typing.get_args(option)[0]
@@ -101,5 +184,7 @@ def coerce(value: Any, hint: Any) -> Any:
 
 
 def readable(hint: Any) -> str:
-    """A type as users know it."""
+    """Return the name of a type as users know it; of a `Literal`, its choices."""
+    if choices := literal_choices(hint):
+        return " or ".join(map(str, choices))
     return getattr(hint, "__name__", str(hint)).replace("NoneType", "none")

@@ -65,7 +65,8 @@ def erase(
 
     file = configuration.read_yaml(Path(config)) if config is not None else {}
     computing, layers = Computing.split(file, overrides)
-    configured(method, Concept.list_of(concept), *layers)  # bad input is refused before the model is loaded
+    # Bad input is refused before the model is loaded.
+    configured(method, Concept.list_of(concept), *layers).check_watched(preview_every, trackers)
     target = Path(out) if out is not None else None
     if target is not None:
         check_writable(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import yaml
@@ -31,6 +32,43 @@ def test_all_faults_are_told_at_once():
         config.build(Sample, {"stepz": 1, "rate": "fast", "fast": 3, "steps": 2.5})
     for part in ("did you mean 'steps'", "rate='fast'", "fast=3", "steps=2.5"):
         assert part in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged:
+    count: int = config.setting(2, at_least=1)
+    share: float | None = config.setting(None, above=0, at_most=1)
+    rate: float = config.setting(0.1, above=0, below=1)
+    kind: Literal["plain", "fancy"] | None = "plain"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"count": 0}, "count=0: expected at least 1"),
+        ({"share": 0.0}, "share=0.0: expected above 0 and at most 1"),
+        ({"share": 1.5}, "at most 1"),
+        ({"rate": 1.0}, "rate=1.0: expected above 0 and below 1"),
+        ({"kind": "fancie"}, "did you mean 'fancy'"),
+    ],
+)
+def test_ranges_and_choices_are_declared_with_the_field(given, says):
+    for right in ({}, {"count": 1, "share": 1.0, "rate": 0.5, "kind": "fancy"}, {"kind": None}):
+        config.check_settings(config.build(Ranged, right))
+    with pytest.raises(ErasureError, match=says):
+        config.check_settings(config.build(Ranged, given))
+
+
+def test_every_range_stops_at_its_end():
+    """Both ends of every declared limit: a limit that is off by one must turn this red."""
+    for name in methods.names():
+        cls = methods.find(name)
+        for field in dataclasses.fields(cls):
+            limits = field.metadata
+            for key, step in (("at_least", -1), ("at_most", 1), ("above", 0), ("below", 0)):
+                if key in limits:
+                    with pytest.raises(ErasureError, match=f"{field.name}="):
+                        cls(**{field.name: type(field.default or 1)(limits[key] + step)})
 
 
 def test_overrides_are_yaml():

@@ -10,7 +10,7 @@ import torch
 from erasure.errors import ErasureError
 from erasure.forecast import plan
 from erasure.model.base import Base
-from tests.conformance.test_methods import QUICK
+from tests.conformance.quick import QUICK
 from tests.tiny import tiny_pipeline, tiny_unet
 
 

@@ -34,10 +34,10 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """[n, 3, 64, 64] in [-1, 1] to [n, 160] features."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip((WIDTHS[0], *WIDTHS), WIDTHS, strict=False))
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip((widths[0], *widths), widths, strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Global mean and maximum of the last map, added."""
@@ -61,6 +61,19 @@ class Classifier(nn.Module):
         """Images [n, 3, 64, 64] in [-1, 1] to logits by head."""
         features = F.dropout(self.trunk(x), 0.1, self.training)
         return {name: head(features) for name, head in self.heads.items()}
+
+
+class Quality(nn.Module):
+    """Tells well-formed pictures from broken ones; a smaller trunk of its own, so that it shares no error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Trunk((16, 32, 48, 64))
+        self.head = nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [n, 3, 64, 64] in [-1, 1] to logits [n]; above 0 a picture is well formed."""
+        return self.head(F.dropout(self.trunk(x), 0.1, self.training)).squeeze(1)
 
 
 class ImageTower(nn.Module):
@@ -108,6 +121,13 @@ def load_classifier() -> Classifier:
     """The shipped classifier, in evaluation mode."""
     model = Classifier()
     model.load_state_dict({key: value.float() for key, value in load_file(JUDGES / "classifier.safetensors").items()})
+    return model.eval()
+
+
+def load_quality() -> Quality:
+    """Load the shipped judge of picture quality, in evaluation mode."""
+    model = Quality()
+    model.load_state_dict({key: value.float() for key, value in load_file(JUDGES / "quality.safetensors").items()})
     return model.eval()
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +33,17 @@ from torch import Tensor, nn
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import retain_prompts
-from erasure.errors import ErasureError, unknown
+from erasure.config import setting
+from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions, text_encoders
 from erasure.model.diffusion import away
-from erasure.model.soft_prompt import PLACES, Slots, encode, search, slots, spread, start
+from erasure.model.soft_prompt import Place, Slots, encode, search, slots, spread, start
 from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, late_states
 from erasure.training.adapters import Weights
-from erasure.training.loop import GradientMethod
 from erasure.training.run import Run
 
-INITS = ("random", "latest")
 LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
 
 
@@ -93,46 +93,29 @@ class AdvUnlearn(GradientMethod):
         "sample_steps": 50,
     }
 
-    layers: int | None = 1
+    layers: int | None = setting(1, at_least=1)
     final_norm: bool | None = None
     negative_guidance: float = 1.0
     retain_weight: float = 1.0
     retain: tuple[str, ...] = ()
     retain_file: str | None = None
-    attack: str = "prefix"
-    attack_tokens: int = 8
-    attack_steps: int = 3
+    attack: Place = "prefix"
+    attack_tokens: int = setting(8, at_least=1)
+    attack_steps: int = setting(3, at_least=0)
     attack_rate: float = 0.5
     attack_sign: bool = False
-    attack_init: str = "random"
-    warm_up: int = 20
-    iterations: int = 120
-    batch_size: int = 4
-    retain_batch_size: int = 12
-    learning_rate: float = 3e-4
-    trajectories: int = 8
-    sample_steps: int = 25
-    retain_trajectories: int = 96
-    retain_sample_steps: int = 8
+    attack_init: Literal["random", "latest"] = "random"
+    warm_up: int = setting(20, at_least=0)
+    iterations: int = setting(120, at_least=1)
+    batch_size: int = setting(4, at_least=1)
+    retain_batch_size: int = setting(12, at_least=1)
+    learning_rate: float = setting(3e-4, above=0, below=1)
+    trajectories: int = setting(8, at_least=1)
+    sample_steps: int = setting(25, at_least=1)
+    retain_trajectories: int = setting(96, at_least=1)
+    retain_sample_steps: int = setting(8, at_least=1)
     trajectory_guidance: float = 3.0
     parity: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        least = {"attack_steps": 0, "warm_up": 0}
-        for name in (
-            *("iterations", "batch_size", "retain_batch_size", "trajectories", "retain_trajectories"),
-            *("sample_steps", "retain_sample_steps", "attack_tokens", "attack_steps", "warm_up"),
-        ):
-            if getattr(self, name) < least.get(name, 1):
-                raise ErasureError(f"{name}={getattr(self, name)}: at least {least.get(name, 1)} is needed")
-        if not 0 < self.learning_rate < 1:
-            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        if self.layers is not None and self.layers < 1:
-            raise ErasureError(f"layers={self.layers}: at least 1 must train, or none given for all")
-        for name, options in (("attack", PLACES), ("attack_init", INITS)):
-            if getattr(self, name) not in options:
-                raise unknown(name, getattr(self, name), options)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts, the two pools, the trained layers."""

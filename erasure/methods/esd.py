@@ -20,23 +20,22 @@ are erased from a style-bearing subject towards the same subject without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
-from erasure.errors import ErasureError, unknown
+from erasure.config import setting
+from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions, text_encoders
 from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
-from erasure.training.loop import GradientMethod
 from erasure.training.run import Run
-
-ROUNDINGS = ("none", "bf16")
 
 
 @dataclass(frozen=True)
@@ -76,34 +75,22 @@ class ESD(GradientMethod):
     }
 
     variant: str = "x"
-    rank: int | None = None
+    rank: int | None = setting(None, at_least=1)
     alpha: float | None = None
     negative_guidance: float = 1.0
     erase_from: str | None = None
-    iterations: int = 75
-    batch_size: int = 8
+    iterations: int = setting(75, at_least=1)
+    batch_size: int = setting(8, at_least=1)
     # iterations x learning_rate is 0.01 in both official scripts (1000 x 1e-5, 200 x 5e-5): the way Adam can go.
-    learning_rate: float = 1.35e-4
-    trajectories: int = 8
-    sample_steps: int = 25
+    learning_rate: float = setting(1.35e-4, above=0, below=1)
+    trajectories: int = setting(8, at_least=1)
+    sample_steps: int = setting(25, at_least=1)
     trajectory_guidance: float = 3.0
     sampler: str = "ddim"
     pool: bool = True
     resolution_scale: float = 1.0
-    weight_rounding: str = "none"
+    weight_rounding: Literal["none", "bf16"] = "none"
     parity: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("iterations", "batch_size", "trajectories", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if self.rank is not None and self.rank < 1:
-            raise ErasureError(f"rank={self.rank}: a low-rank patch needs a rank of at least 1")
-        if not 0 < self.learning_rate < 1:
-            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        if self.weight_rounding not in ROUNDINGS:
-            raise unknown("weight_rounding", self.weight_rounding, ROUNDINGS)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts and their embeddings, the pool, the adapter."""

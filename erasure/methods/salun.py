@@ -25,7 +25,7 @@ compares a name with tensors, so that its mask is never applied: `density=1` is 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,17 +33,17 @@ from torch import Tensor, nn
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import anchored, around, prompt_of, retain_prompts, retained, words
-from erasure.errors import ErasureError, unknown
+from erasure.config import setting
+from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.diffusion import add_noise, guide, to_eps
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
-from erasure.training.loop import GradientMethod
 from erasure.training.run import Run
 from erasure.training.saliency import read_mask, top, write_mask
 
 EVERYTHING = "all"  # norms and biases too, as published
-TEACHERS = ("current", "base")
 
 
 @dataclass(frozen=True)
@@ -81,36 +81,22 @@ class SalUn(GradientMethod):
     }
 
     variant: str = EVERYTHING
-    density: float = 0.5
+    density: float = setting(0.5, above=0, at_most=1)
     mask: str | None = None
     save_mask: str | None = None
     mask_guidance: float = 7.5
-    retain_weight: float = 0.5
-    target: str = "current"
+    retain_weight: float = setting(0.5, at_least=0)
+    target: Literal["current", "base"] = "current"
     forget_images: str | None = None
     retain_images: str | None = None
-    forget_count: int = 24
-    retain_count: int = 48
-    sample_steps: int = 15
+    forget_count: int = setting(24, at_least=1)
+    retain_count: int = setting(48, at_least=1)
+    sample_steps: int = setting(15, at_least=1)
     sample_guidance: float = 3.0
-    iterations: int = 100
-    batch_size: int = 8
-    learning_rate: float = 5e-5
+    iterations: int = setting(100, at_least=1)
+    batch_size: int = setting(8, at_least=1)
+    learning_rate: float = setting(5e-5, above=0, below=1)
     parity: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("iterations", "batch_size", "forget_count", "retain_count", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if not 0 < self.learning_rate < 1:
-            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        if self.retain_weight < 0:
-            raise ErasureError(f"retain_weight={self.retain_weight}: below 0 the retain images would be unlearnt")
-        if not 0 < self.density <= 1:
-            raise ErasureError(f"density={self.density}: expected a share above 0 and at most 1")
-        if self.target not in TEACHERS:
-            raise unknown("target", self.target, TEACHERS)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Images, the prompts that they are relabelled to, the mask."""

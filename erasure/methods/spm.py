@@ -36,13 +36,14 @@ from torch import Tensor
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import around, prompt_of, retained
 from erasure.concepts.similarity import cosines, similarities
+from erasure.config import setting
 from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
-from erasure.training.loop import GradientMethod
 from erasure.training.run import Run
 
 GRID = 1000  # timesteps of training
@@ -90,37 +91,22 @@ class SPM(GradientMethod):
     }
 
     variant: str = "transformer"
-    rank: int = 1
+    rank: int = setting(1, at_least=1)
     negative_guidance: float = 1.0
-    anchor_weight: float = 10.0
-    gate_power: float = 1.0
-    gate_threshold: float | None = None
-    iterations: int = 100
-    batch_size: int = 8
-    learning_rate: float = 3e-3
-    trajectories: int = 8
-    refresh: int = 50
-    sample_steps: int = 25
+    anchor_weight: float = setting(10.0, at_least=0)
+    gate_power: float = setting(1.0, at_least=0)
+    gate_threshold: float | None = setting(None, at_least=0, at_most=1)
+    iterations: int = setting(100, at_least=1)
+    batch_size: int = setting(8, at_least=1)
+    learning_rate: float = setting(3e-3, above=0, below=1)
+    trajectories: int = setting(8, at_least=1)
+    refresh: int = setting(50, at_least=0)
+    sample_steps: int = setting(25, at_least=2)
     trajectory_guidance: float = 3.0
     weight_decay: float = 0.0
-    warm_up: int = 0
-    cycles: int = 0
+    warm_up: int = setting(0, at_least=0)
+    cycles: int = setting(0, at_least=0)
     parity: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("iterations", "batch_size", "trajectories", "rank"):
-            if getattr(self, name) < 1:
-                raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if self.sample_steps < 2:
-            raise ErasureError(f"sample_steps={self.sample_steps}: at least 2 are needed")
-        if not 0 < self.learning_rate < 1:
-            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        for name in ("anchor_weight", "refresh", "warm_up", "cycles", "gate_power"):
-            if getattr(self, name) < 0:
-                raise ErasureError(f"{name}={getattr(self, name)}: expected 0 or more")
-        if self.gate_threshold is not None and not 0 <= self.gate_threshold <= 1:
-            raise ErasureError(f"gate_threshold={self.gate_threshold}: expected a similarity between 0 and 1")
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts, anchors, the pool, the membranes."""

@@ -30,12 +30,13 @@ from torch import Tensor
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import anchored, around, retain_prompts
-from erasure.errors import ErasureError, unknown
+from erasure.config import setting
+from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.diffusion import away
-from erasure.model.trajectories import MEASURES, TrajectoryPool, judge, kept_pool, late_states, shifts
+from erasure.model.trajectories import Measure, TrajectoryPool, judge, kept_pool, late_states, shifts
 from erasure.training.adapters import LowRankTerm
-from erasure.training.loop import GradientMethod
 from erasure.training.run import Run
 
 OTHERS = 16  # prompts that the gate is set by
@@ -90,37 +91,31 @@ class UnGuide(GradientMethod):
     }
 
     variant: str = "linear"
-    rank: int = 1
+    rank: int = setting(1, at_least=1)
     scale: float = 8.0
     negative_guidance: float = 2.0
-    iterations: int = 100
-    batch_size: int = 8
-    learning_rate: float = 3e-4
-    trajectories: int = 12
-    sample_steps: int = 25
+    iterations: int = setting(100, at_least=1)
+    batch_size: int = setting(8, at_least=1)
+    learning_rate: float = setting(3e-4, above=0, below=1)
+    trajectories: int = setting(12, at_least=1)
+    sample_steps: int = setting(25, at_least=1)
     trajectory_guidance: float = 3.0
     weight_on: float = -1.0
     weight_off: float = 1.0
     decide_after: int = 10
     decide_steps: int = 25
     decide_guidance: float = 3.0
-    measure: str = "norm"
+    measure: Measure = "norm"
     ratio: float | None = None
-    repeats: int = 10
+    repeats: int = setting(10, at_least=1)
     early: bool = True
     parity: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        for name in ("iterations", "batch_size", "trajectories", "sample_steps", "rank", "repeats"):
-            if getattr(self, name) < 1:
-                raise ErasureError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        """Check every setting, and that the decision falls before the last step; raises ErasureError."""
+        super().__post_init__()
         if not 0 < self.decide_after < self.decide_steps:
             raise ErasureError(f"decide_after={self.decide_after}: expected 1 to {self.decide_steps - 1} steps")
-        if not 0 < self.learning_rate < 1:
-            raise ErasureError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
-        if self.measure not in MEASURES:
-            raise unknown("measure", self.measure, MEASURES)
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
         """Prompts with what they are led to, the pool, the LoRA.

@@ -25,7 +25,7 @@ class Counts:
 
     def to_json(self) -> dict[str, float]:
         """Plain data for headers and reports."""
-        return {"F": self.forward, "B": self.backward, "seconds": round(self.seconds, 2)}
+        return {"F": self.forward, "B": self.backward, "seconds": round(self.seconds, 4)}
 
 
 @contextmanager

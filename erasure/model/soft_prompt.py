@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
 
-PLACES = ("prefix", "suffix", "replace", "add")
+Place = Literal["prefix", "suffix", "replace", "add"]  # where the vectors go in a prompt
+PLACES = get_args(Place)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -191,7 +191,8 @@ def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> Tra
     return pool
 
 
-MEASURES = ("norm", "guidance")
+Measure = Literal["norm", "guidance"]  # of how far a patch moves a prompt
+MEASURES = get_args(Measure)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,61 +18,48 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
 from erasure.training.adapters import Adapter
-from erasure.training.run import FitResult, Run
+from erasure.training.run import Run
 
 CHECKPOINT_EVERY = 25  # steps
 STATE = "state.safetensors"
 
 
-class GradientMethod:
-    """A method that trains: a frozen dataclass of its settings, with `prepare` and `loss`.
+class Trainable(Protocol):
+    """The part of a gradient method that the loop uses; see `erasure.method.GradientMethod`."""
 
-    What `loss` gives may depend on the state, the step and the trained tensors alone, so that a resumed run is the
-    same run; anything else that changes on the way goes through `snapshot` and `restore`.
-    """
+    @property
+    def iterations(self) -> int:
+        """Return the number of updates."""
 
-    # Settings of which several concepts, erased together, get as much each as one alone.
-    PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
+    @property
+    def learning_rate(self) -> float:
+        """Return Adam's learning rate."""
 
-    iterations: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    weight_rounding: str = "none"
+    @property
+    def weight_decay(self) -> float:
+        """Return AdamW's weight decay."""
+
+    @property
+    def weight_rounding(self) -> str:
+        """Return "none", or "bf16" to round the weights after every update."""
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:
-        """The state of a run, with an `adapter`: prompts, pools, everything that does not change with the step."""
-        raise NotImplementedError
+        """Return the state of a run, with an `adapter`."""
 
     def loss(self, state: Any, step: int) -> dict[str, Tensor]:
-        """The terms of the loss at a step; their sum is descended."""
-        raise NotImplementedError
+        """Return the terms of the loss at a step."""
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rate at a step."""
-        return 1.0
-
-    def gate(self, state: Any) -> dict[str, Any]:
-        """The gate of the patch, when training has ended."""
-        return {"kind": "always"}
+        """Return the factor on the learning rate at a step."""
 
     def snapshot(self, state: Any) -> dict[str, Tensor]:
-        """Tensors that change from step to step beside the trained ones."""
-        return {}
+        """Return the tensors, besides the trained ones, that change from step to step."""
 
     def restore(self, state: Any, tensors: dict[str, Tensor]) -> None:
-        """Put back what `snapshot` gave."""
-
-    def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
-        """Train; the base is as it was afterwards."""
-        state = train(self, base, concepts, run)
-        try:
-            with counting(base.unet, run.costs):
-                return FitResult(state.adapter.payload(), self.gate(state))
-        finally:
-            state.adapter.remove()
+        """Put back what `snapshot` returned."""
 
 
-def train(method: GradientMethod, base: Base, concepts: list[Concept], run: Run) -> Any:
+def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> Any:
     """Run a gradient method to its end and return its state; the adapter is still on.
 
     Raises:

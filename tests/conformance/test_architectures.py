@@ -17,13 +17,13 @@ from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.training.run import Run
-from tests.conformance.test_methods import QUICK
+from tests.conformance.quick import QUICK, SKETCH
 from tests.tiny import tiny_pipeline
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
 REFUSED = {("advunlearn", "sdxl"): "trains the one text encoder of Stable Diffusion 1 and 2, and unknown reads two"}
-RUNS = [(method, kind) for method in sorted(QUICK) for kind in PIPELINES if (method, kind) not in REFUSED]
-SHORT = {method: {**settings, "iterations": 2} for method, settings in QUICK.items()}
+RUNS = [(method, kind) for method in sorted([*QUICK, SKETCH]) for kind in PIPELINES if (method, kind) not in REFUSED]
+SHORT: dict = {method: {**settings, "iterations": 2} for method, settings in QUICK.items()} | {SKETCH: {}}
 SHORT["unguide"] |= {"ratio": 1.0, "decide_after": 1, "decide_steps": 3}
 
 

@@ -114,7 +114,7 @@ def test_the_concept_is_relabelled_to_the_nearest_word_or_as_published_to_the_ne
     state = method.prepare(base, [Concept("cat")], Run(progress=False))
     assert state.pseudo == {"cat": neighbours(base, Concept("cat"), [Concept("cat")])[0]}
     state.adapter.remove()
-    published, listed = configure("salun", "object", {"parity": True}), words(False)["object"]
+    published, listed = configure("salun", "object", {"parity": True}), words(base)["object"]
     for name, after in zip(listed[3:6], listed[4:7], strict=True):
         assert published.relabelled(base, Concept(name), [Concept(name)]).anchor == after
     both = [Concept(listed[3]), Concept(listed[4])]
@@ -162,7 +162,7 @@ def test_what_is_retained_is_near_the_concept_and_also_far(base):
         assert texts[: len(near)] == near and len(set(texts)) == 24
         assert any("style" not in text for text in texts)
         assert not any(name.lower() in text.lower().split() for text in texts for name in concept.names)
-    several = [Concept(name) for name in words(False)["object"][:5]]
+    several = [Concept(name) for name in words(base)["object"][:5]]
     texts = method.kept(base, several, 0)  # 5 x 8 neighbours: a turn each, half of the images
     assert len(texts) == 24 and texts[:5] == around(base, several)[:5]
     keep = tuple(f"cat number {i}" for i in range(30))

@@ -107,7 +107,7 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
         ({"rank": 0}, "rank=0"),
         ({"decide_after": 25}, "1 to 24"),
         ({"measure": "nrom"}, "did you mean 'norm'"),
-        ({"learning_rate": 2}, "between 0 and 1"),
+        ({"learning_rate": 2}, "above 0 and below 1"),
     ],
 )
 def test_settings_that_make_no_sense(base, setting, message):

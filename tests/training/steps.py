@@ -14,7 +14,7 @@ from erasure.errors import ErasureError
 from erasure.methods import names
 from erasure.methods.esd import ESD
 from erasure.training import loop as training
-from tests.conformance.test_methods import QUICK
+from tests.conformance.quick import QUICK
 from tests.tiny import tiny_pipeline
 
 RANK = os.environ.get("RANK", "0")

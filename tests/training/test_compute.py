@@ -15,7 +15,7 @@ from erasure.patch import Patch
 from erasure.training import loop as training
 from erasure.training.adapters import LowRankTerm, Weights
 from erasure.training.compute import DTYPES, Computing, Engine, Rows
-from tests.conformance.test_methods import QUICK, changes, same, weights
+from tests.conformance.quick import QUICK, changes, same, weights
 from tests.tiny import tiny_pipeline
 
 BOTH = ["weights", "low rank"]

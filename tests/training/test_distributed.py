@@ -13,7 +13,7 @@ import pytest
 from erasure.erasing import erase
 from erasure.methods import names
 from erasure.patch import Patch
-from tests.conformance.test_methods import changes, same
+from tests.conformance.quick import changes, same
 from tests.tiny import tiny_pipeline
 from tests.training.steps import ODD
 

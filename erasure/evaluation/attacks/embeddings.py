@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
+from erasure.model.closed_form import readers, recovered
 from erasure.model.diffusion import add_noise
 from erasure.model.soft_prompt import search
 
@@ -53,33 +54,16 @@ class ClosedForm(Attack):
         """One."""
         with victim.unpatched():
             told = victim.conditions([case.prompt for case in cases])
-            before = readers(victim)
+            before = readers(victim.pipe.unet)
         with victim.folded():
-            after = readers(victim)
+            after = readers(victim.pipe.unet)
         yield {
             i: Attempt(
-                embeds=replace(told[[i]], states=closest(after, before, told.states[i].double(), self.ridge)[None]),
+                embeds=replace(told[[i]], states=recovered(after, before, told.states[i].double(), self.ridge)[None]),
                 note="closed form",
             )
             for i in sorted(safe)
         }
-
-
-def readers(victim: Victim) -> Tensor:
-    """All keys' and values' weights of the cross-attentions, [outputs, width], as they are now."""
-    found = [
-        module.weight.detach().double()
-        for path, module in victim.pipe.unet.named_modules()
-        if path.endswith(("attn2.to_k", "attn2.to_v"))
-    ]
-    return torch.cat(found)
-
-
-def closest(after: Tensor, before: Tensor, states: Tensor, ridge: float) -> Tensor:
-    """Solve RECE's eq. 6 for states [tokens, width]; all in float64, the answer in float32."""
-    gram = after.T @ after
-    ridged = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(ridged, after.T @ (before @ states.T)).T.float()
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from erasure.concepts.vocabulary import Vocabulary
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks.attack import Victim
-from erasure.evaluation.attacks.embeddings import readers
 from erasure.evaluation.metrics.metric import Metric, mean_metric
 from erasure.model import presets
+from erasure.model.closed_form import readers
 from erasure.model.diffusion import Counts, add_noise, counting
 from erasure.model.loading import name_of
 from erasure.pipelines.strengths import switched_off
@@ -223,7 +223,7 @@ def closed_form_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> 
     def apart(model: Callable[[], Any]) -> Tensor:
         with model():
             states = victim.conditions(texts).states.double()
-            return ((states[::2] - states[1::2]) @ readers(victim).T).flatten(1).norm(dim=1)
+            return ((states[::2] - states[1::2]) @ readers(victim.pipe.unet).T).flatten(1).norm(dim=1)
 
     after, before = apart(victim.folded), apart(victim.unpatched)
     return (after / before)[before > 0].tolist()

@@ -16,12 +16,13 @@ from PIL import Image
 import erasure
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Attempt, Case, Victim, find, make, names
-from erasure.evaluation.attacks.embeddings import closest, within
+from erasure.evaluation.attacks.embeddings import within
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, without
 from erasure.evaluation.attacks.run import Asking, around, attack
 from erasure.evaluation.attacks.token_search import simplex
 from erasure.evaluation.metrics.target import Target
+from erasure.model.closed_form import recovered
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet
@@ -169,11 +170,11 @@ def test_closed_form_solves_what_it_says():
     torch.manual_seed(0)
     before, after = torch.randn(40, 6, dtype=torch.double), torch.randn(40, 6, dtype=torch.double)
     states = torch.randn(5, 6, dtype=torch.double)
-    found = closest(after, before, states, 1e-12).double()
+    found = recovered(after, before, states, 1e-12).double()
     want = torch.linalg.lstsq(after, before @ states.T).solution.T
     assert torch.allclose(found, want, atol=1e-5)
-    assert torch.allclose(closest(before, before, states, 1e-12), states.float(), atol=1e-5)
-    ridged = closest(after, before, states, 10.0)
+    assert torch.allclose(recovered(before, before, states, 1e-12), states.float(), atol=1e-5)
+    ridged = recovered(after, before, states, 10.0)
     assert ridged.norm() < found.norm()
 
 

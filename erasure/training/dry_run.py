@@ -1,0 +1,302 @@
+"""Forecast a run before it is started: forwards and backwards, seconds, memory.
+
+The run is gone through with a UNet that answers at once (zeros, joined to the graph): every call is counted as in the
+real run, so the forecast needs no second formula of a method's cost. One real call is timed. Memory is that of the
+largest calls (`memory.py`), in the engine of the real run. A UNet on the `meta` device (a configuration without
+weights) has counts and memory, but no seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from erasure.concepts.concept import Concept
+from erasure.errors import ErasureError
+from erasure.model.base import Base
+from erasure.model.diffusion import Counts, counting
+from erasure.training.compute import Computing, Engine, by_rows
+from erasure.training.loop import Trainable
+from erasure.training.memory import Call, peaks, size_of
+from erasure.training.run import FitResult, Run
+
+PROBE = 4  # samples in the timed call
+STATE = 16  # bytes a trained number: master, gradient, two Adam moments; what it was stays with the model
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a run, before it is started.
+
+    Args:
+        F: forward passes, counted in samples.
+        B: backward passes, counted in samples.
+        seconds: on this machine, of the UNet's calls alone (of a closed form: of all its work); 0 without weights.
+        model_bytes: the checkpoint in memory while it trains.
+        training_bytes: masters, gradients and two Adam moments of what trains.
+        activation_bytes: what the largest call that goes backward holds at most.
+        prepare_bytes: the checkpoint and the largest call without gradients, before what trains is known.
+        precision: of the UNet.
+        processes: number of processes that share the work; memory is of each, seconds are of all together.
+        modules: number of modules that change.
+        weights: number of parameters that change in them.
+    """
+
+    F: int
+    B: int
+    seconds: float
+    model_bytes: int
+    training_bytes: int
+    activation_bytes: int
+    prepare_bytes: int = 0
+    precision: str = "fp32"
+    processes: int = 1
+    modules: int = 0
+    weights: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the memory that a process needs, without what the libraries take for themselves."""
+        return max(self.prepare_bytes, self.model_bytes + self.training_bytes + self.activation_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the forecast as plain data, with the peak."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+    def text(self) -> str:
+        """Return the forecast as one sentence for people."""
+        parts = (
+            f"model {_size(self.model_bytes)}, training state {_size(self.training_bytes)}, "
+            f"activations {_size(self.activation_bytes)}, while preparing {_size(self.prepare_bytes)}"
+        )
+        timed = f"about {self.seconds:,.1f} s here, " if self.seconds else ""
+        shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        total = f"{_size(self.peak_bytes)} of memory{shared} in {self.precision}"
+        what = f"{self.modules} modules change, {self.weights:,} parameters"
+        return f"{what}; {self.F:,} F + {self.B:,} B, {timed}{total} ({parts})"
+
+
+@dataclass
+class Walk:
+    """What a dry run met: its counts, its adapter (None where nothing trains), the largest calls of each kind."""
+
+    counts: Counts
+    adapter: Any = None
+    backward: Call = ((), {})
+    forward: Call = ((), {})
+
+    def see(self, call: Call) -> None:
+        """Keep a call if it is the largest of its kind."""
+        kind = "backward" if torch.is_grad_enabled() else "forward"
+        known = getattr(self, kind)[0]
+        if not known or call[0][0].numel() > known[0].numel():
+            setattr(self, kind, call)
+
+
+class _Elsewhere(Base):
+    """A base whose UNet has no weights: everything else is computed on the CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Gated(Trainable, Protocol):
+    """A gradient method as a forecast uses it: the loop's part, and the gate that is fitted at the end."""
+
+    def gate(self, state: Any) -> dict[str, Any]:
+        """Return the gate of the patch."""
+
+
+class Collecting(Protocol):
+    """A runtime method as a forecast uses it."""
+
+    def collect(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
+        """Return the data that the patch holds."""
+
+
+def forecast_training(
+    method: Gated, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
+) -> Forecast:
+    """Forecast a run of a gradient method; the base is left as it was.
+
+    Raises:
+        ErasureError: the UNet has no weights and the method looks at them before it starts.
+    """
+
+    def train(walk: Walk, base: Base) -> None:
+        state = method.prepare(base, concepts, Run(seed=seed, progress=False))
+        walk.adapter = state.adapter
+        try:
+            for step in range(method.iterations):
+                torch.stack(list(method.loss(state, step).values())).sum().backward()
+            method.gate(state)
+        finally:
+            state.adapter.remove()
+
+    return _forecast(_walk(base, train), base, computing, processes)
+
+
+def forecast_runtime(
+    method: Collecting, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
+) -> Forecast:
+    """Forecast a run of a runtime method; the base is left as it was.
+
+    Raises:
+        ErasureError: the UNet has no weights and the method looks at them before it starts.
+    """
+
+    def collect(_: Walk, base: Base) -> None:
+        method.collect(base, concepts, Run(seed=seed, progress=False))
+
+    return _forecast(_walk(base, collect), base, computing, processes)
+
+
+Factors = tuple[Tensor, Tensor, float]
+
+
+def forecast_edit(
+    base: Base, targets: Mapping[str, nn.Module], prepare: Callable[[], Any], solve: Callable[[Any, nn.Module], Factors]
+) -> Forecast:
+    """Forecast a closed form: it prepares in earnest, solves for one module, and counts the rest by their weights.
+
+    Args:
+        base: the checkpoint.
+        targets: the modules to solve for, by path.
+        prepare: collects the columns and factorises.
+        solve: gives the factors of one module.
+    """
+    begun = time.perf_counter()
+    try:
+        edit = prepare()
+    except (AttributeError, NotImplementedError) as fault:
+        raise ErasureError(f"a closed form needs the checkpoint's text encoder to be planned for ({fault})") from None
+    ready = time.perf_counter()
+    numbers = {path: module.get_parameter("weight").numel() for path, module in targets.items()}
+    first = next(iter(targets.values()))
+    bare = first.get_parameter("weight").is_meta
+    spent, rank = 0.0, 0
+    if not bare:
+        begun_solve = time.perf_counter()
+        down, _, _ = solve(edit, first)
+        spent, rank = time.perf_counter() - begun_solve, len(down)
+    seconds = 0.0 if bare else ready - begun + spent * sum(numbers.values()) / next(iter(numbers.values()))
+    parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
+    shapes = [module.get_parameter("weight").shape for module in targets.values()]
+    return Forecast(
+        F=0,
+        B=0,
+        seconds=seconds,
+        model_bytes=sum(map(size_of, parts)),
+        training_bytes=8 * max(shape[1] for shape in shapes) ** 2 + 4 * rank * sum(sum(shape[:2]) for shape in shapes),
+        activation_bytes=0,
+        modules=len(targets),
+        weights=sum(numbers.values()),
+    )
+
+
+def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> Forecast:
+    computing = computing.on(base.device)
+    counts, seconds = walk.counts, 0.0
+    largest = walk.backward if walk.backward[0] else walk.forward
+    if base.device.type != "meta" and largest[0]:
+        forward, both = _timed(base, largest, computing)
+        seconds = ((counts.forward - counts.backward) * forward + counts.backward * both) / processes
+    sizes = peaks(base, (walk.forward, walk.backward), walk.adapter, computing, processes)
+    params = walk.adapter.parameters() if walk.adapter is not None else {}
+    trained = sum(param.numel() for param in params.values())
+    return Forecast(
+        counts.forward,
+        counts.backward,
+        seconds,
+        sizes["model"],
+        STATE * trained,
+        sizes["backward"],
+        sizes["wide"] + sizes["forward"],
+        computing.precision or "fp32",
+        processes,
+        len({name.rpartition(".")[0] for name in params}),
+        trained,
+    )
+
+
+def _walk(base: Base, go: Callable[[Walk, Base], None]) -> Walk:
+    """Go through a run with a UNet that answers at once, and keep its counts and its largest calls."""
+    bare = base.device.type == "meta"
+    base = _Elsewhere(base.name, base.pipe) if bare else base
+    walk = Walk(Counts())
+    with _answering_at_once(base.unet, walk), counting(base.unet, walk.counts):
+        try:
+            go(walk, base)
+        except (NotImplementedError, RuntimeError) as fault:
+            if not bare or walk.adapter is not None:
+                raise
+            raise ErasureError(
+                f"a UNet without weights cannot be planned for: this method looks at them first ({fault})"
+            ) from None
+    return walk
+
+
+@contextmanager
+def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
+    """The UNet answers with (all but) zeros that hang on its inputs and on what trains in it."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    leaf = torch.zeros((), requires_grad=True)  # stands for adapters beside the weights
+
+    def answer(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
+        walk.see(((sample, timestep, encoder_hidden_states, *rest), named))
+        out = sample * 0 + encoder_hidden_states.sum() * 0
+        if torch.is_grad_enabled():
+            out = out + leaf.to(out.device) * 0
+            trained = [param for param in unet.parameters() if param.requires_grad and not param.is_meta]
+            out = out + sum(param.reshape(-1)[0] * 1e-6 for param in trained)
+        return (out,) if named.get("return_dict") is False else UNet2DConditionOutput(sample=out)
+
+    real = unet.__dict__.get("forward")
+    unet.forward = answer
+    try:
+        yield
+    finally:
+        if real is None:
+            del unet.forward
+        else:
+            unet.forward = real
+
+
+def _timed(base: Base, call: Call, computing: Computing) -> tuple[float, float]:
+    """Seconds a sample forward, and forward and backward."""
+    index = torch.arange(PROBE) % len(call[0][0])
+    rest, named = by_rows(call, len(call[0][0]), lambda value: torch.zeros_like(value)[index.to(value.device)])
+    x = rest[0].requires_grad_(True)
+    with Engine(base, replace(computing, compile=False)) as engine:
+        engine.settle({}, inside=True)
+        with torch.no_grad():
+            base.unet(*rest, **named)
+            begun = _now(base.device)
+            base.unet(*rest, **named)
+            forward = _now(base.device) - begun
+        begun = _now(base.device)
+        base.unet(x, *rest[1:], **named).sample.sum().backward()
+        both = _now(base.device) - begun
+    return forward / PROBE, both / PROBE
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,75 @@
+"""What the conformance suites share: a small run of each method, and comparisons of weights and patches."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from erasure.patch import Patch
+
+GUIDE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+SKETCH = "last-token"  # the closed form that CONTRIBUTING.md writes from nothing
+
+# A small run of each method. The list is written by hand, so that a lost method turns the suite red.
+SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
+QUICK = {
+    "advunlearn": {
+        **SMALL,
+        "retain_trajectories": 3,
+        "retain_sample_steps": 2,
+        "retain_batch_size": 2,
+        "attack_steps": 2,
+        "attack_init": "latest",
+        "warm_up": 1,
+        "learning_rate": 1e-2,
+    },
+    "esd": {**SMALL, "learning_rate": 1e-3},
+    "salun": {
+        "iterations": 4,
+        "batch_size": 2,
+        "forget_count": 3,
+        "retain_count": 3,
+        "sample_steps": 2,
+        "learning_rate": 1e-3,
+    },
+    "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
+    "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2},
+}
+
+
+def weights(pipe) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": value.clone()
+        for part in ("unet", "text_encoder")
+        for name, value in getattr(pipe, part).state_dict().items()
+    }
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def changes(patch: Patch) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": patch.payload.change(part, name)
+        for part in patch.payload.components
+        for name in patch.payload.names(part)
+    }
+
+
+def written() -> type:
+    """The class of the closed form in CONTRIBUTING.md, in a module of its own as dataclasses want it."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    module = ModuleType("sketch")
+    sys.modules[module.__name__] = module
+    exec(compile(code, str(GUIDE), "exec", dont_inherit=True), vars(module))
+    return module.LastToken
+
+
+def small(method: str) -> dict:
+    """Settings of a quick run; the sketch's defaults are quick."""
+    return QUICK.get(method, {})
