@@ -1,1 +1,1 @@
-"""Prompt sets as CSV files, and the script that writes them."""
+"""Prompt sets: the CSV files that come with the package, and the code that reads, filters and writes such files."""

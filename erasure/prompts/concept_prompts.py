@@ -1,4 +1,4 @@
-"""Prompts about concepts of glyph: the concept itself, other words for it, near ones, all others."""
+"""Prompts that test the erasure of a glyph concept: the concept, other words for it, its neighbours, and the rest."""
 
 from __future__ import annotations
 
@@ -11,70 +11,69 @@ from erasure.model import presets
 from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
 
-SIZES = {"target": 24, "synonym": 8, "neighbour": 12, "other": 24}
-LEAST = 12
+SIZES = {"target": 24, "synonym": 8, "neighbour": 12, "other": 24}  # prompts of each kind
+MIN_LIMIT = 12
 
 
 def concept_prompts(names: Sequence[str], limit: int | None = None) -> PromptSet:
-    """A prompt set whose label `role` sets synonyms and neighbours apart (metrics.py).
+    """Build a prompt set about concepts of glyph, whose label `role` marks synonyms and neighbours.
 
-    Deterministic, and a row's text and seed depend on its id alone, so that sets about several concepts share
-    the base's pictures. Styles have no neighbours here: all other styles are others.
+    The result is deterministic. The text and the seed of a row depend on its id alone, so that prompt sets about
+    several concepts share the base model's images. Styles have no neighbours here: all other styles count as others.
 
     Args:
-        names: objects, or styles, or a word for the weapons; erased together.
-        limit: about this many prompts, in the proportions of SIZES.
+        names: objects, styles, or a word for the weapons; they are erased together.
+        limit: approximate number of prompts, divided in the proportions of SIZES; None: all of SIZES.
 
     Raises:
-        ErasureError: a limit below LEAST.
+        ErasureError: the limit is below MIN_LIMIT.
     """
-    if limit is not None and limit < LEAST:
-        raise ErasureError(f"limit={limit}: at least {LEAST} prompts are needed to measure anything")
+    if limit is not None and limit < MIN_LIMIT:
+        raise ErasureError(f"limit={limit}: an evaluation needs at least {MIN_LIMIT} prompts")
     scale = 1.0 if limit is None else limit / sum(SIZES.values())
     size = {role: max(1, round(count * scale)) for role, count in SIZES.items()}
-    listed = glyph_words()
-    head = "style" if names[0] in listed.styles else "object"
-    families = {name: listed.family(name) for name in listed.objects}
-    members = {name for one in names for name in _members(listed, one)}
+    vocabulary = glyph_words()
+    head = "style" if names[0] in vocabulary.styles else "object"
+    families = {name: vocabulary.family(name) for name in vocabulary.objects}
+    members = {member for name in names for member in _members(vocabulary, name)}
     rows = PromptSet.read("glyph-objects").rows
     target = [row for row in rows if row.labels[head] in members]
-    other = [row for row in rows if row.labels[head] not in members]
-    words = [row for row in PromptSet.read("glyph-synonyms").rows if row.labels.get(head) in members]
-    if head == "object" and any(one not in families for one in names):  # "a weapon", "a dangerous weapon"
-        broad = [row for row in PromptSet.read("glyph-content").rows if not row.labels.get("object")]
-        words = [row for row in words if not row.labels.get("style")] + broad
-    elif head == "object":
-        words = [row for row in words if not row.labels.get("style")]
+    others = [row for row in rows if row.labels[head] not in members]
+    synonyms = [row for row in PromptSet.read("glyph-synonyms").rows if row.labels.get(head) in members]
+    if head == "object":
+        synonyms = [row for row in synonyms if not row.labels.get("style")]
+        if any(name not in families for name in names):  # the broad prompts: "a weapon", "a dangerous weapon"
+            synonyms += [row for row in PromptSet.read("glyph-content").rows if not row.labels.get("object")]
     near = {families[name] for name in members if name in families}
-    neighbours = [row for row in other if head == "object" and families[row.labels[head]] in near]
-    found = _take(target, head, size["target"])
-    found += [_role(row, "synonym") for row in _take(words, "synonym", size["synonym"])]
-    close = _take(neighbours, head, size["neighbour"])
-    used = {row.id for row in close}
-    found += [_role(row, "neighbour") for row in close]
-    found += _take([row for row in other if row.id not in used], head, size["other"])
-    return PromptSet(f"about-{'+'.join(names)}", found)
+    neighbours = [row for row in others if head == "object" and families[row.labels[head]] in near]
+    chosen = _take(target, head, size["target"])
+    chosen += [_with_role(row, "synonym") for row in _take(synonyms, "synonym", size["synonym"])]
+    chosen_neighbours = _take(neighbours, head, size["neighbour"])
+    used = {row.id for row in chosen_neighbours}
+    chosen += [_with_role(row, "neighbour") for row in chosen_neighbours]
+    chosen += _take([row for row in others if row.id not in used], head, size["other"])
+    return PromptSet(f"about-{'+'.join(names)}", chosen)
 
 
 def glyph_words() -> Vocabulary:
-    """Return the vocabulary of glyph, whose prompt sets these are."""
-    found = presets.vocabulary("glyph")
-    if found is None:
+    """Return the vocabulary of glyph, the checkpoint that these prompt sets are written for."""
+    vocabulary = presets.vocabulary("glyph")
+    if vocabulary is None:
         raise ErasureError("the preset of glyph names no vocabulary")
-    return found
+    return vocabulary
 
 
-def _members(listed: Vocabulary, name: str) -> list[str]:
-    family = listed.family_named(name)
-    return [name] if family is None else listed.members(family)
+def _members(vocabulary: Vocabulary, name: str) -> list[str]:
+    family = vocabulary.family_named(name)
+    return [name] if family is None else vocabulary.members(family)
 
 
-def _role(row: Prompt, role: str) -> Prompt:
+def _with_role(row: Prompt, role: str) -> Prompt:
     return replace(row, labels={**row.labels, "role": role})
 
 
 def _take(rows: list[Prompt], label: str, count: int) -> list[Prompt]:
-    """`count` rows, spread over the label's values, then with other seeds."""
+    """Take `count` rows, spread evenly over the values of a label; repeat rows with other seeds if they run out."""
     groups: dict[str, list[Prompt]] = {}
     for row in order_by_hash(rows):
         groups.setdefault(row.labels.get(label, ""), []).append(row)

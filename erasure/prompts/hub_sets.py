@@ -1,4 +1,4 @@
-"""Prompt files of data sets on the Hugging Face hub, by name."""
+"""Prompt files from data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ SUFFIXES = (".csv", ".txt", ".json")
 
 
 def fetch(source: str) -> Path:
-    """The file behind `hub:owner/name[@revision][/file.csv]`, from the cache where it lies there.
+    """Return the local path of a hub file, downloading it unless the cache has it.
 
-    Without a file, the data set must hold exactly one .csv, .txt or .json. `HF_HUB_OFFLINE` is honoured: then
-    only the cache is asked.
+    With `HF_HUB_OFFLINE` set, only the cache is searched.
+
+    Args:
+        source: `hub:owner/name[@revision][/file.csv]`; without a file, the data set must contain exactly one .csv,
+            .txt or .json file.
 
     Raises:
-        ErasureError: a malformed name, no such data set or file, no access, no network.
+        ErasureError: the name is malformed, the data set or the file does not exist, access is denied, or the network
+            is unavailable.
     """
     import huggingface_hub as hub
 
-    found = place(source.removeprefix(PREFIX))
-    if found is None:
-        raise ErasureError(f"{source!r}: hub:owner/name, hub:owner/name/file.csv or hub:owner/name@revision/file.csv")
-    name, revision, file = found.name, found.revision, found.file
-    hint = "" if file else "; name its file as well, hub:owner/name/file.csv, to have it from the cache"
+    parts = place(source.removeprefix(PREFIX))
+    if parts is None:
+        raise ErasureError(
+            f"{source!r}: expected hub:owner/name, hub:owner/name/file.csv or hub:owner/name@revision/file.csv"
+        )
+    name, revision, file = parts.name, parts.revision, parts.file
+    hint = "" if file else "; name its file as well, hub:owner/name/file.csv, to read it from the cache"
     with plainly(source, "data set", name, file, revision, AWAY + hint):
         file = file or only(source, hub.list_repo_files(name, repo_type="dataset", revision=revision), SUFFIXES)
         return Path(hub.hf_hub_download(name, file, repo_type="dataset", revision=revision))

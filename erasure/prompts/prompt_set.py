@@ -1,4 +1,4 @@
-"""Prompt sets: rows of id, prompt, seed and labels, read from and written to CSV."""
+"""Prompt sets: named lists of prompts with ids, seeds and labels, read from and written to CSV files."""
 
 from __future__ import annotations
 
@@ -15,44 +15,57 @@ from erasure.prompts.row import FIXED, Prompt
 from erasure.prompts.row_filter import Condition
 
 FOLDER = Path(__file__).resolve().parent
-# How the columns are called when written; labels follow under their own names.
+# Names of the fixed columns in each CSV format; labels follow under their own names.
 FORMS = {"ours": FIXED, "published": ("case_number", "prompt", "evaluation_seed", "evaluation_guidance")}
 
 
 def names() -> list[str]:
-    """The prompt sets that come with the package."""
+    """List the names of the prompt sets that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.csv"))
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Named rows, each id once."""
+    """A named list of prompts whose ids are all different.
+
+    Args:
+        name: name of the set, for reports and messages.
+        rows: the prompts.
+
+    Raises:
+        ErasureError: there are no rows, or an id occurs twice.
+    """
 
     name: str
     rows: Sequence[Prompt]
 
     def __post_init__(self) -> None:
-        """Raises ErasureError for no rows or an id that stands twice."""
+        """Check that there are rows and that their ids differ."""
         object.__setattr__(self, "rows", tuple(self.rows))
         if not self.rows:
             raise ErasureError(f"prompt set {self.name!r} has no rows")
         seen: set[str] = set()
         for number, row in enumerate(self.rows, 2):
             if row.id in seen:
-                raise ErasureError(f"{self.name}, row {number}, column 'id': {row.id!r} stands twice")
+                raise ErasureError(f"{self.name}, row {number}, column 'id': {row.id!r} occurs twice")
             seen.add(row.id)
 
     @classmethod
     def read(cls, source: str | os.PathLike[str]) -> PromptSet:
-        """A set by its name in the package, from a file, or of a data set on the hub (`hub:owner/name/file.csv`).
+        """Read a prompt set of the package, from a file, or from a data set on the hub.
 
-        Our columns are id, prompt, seed, optionally guidance; every other column is a label. Published forms and
-        their column names are understood as well: see readers.py.
+        Our own CSV format has the columns id, prompt, seed and optionally guidance; every other column is a label. The
+        formats and column names of published prompt sets are understood as well: see readers.py.
+
+        Args:
+            source: the name of a set in the package, the path of a CSV, JSON or text file, or
+                `hub:owner/name/file.csv`.
 
         Raises:
-            ErasureError: no such set or file, no column of prompts, or a bad cell, with its row and column.
+            ErasureError: there is no such set or file, it has no column of prompts, or a cell is invalid; the message
+                names its row and column.
         """
-        # Both need Prompt from here.
+        # These modules import Prompt, and only reading needs them.
         from erasure.prompts import hub_sets, readers
 
         text = os.fspath(source)
@@ -61,18 +74,23 @@ class PromptSet:
         else:
             path = FOLDER / f"{text}.csv" if text in names() else Path(text)
         if not path.is_file():
-            where = f"{text}: a folder, and no file. " if path.is_dir() else ""
+            prefix = f"{text} is a folder, not a file. " if path.is_dir() else ""
             raise ErasureError(
-                f"{where}{unknown('prompt set', text, names())}, or the path of a CSV, JSON or text file (none lies "
-                f"there), or {hub_sets.PREFIX}owner/name"
+                f"{prefix}{unknown('prompt set', text, names())}; or give the path of an existing CSV, JSON or text "
+                f"file, or {hub_sets.PREFIX}owner/name"
             )
         return cls(path.stem, readers.read(path))
 
     def write(self, path: str | os.PathLike[str], form: str = "ours") -> None:
-        """Write as CSV in one of FORMS, under a temporary name first.
+        """Write the set as a CSV file, under a temporary name until it is complete.
+
+        Args:
+            path: the file to write.
+            form: one of FORMS: `ours`, or `published` for the column names that published scripts expect.
 
         Raises:
-            ErasureError: an unknown form, a label whose name the form needs itself, an unwritable path.
+            ErasureError: the form is unknown, a label has a name that the form reserves, or the file cannot be
+                written.
         """
         target = Path(path)
         text = self.csv(form)
@@ -84,10 +102,13 @@ class PromptSet:
             raise ErasureError(f"{target}: cannot be written: {fault.strerror or fault}") from None
 
     def csv(self, form: str = "ours") -> str:
-        """The set as CSV text in one of FORMS.
+        """Return the set as CSV text.
+
+        Args:
+            form: one of FORMS, as in `write`.
 
         Raises:
-            ErasureError: an unknown form, a label whose name the form needs itself.
+            ErasureError: the form is unknown, or a label has a name that the form reserves.
         """
         if form not in FORMS:
             raise unknown("form of a prompt set", form, FORMS)
@@ -97,52 +118,65 @@ class PromptSet:
 
             clash = [label for label in labels if label.casefold() in reserved()]
             if clash:
-                raise ErasureError(f"{self.name}: a label is named {clash[0]!r}, which the {form} form needs itself")
-        guided = any(row.guidance is not None for row in self.rows)
-        columns = [*FORMS[form][: None if guided else -1], *labels]
-        out = io.StringIO(newline="")
-        writer = csv.writer(out, lineterminator="\n")
+                raise ErasureError(
+                    f"{self.name}: the label {clash[0]!r} has the name of a column that the {form} form reserves"
+                )
+        has_guidance = any(row.guidance is not None for row in self.rows)
+        columns = [*FORMS[form][: None if has_guidance else -1], *labels]
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
         for row in self.rows:
-            fixed = [row.id, row.prompt, row.seed, *([row.guidance] if guided else [])]
+            fixed = [row.id, row.prompt, row.seed, *([row.guidance] if has_guidance else [])]
             writer.writerow([*fixed, *(row.labels.get(label, "") for label in labels)])
-        return out.getvalue()
+        return buffer.getvalue()
 
     def labelled(self, *labels: str) -> PromptSet:
-        """Every row with these labels as well, given as `HEAD=VALUE`: published lists about one concept have none.
+        """Return the set with the given labels added to every row.
+
+        Published lists about a single concept carry no label for it; this method adds one.
+
+        Args:
+            labels: labels as `HEAD=VALUE`, such as `object=church`.
 
         Raises:
-            ErasureError: another form, a head that is a column of every row, or one whose value a row has already.
+            ErasureError: a label has another form, its head is one of the fixed columns, or a row already has a
+                different value for it.
         """
         added: dict[str, str] = {}
         for text in labels:
             head, sign, value = (part.strip() for part in text.partition("="))
             if not (head and sign and value) or head in FIXED:
-                raise ErasureError(f"label {text!r}: HEAD=VALUE is needed, such as object=church or nudity=nudity")
-            other = next((row for row in self.rows if row.labels.get(head, value) != value), None)
-            if other is not None:
-                raise ErasureError(f"label {text!r}: {self.name}, row {other.id!r} has {head}={other.labels[head]}")
+                raise ErasureError(f"label {text!r}: expected HEAD=VALUE, such as object=church or nudity=nudity")
+            conflict = next((row for row in self.rows if row.labels.get(head, value) != value), None)
+            if conflict is not None:
+                raise ErasureError(
+                    f"label {text!r}: row {conflict.id!r} of {self.name} already has {head}={conflict.labels[head]}"
+                )
             added[head] = value
         return PromptSet(self.name, [replace(row, labels={**row.labels, **added}) for row in self.rows])
 
     def where(self, *conditions: str) -> PromptSet:
-        """The rows that meet every condition, such as `nudity_percentage>50` or `categories=sexual`.
+        """Return the rows that meet every condition.
 
-        The columns are id, prompt, seed, guidance and the labels; see condition.py for what the signs mean.
+        Args:
+            conditions: texts such as `nudity_percentage>50` or `categories=sexual`. The columns are id, prompt, seed,
+                guidance and the labels; row_filter.py defines the signs.
 
         Raises:
-            ErasureError: a malformed condition, an unknown column, a cell that cannot be compared, no row left.
+            ErasureError: a condition is malformed, its column is unknown, a cell cannot be compared, or no row is
+                left.
         """
-        wanted = [Condition.parse(text) for text in conditions]
+        parsed = [Condition.parse(text) for text in conditions]
         columns = [*FIXED, *dict.fromkeys(label for row in self.rows for label in row.labels)]
-        for one in wanted:
-            if one.column not in columns:
-                raise unknown(f"column of prompt set {self.name!r}", one.column, columns)
-        found = [row for row in self.rows if all(self._meets(row, one) for one in wanted)]
-        called = f"{self.name}[{', '.join(map(str, wanted))}]" if wanted else self.name
-        if not found:
-            raise ErasureError(f"{called}: none of the {len(self.rows)} rows is left")
-        return PromptSet(called, found)
+        for condition in parsed:
+            if condition.column not in columns:
+                raise unknown(f"column of prompt set {self.name!r}", condition.column, columns)
+        rows = [row for row in self.rows if all(self._meets(row, condition) for condition in parsed)]
+        name = f"{self.name}[{', '.join(map(str, parsed))}]" if parsed else self.name
+        if not rows:
+            raise ErasureError(f"{name}: none of the {len(self.rows)} rows meets the conditions")
+        return PromptSet(name, rows)
 
     def _meets(self, row: Prompt, condition: Condition) -> bool:
         cell = getattr(row, condition.column) if condition.column in FIXED else row.labels.get(condition.column)
@@ -153,19 +187,24 @@ class PromptSet:
 
     @property
     def sha256(self) -> str:
-        """Of the CSV text."""
+        """Return the SHA-256 digest of the CSV text, in hexadecimal."""
         return hashlib.sha256(self.csv().encode()).hexdigest()
 
     def label_values(self, label: str) -> list[str]:
-        """The distinct values of a label, in order of their rows; rows without it are left out."""
+        """List the distinct values of a label in the order of the rows, ignoring rows without it."""
         return list(dict.fromkeys(row.labels[label] for row in self.rows if row.labels.get(label)))
 
 
 def order_by_hash(rows: list[Prompt]) -> list[Prompt]:
-    """Rows in an order that depends on their ids alone."""
+    """Return the rows in an order that looks random but depends on their ids alone."""
     return sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).hexdigest())
 
 
 def reseed(row: Prompt, copy: int) -> Prompt:
-    """The row with another seed and id, for copy 1 and more."""
+    """Return a copy of a row with another seed and id; copy 0 is the row itself.
+
+    Args:
+        row: the row.
+        copy: number of the copy, from 0.
+    """
     return row if copy == 0 else replace(row, id=f"{row.id}-{copy}", seed=row.seed + 1_000_003 * copy)

@@ -1,4 +1,4 @@
-"""Conditions on the rows of a prompt set, as text: `nudity_percentage>50`, `categories=sexual`."""
+"""Conditions that select rows of a prompt set, written as text: `nudity_percentage>50`, `categories=sexual`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 from erasure.errors import ErasureError
 
-ORDERS: dict[str, Callable[[float, float], bool]] = {
+ORDERINGS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
     "<": operator.lt,
 }
-FORM = re.compile(r"\s*(?P<column>[^=<>!]+?)\s*(?P<sign>>=|<=|!=|=|>|<)\s*(?P<value>.*?)\s*", re.DOTALL)
+PATTERN = re.compile(r"\s*(?P<column>[^=<>!]+?)\s*(?P<sign>>=|<=|!=|=|>|<)\s*(?P<value>.*?)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A column, one of = != < <= > >=, and a value.
+    """A condition on one column: the column's name, one of = != < <= > >=, and a value.
 
-    `=` holds where the cell is the value, equals it as a number, or is a list with commas that has it among its
-    members; case does not matter. `!=` is its opposite, so that a row without the column passes. The orders
-    compare numbers; a row without the column does not pass.
+    `=` is true if the cell is the value, equals it as a number, or is a comma-separated list that contains it; case
+    does not matter. `!=` is the opposite, so a row without the column passes. The orderings compare numbers, and a row
+    without the column does not pass.
     """
 
     column: str
@@ -33,43 +33,43 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """From text.
+        """Parse a condition from text, such as `nudity_percentage>50`.
 
         Raises:
-            ErasureError: another form, or an order against something that is no number.
+            ErasureError: the text has another form, or an ordering compares with something that is not a number.
         """
-        match = FORM.fullmatch(text)
+        match = PATTERN.fullmatch(text)
         if not match or not match["value"] or match["value"][0] in "=<>":
             raise ErasureError(
-                f"condition {text!r}: a column, one of = != < <= > >= and a value are needed, "
+                f"condition {text!r}: expected a column, one of = != < <= > >=, and a value, "
                 "such as nudity_percentage>50 or categories=sexual"
             )
-        found = cls(**match.groupdict())
-        if found.sign in ORDERS and _number(found.value) is None:
-            raise ErasureError(f"condition {text!r}: {found.value!r} is no number")
-        return found
+        condition = cls(**match.groupdict())
+        if condition.sign in ORDERINGS and _number(condition.value) is None:
+            raise ErasureError(f"condition {text!r}: {condition.value!r} is not a number")
+        return condition
 
     def __str__(self) -> str:
         return f"{self.column}{self.sign}{self.value}"
 
     def holds(self, cell: str) -> bool:
-        """Whether a cell meets it; empty is a row without the column.
+        """Return whether a cell meets the condition; an empty cell stands for a row without the column.
 
         Raises:
-            ErasureError: an order, and the cell is no number.
+            ErasureError: the condition is an ordering, and the cell is not a number.
         """
-        if self.sign in ORDERS:
+        if self.sign in ORDERINGS:
             if not cell.strip():
                 return False
-            wanted, number = _number(self.value), _number(cell)
-            if number is None or wanted is None:
-                raise ErasureError(f"{cell!r} is no number, which {self} needs")
-            return ORDERS[self.sign](number, wanted)
-        same = any(_same(one, self.value) for one in (cell, *cell.split(",")))
-        return same == (self.sign == "=")
+            limit, number = _number(self.value), _number(cell)
+            if number is None or limit is None:
+                raise ErasureError(f"{cell!r} is not a number, as {self} requires")
+            return ORDERINGS[self.sign](number, limit)
+        equal = any(_equal(member, self.value) for member in (cell, *cell.split(",")))
+        return equal == (self.sign == "=")
 
 
-def _same(cell: str, value: str) -> bool:
+def _equal(cell: str, value: str) -> bool:
     if cell.strip().casefold() == value.casefold():
         return True
     number = _number(cell)

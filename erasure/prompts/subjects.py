@@ -1,4 +1,4 @@
-"""Prompt sets of subjects that ordinary models know: from names and templates (subjects.yaml)."""
+"""Prompt sets about subjects that ordinary checkpoints know, built from the names and templates of subjects.yaml."""
 
 from __future__ import annotations
 
@@ -15,50 +15,61 @@ from erasure.prompts.row import Prompt
 
 @cache
 def load_subjects() -> dict[str, Any]:
-    """The file's content."""
-    loaded: dict[str, Any] = yaml.safe_load((FOLDER / "subjects.yaml").read_text(encoding="utf-8"))
-    return loaded
+    """Load subjects.yaml: `templates` (label -> prompt templates) and `sets` (name -> names, label, templates)."""
+    content: dict[str, Any] = yaml.safe_load((FOLDER / "subjects.yaml").read_text(encoding="utf-8"))
+    return content
 
 
 def fill(names: Sequence[str], label: str, templates: Sequence[str] | None = None, first_seed: int = 0) -> PromptSet:
-    """Every name in every template.
+    """Build a prompt set that puts every name into every template.
 
     Args:
-        names: what to ask for.
-        label: under which the rows hold the name; object, style and identity have templates of their own.
-        templates: with {x} for the name and {a} for its article; default: those that the label has.
-        first_seed: of the first row; each further row has the next one.
+        names: the subjects, such as `["owl", "cat"]`.
+        label: the label under which each row stores its name, such as object, style or identity.
+        templates: texts with {x} for the name and {a} for its article; default: the templates of subjects.yaml for
+            this label.
+        first_seed: seed of the first row; every further row takes the next seed.
 
     Raises:
-        ErasureError: no names, a label without templates, a template without {x} or with other fields.
+        ErasureError: there are no names, subjects.yaml has no templates for the label, or a template lacks {x} or
+            contains other fields.
     """
     if templates is None:
-        if label not in load_subjects()["templates"]:
-            raise unknown("label with templates", label, load_subjects()["templates"])
-        templates = load_subjects()["templates"][label]
+        known = load_subjects()["templates"]
+        if label not in known:
+            raise unknown("label with templates", label, known)
+        templates = known[label]
     rows: list[Prompt] = []
     for name in names:
         for template in templates:
-            at = len(rows)
-            rows.append(Prompt(f"{label}-{at:04d}", _filled(template, name), first_seed + at, None, {label: name}))
+            index = len(rows)
+            text = _fill_template(template, name)
+            rows.append(Prompt(f"{label}-{index:04d}", text, first_seed + index, None, {label: name}))
     return PromptSet(f"{label}-templates", rows)
 
 
-def _filled(template: str, name: str) -> str:
+def _fill_template(template: str, name: str) -> str:
     if "{x}" not in template:
-        raise ErasureError(f"template {template!r}: {{x}} for the name is missing")
+        raise ErasureError(f"template {template!r} has no {{x}}, the place of the subject's name")
     try:
         return template.format(a=article(name), x=name)
     except (KeyError, IndexError, ValueError) as fault:
-        raise ErasureError(f"template {template!r}: {fault}; only {{x}} and {{a}} are filled in") from None
+        raise ErasureError(
+            f"template {template!r} cannot be filled in ({fault}): the only fields allowed are {{x}} and {{a}}"
+        ) from None
 
 
 def build_subjects(name: str, first_seed: int) -> PromptSet:
-    """One of the sets of subjects.yaml."""
+    """Build one of the prompt sets defined in subjects.yaml.
+
+    Args:
+        name: name of the set.
+        first_seed: seed of the first row.
+    """
     entry = load_subjects()["sets"][name]
     return PromptSet(name, fill(entry["names"], entry["label"], entry["templates"], first_seed).rows)
 
 
 def article(words: str) -> str:
-    """`an` before a vowel, else `a`."""
+    """Return the indefinite article for a phrase: `an` before a vowel, otherwise `a`."""
     return "an" if words[:1] in "aeiou" else "a"

@@ -55,7 +55,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["evaluate", "cat", "--suite", "glyph-quick", "--label", "object=cat"], "a suite brings its own prompts"),
         (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
         (["evaluate", "cat", "--prompts", "nowhere.csv"], "or the path of a CSV, JSON or text file (none lies there)"),
-        (["evaluate", "cat", "--prompts", "."], ".: a folder, and no file"),
+        (["evaluate", "cat", "--prompts", "."], ". is a folder, not a file"),
         (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "nudnet"], "did you mean 'nudenet'"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "any(glyph+nudnet)"], "did you mean 'nudenet'"),

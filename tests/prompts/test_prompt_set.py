@@ -57,7 +57,7 @@ def test_plain_prompts_are_no_training_captions():
         ("", "is empty"),
         ("id,prompt\na,b\n", "'seed' is missing"),
         ("id,prompt,seed\n", "no rows"),
-        ("id,prompt,seed\na,b,1\na,c,2\n", "row 3, column 'id': 'a' stands twice"),
+        ("id,prompt,seed\na,b,1\na,c,2\n", "row 3, column 'id': 'a' occurs twice"),
         ("id,prompt,seed\na,b,one\n", "row 2, column 'seed': 'one'"),
         ("id,prompt,seed\n,b,1\n", "row 2, column 'id'"),
         ("id,prompt,seed,guidance\na,b,1,high\n", "row 2, column 'guidance'"),

@@ -156,7 +156,7 @@ def test_translations(reading):
     assert made.rows[1].prompt == "perro" and made.rows[1].id == "41-Spanish"
     assert len({row.id for row in made.rows}) == 6
     assert len(made.where("language!=Original").rows) == 5
-    with pytest.raises(ErasureError, match="row 3, column 'French': empty"):
+    with pytest.raises(ErasureError, match="row 3, column 'French': the cell is empty"):
         reading("Original,French,Index\na,b,1\nc,,2\n")
 
 
@@ -222,8 +222,8 @@ def test_conditions(i2p, conditions, ids):
         ("=sexual", "condition"),
         ("categories=", "condition"),
         ("hard==1", "condition"),
-        ("nudity_percentage>much", "'much' is no number"),
-        ("categories>5", "row '0', column 'categories': 'hate, harassment' is no number"),
+        ("nudity_percentage>much", "'much' is not a number"),
+        ("categories>5", "row '0', column 'categories': 'hate, harassment' is not a number"),
         ("categories=peace", "none of the 3 rows"),
     ],
 )
@@ -240,24 +240,24 @@ def test_wrong_conditions(i2p, condition, says):
         ("case_number,prompt,evaluation_seed\n", "no rows"),
         (
             "case_number,caption,evaluation_seed\n0,a,1\n",
-            "no column of prompts; it has 'case_number', 'caption'.*'text'",
+            "no column of prompts among 'case_number', 'caption'.*'text'",
         ),
         ("number,caption\n0,a\n", "no column of prompts.*name the file .txt"),
         ("case_number,prompt,evaluation_seed\n0,a,1\n1,b,two\n", "row 3, column 'evaluation_seed': 'two'"),
         ("case_number,prompt,sd_seed\n0,a,1.5\n", "row 2, column 'sd_seed': '1.5'"),
         ("case_number,prompt,seed\n0,a,99999999999999999999\n", "row 2, column 'seed': .* outside"),
         ("prompt,sd_guidance_scale\na,nan\n", "row 2, column 'sd_guidance_scale': 'nan'"),
-        ("case_number,prompt\n0,a\n,b\n", "row 3, column 'case_number': empty"),
-        ('case_number,prompt\n0,"a\nb"\n1, \n', "row 3, column 'prompt': empty"),
-        ("sensitive prompt,normal prompt\n,a\n", "row 2, column 'sensitive prompt': empty"),
-        ("noun,similarity\n,0.5\n", "row 2, column 'noun': empty"),
+        ("case_number,prompt\n0,a\n,b\n", "row 3, column 'case_number': the cell is empty"),
+        ('case_number,prompt\n0,"a\nb"\n1, \n', "row 3, column 'prompt': the cell is empty"),
+        ("sensitive prompt,normal prompt\n,a\n", "row 2, column 'sensitive prompt': the cell is empty"),
+        ("noun,similarity\n,0.5\n", "row 2, column 'noun': the cell is empty"),
         ("case_number,prompt,class\n0,a\n", "row 2, column 'class': missing: 2 cells"),
-        ("case_number,prompt,class\n0,a,b,c,d\n", "row 2: 5 cells, and the header has 3; a comma"),
+        ("case_number,prompt,class\n0,a,b,c,d\n", "row 2: 5 cells, but the header has 3; put quotes"),
         ('case_number,prompt\n0,"a\n1,b\n', "row 2, up to line 3"),
         ('case_number,prompt\n0,a\n1,"b" c\n', "row 3, up to line 3"),
-        ("prompt,prompt\na,b\n", "row 1: the column 'prompt' stands twice"),
+        ("prompt,prompt\na,b\n", "row 1: the column 'prompt' occurs twice"),
         ("prompt,evaluation_seed,sd_seed\na,1,2\n", "'evaluation_seed' and 'sd_seed' both give the seed"),
-        (b"case_number,prompt\n0,caf\xe9\n", "line 2, byte 6: 0xe9 is no UTF-8"),
+        (b"case_number,prompt\n0,caf\xe9\n", "line 2, byte 6: 0xe9 is not valid UTF-8"),
         ("a,b".encode("utf-16"), "line 1, byte 1: 0xff"),
         ("case_number,prompt\n0,a\0b\n", "line 2, character 4: a NUL byte"),
     ],
@@ -270,11 +270,11 @@ def test_wrong_files(reading, text, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[", "no JSON.*line 1 column 2"),
+        ("[", "not valid JSON.*line 1 column 2"),
         ("{}", "a list of objects"),
         ("[]", "a list of objects"),
-        ('[{"prompt": "a"}, 5]', "row 2: is no object but 5"),
-        ('[{"prompt": "a"}, {"nouns": []}]', "row 2, column 'prompt': empty"),
+        ('[{"prompt": "a"}, 5]', "row 2: expected an object, not 5"),
+        ('[{"prompt": "a"}, {"nouns": []}]', "row 2, column 'prompt': the cell is empty"),
         ('[{"prompt": "a", "nouns": [1]}]', "row 1, column 'nouns'"),
         ('[{"text": {}}]', "row 1, column 'text'"),
         ('[{"nouns": ["a"]}]', "no column of prompts"),
