@@ -54,7 +54,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["evaluate", "nudity", "--prompts", "glyph-styles", "--judge", "nudenet"], "--label nudity=nudity"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--label", "object=cat"], "a suite brings its own prompts"),
         (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
-        (["evaluate", "cat", "--prompts", "nowhere.csv"], "or the path of a CSV, JSON or text file (none lies there)"),
+        (["evaluate", "cat", "--prompts", "nowhere.csv"], "or give the path of an existing CSV, JSON or text file"),
         (["evaluate", "cat", "--prompts", "."], ". is a folder, not a file"),
         (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "nudnet"], "did you mean 'nudenet'"),
