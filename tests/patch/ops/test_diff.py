@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erasure.errors import ErasureError
-from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.patch.ops.diff import Checkpoint, diff
 from erasure.pipelines import ErasedStableDiffusionPipeline, load_patch
@@ -72,7 +71,7 @@ def test_pipelines_serve_as_well(folders):
 
 
 def test_on_glyph(tmp_path):
-    pipe = Base.load("glyph", device="cpu").pipe
+    pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     patch = delta_patch(pipe, part="attn2.to_v", size=0.01)
     pipe.load_patch(patch)
     pipe.save_pretrained(tmp_path)
