@@ -12,18 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LIMITS = {  # keys of a field's metadata, in words
-    "ge": "at least",
-    "least": "at least",
-    "minimum": "at least",
-    "gt": "above",
-    "above": "above",
-    "le": "at most",
-    "most": "at most",
-    "maximum": "at most",
-    "lt": "below",
-    "below": "below",
-}
+from erasure import config
+
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
 
 
@@ -105,15 +95,11 @@ def parameters(make: Callable[..., Any]) -> list[Row]:
     ]
 
 
-def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
-    """Return in words what values a field takes: its type, and the range or choices that it declares."""
-    choices = metadata.get("choices")
+def allowed(hint: Any, limits: Mapping[str, Any]) -> str:
+    """Return in words what values a field takes: its type, and the range that it declares (`config.setting`)."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
-    words = ["one of " + ", ".join(map(str, choices))] if choices else []
-    words += [word for kind in kinds if not (choices and kind is str) for word in [_kind(kind)]]
-    text = " or ".join(words)
-    limits = [f"{word} {metadata[key]:g}" for key, word in LIMITS.items() if metadata.get(key) is not None]
-    return ", ".join([text, *limits])
+    text = " or ".join(_kind(kind) for kind in kinds)
+    return ", ".join(filter(None, [text, config.allowed(limits)]))
 
 
 def _is_union(hint: Any) -> bool:

@@ -7,13 +7,14 @@ import os
 import pty
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
 from erasure.cli.main import main
 from erasure.cli.settings import rows
+from erasure.config import setting
 
 KINDS = ("methods", "attacks", "judges", "models", "suites", "prompts")
 
@@ -135,10 +136,10 @@ class Settings:
         rate: of Adam.
     """
 
-    steps: int = field(default=3, metadata={"ge": 1})
+    steps: int = setting(3, at_least=1)
     kind: Literal["a", "b"] = "a"
     bounds: tuple[float, ...] = (0.1, 2.0)
-    rate: float | None = field(default=None, metadata={"gt": 0, "lt": 1})
+    rate: float | None = setting(None, above=0, below=1)
 
 
 def test_declared_ranges_and_choices_are_shown():
@@ -147,7 +148,7 @@ def test_declared_ranges_and_choices_are_shown():
         "steps": ("3", "whole number, at least 1", "how many updates, on two lines."),
         "kind": ("a", "one of a, b", "one of two."),
         "bounds": ("[0.1, 2]", "list", "tried in turn."),
-        "rate": ("none", "number or none, above 0, below 1", "of Adam."),
+        "rate": ("none", "number or none, above 0 and below 1", "of Adam."),
     }
 
 
