@@ -101,8 +101,8 @@ def test_a_method_shows_each_setting_with_default_range_and_meaning(capsys):
     data = json.loads(run(capsys, "methods", "esd", "--json"))
     assert text.startswith("ESD: Erased Stable Diffusion") and "Deviations from the official scripts" in text
     assert "kind style: iterations=200" in text and "parity=true: iterations=200, batch_size=1" in text
-    for name, setting in data.items():
-        value = setting["default"]
+    for name, entry in data.items():
+        value = entry["default"]
         shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
         assert f"{name} {shown.removesuffix('.0')} {setting['allowed']}".split()[:2] == [name, shown.removesuffix(".0")]
         assert setting["about"] and setting["type"] and f" {name} {shown.removesuffix('.0')} " in text
