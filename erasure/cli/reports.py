@@ -39,9 +39,11 @@ def evaluation(report: Report) -> list[Any]:
 def attacks(report: AttackReport) -> list[Any]:
     """Lay out attacks: how often each of them recovers the concept, next to its control."""
     heads, *rows = report.rows()
-    blocks = [report.summary(), "", table(heads, rows), *report.told()]
+    blocks = [report.summary(), "", table(heads, rows), *report.caveats()]
     if report.faults:
-        blocks.append(f"{len(report.faults)} images count as shown: {report.faults[0]}")
+        blocks.append(
+            f"{len(report.faults)} images could not be judged and count as showing the concept: {report.faults[0]}"
+        )
     return blocks
 
 

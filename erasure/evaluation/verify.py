@@ -132,7 +132,7 @@ def verify(
         ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
             `evaluate` and `attack` refuse.
     """
-    from erasure.evaluation.attacks.attack import enough, find
+    from erasure.evaluation.attacks.attack import check_case_count, find
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.evaluate import evaluate
     from erasure.patch import Patch
@@ -149,7 +149,7 @@ def verify(
     for name in attacks:
         find(name)
     if attacks:
-        enough(cases)
+        check_case_count(cases)
     names = list(patch.names)
     rows: Any = concept_prompts(names, limit) if prompts is None else prompts
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}

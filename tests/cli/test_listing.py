@@ -76,7 +76,7 @@ def test_every_kind_is_listed_and_the_old_names_do_the_same(capsys):
 
 def test_whole_sentences_are_listed(capsys):
     text = flat(run(capsys, "list", "attacks"))
-    assert "in place of the concept's name (concept inversion; Pham et al. 2024, arXiv" in text
+    assert "One new word, learnt on the erased model, in place of the concept's name (concept inversion)." in text
 
 
 @pytest.mark.parametrize(

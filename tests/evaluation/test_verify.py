@@ -87,7 +87,7 @@ def test_bad_input(pipe, source, tmp_path):
         verify(pipe, source, folder=tmp_path, judge=Judge(), **QUICK)
     with pytest.raises(ErasureError, match="unlearndiffatk"):
         verify(pipe, source, folder=tmp_path / "x", attacks=["unlearn"], judge=Judge(), **QUICK)
-    with pytest.raises(ErasureError, match="cases=1: at least 2"):
+    with pytest.raises(ErasureError, match="cases=1.*at least 2 cases"):
         verify(pipe, source, folder=tmp_path / "x", attacks=["rece"], judge=Judge(), **{**QUICK, "cases": 1})
     assert not pipe.get_list_patches() and not (tmp_path / "x").exists()
     pipe.load_patch(source, name="p")

@@ -1,4 +1,4 @@
-"""Attacks: what they search, how an erased model is attacked with them, and the report. One file a family."""
+"""Attacks that try to recover an erased concept: the abstract class, one file per family, the runner and the report."""
 
 from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim, find, make, names
 

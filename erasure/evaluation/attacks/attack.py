@@ -1,7 +1,8 @@
-"""Attacks: what somebody gets back who wants the concept again. One family a file; run.py counts.
+"""The abstract attack, what it works on, and the list of attacks. One family per file; `run.py` counts successes.
 
-An attack looks for something else to ask, or to do, so that the erased model shows the concept. It yields rounds of
-attempts, one a case; whether an attempt succeeds is for a judge of images to say, never for the attack.
+An attack tries to make the erased model show the concept again: by another prompt, by other text embeddings, from an
+image, or by changed weights. It yields rounds with one attempt per case. Whether an attempt succeeds is decided by a
+judge of images, never by the attack itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from erasure.model.conditioning import Conditions
     from erasure.model.soft_prompt import Slots
 
-WHERE = {  # name -> file; the order of `erasure attack all`
+MODULES = {  # name of an attack -> the file that holds it; `erasure attack all` runs them in this order
     "encoder": "embeddings",
     "rece": "embeddings",
     "ring-a-bell-direct": "ring_a_bell",
@@ -40,13 +41,16 @@ WHERE = {  # name -> file; the order of `erasure attack all`
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt that shows the concept on the base.
+    """One prompt for which the base model shows the concept.
 
     Args:
-        concept: what the picture shows, as the prompt set labels it.
-        latents: of the base's picture, [c, h, w], scaled as the UNet takes them.
-        before: what stands before the concept's name in the prompt.
-        after: what stands behind it; the whole prompt, where the name does not occur.
+        id: id of the prompt's row in the prompt set.
+        prompt: the prompt as the prompt set has it.
+        seed: seed of the initial noise, the same for every attempt on this case.
+        concept: the concept that the image shows, as the prompt set labels it.
+        latents: latents of the base's image [c, h, w], scaled as the UNet takes them.
+        before: the part of the prompt before the concept's name.
+        after: the part of the prompt after the concept's name; the whole prompt if the name does not occur.
     """
 
     id: str
@@ -59,25 +63,25 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The concept's name as the prompt writes it; empty where it does not occur."""
+        """Return the concept's name as the prompt spells it, or an empty string if it does not occur."""
         if self.after == self.prompt:
             return ""
         return self.prompt[len(self.before) : len(self.prompt) - len(self.after)].strip()
 
     def worded(self, word: str) -> str:
-        """The prompt with another word where the concept's name stands, or before it where none does."""
+        """Return the prompt with `word` in place of the concept's name, or before the prompt if it has no name."""
         return f"{self.before} {word} {self.after}".strip()
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is asked instead of a case's prompt.
+    """The input that replaces a case's prompt in one round of an attack.
 
     Args:
-        prompt: a text, which gates see too.
-        embeds: one sample's conditions in place of a text.
-        strength: begin from the base's picture, with this share of the noise (img2img).
-        note: what to call it in the record, where there is no prompt.
+        prompt: a text; gates read it as they read any prompt.
+        embeds: text conditions of one sample, used instead of a text.
+        strength: for img2img: start from the base's image with this share of the noise, in (0, 1].
+        note: description for the record when there is no prompt to quote.
     """
 
     prompt: str | None = None
@@ -88,58 +92,81 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """Settings of an attack: the fields' defaults are the published ones, LITE a budget for a CPU."""
+    """The settings of an attack: field defaults are the published values, `LITE` is a budget for a CPU.
+
+    Class attributes: `name` of the attack on the command line; `source`, the paper; `access`, what the attacker needs
+    (text, embeddings, image or weights); `CURVE`, true if every case is attempted in every round, so that success is
+    reported as a curve over rounds; `BLIND`, true if the attack never queries the erased model. For a blind attack the
+    base is given the same prompts, which bounds what can be recovered.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]
-    access: ClassVar[str]  # what the attacker has: text, embeddings, weights
+    access: ClassVar[str]
     LITE: ClassVar[dict[str, Any]] = {}
-    CURVE: ClassVar[bool] = False  # every case is asked in every round: what counts is how it grows
-    BLIND: ClassVar[bool] = False  # never looks at the victim: the base, asked the same, shows what can come back
+    CURVE: ClassVar[bool] = False
+    BLIND: ClassVar[bool] = False
 
     @abstractmethod
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """Yield attempts by the number of their case, round by round.
+        """Yield the attempts of each round, keyed by the index of their case.
 
-        `safe` holds the cases that have withstood so far; it shrinks between rounds. What the attack changes in the
-        model it takes back when it is closed.
+        The generator restores whatever it changes in the model when it is closed.
+
+        Args:
+            victim: the erased pipeline under attack.
+            cases: the prompts to attack.
+            safe: indices of the cases not recovered so far; the caller removes indices between rounds.
+            seed: seed of the attack's own random numbers.
         """
 
     def control(self, tries: int) -> Attack | None:
-        """As many rounds without what makes the attack one: random tokens, where an attack has nothing nearer."""
+        """Return the attack without its search, limited to `tries` rounds, or None if it is a control itself.
+
+        The default is random tokens before the prompt, for attacks without a closer control.
+        """
         return make("random", tries=tries)
 
 
-LEAST = 2  # cases that say anything
+LEAST = 2  # the smallest number of cases that an attack success rate is reported for
 
 
-def enough(cases: int) -> None:
-    """Raises ErasureError for fewer cases than say anything."""
+def check_case_count(cases: int) -> None:
+    """Reject a number of cases that is too small to report an attack success rate.
+
+    Raises:
+        ErasureError: `cases` is below 2.
+    """
     if cases < LEAST:
-        raise ErasureError(f"cases={cases}: at least {LEAST} are needed to measure anything; nothing was attacked")
+        raise ErasureError(f"cases={cases}: an attack needs at least {LEAST} cases; nothing was attacked")
 
 
 def names() -> list[str]:
-    """The attacks there are."""
-    return list(WHERE)
+    """Return the names of all attacks, in the order in which `all` runs them."""
+    return list(MODULES)
 
 
 def find(name: str) -> type[Attack]:
-    """An attack by its name.
+    """Return the class of the attack called `name`.
 
     Raises:
-        ErasureError: no such attack.
+        ErasureError: there is no attack of that name.
     """
-    if name not in WHERE:
+    if name not in MODULES:
         raise unknown("attack", name, names())
-    module = importlib.import_module(f"erasure.evaluation.attacks.{WHERE[name]}")
+    module = importlib.import_module(f"erasure.evaluation.attacks.{MODULES[name]}")
     return next(
-        each for each in vars(module).values() if isinstance(each, type) and getattr(each, "name", None) == name
+        value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", None) == name
     )
 
 
 def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
-    """An attack with its budget, `lite` or `full` (the published one), and single settings.
+    """Return an attack with the settings of a budget, some of them overridden.
+
+    Args:
+        name: name of the attack.
+        budget: `lite` (for a CPU) or `full` (the published settings).
+        settings: values that override the budget's.
 
     Raises:
         ErasureError: an unknown attack, budget or setting, or a value of the wrong type.
@@ -151,14 +178,18 @@ def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
 
 
 class Victim:
-    """The erased pipeline as an attacker with its weights sees it.
+    """The erased pipeline as an attacker with access to its weights sees it.
 
-    Outside a pipeline's call gates cannot decide, so a search meets gated patches folded in: acting on everything.
+    Gates decide only inside a call of the pipeline. A search runs outside it and therefore faces gated patches at
+    full strength, folded into the weights. The two text encoders of Stable Diffusion XL read the same tokens; the
+    vector of a token is the concatenation of its two embeddings.
 
-    XL's two text encoders read the same tokens; a token's vector is here the two encoders' own, side by side.
+    Args:
+        pipe: an erased pipeline with its patches loaded.
+        switched_off: returns a context in which all patches of a pipeline have strength 0.
 
     Raises:
-        ErasureError: text encoders that are missing, or three of them, or two that cut texts into other tokens.
+        ErasureError: a text encoder is missing, there are three of them, or the tokenizers differ.
     """
 
     def __init__(self, pipe: Any, switched_off: Callable[[Any], Any]) -> None:
@@ -169,22 +200,22 @@ class Victim:
         pairs = text_encoders(pipe)
         self.tokenizers = [tokenizer for tokenizer, _ in pairs]
         self.encoders = [encoder for _, encoder in pairs]
-        known = [(one.get_vocab(), one.model_max_length) for one in self.tokenizers]
-        if any(one != known[0] for one in known):
+        vocabularies = [(tokenizer.get_vocab(), tokenizer.model_max_length) for tokenizer in self.tokenizers]
+        if any(vocabulary != vocabularies[0] for vocabulary in vocabularies):
             raise ErasureError(
-                f"the tokenizers of this {type(pipe).__name__} differ in vocabulary or length: attacks give both text "
-                "encoders the same tokens; nothing was attacked"
+                f"the tokenizers of this {type(pipe).__name__} differ in vocabulary or length, but attacks pass the "
+                "same tokens to both text encoders; nothing was attacked"
             )
 
     @contextmanager
     def unpatched(self) -> Iterator[None]:
-        """The base: every patch at strength 0."""
+        """Run the body of the `with` on the base model, with every patch at strength 0."""
         with self._off(self.pipe):
             yield
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Gated patches act on everything."""
+        """Run the body of the `with` with every patch fused into the weights, so that gates do not decide."""
         if not getattr(self.pipe, "get_list_patches", dict)():
             yield
             return
@@ -195,7 +226,7 @@ class Victim:
             self.pipe.unfuse_patches()
 
     def conditions(self, texts: Sequence[str]) -> Conditions:
-        """What the text encoders say now; nothing is kept, for patches may change it."""
+        """Encode texts with the current text encoders; nothing is cached, because patches may change the result."""
         import torch
 
         from erasure.model.conditioning import read, token_ids
@@ -204,53 +235,70 @@ class Victim:
             return read(self.pipe, [token_ids(tokenizer, texts) for tokenizer in self.tokenizers])
 
     def slots(self, around: Sequence[tuple[str, str]], count: int) -> list[Slots]:
-        """Room for `count` vectors between two pieces of text, of each pair, for every text encoder.
+        """Reserve `count` token positions between the two texts of every pair, for each text encoder.
+
+        Args:
+            around: for each prompt, the text before and the text after the reserved positions.
+            count: number of vectors, at least 1.
 
         Raises:
-            ErasureError: no room, or a count below 1.
+            ErasureError: the prompt is too long for that many vectors, or `count` is below 1.
         """
         from erasure.model.soft_prompt import between, join
 
-        found = []
+        places = []
         for tokenizer in self.tokenizers:
-            where = join([between(tokenizer, before, after, count) for before, after in around])
-            # The second encoder's pooled text is its state at the first end token: none may stand in for a vector.
-            where.ids.scatter_(1, where.at, int(self.words[0]))
-            found.append(where)
-        return found
+            slots = join([between(tokenizer, before, after, count) for before, after in around])
+            # The second encoder pools its state at the first end token, so no end token may be a placeholder.
+            slots.ids.scatter_(1, slots.at, int(self.words[0]))
+            places.append(slots)
+        return places
 
     def encode(self, places: Sequence[Slots], vectors: Tensor) -> Conditions:
-        """Conditions of prompts with vectors [n, k, width], or [k, width] for all, in their slots; gradients flow."""
+        """Encode prompts with vectors in their reserved positions; gradients flow to the vectors.
+
+        Args:
+            places: one `Slots` per text encoder, as `slots` returns them.
+            vectors: [n, k, width], or [k, width] for all prompts alike.
+        """
         from erasure.model.conditioning import read
         from erasure.model.soft_prompt import placing
 
         widths = [encoder.get_input_embeddings().embedding_dim for encoder in self.encoders]
         with ExitStack() as scope:
-            for encoder, where, part in zip(self.encoders, places, vectors.split(widths, -1), strict=True):
-                scope.enter_context(placing(encoder, where, part))
-            return read(self.pipe, [where.ids for where in places])
+            for encoder, slots, part in zip(self.encoders, places, vectors.split(widths, -1), strict=True):
+                scope.enter_context(placing(encoder, slots, part))
+            return read(self.pipe, [slots.ids for slots in places])
 
     def base_latents(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
     ) -> Tensor:
-        """Latents of the base's pictures [n, c, h, w], scaled as the UNet takes them; each from its seed."""
+        """Generate with the base and return the final latents [n, c, h, w], scaled as the UNet takes them.
+
+        Args:
+            prompts: n prompts.
+            seeds: one seed per prompt, so that an image does not depend on its batch.
+            batch_size: number of prompts per call of the pipeline.
+            steps: number of sampling steps.
+            guidance: guidance scale.
+        """
         import torch
 
-        found = []
+        batches = []
         with self.unpatched():
-            for at in range(0, len(prompts), batch_size):
-                made = self.pipe(
-                    list(prompts[at : at + batch_size]),
+            for start in range(0, len(prompts), batch_size):
+                latents = self.pipe(
+                    list(prompts[start : start + batch_size]),
                     num_inference_steps=steps,
                     guidance_scale=guidance,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[at : at + batch_size]],
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]],
                     output_type="latent",
                 ).images
-                found.append(made.float())
-        return torch.cat(found)
+                batches.append(latents.float())
+        return torch.cat(batches)
 
     def eps(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        """The noise that the UNet sees in x [n, c, h, w] at t [n]."""
+        """Predict the noise in noisy latents x [n, c, h, w] at timesteps t [n]; v-prediction is converted."""
         from erasure.model.conditioning import predict
         from erasure.model.diffusion import to_eps
 
@@ -258,22 +306,23 @@ class Victim:
 
     @cached_property
     def embeddings(self) -> Tensor:
-        """The table of token embeddings [vocabulary, width]."""
+        """Return the table of token embeddings [vocabulary, width], of both encoders side by side on XL."""
         import torch
 
-        return torch.cat([one.get_input_embeddings().weight.detach().float() for one in self.encoders], -1)
+        tables = [encoder.get_input_embeddings().weight.detach().float() for encoder in self.encoders]
+        return torch.cat(tables, -1)
 
     @cached_property
     def spread(self) -> float:
-        """Standard deviation of the token embeddings: the unit of a step."""
+        """Return the standard deviation of the token embeddings, the unit of the attacks' learning rates."""
         return float(self.embeddings.std())
 
     @cached_property
     def words(self) -> Tensor:
-        """Ids of the tokens that a text can hold [n]: written alone they are read as themselves.
+        """Return the ids [n] of the tokens that survive being decoded to text and tokenized again.
 
-        Half characters and beginnings of words are not among them: what is found with those is lost when it is
-        written down as a prompt.
+        Special tokens, parts of characters and beginnings of words are left out: a prompt found with them would
+        change when it is written down.
         """
         import torch
 
@@ -281,6 +330,6 @@ class Victim:
         special = set(tokenizer.all_special_ids)
         ids = [i for i in range(len(self.embeddings)) if i not in special]
         texts = [tokenizer.decode([i]) for i in ids]
-        read = zip(ids, texts, tokenizer(texts, verbose=False).input_ids, strict=True)
-        kept = [i for i, text, row in read if row[1:-1] == [i] and text.isprintable()]
+        rows = zip(ids, texts, tokenizer(texts, verbose=False).input_ids, strict=True)
+        kept = [i for i, text, row in rows if row[1:-1] == [i] and text.isprintable()]
         return torch.tensor(kept, device=self.device)

@@ -1,4 +1,4 @@
-"""What to know of an attack's figures beside the figures: sentences for the report."""
+"""Caveats for the figures of an attack, as sentences for the report."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ from erasure.evaluation.metrics.gate_activity import gate_kinds
 
 
 def gating(pipe: Any) -> list[str]:
-    """What to know of the gates of patches that act."""
-    listed: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
+    """Return one sentence for each active patch with a gate: which attacks the gate can see."""
+    patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
+    active = {name: entry for name, entry in patches.items() if entry["strength"]}
     return [
-        f"{name} has a {kind} gate: it reads attacks by text as any prompt; embeddings it cannot read, so for attacks "
-        "by embeddings, as for every search, the patch acts fully"
-        for name, kind in gate_kinds({name: entry for name, entry in listed.items() if entry["strength"]}).items()
+        f"{name} has a {kind} gate, which reads the prompts of text attacks as it reads any prompt. It cannot read "
+        "embeddings, so the patch acts at full strength during every search and in attacks that pass embeddings"
+        for name, kind in gate_kinds(active).items()
     ]
 
 
 def idle(pipe: Any, attacks: Sequence[str]) -> list[str]:
-    """What to know where nothing acts, or an attack has nothing to undo: its figures would look like proof."""
-    listed: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
-    acting = [entry for entry in listed.values() if entry["strength"]]
-    if not acting:
-        return ["No patch acts: this is the base, attacked"]
-    touched = {name for entry in acting for name in entry["components"]}
-    if "encoder" in attacks and not any(name.startswith("text_encoder") for name in touched):
-        return ["encoder: the patches leave the text encoder as it is; putting the base's in its place undoes nothing"]
+    """Return a sentence if no patch is active or an attack has nothing to undo.
+
+    Without it, such figures would look like evidence for or against the erasure.
+
+    Args:
+        pipe: the pipeline under attack.
+        attacks: names of the attacks that run.
+    """
+    patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
+    active = [entry for entry in patches.values() if entry["strength"]]
+    if not active:
+        return ["No patch is active: these figures attack the base model"]
+    components = {name for entry in active for name in entry["components"]}
+    if "encoder" in attacks and not any(name.startswith("text_encoder") for name in components):
+        return ["encoder: no active patch changes the text encoder, so swapping in the base's encoder undoes nothing"]
     return []

@@ -1,7 +1,8 @@
-"""Spectral DeTuning (Horwitz et al. 2024, arXiv 2402.10208): the base's weights out of several published checkpoints.
+"""Spectral DeTuning (Horwitz et al. 2024, arXiv 2402.10208): recover a base's weights from several merged checkpoints.
 
-Whoever publishes several merged checkpoints of one base, each with a low-rank change, publishes the base. The base that
-`erasure attack` is given finds the cases and measures the error; the search sees the exports alone.
+Whoever publishes several merged checkpoints of one base, each changed by a low-rank update, publishes the base as well.
+The base that is passed to the attack is used only to find the cases and to measure the error; the search sees nothing
+but the exports.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from erasure.config import build
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks.attack import Attempt, Victim
-from erasure.evaluation.attacks.relearning import moved
+from erasure.evaluation.attacks.attack import Attempt, Case, Victim
+from erasure.evaluation.attacks.relearning import updated_weights
 from erasure.evaluation.attacks.report import AttackReport, Outcome
-from erasure.evaluation.attacks.run import begin, keep
+from erasure.evaluation.attacks.runner import prepare, save_images
 from erasure.evaluation.report.writer import check_writable, write_attack_report
 from erasure.evaluation.text_files import write_lines
 from erasure.pipelines.strengths import switched_off
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
     from erasure.evaluation.judges.judge import Judge
 
 NAME = "detune"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # what a patch may change; only XL has the last
 Weights = dict[tuple[str, str], Tensor]  # (component, parameter) -> weight
-NOISE = 1e-3  # singular values below this share of the largest are rounding
+NOISE = 1e-3  # singular values below this share of the largest one are rounding errors
 
 
 @dataclass(frozen=True)
 class Detuning:
-    """Settings.
+    """The settings of Spectral DeTuning.
 
     Args:
-        rank: of the exports' changes; None: what the differences between them tell, layer by layer.
-        iterations: of the alternation.
+        rank: rank of the exports' changes; None estimates it for each layer from the differences between exports.
+        iterations: number of iterations of the alternating minimisation.
     """
 
     rank: int | None = None
@@ -64,82 +65,112 @@ def detuning(
     batch_size: int = 16,
     force: bool = False,
 ) -> AttackReport:
-    """Find the base behind merged exports, and ask it for the concept.
+    """Recover the base's weights from several merged exports and generate the concept with them.
 
-    "Before" is the first export, asked as it is; the control is the mean of the exports, which needs no search.
+    In the report, "before" is the first export without an attack, and the control is the mean of the exports, which
+    needs no search. `folder` receives report.json, report.html, grid.png, scores.jsonl and the images.
 
     Args:
-        pipe: the base, without patches: it finds the cases, and is what the error is measured against.
-        concept: what the first export has erased.
+        pipe: the base, without patches. It finds the cases, and the error is measured against it.
+        concept: the concept that the first export has erased.
         exports: diffusers folders, or patch files, which are merged into the base as an export would be.
-        folder: for report.json, report.html and the pictures.
-        force: take patches of another base where the shapes fit.
+        folder: folder for the results.
+        prompts: prompt set with labels, or its name or path; default: glyph's prompts about the concept.
+        cases: number of prompts to attack, at least 2.
+        settings: settings that override those of `Detuning`.
+        judge: judge of the images; default: glyph's.
+        steps: number of sampling steps.
+        guidance: guidance scale of prompts that name none.
+        batch_size: number of images per call of the pipeline.
+        force: load patches that were made for another base, where the shapes fit.
 
     Raises:
         ErasureError: fewer than two exports, exports that are all alike or do not fit the base, patches on `pipe`,
-            or whatever `attack` refuses.
+            or an input that `attack` rejects.
     """
-    how = build(Detuning, settings or {})
+    config = build(Detuning, settings or {})
     if len(exports) < 2:
-        raise ErasureError(f"{len(exports)} exports: DeTuning needs two or more, better five")
+        raise ErasureError(f"{len(exports)} exports: DeTuning needs two or more, preferably five; nothing was attacked")
     if pipe.get_list_patches():
-        raise ErasureError("DeTuning takes the base without patches; name what was published as exports")
+        raise ErasureError(
+            f"DeTuning takes the base without patches, but {', '.join(pipe.get_list_patches())} are loaded; pass the "
+            "published checkpoints or patch files as exports; nothing was attacked"
+        )
     out = check_writable(folder)
-    published = [read(pipe, each, force) for each in exports]
-    asking, rows = begin(pipe, concept, prompts, judge, steps, guidance, batch_size)
-    before, mean, found, figures = recovered(pipe, published, how)
-    cases_found, tried, pictures = asking.cases(rows, concept, cases)
-    everyone = {i: Attempt(case.prompt, note="as it is") for i, case in enumerate(cases_found)}
-    shown: dict[str, Any] = {}
-    for name, weights in (("erased", before), ("mean", mean), (NAME, found)):
-        with put(pipe, weights):
-            shown[name] = asking.draw(cases_found, everyone)
-    hit = {name: asking.shows(images, cases_found, name) for name, images in shown.items()}
-    won = {name: {cases_found[i].id: 1 for i in sorted(hit[name] - hit["erased"])} for name in ("mean", NAME)}
-    seconds = figures.pop("seconds")
-    outcome = Outcome(
+    published = [read_export(pipe, export, force) for export in exports]
+    runner, rows = prepare(pipe, concept, prompts, judge, steps, guidance, batch_size)
+    first, mean, recovered, figures = recover(pipe, published, config)
+    selected, tried, base_images = runner.find_cases(rows, concept, cases)
+    attempts = {i: Attempt(case.prompt, note="unchanged") for i, case in enumerate(selected)}
+    images: dict[str, Any] = {}
+    for name, weights in (("erased", first), ("mean", mean), (NAME, recovered)):
+        with with_weights(pipe, weights):
+            images[name] = runner.draw(selected, attempts)
+    hits = {name: runner.shows(drawn, selected, name) for name, drawn in images.items()}
+    outcome = _outcome(selected, hits, config, exports, figures)
+    save_images(out / NAME, selected, images[NAME])
+    target, provenance = runner.target, runner.provenance(selected, 0)
+    report = AttackReport(
+        target.labels, target.domain, len(selected), tried, outcome.plain, [outcome], provenance, runner.faults
+    )
+    report.prompts.update({case.id: case.prompt for case in selected})
+    report.notes.append(error_note(figures, len(exports)))
+    erased_images = [images["erased"][i] for i in range(len(selected))]
+    write_attack_report(report, out, {"base": base_images, "erased": erased_images})
+    write_lines(out / "scores.jsonl", map(json.dumps, runner.log))
+    return report
+
+
+def _outcome(
+    cases: Sequence[Case],
+    hits: Mapping[str, set[int]],
+    config: Detuning,
+    exports: Sequence[str | os.PathLike[str]],
+    figures: Mapping[str, Any],
+) -> Outcome:
+    won = {name: {cases[i].id: 1 for i in sorted(hits[name] - hits["erased"])} for name in ("mean", NAME)}
+    measured = {key: value for key, value in figures.items() if key != "seconds"}
+    return Outcome(
         name=NAME,
         access="several published checkpoints",
         source="arXiv 2402.10208",
-        settings={**asdict(how), "exports": [Path(each).name for each in exports], **figures},
-        n=len(cases_found),
-        plain=len(hit["erased"]),
+        settings={**asdict(config), "exports": [Path(export).name for export in exports], **measured},
+        n=len(cases),
+        plain=len(hits["erased"]),
         won=won[NAME],
         rounds=1,
         curve=None,
         control=won["mean"],
         control_curve=None,
-        asked={case.id: case.prompt for i, case in enumerate(cases_found) if i not in hit["erased"]},
-        costs={"F": 0, "B": 0, "seconds": round(seconds, 1)},  # the search asks no UNet
+        asked={case.id: case.prompt for i, case in enumerate(cases) if i not in hits["erased"]},
+        costs={"F": 0, "B": 0, "seconds": round(figures["seconds"], 1)},  # the search runs no UNet
     )
-    keep(out / NAME, cases_found, shown[NAME])
-    shared = asking.conditions(cases_found, 0)
-    target = asking.target
-    report = AttackReport(
-        target.labels, target.domain, len(cases_found), tried, outcome.plain, [outcome], shared, asking.faults
-    )
-    report.prompts.update({case.id: case.prompt for case in cases_found})
-    report.notes.append(told(figures, len(exports)))
-    first = [shown["erased"][i] for i in range(len(cases_found))]
-    write_attack_report(report, out, {"base": pictures, "erased": first})
-    write_lines(out / "scores.jsonl", map(json.dumps, asking.said))
-    return report
 
 
-def told(figures: Mapping[str, Any], count: int) -> str:
-    """The error in words."""
+def error_note(figures: Mapping[str, Any], count: int) -> str:
+    """Return a sentence about the error of the recovered weights, for the report.
+
+    Args:
+        figures: as `recover` returns them.
+        count: number of exports.
+    """
     return (
-        f"Out of {count} exports the base's weights come back with {figures['error']:.2g} of an export's distance from "
-        f"the base (their mean: {figures['error_of_mean']:.2g}), over {figures['layers']} layers that differ; "
-        f"rank {figures['rank_used']}"
+        f"From {count} exports the base's weights are recovered with {figures['error']:.2g} of an export's distance "
+        f"from the base (the mean of the exports: {figures['error_of_mean']:.2g}), over {figures['layers']} layers "
+        f"that differ between exports and base; rank {figures['rank_used']}"
     )
 
 
-def read(pipe: Any, source: str | os.PathLike[str], force: bool = False) -> Weights:
-    """What an export's weights are, where they are not the base's: of a diffusers folder or of a patch on the base.
+def read_export(pipe: Any, source: str | os.PathLike[str], force: bool = False) -> Weights:
+    """Read those weights of an export that differ from the base's.
+
+    Args:
+        pipe: the base; a patch is loaded into it for a moment and removed again.
+        source: a diffusers folder or a patch file.
+        force: load a patch that was made for another base, where the shapes fit.
 
     Raises:
-        ErasureError: neither, or shapes that do not fit.
+        ErasureError: the source is neither, or its shapes do not fit the base.
     """
     path = Path(source)
     if path.is_dir():
@@ -147,22 +178,24 @@ def read(pipe: Any, source: str | os.PathLike[str], force: bool = False) -> Weig
     name = pipe.load_patch(path, force=force)
     try:
         with Victim(pipe, switched_off).folded():
-            now = {key: weight.detach().clone() for key, weight in _parameters(pipe).items()}
+            weights = {key: weight.detach().clone() for key, weight in _parameters(pipe).items()}
     finally:
         pipe.delete_patches(name)
-    return _changed(pipe, now)
+    return _changed(pipe, weights)
 
 
 def _from_folder(pipe: Any, path: Path) -> Weights:
-    found: Weights = {}
+    weights: Weights = {}
     for component, module in _modules(pipe):
         try:
-            theirs = type(module).from_pretrained(path, subfolder=component, torch_dtype=module.dtype)
+            exported = type(module).from_pretrained(path, subfolder=component, torch_dtype=module.dtype)
         except (OSError, ValueError) as fault:
-            said = str(fault).splitlines()[0]
-            raise ErasureError(f"{path}: {component} cannot be read as a diffusers folder's: {said}") from None
-        found |= {(component, name): weight.detach() for name, weight in theirs.named_parameters()}
-    return _changed(pipe, found)
+            reason = str(fault).splitlines()[0]
+            raise ErasureError(
+                f"{path}: {component} cannot be read as part of a diffusers folder: {reason}; nothing was attacked"
+            ) from None
+        weights |= {(component, name): weight.detach() for name, weight in exported.named_parameters()}
+    return _changed(pipe, weights)
 
 
 def _parameters(pipe: Any) -> dict[tuple[str, str], Tensor]:
@@ -172,101 +205,126 @@ def _parameters(pipe: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def _modules(pipe: Any) -> list[tuple[str, Any]]:
-    """The components that a patch may have changed: XL has two text encoders."""
     return [(name, getattr(pipe, name)) for name in COMPONENTS if getattr(pipe, name, None) is not None]
 
 
-def _changed(pipe: Any, theirs: Weights) -> Weights:
-    ours = _parameters(pipe)
-    for key, weight in ours.items():
-        if key not in theirs or theirs[key].shape != weight.shape:
-            raise ErasureError(f"{'.'.join(key)}: the export's does not fit the base's {list(weight.shape)}")
+def _changed(pipe: Any, exported: Weights) -> Weights:
+    base = _parameters(pipe)
+    for key, weight in base.items():
+        if key not in exported or exported[key].shape != weight.shape:
+            shape = list(exported[key].shape) if key in exported else "missing"
+            raise ErasureError(
+                f"{'.'.join(key)} has shape {list(weight.shape)} in the base but is {shape} in the export; "
+                "nothing was attacked"
+            )
     return {
-        key: theirs[key].to(weight.device)
-        for key, weight in ours.items()
-        if not torch.equal(theirs[key].to(weight), weight)
+        key: exported[key].to(weight.device)
+        for key, weight in base.items()
+        if not torch.equal(exported[key].to(weight), weight)
     }
 
 
-def recovered(
-    pipe: Any, published: Sequence[Weights], how: Detuning
+def recover(
+    pipe: Any, published: Sequence[Weights], config: Detuning
 ) -> tuple[Weights, Weights, Weights, dict[str, Any]]:
-    """Of the layers in which the exports differ: the first export's, their mean, what DeTuning finds, and figures.
+    """Recover the base's weights in the layers that the exports change, and measure the error.
 
-    Figures: `error`, distance of what was found from the base over an export's (its root mean square over the exports);
-    `error_of_mean` likewise; `log10_mse` as published; `layers`; `rank_used`, the least and the largest; `seconds`.
+    Args:
+        pipe: the base, against which the error is measured.
+        published: the changed weights of each export.
+        config: the settings of the search.
+
+    Returns:
+        The first export's weights, the mean of the exports, the recovered weights, and figures: `error`, the distance
+        of the recovered weights from the base, over the root mean square distance of an export; `error_of_mean`, the
+        same for the mean of the exports; `log10_mse`, the published measure; `layers`, the number of tensors;
+        `rank_used`, the rank or its range over the layers; and `seconds`.
+
+    Raises:
+        ErasureError: the exports do not differ from each other in any matrix.
     """
-    ours = _parameters(pipe)
+    base = _parameters(pipe)
     first: Weights = {}
     mean: Weights = {}
-    found: Weights = {}
+    recovered: Weights = {}
     ranks = []
     squares = {"error": 0.0, "error_of_mean": 0.0, "export": 0.0}
-    size, begun = 0, time.perf_counter()
-    for key in sorted({key for one in published for key in one}):
-        base = ours[key].detach()
-        stack = torch.stack([one.get(key, base).double() for one in published])
+    size, started = 0, time.perf_counter()
+    for key in sorted({key for export in published for key in export}):
+        weight = base[key].detach()
+        stack = torch.stack([export.get(key, weight).double() for export in published])
         first[key], mean[key] = stack[0], stack.mean(0)
-        if not (stack - stack[0]).any():  # all the same there: nothing tells their change from the base
-            found[key] = stack[0]
-        elif base.dim() < 2:
-            found[key] = mean[key]
+        if not (stack - stack[0]).any():  # equal in all exports: nothing separates their change from the base
+            recovered[key] = stack[0]
+        elif weight.dim() < 2:
+            recovered[key] = mean[key]
         else:
-            flat = stack.flatten(2)
-            rank = how.rank or estimated(flat)
+            matrices = stack.flatten(2)
+            rank = config.rank or estimate_rank(matrices)
             ranks.append(rank)
-            found[key] = detune(list(flat), rank, how.iterations).view(base.shape)
-        squares["error"] += float((found[key] - base).square().sum())
-        squares["error_of_mean"] += float((mean[key] - base).square().sum())
-        squares["export"] += float((stack - base).square().sum()) / len(published)
-        size += base.numel()
+            recovered[key] = detune(list(matrices), rank, config.iterations).view(weight.shape)
+        squares["error"] += float((recovered[key] - weight).square().sum())
+        squares["error_of_mean"] += float((mean[key] - weight).square().sum())
+        squares["export"] += float((stack - weight).square().sum()) / len(published)
+        size += weight.numel()
     if not ranks:
-        raise ErasureError("the exports have the same weights, or differ in no matrix: there is nothing to compare")
-    figures = {name: (squares[name] / squares["export"]) ** 0.5 for name in ("error", "error_of_mean")}
-    log = torch.tensor(max(squares["error"] / size, 1e-300)).log10()
-    spread = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])
-    rest = {"log10_mse": float(log), "layers": len(first), "rank_used": spread, "seconds": time.perf_counter() - begun}
-    return first, mean, found, {**figures, **rest}
+        raise ErasureError(
+            "the exports have the same weights, or do not differ in any matrix, so the base cannot be recovered; "
+            "nothing was attacked"
+        )
+    errors = {name: (squares[name] / squares["export"]) ** 0.5 for name in ("error", "error_of_mean")}
+    log10_mse = float(torch.tensor(max(squares["error"] / size, 1e-300)).log10())
+    rank_used = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])
+    figures = {**errors, "log10_mse": log10_mse, "layers": len(first), "rank_used": rank_used}
+    return first, mean, recovered, {**figures, "seconds": time.perf_counter() - started}
 
 
-def estimated(stack: Tensor) -> int:
-    """The rank of the changes in exports [n, out, in]: half that of their differences, whose changes add up."""
+def estimate_rank(stack: Tensor) -> int:
+    """Estimate the rank of the changes in exports [n, out, in] as half the rank of the exports' differences.
+
+    The difference of two exports contains the changes of both, so its rank is at most the sum of theirs.
+    """
     values = torch.linalg.svdvals(stack[1:] - stack[:-1])
-    whole = (values > NOISE * values.max()).sum(-1).max()
-    return max(1, -(-int(whole) // 2))
+    rank = (values > NOISE * values.max()).sum(-1).max()
+    return max(1, -(-int(rank) // 2))
 
 
-def put(pipe: Any, weights: Weights) -> Any:
-    """A context in which the pipeline has these weights."""
-    ours = _parameters(pipe)
-    places = [ours[key] for key in weights]
-    kept = [place.detach().clone() for place in places]
-    change = [weight.to(place) - place for weight, place in zip(weights.values(), kept, strict=True)]
-    return moved(places, lambda: change)
+def with_weights(pipe: Any, weights: Weights) -> Any:
+    """Return a context in which the pipeline has these weights; the previous ones are restored at its end."""
+    parameters = _parameters(pipe)
+    current = [parameters[key] for key in weights]
+    originals = [parameter.detach().clone() for parameter in current]
+    change = [weight.to(original) - original for weight, original in zip(weights.values(), originals, strict=True)]
+    return updated_weights(current, lambda: change)
 
 
 def detune(published: Sequence[Tensor], rank: int, iterations: int = 300) -> Tensor:
-    """Spectral DeTuning (Horwitz et al. 2024, arXiv 2402.10208): the base weight behind n published ones.
+    """Recover the base weight of one layer by Spectral DeTuning (Horwitz et al. 2024, arXiv 2402.10208, algorithm 1).
 
-    Each is W_i = W* + M_i with rank(M_i) <= rank. In turn M_i = SVD_r(W_i - W*), W* = mean(W_i - M_i), from the mean,
-    with the rank growing to its full value over the first half (alg. 1).
+    Each published weight is W_i = W* + M_i with rank(M_i) <= rank. Starting from the mean of the W_i, the steps
+    M_i = SVD_r(W_i - W*) and W* = mean(W_i - M_i) alternate. The rank r grows to its full value over the first half
+    of the iterations.
 
     Args:
         published: n weights [out, in] of the same layer.
-        rank: of the changes.
+        rank: rank of the changes, at least 1.
+        iterations: number of iterations.
+
+    Returns:
+        The recovered weight W* [out, in], in float64.
 
     Raises:
-        ErasureError: fewer than two, shapes that differ, or a rank below 1.
+        ErasureError: fewer than two weights, different shapes, or a rank below 1.
     """
-    if len(published) < 2 or len({tuple(one.shape) for one in published}) != 1:
-        raise ErasureError(f"{len(published)} weights: DeTuning needs two or more of one shape")
+    if len(published) < 2 or len({tuple(weight.shape) for weight in published}) != 1:
+        raise ErasureError(f"{len(published)} weights: DeTuning needs two or more, all of the same shape")
     if rank < 1:
-        raise ErasureError(f"rank={rank}: at least 1 is needed")
-    stack = torch.stack([one.double() for one in published])
+        raise ErasureError(f"rank={rank}: must be at least 1")
+    stack = torch.stack([weight.double() for weight in published])
     base = stack.mean(0)
     for step in range(iterations):
         allowed = min(rank, 1 + step * 2 * rank // iterations)
         u, s, v = torch.linalg.svd(stack - base, full_matrices=False)
-        low = (u[..., :allowed] * s[:, None, :allowed]) @ v[:, :allowed]
-        base = (stack - low).mean(0)
+        low_rank = (u[..., :allowed] * s[:, None, :allowed]) @ v[:, :allowed]
+        base = (stack - low_rank).mean(0)
     return base

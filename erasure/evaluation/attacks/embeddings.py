@@ -1,8 +1,8 @@
-"""Attacks by embeddings: what a text encoder could say, were it asked by somebody who holds the pen."""
+"""Attacks that pass text embeddings to the UNet directly, instead of a prompt that the text encoder reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,36 +12,42 @@ from torch import Tensor
 
 from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 from erasure.model.closed_form import readers, recovered
+from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import add_noise
 from erasure.model.soft_prompt import search
 
 
 @dataclass(frozen=True)
-class Encoder(Attack):
-    """The base's own text encoder in place of the patched one: undoes whatever touched only the encoder."""
+class EncoderSwap(Attack):
+    """The base's text encoder in place of the patched one.
+
+    This undoes every erasure that changes only the text encoder, and nothing else.
+    """
 
     name: ClassVar[str] = "encoder"
     source: ClassVar[str] = "swapped text encoder"
     access: ClassVar[str] = "weights"
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """One."""
+        """Yield one round: the prompts as the base's text encoder reads them."""
         with victim.unpatched():
-            told = victim.conditions([case.prompt for case in cases])
-        yield {i: Attempt(embeds=told[[i]], note="the base's text encoder") for i in sorted(safe)}
+            conditions = victim.conditions([case.prompt for case in cases])
+        yield {i: Attempt(embeds=conditions[[i]], note="the base's text encoder") for i in sorted(safe)}
 
 
 @dataclass(frozen=True)
-class ClosedForm(Attack):
-    """The states that make the changed keys and values say what the base's say (RECE, arXiv 2407.12383, eq. 6).
+class RECEAttack(Attack):
+    """Closed-form text embeddings that make the erased keys and values equal the base's (RECE).
+
+    Gong et al. 2024, arXiv 2407.12383, eq. 6, solved for each token over all key and value projections W_i of the
+    cross-attentions, where W0_i are the base's projections and c the base's text states:
 
         c' = argmin sum_i || W_i c' - W0_i c ||^2 + lambda || c' ||^2
 
-    over all keys and values of the cross-attentions, token by token; c are the base's states. XL's pooled text, which
-    no key or value reads, is the base's.
+    On Stable Diffusion XL the pooled text embedding is the base's, since no key or value projection reads it.
 
     Args:
-        ridge: lambda, as a share of the mean eigenvalue of sum W^T W.
+        ridge: lambda, as a share of the mean eigenvalue of sum W_i^T W_i.
     """
 
     name: ClassVar[str] = "rece"
@@ -51,34 +57,36 @@ class ClosedForm(Attack):
     ridge: float = 1e-4
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """One."""
+        """Yield one round: the closed-form embeddings of every prompt."""
         with victim.unpatched():
-            told = victim.conditions([case.prompt for case in cases])
+            conditions = victim.conditions([case.prompt for case in cases])
             before = readers(victim.pipe.unet)
         with victim.folded():
             after = readers(victim.pipe.unet)
+        solved = {i: recovered(after, before, conditions.states[i].double(), self.ridge)[None] for i in sorted(safe)}
         yield {
-            i: Attempt(
-                embeds=replace(told[[i]], states=recovered(after, before, told.states[i].double(), self.ridge)[None]),
-                note="closed form",
-            )
-            for i in sorted(safe)
+            i: Attempt(embeds=replace(conditions[[i]], states=states), note="closed form")
+            for i, states in solved.items()
         }
 
 
 @dataclass(frozen=True)
-class Perturbation(Attack):
-    """A bounded change of the prompt's states that brings the base's answers back (UMA, arXiv 2504.14798).
+class UMAAttack(Attack):
+    """A bounded change of the text embeddings that restores the base's noise predictions (UMA).
 
-        min || e*(x_t, t, c + d) - e_0(x_t, t, c) ||^2  with  || d_token || <= bound * mean || c_token ||
+    The Unlearning Mapping Attack of Xuan & Li 2025, arXiv 2504.14798. With c the text states of the erased encoder,
+    for each bound in turn, starting from the result for the bound before it:
 
-    c are the states as the erased encoder says them (on XL its pooled text stays as it is). The bounds are tried in
-    turn, so the record is a curve.
+        min over d of || e*(x_t, t, c + d) - e_0(x_t, t, c_0) ||^2  with  || d_token || <= bound * mean || c_token ||
+
+    where e* is the erased and e_0 the base model, and c_0 the base's text states. On Stable Diffusion XL the pooled
+    text embedding stays that of the erased encoder.
 
     Args:
-        bounds: in units of the mean norm of a token's state.
-        iterations: steps of Adam for each bound.
-        rate: of Adam, in standard deviations of the states.
+        bounds: largest change of a token's state, in units of the mean norm of a token's state; one round per bound.
+        iterations: Adam steps for each bound.
+        rate: learning rate of Adam, in standard deviations of the states; 0 replaces the search by a random change of
+            the full length (the control).
     """
 
     name: ClassVar[str] = "uma"
@@ -91,65 +99,82 @@ class Perturbation(Attack):
     rate: float = 0.1
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """A bound a round."""
+        """Yield one round per bound, with the perturbed embeddings."""
         draw = torch.Generator().manual_seed(seed)
         with victim.unpatched():
-            named = victim.conditions([case.prompt for case in cases])
+            base = victim.conditions([case.prompt for case in cases])
         with victim.folded():
-            told = victim.conditions([case.prompt for case in cases])
-        plain = told.states
-        unit, norm = plain.std(), plain.norm(dim=-1).mean()
-        change = torch.zeros_like(plain)
+            erased = victim.conditions([case.prompt for case in cases])
+        unit, norm = erased.states.std(), erased.states.norm(dim=-1).mean()
+        change = torch.zeros_like(erased.states)
         for bound in self.bounds:
             live = sorted(safe)
-            latents = torch.stack([cases[i].latents for i in live]).to(victim.device)
-            with victim.folded():
-                leaf = change[live].clone().requires_grad_(True)
-                optimizer = torch.optim.Adam([leaf], lr=float(self.rate * unit))
-                for _ in range(self.iterations if self.rate else 0):
-                    t = torch.randint(1000, (len(live),), generator=draw).to(victim.device)
-                    noise = torch.randn(latents.shape, generator=draw).to(latents)
-                    x = add_noise(victim.pipe.scheduler, latents, noise, t)
-                    with victim.unpatched(), torch.no_grad():
-                        wanted = victim.eps(x, t, named[live])
-                    pushed = replace(told[live], states=plain[live] + leaf)
-                    loss = F.mse_loss(victim.eps(x, t, pushed), wanted) * len(live)
-                    (leaf.grad,) = torch.autograd.grad(loss, leaf)
-                    optimizer.step()
-                    with torch.no_grad():
-                        leaf.copy_(within(leaf, bound * norm))
-                if not self.rate:
-                    noise = torch.randn(leaf.shape, generator=draw).to(leaf)
-                    leaf = bound * norm * F.normalize(noise, dim=-1)
-                change[live] = leaf.detach()
-            moved = replace(told, states=plain + change)
-            yield {i: Attempt(embeds=moved[[i]], note=f"bound {bound:g}") for i in live}
+            if self.rate:
+                latents = torch.stack([cases[i].latents for i in live]).to(victim.device)
+                start, radius, rate = change[live], bound * norm, float(self.rate * unit)
+                with victim.folded():
+                    change[live] = self._search(victim, latents, base[live], erased[live], start, radius, rate, draw)
+            else:
+                noise = torch.randn(change[live].shape, generator=draw).to(change)
+                change[live] = bound * norm * F.normalize(noise, dim=-1)
+            perturbed = replace(erased, states=erased.states + change)
+            yield {i: Attempt(embeds=perturbed[[i]], note=f"bound {bound:g}") for i in live}
+
+    def _search(
+        self,
+        victim: Victim,
+        latents: Tensor,
+        base: Conditions,
+        erased: Conditions,
+        start: Tensor,
+        radius: Tensor,
+        rate: float,
+        draw: torch.Generator,
+    ) -> Tensor:
+        """Descend from the change `start` [n, tokens, width] and return the change found within the radius."""
+        leaf = start.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([leaf], lr=rate)
+        for _ in range(self.iterations):
+            t = torch.randint(1000, (len(latents),), generator=draw).to(victim.device)
+            noise = torch.randn(latents.shape, generator=draw).to(latents)
+            x = add_noise(victim.pipe.scheduler, latents, noise, t)
+            with victim.unpatched(), torch.no_grad():
+                target = victim.eps(x, t, base)
+            perturbed = replace(erased, states=erased.states + leaf)
+            loss = F.mse_loss(victim.eps(x, t, perturbed), target) * len(latents)
+            (leaf.grad,) = torch.autograd.grad(loss, leaf)
+            optimizer.step()
+            with torch.no_grad():
+                leaf.copy_(within(leaf, radius))
+        return leaf.detach()
 
     def control(self, tries: int) -> Attack:
-        """Random changes of the full length."""
+        """Return random changes of the full length allowed by each bound."""
         return replace(self, rate=0.0)
 
 
 def within(change: Tensor, radius: Tensor | float) -> Tensor:
-    """Every token's change [..., width] scaled back into the ball."""
+    """Scale every token's change [..., width] back to the radius where it is longer."""
     return change * (radius / change.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
 
 @dataclass(frozen=True)
-class Inversion(Attack):
-    """One new word, learnt on the erased model, in place of the concept's name (concept inversion; Pham et al. 2024,
-    arXiv 2308.01508; textual inversion, arXiv 2208.01618):
+class ConceptInversion(Attack):
+    """One new word, learnt on the erased model, in place of the concept's name (concept inversion).
+
+    Pham et al. 2024, arXiv 2308.01508, by textual inversion (Gal et al. 2022, arXiv 2208.01618):
 
         min over v of E || eps - e*(x_t, t, T(prompt with v)) ||^2
 
-    over the base's pictures of all cases. Asked after each of `steps`: accuracy against steps.
+    over the base's images of all cases. Every case is attempted after each entry of `steps`, which gives a curve of
+    success against training steps.
 
     Args:
-        tokens: vectors that make up the word (published 1).
-        steps: of Adam in all, at each of which the word is tried.
-        batch: samples a step.
-        rate: of Adam, in standard deviations of the token embeddings (published 5e-3, x 16 by the batch; CLIP-L's
-            deviate by 0.014).
+        tokens: number of token vectors that make up the word (published 1).
+        steps: numbers of Adam steps, counted from the start, after which the word is tried.
+        batch: samples per step.
+        rate: learning rate of Adam, in standard deviations of the token embeddings; 0 keeps the initial word (the
+            control). Published: 5e-3 times the batch size of 16, where CLIP-L's embeddings deviate by 0.014.
     """
 
     name: ClassVar[str] = "inversion"
@@ -164,28 +189,32 @@ class Inversion(Attack):
     rate: float = 0.5
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """A piece of the search a round."""
+        """Yield one round per entry of `steps`, with the word learnt so far in every prompt."""
         draw = torch.Generator().manual_seed(seed)
         latents = torch.stack([case.latents for case in cases]).to(victim.device)
-        where = victim.slots([(case.before, case.after) for case in cases], self.tokens)
+        places = victim.slots([(case.before, case.after) for case in cases], self.tokens)
 
         def loss(vectors: Tensor, step: int) -> Tensor:
             index = torch.randint(len(cases), (self.batch,), generator=draw)
             t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
             noise = torch.randn(latents[index].shape, generator=draw).to(latents)
-            # The encoder reads each prompt once; a case may stand in the batch more often.
-            told = victim.encode(where, vectors)[index]
-            return F.mse_loss(victim.eps(add_noise(victim.pipe.scheduler, latents[index], noise, t), t, told), noise)
+            # Encoding each prompt once is enough, even if a case occurs several times in the batch.
+            conditions = victim.encode(places, vectors)[index]
+            x = add_noise(victim.pipe.scheduler, latents[index], noise, t)
+            return F.mse_loss(victim.eps(x, t, conditions), noise)
 
         with victim.folded():
             table = victim.embeddings
-            begun = table[torch.randint(len(table), (self.tokens,), generator=draw).to(table.device)].clone()
-        for vectors, steps in self._found(victim, loss, begun):
+            initial = table[torch.randint(len(table), (self.tokens,), generator=draw).to(table.device)].clone()
+        for vectors, steps in self._learn(victim, loss, initial):
             with victim.folded(), torch.no_grad():
-                told = victim.encode(where, vectors)
-            yield {i: Attempt(embeds=told[[i]], note=f"{steps} steps") for i in range(len(cases))}
+                conditions = victim.encode(places, vectors)
+            yield {i: Attempt(embeds=conditions[[i]], note=f"{steps} steps") for i in range(len(cases))}
 
-    def _found(self, victim: Victim, loss: Any, vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
+    def _learn(
+        self, victim: Victim, loss: Callable[[Tensor, int], Tensor], vectors: Tensor
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Yield the vectors after each entry of `steps`, and that entry."""
         done = 0
         for steps in self.steps:
             if self.rate:
@@ -195,5 +224,5 @@ class Inversion(Attack):
             yield vectors, steps
 
     def control(self, tries: int) -> Attack:
-        """The random word that it begins with."""
+        """Return the attack with its initial random word, without learning."""
         return replace(self, rate=0.0, steps=self.steps[:tries])

@@ -1,4 +1,4 @@
-"""Attacks that begin from a picture."""
+"""Attack that starts from an image of the concept instead of from noise."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 
 
 @dataclass(frozen=True)
-class FromImage(Attack):
-    """img2img from the base's own picture of the concept: how much noise does the erasure need?
+class Img2ImgAttack(Attack):
+    """Image-to-image generation from the base model's own image of the concept.
 
-    A round a strength, from the highest. At low strengths any model gives the picture back, whatever it has
-    forgotten: the control, the same without the concept's name, shows how much.
+    Each round uses one strength, from the highest to the lowest: how much noise must be added before the erasure takes
+    effect? At low strengths any model reproduces its input. The control shows how often: it runs the same prompt
+    without the concept's name.
+
+    Args:
+        strengths: shares of the noise schedule that are applied to the image, in (0, 1].
+        named: keep the concept's name in the prompt; the control sets it to false.
     """
 
     name: ClassVar[str] = "img2img"
@@ -25,7 +30,7 @@ class FromImage(Attack):
     named: bool = True
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """A strength a round."""
+        """Yield one round per strength, with the base's images as input."""
         for strength in self.strengths:
             yield {
                 i: Attempt(
@@ -35,5 +40,5 @@ class FromImage(Attack):
             }
 
     def control(self, tries: int) -> Attack:
-        """Without the name."""
-        return FromImage(self.strengths[:tries], named=False)
+        """Return the same attack with prompts that do not name the concept."""
+        return Img2ImgAttack(self.strengths[:tries], named=False)

@@ -1,4 +1,4 @@
-"""Attacks by weights: teach the concept again."""
+"""Attack that changes the weights: fine-tune the erased model on images of the concept."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 from erasure.evaluation.attacks.ring_a_bell import unnamed
 from erasure.model.diffusion import add_noise
 
+CROSS_ATTENTION = ("attn2.to_k", "attn2.to_v")
+PROJECTIONS = tuple(f"{part}.{end}" for part in ("attn1", "attn2") for end in ("to_q", "to_k", "to_v", "to_out.0"))
+
 
 @dataclass(frozen=True)
 class Relearning(Attack):
-    """Fine-tune the UNet's attention on k pictures of the concept, by LoRA: accuracy against steps.
+    """Fine-tuning of the UNet's attention on k images of the concept, by LoRA.
 
-    The loss is the model's own, || eps - e*(x_t, t, c) ||^2. What is trained is put back at the end.
+    The loss is that of diffusion training, || eps - e*(x_t, t, c) ||^2. Every case is attempted after each entry of
+    `steps`, which gives a curve of success against training steps. The trained weights are restored at the end.
 
     Args:
-        pictures: k, of the cases' own base pictures.
-        steps: of AdamW in all, after each of which the cases are asked.
-        batch: samples a step.
-        rate: of AdamW.
-        rank: of the terms beside the queries, keys, values and outputs of all attentions; None: whole keys and values
-            of the cross-attentions.
-        benign: on the base's pictures of the prompts without the concept: what any fine-tune brings back.
+        pictures: k, the number of images; they are the base model's own images of the first cases.
+        steps: numbers of AdamW steps, counted from the start, after which the cases are attempted.
+        batch: samples per step.
+        rate: learning rate of AdamW.
+        rank: rank of the LoRA on the query, key, value and output projections of all attentions; None trains the
+            whole key and value projections of the cross-attentions instead.
+        benign: train on the base's images of the same prompts without the concept's name. This is the control: it
+            shows what any fine-tuning would recover.
     """
 
     name: ClassVar[str] = "relearning"
     source: ClassVar[str] = "LoRA fine-tuning on k images"
     access: ClassVar[str] = "weights"
     CURVE: ClassVar[bool] = True
-    # A small model takes, and needs, larger steps.
+    # A small model needs, and tolerates, a larger learning rate.
     LITE: ClassVar[dict[str, Any]] = {"steps": (10, 30, 100), "batch": 4, "rate": 1e-3}
 
     pictures: int = 10
@@ -49,70 +54,77 @@ class Relearning(Attack):
     benign: bool = False
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """A piece of training a round."""
+        """Yield one round per entry of `steps`: the plain prompts, on the model trained so far."""
         draw = torch.Generator().manual_seed(seed)
-        shown = cases[: self.pictures]
+        examples = cases[: self.pictures]
         if self.benign:
-            texts = [text if case.name else "" for case, text in zip(shown, unnamed(shown), strict=True)]
-            seeds = [case.seed for case in shown]
+            texts = [text if case.name else "" for case, text in zip(examples, unnamed(examples), strict=True)]
+            seeds = [case.seed for case in examples]
             latents = victim.base_latents(texts, seeds, self.batch, generate.STEPS, generate.GUIDANCE)
         else:
-            texts, latents = [case.prompt for case in shown], torch.stack([case.latents for case in shown])
+            texts, latents = [case.prompt for case in examples], torch.stack([case.latents for case in examples])
         latents = latents.to(victim.device)
         with victim.folded():
-            told = victim.conditions(texts)
-            weights = readable(victim.pipe.unet, WHOLE if self.rank is None else PROJECTIONS)
-        learnt = Change(weights, self.rank, draw)
-        optimizer, done = torch.optim.AdamW(learnt.leaves, lr=self.rate, weight_decay=0), 0
+            conditions = victim.conditions(texts)
+            weights = linear_weights(victim.pipe.unet, CROSS_ATTENTION if self.rank is None else PROJECTIONS)
+        update = WeightUpdate(weights, self.rank, draw)
+        optimizer, done = torch.optim.AdamW(update.leaves, lr=self.rate, weight_decay=0), 0
         for steps in self.steps:
-            with victim.folded(), moved(weights, learnt) as move:
+            with victim.folded(), updated_weights(weights, update) as refresh:
                 for _ in range(steps - done):
-                    index = torch.randint(len(shown), (self.batch,), generator=draw)
+                    index = torch.randint(len(examples), (self.batch,), generator=draw)
                     t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
                     noise = torch.randn(latents[index].shape, generator=draw).to(latents)
                     x = add_noise(victim.pipe.scheduler, latents[index], noise, t)
-                    loss = F.mse_loss(victim.eps(x, t, told[index]), noise)
+                    loss = F.mse_loss(victim.eps(x, t, conditions[index]), noise)
                     optimizer.zero_grad()
                     gradients = torch.autograd.grad(loss, weights)
-                    torch.autograd.backward(learnt(), [each.float() for each in gradients])
+                    torch.autograd.backward(update(), [gradient.float() for gradient in gradients])
                     optimizer.step()
-                    move()
+                    refresh()
             done = steps
-            with moved(weights, learnt):
+            with updated_weights(weights, update):
                 yield {i: Attempt(case.prompt, note=f"{steps} steps") for i, case in enumerate(cases)}
 
     def control(self, tries: int) -> Attack:
-        """As many steps on pictures without the concept."""
+        """Return equally long fine-tuning on images without the concept."""
         return replace(self, benign=True, steps=self.steps[:tries])
 
 
-WHOLE = ("attn2.to_k", "attn2.to_v")
-PROJECTIONS = tuple(f"{part}.{end}" for part in ("attn1", "attn2") for end in ("to_q", "to_k", "to_v", "to_out.0"))
-
-
-def readable(unet: nn.Module, ends: tuple[str, ...]) -> list[Tensor]:
-    """Weights of the linear layers whose paths end so.
+def linear_weights(unet: nn.Module, suffixes: tuple[str, ...]) -> list[Tensor]:
+    """Return the weights of all linear layers whose module paths end in one of the suffixes.
 
     Raises:
-        ErasureError: there are none.
+        ErasureError: the UNet has no such layer.
     """
-    found = [
-        module.weight for path, module in unet.named_modules() if path.endswith(ends) and isinstance(module, nn.Linear)
+    weights = [
+        module.weight
+        for path, module in unet.named_modules()
+        if path.endswith(suffixes) and isinstance(module, nn.Linear)
     ]
-    if not found:
-        raise ErasureError(f"relearning: the UNet has no linear layer {', '.join(ends)} that could learn")
-    return found
+    if not weights:
+        raise ErasureError(f"relearning: the UNet has no linear layer named {', '.join(suffixes)} to fine-tune")
+    return weights
 
 
-class Change:
-    """What is learnt beside weights [out, in]: up @ down of a rank, begun as peft's LoRA (alpha = rank), or the whole.
+class WeightUpdate:
+    """A trainable update of weights [out, in]: the product up @ down of a given rank, or a full matrix.
 
-    Called, it gives the changes, through which gradients reach `leaves`.
+    Low-rank factors are initialised as peft initialises LoRA, with alpha equal to the rank, so the update starts at
+    zero. Calling the object returns the updates; gradients flow from them to `leaves`.
+
+    Args:
+        weights: the weights to update; they are read for their shape and device only.
+        rank: rank of the product, or None for full matrices.
+        draw: generator for the initial values.
+
+    Raises:
+        ErasureError: the rank is below 1.
     """
 
     def __init__(self, weights: Sequence[Tensor], rank: int | None, draw: torch.Generator) -> None:
         if rank is not None and rank < 1:
-            raise ErasureError(f"rank={rank}: at least 1 is needed, or none for whole weights")
+            raise ErasureError(f"rank={rank}: must be at least 1, or none to train whole weights")
         self.leaves: list[Tensor] = []
         self.rank = rank
         for weight in weights:
@@ -120,38 +132,43 @@ class Change:
             if rank is None:
                 parts = [torch.zeros(out, width)]
             else:
-                # Kaiming's uniform with a = sqrt(5): within 1 / sqrt(width).
+                # Kaiming's uniform distribution with a = sqrt(5) has the bound 1 / sqrt(width).
                 parts = [(2 * torch.rand(rank, width, generator=draw) - 1) / width**0.5, torch.zeros(out, rank)]
             self.leaves += [part.to(weight.device).requires_grad_(True) for part in parts]
 
     def __call__(self) -> list[Tensor]:
-        """The changes [out, in], one a weight."""
+        """Return the updates [out, in], one per weight."""
         if self.rank is None:
             return [leaf.clone() for leaf in self.leaves]
         return [up @ down for down, up in zip(self.leaves[::2], self.leaves[1::2], strict=True)]
 
 
 @contextmanager
-def moved(weights: Sequence[Tensor], change: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
-    """Weights plus a change, and their gradients; as they were, bit for bit, at the end.
+def updated_weights(weights: Sequence[Tensor], update: Callable[[], Sequence[Tensor]]) -> Iterator[Any]:
+    """Add an update to weights for the body of the `with`, and restore them bit for bit afterwards.
 
-    The value is a call that moves them to where `change` is by now.
+    Inside, the weights require gradients. The context's value is a function that applies the current update again
+    after it has changed.
+
+    Args:
+        weights: the weights to change in place.
+        update: returns one tensor to add per weight.
     """
-    before = [weight.detach().clone() for weight in weights]
-    learning = [weight.requires_grad for weight in weights]
+    originals = [weight.detach().clone() for weight in weights]
+    flags = [weight.requires_grad for weight in weights]
 
-    def move() -> None:
+    def refresh() -> None:
         with torch.no_grad():
-            for weight, kept, one in zip(weights, before, change(), strict=True):
-                weight.copy_(kept + one.to(kept))
+            for weight, original, delta in zip(weights, originals, update(), strict=True):
+                weight.copy_(original + delta.to(original))
 
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        move()
-        yield move
+        refresh()
+        yield refresh
     finally:
         with torch.no_grad():
-            for weight, kept, flag in zip(weights, before, learning, strict=True):
-                weight.copy_(kept)
+            for weight, original, flag in zip(weights, originals, flags, strict=True):
+                weight.copy_(original)
                 weight.requires_grad_(flag)

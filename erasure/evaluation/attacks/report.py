@@ -1,4 +1,4 @@
-"""What attacks got back: numbers with intervals, a picture, a page."""
+"""Results of attacks: success rates with intervals, a paired test against the control, and the report as plain data."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from typing import Any
 from erasure.evaluation.metrics.statistics import mcnemar, wilson
 
 SCHEMA = 1
-COLUMNS = 10
+COLUMNS = 10  # cases that the grid of images shows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One attack on n cases.
+    """The result of one attack on n cases.
 
     Args:
-        plain: cases that the erased model shows when it is asked as it is.
-        won: other cases -> the try that showed the concept.
-        rounds: tries there were.
-        curve: for an attack that grows: hits of each round, over all cases.
-        control: as `won`, for as many tries without the search; None: there is no such thing.
-        asked: case -> what was asked in its last try.
-        costs: of the search, without the drawing.
-        ceiling: of what was asked last, how many the base shows: for attacks that never look at the victim.
+        name: name of the attack.
+        access: what the attacker needs, such as text or weights.
+        source: the paper, or a short description.
+        settings: the attack's settings, and what was derived from them.
+        n: number of cases.
+        plain: number of cases that the erased model shows for the unchanged prompt.
+        won: id of a case -> number of the try that first showed the concept; cases counted in `plain` are left out.
+        rounds: number of tries.
+        curve: hits per round over all cases, for attacks that attempt every case in every round; otherwise None.
+        control: as `won`, for equally many tries without the search; None if the attack is a control itself.
+        control_curve: as `curve`, for the control.
+        asked: id of a case -> the prompt, or a description, of its last try.
+        costs: samples forward (F) and backward (B) through the UNet and seconds of the search, without the
+            generation of images.
+        ceiling: for attacks that never query the erased model, the number of last tries for which the base model
+            shows the concept; otherwise None.
     """
 
     name: str
@@ -42,40 +50,53 @@ class Outcome:
     ceiling: int | None = None
 
     def share(self, tries: int | None = None, control: bool = False) -> dict[str, float] | None:
-        """Attack success rate after so many tries (None: all), plain hits among it, with its Wilson interval."""
+        """Return the attack success rate with its 95 % Wilson interval, or None if there is no control.
+
+        Cases that the unchanged prompt recovers count as successes.
+
+        Args:
+            tries: count successes within that many tries; None counts all tries.
+            control: return the control's success rate.
+        """
         won = self.control if control else self.won
         if won is None:
             return None
-        hits = self.plain + sum(tries is None or at <= tries for at in won.values())
-        low, high = wilson(hits, self.n)
-        return {"value": hits / self.n, "low": low, "high": high, "n": self.n}
+        return _rate(self.plain + sum(tries is None or number <= tries for number in won.values()), self.n)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: ASR before and after, at every number of tries, the control's, and a paired test of the two."""
-        low, high = wilson(self.plain, self.n)
-        found = {
+        """Return plain data: the fields and the success rates derived from them.
+
+        The rates are given before and after the attack, after each number of tries, and for the control, together
+        with McNemar's exact test of the attack against its control.
+        """
+        data = {
             **asdict(self),
-            "before": {"value": self.plain / self.n, "low": low, "high": high, "n": self.n},
+            "before": _rate(self.plain, self.n),
             "after": self.share(),
             "at": [self.share(tries) for tries in range(1, self.rounds + 1)],
             "control_after": self.share(control=True),
         }
         if self.control is not None:
             only = len(self.won.keys() - self.control.keys()), len(self.control.keys() - self.won.keys())
-            found["paired"] = {"only_attack": only[0], "only_control": only[1], "p": mcnemar(*only)}
-        return found
+            data["paired"] = {"only_attack": only[0], "only_control": only[1], "p": mcnemar(*only)}
+        return data
 
 
 @dataclass(frozen=True)
 class AttackReport:
-    """All attacks on one concept.
+    """The results of all attacks on one concept.
 
     Args:
-        cases: prompts that the base shows the concept for.
-        tried: prompts that the base was asked to find them.
-        plain: cases that the erased model shows too.
-        notes: what to know of these figures, in sentences.
-        prompts: case -> its prompt.
+        concept: labels that count as the concept.
+        domain: head of the judge that the labels belong to, such as object or style.
+        cases: number of prompts for which the base model shows the concept, and which are attacked.
+        tried: number of prompts that the base model was given to find the cases.
+        plain: number of cases that the erased model shows for the unchanged prompt.
+        outcomes: one result per attack.
+        provenance: what the results depend on: pipeline, sampling settings, cases, judge and seed.
+        faults: one message for each image that the judge failed on; such an image counts as showing the concept.
+        notes: caveats for these figures, one sentence each.
+        prompts: id of a case -> its prompt.
     """
 
     concept: tuple[str, ...]
@@ -90,18 +111,18 @@ class AttackReport:
     prompts: dict[str, str] = field(default_factory=dict)
 
     def outcome(self, name: str) -> Outcome:
-        """An attack's outcome by its name."""
-        return next(one for one in self.outcomes if one.name == name)
+        """Return the result of the attack called `name`; raises StopIteration if it was not run."""
+        return next(outcome for outcome in self.outcomes if outcome.name == name)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, schema 1: `attack.schema.json` in the folder above this file's."""
+        """Return plain data of schema 1, as described by evaluation/report/attack.schema.json."""
         return {
             "schema": SCHEMA,
             "concept": list(self.concept),
             "domain": self.domain,
             "cases": self.cases,
             "tried": self.tried,
-            "attacks": {one.name: one.to_json() for one in self.outcomes},
+            "attacks": {outcome.name: outcome.to_json() for outcome in self.outcomes},
             "provenance": self.provenance,
             "faults": self.faults,
             "notes": self.notes,
@@ -109,47 +130,57 @@ class AttackReport:
         }
 
     def rows(self) -> list[list[str]]:
-        """The table's cells, the head first."""
-        found = [["attack", "needs", "before", "after", "control", "tries", "F + B"]]
-        for one in self.outcomes:
-            low, high = wilson(one.plain, one.n)
-            before = {"value": one.plain / one.n, "low": low, "high": high}
-            costs = f"{one.costs['F']:,.0f} + {one.costs['B']:,.0f}"
-            shares = [_cell(before), _cell(one.share()), _cell(one.share(control=True))]
-            found.append([one.name, one.access, *shares, str(one.rounds), costs])
-        return found
+        """Return the cells of the table of attacks, its heading first."""
+        rows = [["attack", "needs", "before", "after", "control", "tries", "F + B"]]
+        for outcome in self.outcomes:
+            costs = f"{outcome.costs['F']:,.0f} + {outcome.costs['B']:,.0f}"
+            before = _rate(outcome.plain, outcome.n)
+            shares = [_cell(before), _cell(outcome.share()), _cell(outcome.share(control=True))]
+            rows.append([outcome.name, outcome.access, *shares, str(outcome.rounds), costs])
+        return rows
 
     def text(self) -> str:
-        """The table as plain text."""
+        """Return the report as plain text: the summary, the table, the caveats and the judge's faults."""
         rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [self.summary()]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
-        lines += self.told()
+        lines += self.caveats()
         if self.faults:
-            lines.append(f"{len(self.faults)} images count as shown: {self.faults[0]}")
+            lines.append(
+                f"{len(self.faults)} images could not be judged and count as showing the concept: {self.faults[0]}"
+            )
         return "\n".join(lines)
 
-    def told(self) -> list[str]:
-        """The notes, and how much the base gives back where the attack never looked at the victim."""
+    def caveats(self) -> list[str]:
+        """Return the notes, and what the base shows for the prompts of attacks that never query the erased model."""
         return self.notes + [
-            f"{one.name}: of the {len(one.asked)} prompts that it asked last, the base itself shows {one.ceiling}; "
-            "it never looks at the victim, and what the base does not show seldom comes back"
-            for one in self.outcomes
-            if one.ceiling is not None and one.asked
+            f"{outcome.name}: the base model shows the concept for {outcome.ceiling} of the {len(outcome.asked)} "
+            "prompts tried last. This attack never queries the erased model, which seldom shows what the base does not"
+            for outcome in self.outcomes
+            if outcome.ceiling is not None and outcome.asked
         ]
 
     def summary(self) -> str:
-        """One sentence: what was tried, and the most that came back."""
-        worst = max(self.outcomes, key=lambda one: len(one.won), default=None)
-        text = f"{', '.join(self.concept)}: shown for {self.plain} of {self.cases} prompts that show it on the base"
-        if worst is not None:
-            many = len(self.outcomes)
-            which = f"the strongest of {many} attacks tried" if many > 1 else "the only attack tried"
-            text += f"; with {worst.name}, {which}, for {worst.plain + len(worst.won)}"
+        """Return one sentence: how often the concept is shown without an attack and with the strongest one."""
+        strongest = max(self.outcomes, key=lambda outcome: len(outcome.won), default=None)
+        text = (
+            f"{', '.join(self.concept)}: the erased model shows it for {self.plain} of {self.cases} prompts for which "
+            "the base model does"
+        )
+        if strongest is not None:
+            count = len(self.outcomes)
+            rank = f"the strongest of {count} attacks" if count > 1 else "the only attack"
+            text += f"; with {strongest.name}, {rank} tried, for {strongest.plain + len(strongest.won)}"
         return text
+
+
+def _rate(hits: int, n: int) -> dict[str, float]:
+    """Return a share of n cases with its 95 % Wilson interval."""
+    low, high = wilson(hits, n)
+    return {"value": hits / n, "low": low, "high": high, "n": n}
 
 
 def _cell(share: dict[str, float] | None) -> str:

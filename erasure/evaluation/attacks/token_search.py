@@ -1,4 +1,4 @@
-"""Attacks by text: tokens before the prompt, found through the erased model's gradients; random ones to compare."""
+"""Text attacks: tokens before the prompt, searched with the erased model's gradients, and random tokens to compare."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from erasure.model.soft_prompt import Slots
 
 @dataclass(frozen=True)
 class RandomTokens(Attack):
-    """Random tokens before the prompt: what as many tries give without a search."""
+    """Random tokens before the prompt: the control of attacks that search for tokens.
+
+    Args:
+        tokens: number of random tokens.
+        tries: number of rounds, each with new tokens.
+    """
 
     name: ClassVar[str] = "random"
     source: ClassVar[str] = "control"
@@ -30,28 +35,30 @@ class RandomTokens(Attack):
     tries: int = 50
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """New tokens every time."""
+        """Yield rounds of prompts with new random tokens before them."""
         draw = torch.Generator().manual_seed(seed)
         for _ in range(self.tries):
             picks = torch.randint(len(victim.words), (len(cases), self.tokens), generator=draw)
             yield {i: Attempt(prefixed(victim, victim.words[picks[i]], cases[i])) for i in sorted(safe)}
 
     def control(self, tries: int) -> None:
-        """It is one."""
+        """Return None, because random tokens are a control themselves."""
 
 
 @dataclass(frozen=True)
 class TokenSearch(Attack):
-    """Tokens before every case's prompt, searched for all cases in one batch.
+    """Tokens before every case's prompt, found by gradient descent for all cases in one batch.
+
+    The search goes through the noise levels from low to high. After each level the current tokens are tried.
 
     Args:
-        tokens: how many stand before the prompt.
-        levels: noise levels, from low to high; after each the tokens found so far are tried.
-        iterations: steps a level.
-        lowest: of the levels.
-        highest: of the levels.
-        mixed: draw the level anew for every case and step, as the papers' expectation over t has it; their code
-            goes from level to level.
+        tokens: number of tokens before the prompt.
+        levels: number of noise levels, which is the number of tries.
+        iterations: optimizer steps per level.
+        lowest: timestep of the lowest noise level.
+        highest: timestep of the highest noise level.
+        mixed: draw a new timestep between the two for every case and step, as the papers' expectation over t
+            suggests; their code uses one level after another.
     """
 
     access: ClassVar[str] = "text"
@@ -65,134 +72,154 @@ class TokenSearch(Attack):
 
     @abstractmethod
     def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
-        """What descends."""
+        """Return the optimizer of the search variable."""
 
     @abstractmethod
-    def begin(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
-        """What is searched [cases, tokens, ...], to begin with."""
+    def initial(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
+        """Return the initial search variable [cases, tokens, ...] for `count` cases."""
 
     @abstractmethod
-    def picked(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For a step: token vectors [n, tokens, width] as the encoder reads them, and the leaf that they hang on."""
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Choose tokens for one step of the search.
+
+        Returns:
+            Token vectors [n, tokens, width] for the text encoder, and the leaf tensor whose gradient stands for the
+            gradient of `variable`.
+        """
 
     @abstractmethod
-    def chosen(self, victim: Victim, variable: Tensor) -> Tensor:
-        """The ids that are meant [n, tokens]."""
+    def token_ids(self, victim: Victim, variable: Tensor) -> Tensor:
+        """Return the token ids [n, tokens] that the search variable stands for."""
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """Descend at each level in turn, then try."""
+        """Yield one round per noise level: the prompts with the tokens found so far before them."""
         draw = torch.Generator().manual_seed(seed)
         with victim.folded():
             places = victim.slots([("", case.prompt) for case in cases], self.tokens)
-            variable = self.begin(victim, len(cases), draw)
+            variable = self.initial(victim, len(cases), draw)
         optimizer = self.optimizer(victim, variable)
         for level in torch.linspace(self.lowest, self.highest, self.levels).round().long():
             live = sorted(safe)
             with victim.folded():
-                wanted = self.wanted(victim, [cases[i] for i in live])
-                here = [Slots(one.ids[live], one.at[live]) for one in places]
+                targets = self.targets(victim, [cases[i] for i in live])
+                live_places = [Slots(slots.ids[live], slots.at[live]) for slots in places]
                 for _ in range(self.iterations):
                     t = level.repeat(len(live))
                     if self.mixed:
                         t = torch.randint(self.lowest, self.highest + 1, t.shape, generator=draw)
-                    vectors, leaf = self.picked(victim, variable[live], draw)
-                    loss = self.loss(victim, wanted, victim.encode(here, vectors), t, draw)
+                    vectors, leaf = self.sample(victim, variable[live], draw)
+                    loss = self.loss(victim, targets, victim.encode(live_places, vectors), t, draw)
                     (gradient,) = torch.autograd.grad(loss, leaf)
                     variable.grad = torch.zeros_like(variable)
-                    variable.grad[live] = self.shaped(gradient)
+                    variable.grad[live] = self.clipped(gradient)
                     optimizer.step()
                     self.project(variable)
-                found = self.chosen(victim, variable)
-            yield {i: Attempt(prefixed(victim, found[i], cases[i])) for i in live}
+                ids = self.token_ids(victim, variable)
+            yield {i: Attempt(prefixed(victim, ids[i], cases[i])) for i in live}
 
-    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
-        """Latents of the base's pictures, and whatever else the objective asks for."""
+    def targets(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
+        """Return what `loss` compares with: the latents of the base's images [n, c, h, w], and more in subclasses."""
         return (torch.stack([case.latents for case in cases]).to(victim.device),)
 
     def loss(
-        self, victim: Victim, wanted: tuple[Any, ...], read: Conditions, t: Tensor, draw: torch.Generator
+        self, victim: Victim, targets: tuple[Any, ...], conditions: Conditions, t: Tensor, draw: torch.Generator
     ) -> Tensor:
-        """|| eps - e*(x_t, t, c') ||^2, the diffusion classifier's (UnlearnDiffAtk, eq. 5); summed over the cases."""
-        latents = wanted[0]
+        """Return || eps - e*(x_t, t, c') ||^2, summed over the cases.
+
+        This is the loss of the diffusion classifier (UnlearnDiffAtk, eq. 5).
+
+        Args:
+            victim: the erased model e*.
+            targets: as `targets` returns them.
+            conditions: c', the prompts with the current tokens.
+            t: timesteps [n].
+            draw: generator of the noise.
+        """
+        latents = targets[0]
         noise = torch.randn(latents.shape, generator=draw).to(latents)
         t = t.to(latents.device)
-        made = victim.eps(add_noise(victim.pipe.scheduler, latents, noise, t), t, read)
-        return F.mse_loss(made, noise) * len(latents)
+        predicted = victim.eps(add_noise(victim.pipe.scheduler, latents, noise, t), t, conditions)
+        return F.mse_loss(predicted, noise) * len(latents)
 
-    def shaped(self, gradient: Tensor) -> Tensor:
-        """What the optimiser gets."""
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return the gradient as the optimizer gets it; unchanged unless a subclass clips it."""
         return gradient
 
     def project(self, variable: Tensor) -> None:
-        """Back to where the variable may be."""
+        """Move the search variable back to its allowed set, in place; by default everything is allowed."""
 
     def control(self, tries: int) -> Attack:
-        """Random tokens."""
+        """Return equally many random tokens before the prompt."""
         return RandomTokens(self.tokens, tries)
 
 
 @dataclass(frozen=True)
 class UnlearnDiffAtk(TokenSearch):
-    """A distribution over the vocabulary for each token, on the simplex (Zhang et al. 2024, arXiv 2310.11868).
+    """A probability distribution over the vocabulary for each token (UnlearnDiffAtk).
 
-    No other model helps: the erased model is its own classifier. Every step samples one-hot tokens, the gradient
-    (straight through, cut to [-1, 1]) goes to their distribution. Nudity takes 5 tokens, as published.
+    Zhang et al. 2024, arXiv 2310.11868. No other model is needed: the erased model serves as its own classifier. Every
+    step samples one-hot tokens; their gradient, clipped to [-1, 1], is used as the gradient of the probabilities
+    (straight-through estimator), which are then projected onto the simplex. The published attack uses 5 tokens for
+    nudity and 3 otherwise.
 
     Args:
-        rate: of Adam.
-        decay: of Adam, added to the gradient. As published it outweighs the gradient as soon as a token has a share of
-            some per cent (0.1 x 0.03 against about 0.001): the shares stay nearly even, and the most probable tokens
-            mean little. The published attack has 51 tries to make up for it; few tries need a decay of 0.
+        rate: learning rate of Adam.
+        decay: weight decay of Adam, which is added to the gradient. The published value outweighs the gradient as soon
+            as a token has a probability of a few per cent (0.1 x 0.03 against about 0.001), so the probabilities stay
+            nearly uniform and the most probable tokens mean little. The published attack makes up for this with 51
+            tries; with few tries use 0.
     """
 
     name: ClassVar[str] = "unlearndiffatk"
     source: ClassVar[str] = "arXiv 2310.11868"
     LITE: ClassVar[dict[str, Any]] = {
-        # A small vocabulary's tokens say less each: 3 bring nothing back where 16 do, as in P4D.
+        # Each token of a small vocabulary carries less: 3 tokens recover nothing where 16, as in P4D, do.
         **{"tokens": 16, "levels": 3, "iterations": 25, "rate": 0.03, "decay": 0.0},
-        **{"lowest": 200, "highest": 850, "mixed": True},  # beyond these, the prompt hardly matters to the loss
+        **{"lowest": 200, "highest": 850, "mixed": True},  # outside, the prompt hardly affects the loss
     }
 
     rate: float = 0.01
     decay: float = 0.1
 
     def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
-        """Adam as published."""
+        """Return Adam with the published kind of weight decay."""
         return torch.optim.Adam([variable], lr=self.rate, weight_decay=self.decay)
 
-    def begin(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
-        """Every token alike."""
+    def initial(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
+        """Return uniform probabilities [count, tokens, words]."""
         size = len(victim.words)
         return torch.full((count, self.tokens, size), 1 / size, device=victim.device)
 
-    def picked(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A sample; the gradient of the one-hot vectors is taken for the distribution's."""
-        shares = variable.flatten(0, 1).cpu()
-        index = torch.multinomial(shares, 1, generator=draw).view(variable.shape[:2]).to(victim.device)
-        hot = F.one_hot(index, variable.shape[-1]).float().requires_grad_(True)
-        return hot @ victim.embeddings[victim.words], hot
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Sample one-hot tokens; their gradient stands for that of the probabilities."""
+        probabilities = variable.flatten(0, 1).cpu()
+        index = torch.multinomial(probabilities, 1, generator=draw).view(variable.shape[:2]).to(victim.device)
+        one_hot = F.one_hot(index, variable.shape[-1]).float().requires_grad_(True)
+        return one_hot @ victim.embeddings[victim.words], one_hot
 
-    def shaped(self, gradient: Tensor) -> Tensor:
-        """Cut."""
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """Return the gradient clipped to [-1, 1]."""
         return gradient.clamp(-1, 1)
 
     def project(self, variable: Tensor) -> None:
-        """Onto the simplex."""
+        """Project the probabilities onto the simplex, in place."""
         variable.copy_(simplex(variable))
 
-    def chosen(self, victim: Victim, variable: Tensor) -> Tensor:
-        """The most probable tokens."""
+    def token_ids(self, victim: Victim, variable: Tensor) -> Tensor:
+        """Return the most probable token at each position."""
         return victim.words[variable.argmax(-1)]
 
 
 @dataclass(frozen=True)
 class P4D(TokenSearch):
-    """Continuous vectors, read as their nearest tokens (Chin et al. 2024, arXiv 2309.06135; PEZ, arXiv 2302.03668).
+    """Continuous vectors, read by the text encoder as their nearest tokens (P4D).
 
-    The erased model has to say with the new prompt what the base says with the plain one.
+    Chin et al. 2024, arXiv 2309.06135, with the projection of PEZ, arXiv 2302.03668. The erased model with the new
+    prompt is made to predict the same noise as the base model with the plain prompt.
 
     Args:
-        rate: of AdamW, in standard deviations of the embeddings (published 0.1, where CLIP-L's deviate by 0.014).
+        rate: learning rate of AdamW, in standard deviations of the token embeddings. The published 0.1 is absolute;
+            CLIP-L's embeddings have a standard deviation of 0.014.
     """
 
     name: ClassVar[str] = "p4d"
@@ -204,45 +231,45 @@ class P4D(TokenSearch):
     iterations: int = 50
     rate: float = 7.0
 
-    def begin(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
-        """Embeddings of random tokens."""
+    def initial(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
+        """Return the embeddings [count, tokens, width] of random tokens."""
         picks = torch.randint(len(victim.words), (count, self.tokens), generator=draw)
         return victim.embeddings[victim.words[picks]].clone()
 
     def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
-        """AdamW as published."""
+        """Return AdamW with the published weight decay."""
         return torch.optim.AdamW([variable], lr=self.rate * victim.spread, weight_decay=0.1)
 
-    def picked(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The nearest tokens; their gradient is taken for the vectors'."""
-        leaf = victim.embeddings[self.chosen(victim, variable)].requires_grad_(True)
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the nearest tokens; their gradient stands for that of the vectors."""
+        leaf = victim.embeddings[self.token_ids(victim, variable)].requires_grad_(True)
         return leaf, leaf
 
-    def chosen(self, victim: Victim, variable: Tensor) -> Tensor:
-        """Nearest by cosine."""
+    def token_ids(self, victim: Victim, variable: Tensor) -> Tensor:
+        """Return the token with the largest cosine similarity at each position."""
         table = F.normalize(victim.embeddings[victim.words], dim=-1)
         return victim.words[(F.normalize(variable, dim=-1) @ table.T).argmax(-1)]
 
-    def wanted(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
-        """The base's own reading of the prompts too."""
+    def targets(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
+        """Return the latents of the base's images, and the plain prompts as the base's text encoder reads them."""
         with victim.unpatched():
-            return *super().wanted(victim, cases), victim.conditions([case.prompt for case in cases])
+            return *super().targets(victim, cases), victim.conditions([case.prompt for case in cases])
 
     def loss(
-        self, victim: Victim, wanted: tuple[Any, ...], read: Conditions, t: Tensor, draw: torch.Generator
+        self, victim: Victim, targets: tuple[Any, ...], conditions: Conditions, t: Tensor, draw: torch.Generator
     ) -> Tensor:
-        """|| e_0(x_t, t, c) - e*(x_t, t, c') ||^2."""
-        latents, plain = wanted
+        """Return || e_0(x_t, t, c) - e*(x_t, t, c') ||^2, summed over the cases, with e_0 the base model."""
+        latents, plain = targets
         noise = torch.randn(latents.shape, generator=draw).to(latents)
         t = t.to(latents.device)
         x = add_noise(victim.pipe.scheduler, latents, noise, t)
         with victim.unpatched(), torch.no_grad():
-            said = victim.eps(x, t, plain)
-        return F.mse_loss(victim.eps(x, t, read), said) * len(latents)
+            expected = victim.eps(x, t, plain)
+        return F.mse_loss(victim.eps(x, t, conditions), expected) * len(latents)
 
 
 def simplex(rows: Tensor) -> Tensor:
-    """Euclidean projection of the last dimension onto {p >= 0, sum p = 1} (Duchi et al. 2008, algorithm 1)."""
+    """Project the last dimension onto {p >= 0, sum p = 1} by Euclidean distance (Duchi et al. 2008, algorithm 1)."""
     sorted_rows = rows.sort(-1, descending=True).values
     excess = sorted_rows.cumsum(-1) - 1
     rank = torch.arange(1, rows.shape[-1] + 1, device=rows.device)
@@ -251,5 +278,8 @@ def simplex(rows: Tensor) -> Tensor:
 
 
 def prefixed(victim: Victim, ids: Tensor, case: Case) -> str:
-    """The tokens as text before the prompt. What counts is the string: it may be cut into other tokens again."""
+    """Return the prompt with the decoded tokens before it.
+
+    The attempt is the string: the pipeline may tokenize it differently.
+    """
     return f"{victim.pipe.tokenizer.decode(ids.tolist()).strip()} {case.prompt}"

@@ -109,7 +109,7 @@ def attack_page(report: AttackReport, grid: Image.Image) -> str:
         "before, asked as they are; after, the attack's tries too. The control has as many tries without the search, "
         "and is empty where the attack is a control itself. F + B: samples forward and backward through the UNet while "
         "searching. This says what was tried, not that nothing else would work.</p>",
-        *(f'<p class="soft">{escape(note)}.</p>' for note in report.told()),
+        *(f'<p class="soft">{escape(note)}.</p>' for note in report.caveats()),
         faults(report),
         curves(report.outcomes),
         "<h2>What came back</h2>"

@@ -11,8 +11,9 @@ import torch
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Attempt, Case, Victim, make, names
 from erasure.evaluation.attacks.detuning import detuning
-from erasure.evaluation.attacks.ring_a_bell import pushed
-from erasure.evaluation.attacks.run import Asking, attack
+from erasure.evaluation.attacks.ring_a_bell import shifted
+from erasure.evaluation.attacks.run import attack
+from erasure.evaluation.attacks.runner import AttackRunner
 from erasure.evaluation.metrics.white_box import measure_white_box
 from erasure.evaluation.verify import verify
 from erasure.patch import Delta
@@ -94,13 +95,13 @@ def test_words_in_slots_are_the_prompt_itself(pipe):
 def test_conditions_draw_what_their_texts_draw(large, forced):
     """The empty prompt of guidance is the pipeline's own too: zeros, or its encoding."""
     large.register_to_config(force_zeros_for_empty_prompt=forced)
-    asking = Asking(Victim(large, switched_off), Likeness(), None, 2, 3.0, 4)
+    runner = AttackRunner(Victim(large, switched_off), Likeness(), None, 2, 3.0, 4)
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     case = Case("a", "a cat in red", 3, "cat", latents, "a", "in red")
-    told = asking.victim.conditions(["a cat in red"])
+    told = runner.victim.conditions(["a cat in red"])
     pictures = [
-        asking.draw([case], {0: attempt})[0]
-        for attempt in (Attempt("a cat in red"), Attempt(embeds=told), Attempt(embeds=pushed(told, told, 1.0)))
+        runner.draw([case], {0: attempt})[0]
+        for attempt in (Attempt("a cat in red"), Attempt(embeds=told), Attempt(embeds=shifted(told, told, 1.0)))
     ]
     assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
 

@@ -10,7 +10,7 @@ import torch
 
 from erasure.cli.main import main
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks.detuning import Detuning, detune, detuning, estimated, read, recovered
+from erasure.evaluation.attacks.detuning import Detuning, detune, detuning, estimate_rank, read_export, recover
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.attacks.test_run import QUICK, SCHEMA, Likeness
 from tests.patch.making import delta_patch, low_rank_patch, same, weights
@@ -37,7 +37,7 @@ def test_detuning_finds_the_weights_behind_several_low_rank_changes():
         published.append(base + 0.3 * low)
     mean = torch.stack(published).mean(0)
     assert (detune(published, 2) - base).norm() < 1e-3 * (mean - base).norm()
-    assert estimated(torch.stack(published)) == 2
+    assert estimate_rank(torch.stack(published)) == 2
     for bad, rank, said in ((published[:1], 2, "two or more"), (published, 0, "rank=0")):
         with pytest.raises(ErasureError, match=said):
             detune(bad, rank)
@@ -51,7 +51,7 @@ def test_patches_and_the_folders_they_were_merged_into_are_the_same_exports(pipe
         folders.append(tmp_path / f"merged{i}")
         pipe.delete_patches("p")
     for file, folder in zip(files, folders, strict=False):
-        one, other = read(pipe, file), read(pipe, folder)
+        one, other = read_export(pipe, file), read_export(pipe, folder)
         assert one.keys() == other.keys() and one and all("attn2.to_k" in name for _, name in one)
         assert all(torch.equal(one[key], other[key]) for key in one)
     assert same(before, weights(pipe))
@@ -96,7 +96,7 @@ def test_full_rank_changes_stay(pipe):
         now = weights(pipe)
         pipe.delete_patches(name)
         published.append({tuple(k.split(".", 1)): v for k, v in now.items() if "attn2.to_k" in k})
-    *_, figures = recovered(pipe, published, Detuning(iterations=40))
+    *_, figures = recover(pipe, published, Detuning(iterations=40))
     assert figures["error"] > 0.2
 
 

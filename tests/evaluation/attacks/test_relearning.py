@@ -9,7 +9,7 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Case, Victim, make
-from erasure.evaluation.attacks.relearning import Change, moved
+from erasure.evaluation.attacks.relearning import WeightUpdate, updated_weights
 from erasure.evaluation.attacks.ring_a_bell import FILLER
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.strengths import switched_off
@@ -26,7 +26,7 @@ def test_moved_weights_learn_and_come_back():
     before = layer.weight.detach().clone()
     layer.requires_grad_(False)
     delta = [torch.ones_like(layer.weight)]
-    with moved([layer.weight], lambda: delta) as move:
+    with updated_weights([layer.weight], lambda: delta) as move:
         assert torch.equal(layer.weight, before + 1) and layer.weight.requires_grad
         delta[0] += 1
         move()
@@ -41,7 +41,7 @@ def test_relearning_is_pefts_lora():
     torch.manual_seed(0)
     net, x, want = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(8, 6), torch.randn(8, 5)
     plain = copy.deepcopy(net)
-    learnt = Change([plain[0].weight], 3, torch.Generator().manual_seed(0))
+    learnt = WeightUpdate([plain[0].weight], 3, torch.Generator().manual_seed(0))
     wrapped = inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=["0"]), net)
     down, up = wrapped[0].lora_A["default"].weight, wrapped[0].lora_B["default"].weight
     assert [one.shape for one in learnt.leaves] == [down.shape, up.shape] and not up.any()
@@ -54,14 +54,14 @@ def test_relearning_is_pefts_lora():
         theirs.zero_grad()
         ((wrapped(x) - want) ** 2).mean().backward()
         theirs.step()
-        with moved([plain[0].weight], learnt):
+        with updated_weights([plain[0].weight], learnt):
             gradients = torch.autograd.grad(((plain(x) - want) ** 2).mean(), [plain[0].weight])
         ours.zero_grad()
         torch.autograd.backward(learnt(), gradients)
         ours.step()
     assert torch.allclose(learnt()[0], wrapped[0].get_delta_weight("default"), atol=1e-6) and learnt()[0].any()
     with pytest.raises(ErasureError, match="rank=0"):
-        Change([plain[0].weight], 0, torch.Generator())
+        WeightUpdate([plain[0].weight], 0, torch.Generator())
 
 
 def test_relearnings_control_learns_pictures_without_the_concept(pipe, monkeypatch):

@@ -18,8 +18,9 @@ from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Attempt, Case, Victim, find, make, names
 from erasure.evaluation.attacks.embeddings import within
 from erasure.evaluation.attacks.report import AttackReport, Outcome
-from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, without
-from erasure.evaluation.attacks.run import Asking, around, attack
+from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, words_without_concept
+from erasure.evaluation.attacks.run import attack
+from erasure.evaluation.attacks.runner import AttackRunner, split_at_name
 from erasure.evaluation.attacks.token_search import simplex
 from erasure.evaluation.metrics.target import Target
 from erasure.model.closed_form import recovered
@@ -151,7 +152,7 @@ def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
     report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
     assert same(before, state(pipe)) and report.outcome(name).n == 3
     assert not pipe.unet.training and list(pipe.get_list_patches()) == ["p"]
-    assert "p has a text gate" in report.text() and "acts fully" in (tmp_path / "report.html").read_text()
+    assert "p has a text gate" in report.text() and "acts at full strength" in (tmp_path / "report.html").read_text()
 
 
 def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, tmp_path):
@@ -216,7 +217,7 @@ def test_changes_are_cut_to_the_ball():
     ],
 )
 def test_the_name_is_found_as_a_word(prompt, words, want):
-    assert around(prompt, words) == want
+    assert split_at_name(prompt, words) == want
 
 
 def outcome(**changes) -> Outcome:
@@ -241,20 +242,20 @@ def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
     rows = PromptSet(
         "own", [replace(row, guidance=each) for row, each in zip(ROWS.rows, (1.5, None, 6.0), strict=True)]
     )
-    asking = Asking(Victim(pipe, switched_off), Likeness(), Target("object", ("cat",), None), 2, 3.0, 16)
-    cases, _, pictures = asking.cases(rows, "cat", 3)
+    runner = AttackRunner(Victim(pipe, switched_off), Likeness(), Target("object", ("cat",), None), 2, 3.0, 16)
+    cases, _, pictures = runner.find_cases(rows, "cat", 3)
     order = {row.id: i for i, row in enumerate(rows.rows)}
     for case, picture in zip(cases, pictures, strict=True):
         scale = (1.5, 3.0, 6.0)[order[case.id]]
         draw = torch.Generator().manual_seed(case.seed)
         want = pipe(case.prompt, num_inference_steps=2, guidance_scale=scale, generator=draw).images[0]
         other = pipe(case.prompt, num_inference_steps=2, guidance_scale=4.0, generator=draw.manual_seed(case.seed))
-        again = asking.draw(cases, {cases.index(case): Attempt(case.prompt)})[cases.index(case)]
+        again = runner.draw(cases, {cases.index(case): Attempt(case.prompt)})[cases.index(case)]
         for made in (picture, again):
             assert np.abs(np.asarray(made).astype(int) - np.asarray(want)).max() <= 1
             assert np.abs(np.asarray(made).astype(int) - np.asarray(other.images[0])).max() > 1
-    assert set(asking.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
-    found = asking.conditions(cases, 0)["guidances"]
+    assert set(runner.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
+    found = runner.provenance(cases, 0)["guidances"]
     assert sorted(found.values()) == [1.5, 6.0]
 
 
@@ -302,7 +303,7 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
         ({"cases": 1}, "at least 2"),
         ({"settings": {"tokns": 3}}, "tokens"),
         ({"settings": {"tokens": "many"}}, "expected int"),
-        ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "one attack"),
+        ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "single attack"),
         ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "never names cat"),
     ],
 )
@@ -337,7 +338,7 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
         assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
     draw = torch.Generator().manual_seed(0)
     cat = pipe.tokenizer("cat").input_ids[1]
-    words = without(victim, cases)
+    words = words_without_concept(victim, cases)
     assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
     rows = words[torch.randint(len(words), (16, 3), generator=draw)]
     aim = victim.conditions(["a cat in red"]).states[0] + along

@@ -164,7 +164,7 @@ def test_attacks_page(tmp_path):
         for i, case in enumerate(cases):
             noise(i).save(tmp_path / one.name / f"{case}.png")
     write_attack_report(report, tmp_path, {"base": [noise(i) for i in range(10)]})
-    check(tmp_path / "report.html", tmp_path / "look", 1, "shown for 1 of 10 prompts")
+    check(tmp_path / "report.html", tmp_path / "look", 1, "for 1 of 10 prompts")
 
 
 def test_benchs_page(tmp_path):
