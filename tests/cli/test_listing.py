@@ -104,8 +104,8 @@ def test_a_method_shows_each_setting_with_default_range_and_meaning(capsys):
     for name, entry in data.items():
         value = entry["default"]
         shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-        assert f"{name} {shown.removesuffix('.0')} {setting['allowed']}".split()[:2] == [name, shown.removesuffix(".0")]
-        assert setting["about"] and setting["type"] and f" {name} {shown.removesuffix('.0')} " in text
+        assert f"{name} {shown.removesuffix('.0')} {entry['allowed']}".split()[:2] == [name, shown.removesuffix(".0")]
+        assert entry["about"] and entry["type"] and f" {name} {shown.removesuffix('.0')} " in text
     assert data["iterations"]["default"] == 75 and "whole number" in data["iterations"]["allowed"]
 
 
