@@ -1,4 +1,4 @@
-"""Differences of whole tensors under kohya's keys, as A1111 and ComfyUI read them: `.diff` of a weight, `.diff_b`."""
+"""Differences of whole tensors under kohya's keys, `.diff` for weights and `.diff_b` for biases (ComfyUI, A1111)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from erasure.errors import ErasureError
-from erasure.formats.conversion import Found, Wanted, check_fit, put
 from erasure.formats.kohya import places, title
-from erasure.formats.source import Source
+from erasure.formats.patch_builder import ImportedPayload, TensorTarget, check_fit, put
+from erasure.formats.published_file import PublishedFile
 from erasure.model.base import Base
 from erasure.patch import Delta, Patch
 from erasure.patch.module_keys import kohya_prefix
@@ -19,40 +19,68 @@ from erasure.patch.serialization import two_encoders
 ENDS = {"weight": ".diff", "bias": ".diff_b"}
 
 
-def read_diff(source: Source, base: Base) -> Found:
-    """A file of differences; tensors of zeros, which stand beside a bias that changes alone, are left out."""
-    known, back = places(base), {end: leaf for leaf, end in ENDS.items()}
-    wanted: list[Wanted] = []
-    found: dict[str, dict[str, Tensor]] = {}
+def read_diff(source: PublishedFile, base: Base) -> ImportedPayload:
+    """Read a file of differences.
+
+    Tensors of zeros are left out: writers add them for layers of which only the bias changes.
+
+    Args:
+        source: the file.
+        base: the base that it must fit.
+
+    Raises:
+        ErasureError: there are other tensors, a tensor does not fit the base, or a layer is stored twice.
+    """
+    prefixes, leaf_of = places(base), {end: leaf for leaf, end in ENDS.items()}
+    targets: list[TensorTarget] = []
+    tables: dict[str, dict[str, Tensor]] = {}
     for key, value in source.read().items():
         prefix, dot, end = key.partition(".")
-        if dot + end not in back:
-            raise ErasureError(f"{source.path}: {key} is neither {' nor '.join(back)}")
-        component, path = known.get(prefix, ("", prefix))
-        name = f"{path}.{back[dot + end]}"
-        wanted.append(Wanted(key, component or None, name, tuple(value.shape)))
-        put(source, found.setdefault(component, {}), name, key, value.float())
-    check_fit(source, base, wanted)
-    tables = {part: {name: value for name, value in table.items() if value.any()} for part, table in found.items()}
-    return Found(Delta(tables))
+        if dot + end not in leaf_of:
+            raise ErasureError(f"{source.path}: the key {key} ends neither in {' nor in '.join(leaf_of)}")
+        component, path = prefixes.get(prefix, ("", prefix))
+        name = f"{path}.{leaf_of[dot + end]}"
+        targets.append(TensorTarget(key, component or None, name, tuple(value.shape)))
+        put(source, tables.setdefault(component, {}), name, key, value.float())
+    check_fit(source, base, targets)
+    return ImportedPayload(
+        Delta({part: {name: value for name, value in table.items() if value.any()} for part, table in tables.items()})
+    )
 
 
 def check_diff(patch: Patch) -> None:
-    """Raise an ErasureError for a patch that changes a parameter that is neither a weight nor a bias."""
+    """Check that a patch changes weights and biases alone.
+
+    Args:
+        patch: the patch.
+
+    Raises:
+        ErasureError: it changes another parameter.
+    """
     for component in patch.components:
         for name in patch.payload.names(component):
             if name.rpartition(".")[2] not in ENDS:
-                raise ErasureError(f"holds weights and biases, and {component}.{name} is neither")
+                raise ErasureError(f"holds weights and biases only, but {component}.{name} is neither")
 
 
 def write_diff(patch: Patch, path: Path) -> list[str]:
-    """Write every change as it is, dense; a low-rank one multiplied out.
+    """Write every change as a dense difference; low-rank factors are multiplied out.
 
-    A1111 takes a `.diff_b` only beside a `.diff`, and stops at a file where it stands alone.
+    A1111 reads a `.diff_b` only together with a `.diff`, and refuses a file in which one stands alone.
+
+    Args:
+        patch: the patch.
+        path: the file.
+
+    Returns:
+        A note, if A1111 refuses the file.
+
+    Raises:
+        ErasureError: the patch changes a parameter that is neither a weight nor a bias, or the file cannot be written.
     """
     check_diff(patch)
     tensors: dict[str, Tensor] = {}
-    payload, alone = patch.payload, []
+    payload, lone_biases = patch.payload, []
     two = two_encoders(payload)
     for component in payload.components:
         names = payload.names(component)
@@ -61,8 +89,11 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
             prefix = kohya_prefix(component, module, two)
             tensors[prefix + ENDS[leaf]] = payload.change(component, name).contiguous()
             if leaf == "bias" and f"{module}.weight" not in names:
-                alone.append(prefix)
+                lone_biases.append(prefix)
     write_file(path, tensors, {"modelspec.title": title(patch)})
-    if alone:
-        return [f"{len(alone)} biases change alone: ComfyUI takes them, A1111 refuses the file ({alone[0]})"]
+    if lone_biases:
+        return [
+            f"{len(lone_biases)} biases change without their weights (first: {lone_biases[0]}): "
+            "ComfyUI loads the file, A1111 refuses it"
+        ]
     return []

@@ -1,7 +1,7 @@
-"""Patches to the Hugging Face hub and from it.
+"""Pushing patches to the Hugging Face hub, and pulling patches from it.
 
-A repository holds the patch, README.md (the model card), erasure.json (which file it is, its sha256, what it holds)
-and, where `verify` drew it, grid.png. A folder of the same layout serves where there is no network.
+A repository holds the patch, README.md (the model card), erasure.json (the name of the patch's file, its sha256 and its
+header) and, if `verify` has made one, grid.png. Without a network, a folder of the same layout can be used instead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Source = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a patch went.
+    """The result of a push: the repository and the files in it.
 
     Args:
-        repository: `owner/name`.
-        files: names of the files there.
-        folder: where they were laid out instead of being uploaded, or None.
-        revision: the commit; empty for a folder.
-        url: of the commit; empty for a folder.
-        note: what to see to, or empty.
+        repository: name of the repository, `owner/name`.
+        files: names of the files in it.
+        folder: folder that the files were written to instead of being uploaded, or None.
+        revision: hash of the commit; empty for a folder.
+        url: address of the commit; empty for a folder.
+        note: a warning for the user, or empty.
     """
 
     repository: str
@@ -46,26 +46,30 @@ class Pushed:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as data that can be written as JSON."""
         return {**vars(self), "folder": None if self.folder is None else str(self.folder)}
 
     def text(self) -> str:
-        """For people."""
-        where = self.url or f"{self.repository} ({self.revision})"
-        if self.folder is not None:
-            where = f"{self.folder}: nothing was uploaded; `hf upload {self.repository} {self.folder}` does it"
-        return "\n".join([where, f"files: {', '.join(self.files)}", *([self.note] if self.note else [])])
+        """Return the result as text for the terminal."""
+        if self.folder is None:
+            target = f"pushed to {self.url or f'{self.repository} ({self.revision})'}"
+        else:
+            target = (
+                f"written to {self.folder}; nothing was uploaded. To upload it: "
+                f"hf upload {self.repository} {self.folder}"
+            )
+        return "\n".join([target, f"files: {', '.join(self.files)}", *([self.note] if self.note else [])])
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What came from a repository.
+    """The result of a pull: the local file and where it came from.
 
     Args:
-        patch: the file here.
-        repository: where it came from: `owner/name`, or empty for a folder.
-        revision: the commit it is of; empty for a folder.
-        info: as `Patch.info`.
+        patch: the local file.
+        repository: name of the repository, `owner/name`; empty for a folder.
+        revision: hash of the commit; empty for a folder.
+        info: what `Patch.info` returns.
     """
 
     patch: Path
@@ -74,14 +78,15 @@ class Pulled:
     info: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as data that can be written as JSON."""
         return {**vars(self), "patch": str(self.patch)}
 
     def text(self) -> str:
-        """For people."""
-        what = f"{', '.join(self.info['concepts'])} erased from {self.info['base'] or '?'} by {self.info['method']}"
-        again = f"\n{self.repository}@{self.revision} names this very state" if self.revision else ""
-        return f"{self.patch}: {what}{again}"
+        """Return the result as text for the terminal."""
+        concepts = ", ".join(self.info["concepts"])
+        summary = f"{concepts} erased from {self.info['base'] or 'an unnamed base'} by {self.info['method']}"
+        pin = f"\nto pull this exact version again: {self.repository}@{self.revision}" if self.revision else ""
+        return f"{self.patch}: {summary}{pin}"
 
 
 def push(
@@ -94,64 +99,79 @@ def push(
     message: str | None = None,
     api: Any = None,
 ) -> Pushed:
-    """Upload a patch with its model card to the Hugging Face hub, in one commit; the repository is made if need be.
+    """Upload a patch with its model card to the Hugging Face hub, in one commit.
 
-    Results that `verify` wrote into the patch go into the card, and grid.png if it lies beside the file.
+    The repository is created if it does not exist. The card reports the results that `verify` has written into the
+    patch, and shows grid.png if it is in the folder of the patch.
 
     Args:
-        file: the patch; it is read whole and checked first, and never changed.
-        repository: `owner/name`.
-        folder: lay the repository out here and upload nothing.
-        private: whether a repository that is made can be seen by its owner alone.
-        license: of the patch, as the hub calls it, such as `openrail`.
-        message: of the commit.
-        api: a `huggingface_hub.HfApi`; None: one with the user's own token.
+        file: the patch; it is read and checked completely first, and never changed.
+        repository: name of the repository, `owner/name`.
+        folder: write the files of the repository to this folder, and upload nothing.
+        private: whether a repository that is created is visible to its owner only.
+        license: license of the patch as the hub spells it, such as `openrail`.
+        message: message of the commit (default: the concepts and the name of the file).
+        api: a `huggingface_hub.HfApi` (default: one with the user's own token).
+
+    Returns:
+        The repository, its files and the commit.
 
     Raises:
-        ErasureError: a file that is no patch, a name of another form, a folder with a README.md of somebody else, no
-            network, no right to write. The file is untouched then, and on the hub nothing is half done.
+        ErasureError: the file is not a patch, the name has another form, the folder has a README.md that no push has
+            written, the hub cannot be reached, or it denies access. The file is unchanged then, and nothing is
+            committed on the hub.
     """
-    found = place(repository)
-    if found is None or found.revision or found.file:
-        raise ErasureError(f"{repository!r}: a repository is called owner/name")
+    parsed = place(repository)
+    if parsed is None or parsed.revision or parsed.file:
+        raise ErasureError(f"the name of a repository must be owner/name, not {repository!r}. Nothing was pushed")
     path = Path(file)
     refuse_pickles(str(path), path.name)
     patch = Patch.load(path)
     text = card(patch, path.name, repository=repository, grid=GRID if _grid(path) else "", license=license)
     note = ""
     if os.path.isabs(patch.base):
-        note = f"its header names the base by a path of this machine, {patch.base}: others will not find it"
+        note = f"its header names the base by a path on this machine ({patch.base}), which others will not find"
     if folder is not None:
         return Pushed(repository, _lay_out(path, patch, text, Path(folder)), Path(folder), note=note)
     with tempfile.TemporaryDirectory() as stage:
         files = _lay_out(path, patch, text, Path(stage))
-        done = _upload(Path(stage), repository, private, message or f"{', '.join(patch.names)}: {path.name}", api)
-    return Pushed(repository, files, None, str(done.oid), str(done.commit_url), note)
+        commit = _upload(Path(stage), repository, private, message or f"{', '.join(patch.names)}: {path.name}", api)
+    return Pushed(repository, files, None, str(commit.oid), str(commit.commit_url), note)
 
 
 def pull(source: Source, out: Source | None = None, *, overwrite: bool = False) -> Pulled:
-    """Fetch a patch, check it and put a copy of it here.
+    """Download a patch, check it and write a copy of it.
 
     Args:
-        source: `owner/name[@revision][/file.safetensors]` on the hub, or a folder of that layout, or a file.
-        out: where to write; None: under its own name in the current folder.
-        overwrite: whether another file there may be replaced.
+        source: `owner/name[@revision][/file.safetensors]` on the hub, a folder of the same layout, or a file.
+        out: file or folder to write to (default: the name of the file, in the current folder).
+        overwrite: whether a different file at that path may be replaced.
+
+    Returns:
+        The local file, and where it came from.
 
     Raises:
-        ErasureError: nothing there, no network and not in the cache, a pickle, no patch, other bytes than the
-            repository says, another file at `out`. Nothing is written then.
+        ErasureError: there is no such patch, the hub cannot be reached and the patch is not cached, the file is a
+            pickle or not a patch, its sha256 is not the recorded one, or a different file is at `out`. Nothing is
+            written then.
     """
-    found = _find(source)
-    patch = Patch.load(found.path)
-    if found.sha256 is not None and _sha256(found.path) != found.sha256:
-        raise ErasureError(f"{source}: {found.path.name} is not the file that was pushed: its sha256 is another")
-    target = Path(found.path.name) if out is None else Path(out)
+    local = _find(source)
+    patch = Patch.load(local.path)
+    if local.sha256 is not None and _sha256(local.path) != local.sha256:
+        raise ErasureError(
+            f"{source}: {local.path.name} is not the file that was pushed, because its sha256 differs. "
+            "Nothing was written"
+        )
+    target = Path(local.path.name) if out is None else Path(out)
     if target.is_dir():
-        target /= found.path.name
-    if target.exists() and not overwrite and _sha256(target) != _sha256(found.path):
-        raise ErasureError(f"{target}: another file is there; give -o another name, or --overwrite (overwrite=True)")
-    _copy(found.path, target)
-    return Pulled(target, found.repository, found.revision, patch.info())
+        target /= local.path.name
+    if target.exists() and not overwrite and _sha256(target) != _sha256(local.path):
+        raise ErasureError(
+            f"{target} already exists with different content. Choose another name with -o (out=), or replace it with "
+            "--overwrite (overwrite=True)"
+        )
+    _copy(local.path, target)
+    return Pulled(target, local.repository, local.revision, patch.info())
 
 
 def _find(source: Source) -> Found:
@@ -163,7 +183,7 @@ def _find(source: Source) -> Found:
         return Found(path)
     if isinstance(source, str):
         return find_patch(source)
-    raise ErasureError(f"{source}: no such folder")
+    raise ErasureError(f"{source} does not exist")
 
 
 def _grid(path: Path) -> Path | None:
@@ -172,21 +192,23 @@ def _grid(path: Path) -> Path | None:
 
 
 def _lay_out(path: Path, patch: Patch, text: str, folder: Path) -> list[str]:
-    """Write the repository's files into `folder`; returns their names.
+    """Write the files of the repository to a folder, and return their names.
 
     Raises:
-        ErasureError: the folder cannot be written, or holds files that are not of an earlier push.
+        ErasureError: the folder cannot be written, holds the patch itself, or has a README.md that no push has written.
     """
     if folder.resolve() == path.resolve().parent:
-        raise ErasureError(f"{folder} holds the patch itself: give another folder")
+        raise ErasureError(f"{folder} holds the patch itself. Choose another folder; nothing was written")
     if (folder / CARD).exists() and not (folder / CONFIG).exists():
-        raise ErasureError(f"{folder} has a {CARD} that no push has written: give another folder")
+        raise ErasureError(
+            f"{folder} has a {CARD} that no push has written. Choose another folder; nothing was written"
+        )
     config = {"file": path.name, "sha256": _sha256(path), **patch.info(), "digest": patch.payload.digest}
     texts = {CARD: text, CONFIG: json.dumps(config, indent=1) + "\n"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise ErasureError(f"{folder}: cannot be written: {fault.strerror or fault}") from None
+        raise ErasureError(f"{folder} cannot be written: {fault.strerror or fault}") from None
     grid = _grid(path)
     _copy(path, folder / path.name)
     if grid is not None:
@@ -201,8 +223,8 @@ def _upload(stage: Path, repository: str, private: bool, message: str, api: Any)
 
     api = api or HfApi()
     away = (
-        "was not pushed: the hub is out of reach (no network, or HF_HUB_OFFLINE is set). "
-        "The patch is untouched; --folder DIR lays the repository out here, for later"
+        "was not pushed, because the hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
+        "The patch is unchanged; --folder DIR (folder=) writes the repository to a folder, to upload it later"
     )
     with plainly(repository, "repository", repository, away=away):
         api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
@@ -214,11 +236,11 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as fault:
-        raise ErasureError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+        raise ErasureError(f"{path} cannot be read: {fault.strerror or fault}") from None
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all."""
+    """Copy a file, so that the copy appears whole or not at all."""
     _replace(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
@@ -226,13 +248,13 @@ def _write(target: Path, text: str) -> None:
     _replace(target, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _replace(target: Path, make: Any) -> None:
+def _replace(target: Path, write: Any) -> None:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        make(temporary)
+        write(temporary)
         os.replace(temporary, target)
     except OSError as fault:
-        raise ErasureError(f"{target}: cannot be written: {fault.strerror or fault}") from None
+        raise ErasureError(f"{target} cannot be written: {fault.strerror or fault}") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
-from erasure.formats.conversion import Found, components, low_rank, need_low_rank, put, rank_of
-from erasure.formats.source import Source
+from erasure.formats.patch_builder import ImportedPayload, components, low_rank, put, rank_of
+from erasure.formats.published_file import PublishedFile
+from erasure.formats.requirements import need_low_rank
 from erasure.model.base import Base
 from erasure.model.original_keys import compvis_names
 from erasure.patch import LowRank, Patch
@@ -22,76 +23,119 @@ Place = tuple[str, str]  # component, module path
 
 
 def places(base: Base) -> dict[str, Place]:
-    """Key in front of the dot -> component and module, in every spelling that is about.
+    """Map key prefixes to the modules of a base, in every spelling that is in use.
 
-    Those are: diffusers' paths (as SPM and kohya's SD 1 trainer write), the original paths (kohya's XL trainer), and
-    for the first text encoder `lora_te_` and `lora_te1_`.
+    The spellings are diffusers' paths (as SPM and kohya's SD 1 trainer write them), the original paths (kohya's XL
+    trainer), and for the first text encoder both `lora_te_` and `lora_te1_`.
+
+    Args:
+        base: the base.
+
+    Returns:
+        Part of the key before the first dot -> component and module path.
     """
-    found: dict[str, Place] = {}
+    table: dict[str, Place] = {}
     modules = components(base)
-    two = "text_encoder_2" in modules
+    has_two_encoders = "text_encoder_2" in modules
     for component, root in modules.items():
-        old = _original(root) if component == "unet" else {}
+        original_paths = _original_paths(root) if component == "unet" else {}
         for path, module in root.named_modules():
             if not isinstance(getattr(module, "weight", None), nn.Parameter):
                 continue
             plain = path.removeprefix("text_model.") if component != "unet" else path
-            spellings = [kohya_prefix(component, plain, both) for both in (two, not two)]
+            spellings = [kohya_prefix(component, plain, two) for two in (has_two_encoders, not has_two_encoders)]
             if component == "unet":
-                spellings += [f"lora_unet_{one.replace('.', '_')}" for one in (path, old.get(path, path))]
+                paths = (path, original_paths.get(path, path))
+                spellings += [f"lora_unet_{spelling.replace('.', '_')}" for spelling in paths]
             for spelling in spellings:
-                found.setdefault(spelling, (component, plain))
-    return found
+                table.setdefault(spelling, (component, plain))
+    return table
 
 
-def _original(unet: nn.Module) -> dict[str, str]:
-    """diffusers' module paths to those of the original code; empty for a UNet that has no original."""
+def _original_paths(unet: nn.Module) -> dict[str, str]:
+    """Map diffusers' module paths to those of the original code; empty for a UNet that it does not have."""
     try:
         names = compvis_names(unet)
     except (ValueError, IndexError, TypeError, KeyError):
         return {}
-    return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
+    return {diffusers.rpartition(".")[0]: original.rpartition(".")[0] for diffusers, original in names.items()}
 
 
-def grouped(source: Source) -> dict[str, dict[str, Tensor]]:
-    """Key in front of the dot -> `.lora_down.weight`, `.lora_up.weight`, perhaps `.alpha` -> tensor.
+def grouped(source: PublishedFile) -> dict[str, dict[str, Tensor]]:
+    """Group the tensors of a file by layer.
+
+    Args:
+        source: the file.
+
+    Returns:
+        Part of the key before the first dot -> `.lora_down.weight`, `.lora_up.weight` and perhaps `.alpha` -> tensor.
 
     Raises:
-        ErasureError: other tensors (DoRA, LoHa, LoKr), or a factor alone.
+        ErasureError: there are other tensors (DoRA, LoHa, LoKr), or a factor is missing.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for key, value in source.read().items():
-        prefix, dot, rest = key.partition(".")
-        if dot + rest not in (DOWN, UP, ALPHA):
-            raise ErasureError(f"{source.path}: {key} is neither {DOWN}, {UP} nor {ALPHA}: no plain LoRA")
-        found.setdefault(prefix, {})[dot + rest] = value
-    for prefix, parts in found.items():
+        prefix, dot, end = key.partition(".")
+        if dot + end not in (DOWN, UP, ALPHA):
+            raise ErasureError(
+                f"{source.path} is not a plain LoRA: the key {key} ends neither in {DOWN}, {UP} nor {ALPHA}"
+            )
+        groups.setdefault(prefix, {})[dot + end] = value
+    for prefix, parts in groups.items():
         if missing := [end for end in (DOWN, UP) if end not in parts]:
-            raise ErasureError(f"{source.path}: {prefix} lacks its {missing[0]}")
+            raise ErasureError(f"{source.path}: the layer {prefix} lacks its {missing[0]}")
         if ALPHA in parts and parts[ALPHA].numel() != 1:
-            raise ErasureError(f"{source.path}: {prefix}{ALPHA} is not one number")
-    return found
+            raise ErasureError(f"{source.path}: {prefix}{ALPHA} must be a single number")
+    return groups
 
 
-def layers_of(source: Source, base: Base, groups: Mapping[str, Mapping[str, Tensor]]) -> LowRank:
-    """The groups as a payload; without alpha it is the rank, as every loader takes it."""
-    known = places(base)
+def layers_of(source: PublishedFile, base: Base, groups: Mapping[str, Mapping[str, Tensor]]) -> LowRank:
+    """Build the payload of grouped tensors; a layer without alpha gets its rank as alpha, as in every loader.
+
+    Args:
+        source: the file, for messages.
+        base: the base that the layers must fit.
+        groups: the tensors by layer, as from `grouped`.
+
+    Raises:
+        ErasureError: a layer does not fit the base, or is stored twice.
+    """
+    prefixes = places(base)
     layers: dict[str, dict[str, tuple[str, tuple[Tensor, Tensor, float]]]] = {}
     for prefix, parts in groups.items():
-        component, path = known.get(prefix, ("", prefix))
+        component, path = prefixes.get(prefix, ("", prefix))
         down, up = parts[DOWN].float(), parts[UP].float()
         alpha = float(parts[ALPHA]) if ALPHA in parts else float(rank_of(source, prefix, down))
         put(source, layers.setdefault(component, {}), path, prefix, (prefix, (down, up, alpha)))
     return low_rank(source, base, layers)
 
 
-def read_kohya(source: Source, base: Base) -> Found:
-    """A plain LoRA under kohya's keys."""
-    return Found(layers_of(source, base, grouped(source)))
+def read_kohya(source: PublishedFile, base: Base) -> ImportedPayload:
+    """Read a plain LoRA under kohya's keys.
+
+    Args:
+        source: the file.
+        base: the base that it must fit.
+
+    Raises:
+        ErasureError: the file is not a plain LoRA, or does not fit the base.
+    """
+    return ImportedPayload(layers_of(source, base, grouped(source)))
 
 
 def write_kohya(patch: Patch, path: Path) -> list[str]:
-    """Write a low-rank patch as a plain LoRA: the native form without our header, so without the gate."""
+    """Write a low-rank patch as a plain LoRA: like the patch's own file, but without its header and gate.
+
+    Args:
+        patch: the patch.
+        path: the file.
+
+    Returns:
+        No notes, because the whole change is written.
+
+    Raises:
+        ErasureError: the patch is not of low rank, or the file cannot be written.
+    """
     payload = need_low_rank(patch)
     tensors, _, _ = encode(payload, "fp32")
     write_file(path, tensors, loader_keys(payload, title(patch)))
@@ -99,5 +143,5 @@ def write_kohya(patch: Patch, path: Path) -> list[str]:
 
 
 def title(patch: Patch) -> str:
-    """What a file's header calls the patch."""
+    """Return the title of a patch for the header of a file, such as "cat erased by" and the method."""
     return f"{', '.join(patch.names)} erased by {patch.method}"

@@ -1,4 +1,4 @@
-"""Which programs load which export formats, and what they leave out of a patch."""
+"""The programs that load each export format, and what they leave out of a patch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ LOADS = {
 
 
 def takes(form: str) -> list[str]:
-    """List the programs that load a format."""
+    """Return the names of the programs that load a format.
+
+    Args:
+        form: name of the format, one of `FORMATS`.
+    """
     return [name for name in LOADERS if form in LOADS[name]]
 
 
 def notes(form: str, payload: LowRank | Delta) -> list[str]:
-    """List what the programs that load a format leave out of this payload, one sentence a program."""
-    lost = {name: missed(name, payload) for name in takes(form)}
+    """Return what the programs that load a format leave out of a payload, one sentence per program.
+
+    Args:
+        form: name of the format, one of `FORMATS`.
+        payload: the change of the weights.
+    """
+    unmatched = {name: missed(name, payload) for name in takes(form)}
     return [
-        f"{name} has no layer for {len(keys)} of its keys, the first {keys[0]}" for name, keys in lost.items() if keys
+        f"{name} ignores {len(keys)} keys, for which it has no layer (first: {keys[0]})"
+        for name, keys in unmatched.items()
+        if keys
     ]

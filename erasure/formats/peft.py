@@ -1,4 +1,4 @@
-"""PEFT's LoRA as diffusers writes it: `unet.<path>.lora_A.weight` and `lora_B`, a text encoder's beside it."""
+"""PEFT's LoRA as diffusers writes it: `unet.<path>.lora_A.weight` and `.lora_B.weight`, also for text encoders."""
 
 from __future__ import annotations
 
@@ -13,90 +13,117 @@ import torch
 from torch import Tensor
 
 from erasure.errors import ErasureError
-from erasure.formats.conversion import Found, low_rank, need_low_rank, put, rank_of, split
 from erasure.formats.kohya import title
-from erasure.formats.source import Source
+from erasure.formats.patch_builder import ImportedPayload, low_rank, put, rank_of, split
+from erasure.formats.published_file import PublishedFile
+from erasure.formats.requirements import need_low_rank
 from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.patch.module_keys import COMPONENTS, canonical, nested
 from erasure.patch.payload import Layer
 from erasure.patch.safetensors_io import write_file
 
-WRAPPED = "base_model.model."  # in front of everything that peft itself saves
-CONFIG = "lora_adapter_metadata"  # in the header, where diffusers puts rank and alpha
-# The factors' names: peft's, with an adapter's name or without, and those of older diffusers.
-FACTOR = re.compile(r"(?P<path>.+?)\.(?:lora_(?P<new>[AB])(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<old>down|up))\.weight")
+WRAPPED = "base_model.model."  # prefix of everything that peft itself saves
+CONFIG = "lora_adapter_metadata"  # the header key under which diffusers stores rank and alpha
+# Names of the factors: peft's, with or without the name of the adapter, and those of older versions of diffusers.
+FACTOR = re.compile(
+    r"(?P<path>.+?)\.(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora(?:_linear_layer)?\.(?P<diffusers>down|up))\.weight"
+)
 DOWN = {"A", "down"}
 
 
-def read_peft(source: Source, base: Base) -> Found:
-    """A LoRA under diffusers' module paths.
+def read_peft(source: PublishedFile, base: Base) -> ImportedPayload:
+    """Read a LoRA under diffusers' module paths.
 
-    Alpha comes from `lora_adapter_metadata` in the header or from an `.alpha` tensor; without either it is the rank,
-    as diffusers and peft take it.
+    Alpha comes from `lora_adapter_metadata` in the header or from an `.alpha` tensor. Without either it is the rank, as
+    in diffusers and peft.
+
+    Args:
+        source: the file.
+        base: the base that it must fit.
+
+    Raises:
+        ErasureError: the file is not a plain LoRA, a factor is missing, or a layer does not fit the base.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in source.read().items():
-        named = FACTOR.fullmatch(key)
-        if named:
-            side = "down" if (named["new"] or named["old"]) in DOWN else "up"
-            pairs.setdefault(named["path"], {})[side] = value.float()
+        match = FACTOR.fullmatch(key)
+        if match:
+            side = "down" if (match["peft"] or match["diffusers"]) in DOWN else "up"
+            pairs.setdefault(match["path"], {})[side] = value.float()
         elif key.endswith(".alpha") and value.numel() == 1:
             pairs.setdefault(key.removesuffix(".alpha"), {})["alpha"] = value.float()
         else:
-            raise ErasureError(f"{source.path}: {key} is no factor of a plain LoRA (DoRA, biases and others are not)")
+            raise ErasureError(
+                f"{source.path} is not a plain LoRA: {key} is not a low-rank factor (DoRA, biases and other variants "
+                "are not supported)"
+            )
     settings = _settings(source)
     layers: dict[str, dict[str, tuple[str, Layer]]] = {}
     for key, parts in pairs.items():
         if missing := [side for side in ("down", "up") if side not in parts]:
-            raise ErasureError(f"{source.path}: {key} lacks its lora_{'A' if missing[0] == 'down' else 'B'}")
+            factor = "lora_A" if missing[0] == "down" else "lora_B"
+            raise ErasureError(f"{source.path}: the layer {key} lacks its {factor}")
         component, path = split(key.removeprefix(WRAPPED), COMPONENTS)
         rank = rank_of(source, key, parts["down"])
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, component, path, rank)
         entry = (key, (parts["down"], parts["up"], alpha))
         put(source, layers.setdefault(component, {}), canonical(component, path), key, entry)
-    return Found(low_rank(source, base, layers))
+    return ImportedPayload(low_rank(source, base, layers))
 
 
-def _settings(source: Source) -> dict[str, Any]:
+def _settings(source: PublishedFile) -> dict[str, Any]:
     text = source.metadata.get(CONFIG)
     try:
-        found = json.loads(text) if text is not None else {}
+        table = json.loads(text) if text is not None else {}
     except ValueError as fault:
         raise ErasureError(f"{source.path}: {CONFIG} in its header is not JSON: {fault}") from None
-    if not isinstance(found, dict):
-        raise ErasureError(f"{source.path}: {CONFIG} in its header is no table")
-    if any(value for key, value in found.items() if key.rpartition(".")[2] == "use_dora"):
-        raise ErasureError(f"{source.path}: DoRA, which is no sum of low rank")
-    return found
+    if not isinstance(table, dict):
+        raise ErasureError(f"{source.path}: {CONFIG} in its header must be a JSON object")
+    if any(value for key, value in table.items() if key.rpartition(".")[2] == "use_dora"):
+        raise ErasureError(f"{source.path} is a DoRA, whose change is not of low rank")
+    return table
 
 
 def _alpha(settings: Mapping[str, Any], component: str, path: str, rank: int) -> float:
-    """Alpha such that alpha / rank is the scale that peft makes of the settings.
+    """Return the alpha for which alpha / rank is the scale that peft derives from the settings.
 
-    A pattern names the end of a path. peft takes it for a regular expression; diffusers writes plain names, and a
-    file's expressions are not run here.
+    A key of `alpha_pattern` is compared with the end of the path. peft treats it as a regular expression, but diffusers
+    writes plain names, and regular expressions from a file are not evaluated here.
     """
-    one = f"{component}."
-    patterns = settings.get(one + "alpha_pattern") or {}
+    prefix = f"{component}."
+    patterns = settings.get(prefix + "alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise ErasureError(f"alpha_pattern of the {component} in {CONFIG} is no table")
-    named = next((value for end, value in patterns.items() if f".{path}".endswith(f".{end}")), None)
-    given = named if named is not None else settings.get(one + "lora_alpha")
-    if given is None:
+        raise ErasureError(f"alpha_pattern of the {component} in {CONFIG} must be a JSON object")
+    by_pattern = next((value for end, value in patterns.items() if f".{path}".endswith(f".{end}")), None)
+    value = by_pattern if by_pattern is not None else settings.get(prefix + "lora_alpha")
+    if value is None:
         return float(rank)
     try:
-        alpha = float(given)
+        alpha = float(value)
     except (TypeError, ValueError):
-        raise ErasureError(f"an alpha of the {component} in {CONFIG} is no number: {str(given)[:40]!r}") from None
-    return alpha * math.sqrt(rank) if settings.get(one + "use_rslora") else alpha
+        raise ErasureError(
+            f"an alpha of the {component} in {CONFIG} must be a number, not {str(value)[:40]!r}"
+        ) from None
+    return alpha * math.sqrt(rank) if settings.get(prefix + "use_rslora") else alpha
 
 
 def write_peft(patch: Patch, path: Path) -> list[str]:
-    """Write a low-rank patch with its scale folded into `lora_B` and all layers at one rank.
+    """Write a low-rank patch with its scale folded into `lora_B` and with the same rank in all layers.
 
-    So alpha equals the rank in every layer, which is what loaders assume where the header says nothing; and versions
-    of diffusers that take the first layer's rank for everybody's alpha are right too. Smaller layers get zeros.
+    Alpha then equals the rank in every layer, which is what loaders assume if the header says nothing, and versions of
+    diffusers that use the rank of the first layer as the alpha of all layers are right too. Layers of smaller rank are
+    padded with zeros.
+
+    Args:
+        patch: the patch.
+        path: the file.
+
+    Returns:
+        No notes, because the whole change is written.
+
+    Raises:
+        ErasureError: the patch is not of low rank, or the file cannot be written.
     """
     payload = need_low_rank(patch)
     rank = payload.ranks[-1]
@@ -104,7 +131,7 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
     for component, layers in payload.layers.items():
         for name, (down, up, alpha) in layers.items():
             scaled = up * (alpha / down.shape[0])
-            # diffusers takes `text_model.` off where its encoder has none, and does not put it on where it has.
+            # Written with `text_model.`: diffusers removes it for encoders without it, but never adds it.
             key = f"{component}.{nested(component, name)}"
             tensors[f"{key}.lora_A.weight"] = _padded(down, rank, 0)
             tensors[f"{key}.lora_B.weight"] = _padded(scaled, rank, 1)
@@ -112,7 +139,7 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
     return []
 
 
-def _padded(factor: Tensor, rank: int, side: int) -> Tensor:
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
     shape = list(factor.shape)
-    shape[side] = rank - shape[side]
-    return torch.cat([factor, factor.new_zeros(shape)], side) if shape[side] else factor
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim) if shape[dim] else factor

@@ -1,4 +1,4 @@
-"""Write a pipeline as one .safetensors file under the original names, as ComfyUI and A1111 read it."""
+"""Whole pipelines as one .safetensors file under the original names, as ComfyUI and A1111 load them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torch import Tensor
 
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError, unknown
+from erasure.formats.patch_builder import ImportedPayload, changes, components
+from erasure.formats.patched_base import patched
+from erasure.formats.published_file import PublishedFile
+from erasure.model.base import Base
 from erasure.model.clip_tokenizer import clip_tokenizer
 from erasure.model.conditioning import text_encoders
 from erasure.model.original_keys import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.model.single_file import HEADER, INDEX, UNET, read_configs
+from erasure.patch import Patch
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
 from erasure.version import __version__
 
-# modelspec's names of the architectures (github.com/Stability-AI/ModelSpec).
+# The names of the architectures in modelspec headers (github.com/Stability-AI/ModelSpec).
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",
@@ -31,15 +36,61 @@ ARCHITECTURES = {
 }
 
 
-def family(pipe: Any) -> str:
-    """Which layout a pipeline's single file has: sd1, sd2 or sdxl, with `-v` for v-prediction.
+def read_single_file(source: PublishedFile, base: Base) -> ImportedPayload:
+    """Read the changes of the UNet and the text encoders of a single-file checkpoint; the VAE is not compared.
+
+    Args:
+        source: the file.
+        base: the base that it is compared with.
 
     Raises:
-        ErasureError: another architecture.
+        ErasureError: the file is a pickle or cannot be loaded, lacks a component of the base, does not fit it, or has
+            the same weights.
+    """
+    if source.kind == "pickle":
+        raise ErasureError(f"{source.path} is a pickle; whole checkpoints are only read from .safetensors files")
+    modules = components(Base.load(source.path, device="cpu"))
+    if missing := sorted(set(components(base)) - set(modules)):
+        raise ErasureError(
+            f"{source.path} has no {missing[0]}, but the base {base.name} has one. "
+            "Is the file for another architecture?"
+        )
+    weights = {name: dict(modules[name].named_parameters()) for name in components(base)}
+    return ImportedPayload(changes(source, base, weights))
+
+
+def write_single_file(patch: Patch, path: Path, base: Base) -> list[str]:
+    """Write the whole patched pipeline as one checkpoint file under the original names.
+
+    Args:
+        patch: the patch.
+        path: the file.
+        base: the base that the patch was made from.
+
+    Returns:
+        No notes, because the whole change is written.
+
+    Raises:
+        ErasureError: the patch does not fit the base, its architecture has no such layout, or the file cannot be
+            written.
+    """
+    with patched(patch, base):
+        save_single_file(base.pipe, path)
+    return []
+
+
+def family(pipe: Any) -> str:
+    """Return the layout of a pipeline's single file: `sd1`, `sd2` or `sdxl`, with `-v` appended for v-prediction.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        ErasureError: there is no such layout for its architecture.
     """
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise ErasureError(f"its UNet predicts {kind}: single files are of noise or v-prediction")
+        raise ErasureError(f"a single file needs a model of noise or v-prediction, but this one predicts {kind}")
     if len(text_encoders(pipe)) == 2:
         name = "sdxl"
     else:
@@ -48,19 +99,22 @@ def family(pipe: Any) -> str:
 
 
 def original_tensors(pipe: Any) -> dict[str, Tensor]:
-    """All weights of a pipeline under the original names, as they now are.
+    """Return all weights of a pipeline under the original names, with the patches that are folded in.
+
+    Args:
+        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL.
 
     Raises:
-        ErasureError: an architecture without original names.
+        ErasureError: its architecture has no original names.
     """
     kind, encoders = family(pipe), [encoder for _, encoder in text_encoders(pipe)]
     names = compvis_names(pipe.unet)
-    found = {f"{UNET}{names[name]}": value for name, value in pipe.unet.named_parameters()}
+    tensors = {f"{UNET}{names[name]}": value for name, value in pipe.unet.named_parameters()}
     if kind.startswith("sdxl"):
         texts = {"conditioner.embedders.0.transformer.": clip_tensors(encoders[0])}
         texts["conditioner.embedders.1.model."] = open_clip_tensors(encoders[1])
         if kind == "sdxl-v":
-            texts[""] = {"v_pred": torch.zeros(0)}  # as ComfyUI and A1111 tell it
+            texts[""] = {"v_pred": torch.zeros(0)}  # the mark by which ComfyUI and A1111 detect v-prediction
             if pipe.scheduler.config.get("rescale_betas_zero_snr"):
                 texts[""]["ztsnr"] = torch.zeros(0)
     elif kind.startswith("sd2"):
@@ -68,40 +122,46 @@ def original_tensors(pipe: Any) -> dict[str, Tensor]:
     else:
         texts = {"cond_stage_model.transformer.": clip_tensors(encoders[0])}
     parts = {"first_stage_model.": vae_tensors(pipe.vae), **texts}
-    found |= {f"{start}{name}": value for start, several in parts.items() for name, value in several.items()}
-    return found
+    tensors |= {f"{start}{name}": value for start, table in parts.items() for name, value in table.items()}
+    return tensors
 
 
 def save_single_file(
     pipe: Any, path: str | os.PathLike[str], *, dtype: str | None = None, overwrite: bool = False, title: str = ""
 ) -> Path:
-    """Write a pipeline, patches that are folded into its weights included, as one checkpoint file.
+    """Write a pipeline, with the patches that are folded into its weights, as one checkpoint file.
 
-    ComfyUI and A1111 know the original three architectures by their sizes; a smaller one (glyph) opens here, and where
-    its configurations are given. They stand in the header, with the tokenizer where it is not CLIP's.
+    ComfyUI and A1111 recognise the three original architectures by their sizes. A smaller one (glyph) can be loaded by
+    this package, and by programs that are told its configurations: these are stored in the header, together with the
+    tokenizer unless it is CLIP's.
 
     Args:
-        dtype: fp32, fp16 or bf16; None: as the weights are.
-        overwrite: replace a file that stands there.
-        title: for the header.
+        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL.
+        path: the file.
+        dtype: `fp32`, `fp16` or `bf16` (default: the dtype of each weight).
+        overwrite: whether an existing file may be replaced.
+        title: title in the header (default: the name of the file).
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ErasureError: an architecture that has no such layout, gated patches (no plain file can hold a gate), a file
-            that cannot be written or exists.
+        ErasureError: the architecture has no such layout, a gated patch is active (a single file cannot hold a gate),
+            or the file exists or cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if gated := patch_stack(pipe).gated:
         raise ErasureError(
-            f"{', '.join(gated)}: gated, so not in the weights; a single file cannot hold a gate. "
-            "fuse_patches() folds them in: they then act on every prompt. Nothing was written"
+            f"{', '.join(gated)}: gated, so not in the weights, and a single file cannot hold a gate. "
+            "fuse_patches() folds gated patches in, which makes them act on every prompt. Nothing was written"
         )
     kind, weights = family(pipe), original_tensors(pipe)
-    if absent := [name for name, value in weights.items() if value.is_meta]:
-        raise ErasureError(f"{absent[0]} is not in memory (offloaded): load the pipeline without offloading")
+    if missing := [name for name, value in weights.items() if value.is_meta]:
+        raise ErasureError(
+            f"{missing[0]} is not in memory, because the pipeline is offloaded. Load it without offloading. "
+            "Nothing was written"
+        )
     tensors = {
         name: value.detach().to("cpu", DTYPES[dtype] if dtype is not None else value.dtype).contiguous()
         for name, value in weights.items()
@@ -121,15 +181,25 @@ def save_single_file(
 
 
 def configurations(pipe: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The JSON files of a pipeline's diffusers folder, and what fills up prompts for tokenizers that are CLIP's."""
-    known, pads = clip_tokenizer().get_vocab(), {}
+    """Return the JSON files of a pipeline's diffusers folder, and the padding tokens of tokenizers that are CLIP's.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Returns:
+        Path in the folder -> content of the file, and name of the tokenizer -> padding token.
+
+    Raises:
+        ErasureError: the pipeline writes no model_index.json.
+    """
+    clip_vocabulary, pads = clip_tokenizer().get_vocab(), {}
     with TemporaryDirectory(prefix="erasure-config-") as folder:
         pipe.save_config(folder)
         for name, part in pipe.components.items():
             if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
                 continue
             target = Path(folder) / name
-            if name.startswith("tokenizer") and part.get_vocab() == known:
+            if name.startswith("tokenizer") and part.get_vocab() == clip_vocabulary:
                 pads[name] = part.pad_token
             elif name.startswith("tokenizer"):
                 part.save_pretrained(target)
@@ -139,5 +209,5 @@ def configurations(pipe: Any) -> tuple[dict[str, Any], dict[str, str]]:
                 part.config.save_pretrained(target)
         files = read_configs(Path(folder))
     if INDEX not in files:
-        raise ErasureError(f"{type(pipe).__name__} wrote no {INDEX}")
+        raise ErasureError(f"{type(pipe).__name__} has written no {INDEX}, so its configurations cannot be stored")
     return files, pads

@@ -82,7 +82,9 @@ def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
     low_rank_patch(tiny_pipeline(), gate={"kind": "text"}).save(tmp_path / "p.safetensors")
     found = json.loads(run(capsys, "info", tmp_path / "p.safetensors", "--json")[1])
     assert found["loads"]["erasure"] == "with its gate" and found["loads"]["ComfyUI"] == "without its gate"
-    assert found["exports"]["spm"].startswith("no: also wants") and found["exports"]["peft"].startswith("yes")
+    assert found["exports"]["spm"].startswith("no: needs a term on every layer") and found["exports"][
+        "peft"
+    ].startswith("yes")
     text = run(capsys, "info", tmp_path / "p.safetensors")[1]
     assert "diffusers without its gate" in text and "checkpoint" in text
 

@@ -126,7 +126,7 @@ def test_the_card_claims_no_more_than_there_is(pipe, tmp_path):
 
 def test_a_base_by_its_path_is_pointed_out(pipe, tmp_path):
     path = delta_patch(pipe, base=str(tmp_path)).save(tmp_path / "a" / "p.safetensors")
-    assert "others will not find it" in push(path, "me/p", folder=tmp_path / "b").text()
+    assert "which others will not find" in push(path, "me/p", folder=tmp_path / "b").text()
 
 
 def test_from_the_cache_without_a_network(cache, file, pipe, tmp_path):
@@ -247,7 +247,7 @@ def test_another_file_is_not_overwritten(file, pipe, tmp_path):
     pull(file, out)
     pull(file, out)  # the same bytes
     out.write_bytes(b"mine")
-    with pytest.raises(ErasureError, match="another file is there"):
+    with pytest.raises(ErasureError, match="already exists with different content"):
         pull(file, out)
     assert out.read_bytes() == b"mine"
     assert pull(file, out, overwrite=True).patch.read_bytes() == file.read_bytes()

@@ -216,7 +216,9 @@ def test_the_table_knows_which_differences_are_left_out(tmp_path, kind):
     assert {name: missed(name, payload) for name in found} == found
     unet = {name: [key for key in keys if "unet" in key] for name, keys in found.items()}
     assert unet == {name: [key for key in keys if "unet" in key] for name, keys in MISSES[kind].items()}
-    notes = [f"{name} has no layer for {len(keys)} of its keys, the first {keys[0]}" for name, keys in found.items()]
+    notes = [
+        f"{name} ignores {len(keys)} keys, for which it has no layer (first: {keys[0]})" for name, keys in found.items()
+    ]
     assert [note for note in done.notes if "no layer" in note] == notes
 
 

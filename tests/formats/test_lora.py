@@ -96,7 +96,7 @@ def test_one_layer_under_two_names_is_refused(base, written, tmp_path):
         {**unet, **{f"unet.{key}": value + 1 for key, value in unet.items()}},
         {**{f"text_model.{key}": value for key, value in text.items()}, **text},
     ):
-        with pytest.raises(ErasureError, match="stands twice"):
+        with pytest.raises(ErasureError, match="twice, the second time as"):
             read(base, tmp_path, {key: value.clone() for key, value in content.items()})
 
 
@@ -105,15 +105,19 @@ def test_what_is_no_plain_lora(base, written, tmp_path):
     kohya, peft = tensors["kohya"], tensors["peft"]
     first = next(key for key in kohya if key.endswith(".alpha"))
     for content, metadata, message in (
-        ({**kohya, first.replace(".alpha", ".dora_scale"): torch.ones(1)}, None, "no plain LoRA"),
-        ({**kohya, first: torch.ones(2)}, None, "is not one number"),
-        ({**peft, "unet.conv_in.lora_magnitude_vector": torch.ones(1)}, None, "no factor of a plain LoRA"),
+        ({**kohya, first.replace(".alpha", ".dora_scale"): torch.ones(1)}, None, "is not a plain LoRA"),
+        ({**kohya, first: torch.ones(2)}, None, "must be a single number"),
+        ({**peft, "unet.conv_in.lora_magnitude_vector": torch.ones(1)}, None, "is not a low-rank factor"),
         (peft, {"lora_adapter_metadata": '{"unet.use_dora": true}'}, "DoRA"),
         (peft, {"lora_adapter_metadata": "{"}, "not JSON"),
-        (peft, {"lora_adapter_metadata": "[]"}, "no table"),
-        (peft, {"lora_adapter_metadata": '{"unet.lora_alpha": "four"}'}, "no number"),
-        (peft, {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "no table"),
-        ({key: value.sum() for key, value in peft.items()}, None, "is one number"),
+        (peft, {"lora_adapter_metadata": "[]"}, "in its header must be a JSON object"),
+        (peft, {"lora_adapter_metadata": '{"unet.lora_alpha": "four"}'}, "must be a number, not 'four'"),
+        (
+            peft,
+            {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'},
+            "alpha_pattern of the unet .* must be a JSON object",
+        ),
+        ({key: value.sum() for key, value in peft.items()}, None, "is a single number"),
     ):
         with pytest.raises(ErasureError, match=message):
             read(base, tmp_path, content, metadata)

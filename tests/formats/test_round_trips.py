@@ -83,7 +83,7 @@ def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_p
 
 def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
     biases = made(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": torch.zeros(8, 4, 3, 3)}}))
-    with pytest.raises(ErasureError, match="no LoRA can hold it"):
+    with pytest.raises(ErasureError, match="a LoRA cannot hold it"):
         export_patch(biases, tmp_path / "x", "kohya", rank=1)
     weight = torch.zeros(8, 4, 3, 3)
     weight[0, 0, 0, 0] = 2.0
@@ -94,15 +94,15 @@ def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
-        ("kohya", {}, "holds differences: --rank R"),
-        ("spm", {"rank": 2}, "also wants a term on"),
-        ("diff", {"rank": 2}, "--rank is for formats of low rank"),
+        ("kohya", {}, "kohya needs a low-rank patch, .*--rank R"),
+        ("spm", {"rank": 2}, "needs a term on every layer"),
+        ("diff", {"rank": 2}, "is for low-rank formats, and diff holds differences"),
         ("kohya", {"rank": 0}, "at least 1"),
-        ("text-encoder", {}, "of the text_encoder alone"),
-        ("unguide", {}, "a pickle"),
+        ("text-encoder", {}, "holds changes of the text_encoder alone"),
+        ("unguide", {}, "can only be read: its files are pickles"),
         ("pfet", {}, "did you mean 'peft'"),
         ("unet", {}, "unknown model 'tiny'"),
-        ("unet", {"model": ""}, "does not say which base"),
+        ("unet", {"model": ""}, "does not record the base"),
     ],
 )
 def test_exports_that_are_refused(pipe, tmp_path, form, options, message):
@@ -128,14 +128,14 @@ def test_a_gate_stays_behind_and_it_is_said(pipe, tmp_path):
     patch = low_rank_patch(pipe, gate={"kind": "text"}, part="attentions")
     for form in ("kohya", "peft", "diff"):
         notes = export_patch(patch, tmp_path / form, form).notes
-        assert "its text gate stays behind: it acts on every prompt" in notes, form
-    assert not any("behind" in note for note in export_patch(patch, tmp_path / "spm", "spm").notes)
+        assert "the text gate is left out, so the patch acts on every prompt" in notes, form
+    assert not any("the text gate" in note for note in export_patch(patch, tmp_path / "spm", "spm").notes)
 
 
 def test_a_whole_folder_is_never_written_over(pipe, base, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("")
-    with pytest.raises(ErasureError, match="is there already"):
+    with pytest.raises(ErasureError, match="already exists"):
         export_patch(delta_patch(pipe), tmp_path / "there", "checkpoint", base)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
@@ -151,16 +151,16 @@ def test_damaged_and_foreign_files(pipe, base, tmp_path, form):
     ends = {"kohya": (".lora_down.weight", ".lora_up.weight"), "peft": (".lora_A.weight", ".lora_B.weight")}
     stranger = {stem + end: torch.ones(1, 1) for end in ends.get(form, (".diff",))}
     cases = {
-        "stranger": ({**tensors, **stranger}, rf"{count} of its {count + 1} layers fit .*nowhere.* belongs to no"),
-        "alien": (stranger, "0 of its 1 layers fit"),
+        "stranger": ({**tensors, **stranger}, rf"{count} of {count + 1} layers fit .*nowhere.* matches no layer"),
+        "alien": (stranger, "0 of 1 layers fit"),
         "odd": ({**tensors, "unet.bundle": torch.ones(1)}, "unet.bundle"),
-        "empty": ({}, "none of|0 of its 0"),
+        "empty": ({}, "none of|0 of 0"),
     }
     if form != "diff":
         cases["half"] = ({k: v for k, v in tensors.items() if k != key}, "lacks its")
     wide = {k: (torch.ones(v.shape[0], v.shape[1] + 1) if k == key else v) for k, v in tensors.items()}
     if form == "diff":
-        cases["wide"] = (wide, rf"{count - 1} of its {count} layers fit .*in the file and")
+        cases["wide"] = (wide, rf"{count - 1} of {count} layers fit .*in the file and")
     refused(cases, tmp_path, base, form)
 
 

@@ -99,7 +99,7 @@ def test_what_the_format_cannot_hold(pipe, file, tmp_path):
     with pytest.raises(ErasureError, match="commas"):
         export_patch(comma, tmp_path / "x.safetensors", "spm")
     part = erase(pipe, "cat", "esd", progress=False, **SMALL, rank=1, variant="x")
-    with pytest.raises(ErasureError, match="also wants a term on"):
+    with pytest.raises(ErasureError, match="needs a term on every layer"):
         export_patch(part, tmp_path / "x.safetensors", "spm")
     with pytest.raises(ErasureError, match="unknown format"):
         export_patch(patch, tmp_path / "x.safetensors", "smp")
@@ -114,7 +114,7 @@ def test_files_that_are_none(pipe, file, tmp_path):
     refused({"plain": (tensors, "lacks `prompts`")}, tmp_path, base, "spm")
     cases = {
         "half": ({k: v for k, v in tensors.items() if k != key}, "lacks its"),
-        "other": (stray, "belongs to no layer"),
+        "other": (stray, "matches no layer"),
     }
     refused(cases, tmp_path, base, "spm", write=partial(save_file, metadata={"prompts": "a"}))
 
@@ -146,7 +146,7 @@ def test_half_precision_and_whole_number_alphas_are_read(pipe, file, tmp_path, d
     ("header", "message"),
     [
         ({"rank": "4"}, "says rank 4"),
-        ({"rank": "one"}, "rank is no number"),
+        ({"rank": "one"}, "rank in its header must be a number"),
         ({"alpha": "2.0"}, "says alpha 2"),
         ({"alpha": "nan"}, "says alpha nan"),
         ({"prompts": " , "}, "names no concept"),

@@ -1,0 +1,42 @@
+"""Requirements of formats on the patches that are exported to them.
+
+Messages are predicates that follow the name of the format: "kohya" + "needs a low-rank patch, ...".
+"""
+
+from __future__ import annotations
+
+from erasure.errors import ErasureError
+from erasure.patch import LowRank, Patch
+
+
+def need_low_rank(patch: Patch) -> LowRank:
+    """Return the low-rank factors of a patch.
+
+    Args:
+        patch: the patch.
+
+    Raises:
+        ErasureError: the patch holds differences of whole weights.
+    """
+    if not isinstance(patch.payload, LowRank):
+        raise ErasureError(
+            "needs a low-rank patch, but this one holds differences of whole weights; --rank R (rank=R) approximates "
+            "them at low rank"
+        )
+    return patch.payload
+
+
+def need_only(patch: Patch, component: str) -> None:
+    """Check that a patch changes one component and no other.
+
+    Args:
+        patch: the patch.
+        component: name of the component, such as `unet`.
+
+    Raises:
+        ErasureError: it changes another component.
+    """
+    if patch.components != [component]:
+        raise ErasureError(
+            f"holds changes of the {component} alone, but this patch changes {', '.join(patch.components)}"
+        )

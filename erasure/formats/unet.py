@@ -1,0 +1,58 @@
+"""The weights of a UNet under diffusers' names, all or some of them, as ESD, UCE and SalUn publish them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from erasure.formats.patch_builder import ImportedPayload, changes, put
+from erasure.formats.patched_base import patched
+from erasure.formats.published_file import PublishedFile
+from erasure.formats.requirements import need_only
+from erasure.model.base import Base
+from erasure.patch import Patch
+from erasure.patch.module_keys import find_parameter
+from erasure.patch.safetensors_io import write_file
+
+UNET = "unet"
+
+
+def read_unet(source: PublishedFile, base: Base) -> ImportedPayload:
+    """Read the weights of a UNet under diffusers' names, which may start with `unet.`.
+
+    Args:
+        source: the file.
+        base: the base that it is compared with.
+
+    Raises:
+        ErasureError: the weights do not fit the base, or none of them differs from it.
+    """
+    table: dict[str, Tensor] = {}
+    for key, value in source.read().items():
+        put(source, table, key.removeprefix(f"{UNET}."), key, value)
+    return ImportedPayload(changes(source, base, {UNET: table}))
+
+
+def write_unet(patch: Patch, path: Path, base: Base) -> list[str]:
+    """Write the new values of the weights that the patch changes, under diffusers' names without a prefix, as ESD does.
+
+    The published loader reads the file with `unet.load_state_dict(file, strict=False)`.
+
+    Args:
+        patch: a patch of the UNet alone.
+        path: the file.
+        base: the base that the patch was made from.
+
+    Returns:
+        No notes, because the whole change is written.
+
+    Raises:
+        ErasureError: the patch changes another component, does not fit the base, or the file cannot be written.
+    """
+    need_only(patch, UNET)
+    with patched(patch, base):
+        parameters = {name: find_parameter(base.unet, name) for name in patch.payload.names(UNET)}
+        tensors = {name: value.detach().cpu().clone() for name, value in parameters.items() if value is not None}
+    write_file(path, tensors, {"format": "pt"})
+    return []
