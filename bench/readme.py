@@ -1,4 +1,4 @@
-"""Put the tables of bench/results into README: `python bench/readme.py`. A test compares the two."""
+"""Fill the tables of README and docs/results.md from bench/results: `python bench/readme.py`. A test compares them."""
 
 from __future__ import annotations
 
@@ -6,38 +6,61 @@ import json
 from pathlib import Path
 
 from erasure.benchmark.table import Table
+from erasure.formats import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 SHOWN, COSTS = ("UA", "leak", "IRA", "neighbours", "CRA", "H"), ("F", "B")
+FEW = ("UA", "leak", "IRA", "CRA", "H")  # columns of README's table
+GROUPS = ("objects", "styles")  # its rows
 
 
-def blocks() -> dict[str, str]:
-    """Name of a block of README -> what stands in it."""
-    results = ROOT / "bench" / "results"
-    methods = Table.from_json(json.loads((results / "glyph.json").read_text(encoding="utf-8")))
-    parts = {name: (results / f"{name}.md").read_text(encoding="utf-8").split("\n\n") for name in ("attack", "costs")}
+def section(name: str, number: int) -> str:
+    """Return one block of a Markdown file in bench/results, where empty lines separate the blocks."""
+    return (RESULTS / f"{name}.md").read_text(encoding="utf-8").split("\n\n")[number].strip()
+
+
+def summary(table: Table) -> str:
+    """Return README's table: the means over objects and over styles, with fewer columns."""
+    head, rule, *rows = table.summary(FEW, COSTS).splitlines()
+    return "\n".join([head, rule, *(row for row in rows if row.startswith(tuple(f"| {group}" for group in GROUPS)))])
+
+
+def pages() -> dict[str, dict[str, str]]:
+    """Return for each page the text of its blocks, by name."""
+    methods = Table.from_json(json.loads((RESULTS / "glyph.json").read_text(encoding="utf-8")))
     return {
-        "methods": methods.summary(SHOWN, COSTS),
-        "attacked": parts["attack"][1].strip(),
-        "costs": parts["costs"][1].strip(),
+        "README.md": {"summary": summary(methods)},
+        "docs/formats.md": {"formats": matrix()},
+        "docs/results.md": {
+            "methods": methods.summary(SHOWN, COSTS),
+            "attacked": section("attack", 1),
+            "costs": section("costs", 1),
+            "drawing": "\n\n".join([section("pipelines", 0).partition("\n")[2], section("pipelines", 1)]),
+        },
     }
 
 
-def filled(text: str) -> str:
-    """README with its blocks as the results have them.
+def filled(page: str, text: str) -> str:
+    """Return the text of a page with its blocks as the results have them.
+
+    Args:
+        page: path from the root of the repository, such as `docs/results.md`.
+        text: what the page holds now.
 
     Raises:
-        ValueError: one is not there.
+        ValueError: the text lacks a block.
     """
-    for name, body in blocks().items():
+    for name, body in pages()[page].items():
         head, opened, rest = text.partition(f"<!-- {name} -->\n")
         _, closed, tail = rest.partition(f"<!-- /{name} -->")
         if not opened or not closed:
-            raise ValueError(f"README lacks the block {name}")
+            raise ValueError(f"{page} lacks the block {name}")
         text = f"{head}{opened}{body}\n{closed}{tail}"
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in pages():
+        path = ROOT / page
+        path.write_text(filled(page, path.read_text(encoding="utf-8")), encoding="utf-8")
