@@ -117,7 +117,7 @@ def push(
         The repository, its files and the commit.
 
     Raises:
-        ErasureError: the file is not a patch, the name has another form, the folder has a README.md that no push has
+        ErasureError: the file is not a patch, the name is not `owner/name`, the folder has a README.md that no push has
             written, the hub cannot be reached, or it denies access. The file is unchanged then, and nothing is
             committed on the hub.
     """

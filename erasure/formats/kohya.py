@@ -143,5 +143,9 @@ def write_kohya(patch: Patch, path: Path) -> list[str]:
 
 
 def title(patch: Patch) -> str:
-    """Return the title of a patch for the header of a file, such as "cat erased by" and the method."""
+    """Return the title of a patch for the header of a file: its concepts and its method.
+
+    Args:
+        patch: the patch.
+    """
     return f"{', '.join(patch.names)} erased by {patch.method}"

@@ -55,7 +55,11 @@ class TensorTarget:
 
 
 def components(base: Base) -> dict[str, nn.Module]:
-    """Return the components of a base that patches may change, by name."""
+    """Return the components of a base that patches may change, by name.
+
+    Args:
+        base: the base; components that its pipeline lacks are left out.
+    """
     modules = {name: getattr(base.pipe, name, None) for name in COMPONENTS}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
 

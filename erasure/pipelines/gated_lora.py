@@ -76,7 +76,7 @@ class Membrane:
         self.down, self.up = self.down.to(*self._placement), up.to(output.device)
 
     def _column(self, inner: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the strengths of the rows, shaped to scale `inner`, and a mask of those that are 0 (None: none is)."""
+        """Return the strengths of the rows, shaped to scale `inner`, and a mask of those that are 0, if any."""
         key = inner.shape[0], inner.dim()
         if key not in self._columns:
             rows = len(self.strengths)

@@ -18,7 +18,11 @@ from erasure.patch.module_keys import COMPONENTS
 
 
 def original(module: Any) -> Any:
-    """Return the network that `torch.compile(network)` has wrapped, or the argument itself if it is not wrapped."""
+    """Return the network that `torch.compile(network)` has wrapped, or the argument itself if it is not wrapped.
+
+    Args:
+        module: a network, or None for a component that a pipeline lacks.
+    """
     return getattr(module, "_orig_mod", module) if isinstance(module, nn.Module) else module
 
 

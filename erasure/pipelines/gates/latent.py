@@ -99,6 +99,9 @@ class Decider:
     def check(pipe: Any) -> None:
         """Check that latent gates can decide on a pipeline.
 
+        Args:
+            pipe: a diffusers pipeline.
+
         Raises:
             ErasureError: its prompts cannot be encoded, or its UNet needs more than latents.
         """
