@@ -31,20 +31,20 @@ def evaluation(report: Report) -> list[Any]:
     for title, labels in detection_tables(report.counts).items():
         counts = [(row.label, row.base, row.patched) for row in labels]
         blocks += ["", table((title, "base", "patched"), counts, ("base", "patched")) if counts else f"{title}: none"]
-    if report.faults:
-        blocks.append(f"{len(report.faults)} images count as failures: {report.faults[0]}")
-    return blocks + [f"note: {text}" for text in report.notes] + [f"missing: {text}" for text in report.missing]
+    notes = [f"{len(report.faults)} images count as failures: {report.faults[0]}"] if report.faults else []
+    notes += [f"note: {text}" for text in report.notes] + [f"missing: {text}" for text in report.missing]
+    return blocks + ([""] if notes else []) + notes
 
 
 def attacks(report: AttackReport) -> list[Any]:
     """Lay out attacks: how often each of them recovers the concept, next to its control."""
     heads, *rows = report.rows()
-    blocks = [report.summary(), "", table(heads, rows), *report.caveats()]
+    notes = [f"note: {text}" for text in report.caveats()]
     if report.faults:
-        blocks.append(
+        notes.append(
             f"{len(report.faults)} images could not be judged and count as showing the concept: {report.faults[0]}"
         )
-    return blocks
+    return [report.summary(), "", table(heads, rows), *([""] if notes else []), *notes]
 
 
 def suite(outcome: SuiteResult) -> list[Any]:

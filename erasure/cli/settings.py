@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from erasure import config
-
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
 
 
@@ -96,14 +94,12 @@ def parameters(make: Callable[..., Any]) -> list[Row]:
 
 
 def allowed(hint: Any, limits: Mapping[str, Any]) -> str:
-    """Return in words what values a field takes: its type, and the range that it declares (`config.setting`)."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
-    text = " or ".join(_kind(kind) for kind in kinds)
+    """Return in words what values a field takes: its type, and the range that it declares with `config.setting`."""
+    from erasure import config
+
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    text = " or ".join(map(_kind, typing.get_args(hint) if union else (hint,)))
     return ", ".join(filter(None, [text, config.allowed(limits)]))
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Union
 
 
 def _kind(kind: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -98,9 +99,27 @@ def test_errors_in_json(capsys):
     assert code == 2 and "esd" in json.loads(out)["error"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; repeat the same command to resume"),
+        (RuntimeError("no more memory"), 1, "RuntimeError: no more memory (--debug shows the traceback)"),
+    ],
+)
+def test_an_interrupted_and_a_failed_run(capsys, monkeypatch, fault, code, message):
+    def stop():
+        raise fault
+
+    monkeypatch.setattr("erasure.methods.names", stop)
+    assert run(capsys, "methods", "--json")[::2] == (code, f"erasure: {'error: ' * (code == 1)}{message}\n")
+    assert json.loads(run(capsys, "methods", "--json")[1]) == {"error": message}
+    with pytest.raises(type(fault)) if code == 1 else contextlib.nullcontext():
+        main(["methods", "--debug"])
+
+
 def test_a_model_is_counted_by_variant(capsys):
-    found = json.loads(run(capsys, "models", "sd1", "--json")[1])
-    assert found["variants"]["x"] == {"modules": 64, "weights": 43_962_560, "rank_1": 99_456}
+    model = json.loads(run(capsys, "models", "sd1", "--json")[1])
+    assert model["variants"]["x"] == {"modules": 64, "weights": 43_962_560, "rank_1": 99_456}
     assert "cross-attention: key and value" in run(capsys, "models", "glyph")[1]
 
 
@@ -118,15 +137,15 @@ def test_the_help_tells_the_defaults_that_the_code_has():
 def test_a_suite_says_what_it_asks_and_how_it_attacks(capsys):
     text = " ".join(run(capsys, "suites", "glyph-quick")[1].split())
     assert "about prompts about the concept itself" in text and "attacks unlearndiffatk, on 8 prompts" in text
-    found = json.loads(run(capsys, "suites", "glyph-quick", "--json")[1])
-    assert found["attacks"] == ["unlearndiffatk"] and found["cases"] > 1
+    suite = json.loads(run(capsys, "suites", "glyph-quick", "--json")[1])
+    assert suite["attacks"] == ["unlearndiffatk"] and suite["cases"] > 1
     assert "attacks" not in run(capsys, "suites", "i2p")[1]
 
 
 def test_a_plan_says_what_a_run_will_cost(capsys):
     code, out, _ = run(capsys, "plan", "cat", "dog", "--set", "iterations=3", "--set", "batch_size=4", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["B"] == 12 and found["F"] > 12 and found["seconds"] > 0
+    costs = json.loads(out)
+    assert code == 0 and costs["B"] == 12 and costs["F"] > 12 and costs["seconds"] > 0
     text = run(capsys, "plan", "cat", "--set", "iterations=3", "--set", "batch_size=4")[1]
     assert "F + 12 B" in text and "peak" in text and text.startswith("To erase 'cat' from glyph by esd:")
 

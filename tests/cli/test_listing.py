@@ -74,9 +74,12 @@ def test_every_kind_is_listed_and_the_old_names_do_the_same(capsys):
     assert "detune" in json.loads(run(capsys, "list", "attacks", "--json"))
 
 
-def test_whole_sentences_are_listed(capsys):
-    text = flat(run(capsys, "list", "attacks"))
-    assert "One new word, learnt on the erased model, in place of the concept's name (concept inversion)." in text
+@pytest.mark.parametrize("kind", ["methods", "attacks", "judges"])
+def test_summaries_are_whole_sentences(capsys, kind):
+    text = run(capsys, "list", kind)
+    for name, summary in json.loads(run(capsys, "list", kind, "--json")).items():
+        assert summary.endswith((".", "?")), f"{name}: {summary}"
+        assert summary.split()[-1] in text
 
 
 @pytest.mark.parametrize(
@@ -103,10 +106,9 @@ def test_a_method_shows_each_setting_with_default_range_and_meaning(capsys):
     assert "kind style: iterations=200" in text and "parity=true: iterations=200, batch_size=1" in text
     for name, entry in data.items():
         value = entry["default"]
-        shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-        assert f"{name} {shown.removesuffix('.0')} {entry['allowed']}".split()[:2] == [name, shown.removesuffix(".0")]
-        assert entry["about"] and entry["type"] and f" {name} {shown.removesuffix('.0')} " in text
-    assert data["iterations"]["default"] == 75 and "whole number" in data["iterations"]["allowed"]
+        default = str(value).lower() if value is None or isinstance(value, bool) else f"{value}".removesuffix(".0")
+        assert entry["about"] and entry["type"] and f" {name} {default} " in text
+    assert data["iterations"]["default"] == 75 and data["iterations"]["allowed"] == "whole number, at least 1"
 
 
 def test_an_attack_shows_what_both_budgets_set(capsys):
@@ -143,8 +145,8 @@ class Settings:
 
 
 def test_declared_ranges_and_choices_are_shown():
-    found = {row.name: (row.shown, row.allowed, row.about) for row in rows(Settings)}
-    assert found == {
+    settings = {row.name: (row.shown, row.allowed, row.about) for row in rows(Settings)}
+    assert settings == {
         "steps": ("3", "whole number, at least 1", "how many updates, on two lines."),
         "kind": ("a", "one of a, b", "one of two."),
         "bounds": ("[0.1, 2]", "list", "tried in turn."),

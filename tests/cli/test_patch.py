@@ -18,12 +18,12 @@ def folder(tmp_path_factory):
     """Patches one, other, gated and dense, and two checkpoints."""
     root, pipe = tmp_path_factory.mktemp("patches"), tiny_pipeline()
     gate = {"kind": "text", "texts": ["x"]}
-    made = {"one": low_rank_patch(pipe, 1), "other": low_rank_patch(pipe, 2), "dense": delta_patch(pipe, 3)}
-    made["gated"] = low_rank_patch(pipe, 4, gate=gate)
-    for name, patch in made.items():
+    patches = {"one": low_rank_patch(pipe, 1), "other": low_rank_patch(pipe, 2), "dense": delta_patch(pipe, 3)}
+    patches["gated"] = low_rank_patch(pipe, 4, gate=gate)
+    for name, patch in patches.items():
         patch.save(root / f"{name}.safetensors")
     write_tiny(root / "base")
-    load_patch(pipe, made["one"])
+    load_patch(pipe, patches["one"])
     pipe.save_pretrained(root / "tuned")
     return root
 
@@ -55,12 +55,12 @@ ONE, OTHER, DENSE, GATED = (f"@{name}.safetensors" for name in ("one", "other", 
 def test_patches_from_patches(capsys, here, words, kind, parents):
     code, out, err = run(capsys, "patch", *here(*words), "-o", "made.safetensors", "--json")
     assert code == 0 and not err
-    found, made = json.loads(out), Patch.load("made.safetensors")
-    assert found["patch"] == "made.safetensors" and found["kind"] == kind
-    assert found["dtype"] == ("bf16" if "bf16" in words else "fp32")
+    info, made = json.loads(out), Patch.load("made.safetensors")
+    assert info["patch"] == "made.safetensors" and info["kind"] == kind
+    assert info["dtype"] == ("bf16" if "bf16" in words else "fp32")
     assert [entry["weight"] for entry in made.config["parents"]] == parents
     if words[0] == "resize":
-        assert found["error"] == made.config["error"] > 0
+        assert info["error"] == made.config["error"] > 0
     code, out, _ = run(capsys, "patch", *here(*words), "-o", "made.safetensors")
     assert code == 0 and out.startswith("made.safetensors: ")
 

@@ -114,3 +114,33 @@ def test_wrong_use_exits_with_2_before_a_model_loads(capsys, tmp_path, monkeypat
     save_file({"layer1": torch.ones(1)}, "other.safetensors")
     code, out, err = run(capsys, *arguments)
     assert code == 2 and says in err and out == "" and not (tmp_path / "x").exists()
+
+
+def test_info_is_a_page_for_people(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    results = {
+        "metrics": {"UA": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 40, "base": 0.1, "higher_is_better": True}},
+        "attacks": {"rece": {"value": 0.5, "low": 0.3, "high": 0.7, "n": 12, "before": 0.25, "control": 0.25}},
+    }
+    concept = {"name": "cat", "kind": "object", "aliases": ["kitten"], "anchor": "a dog", "keep": ["lion", "dog"]}
+    patch = low_rank_patch(
+        tiny_pipeline(),
+        concepts=[concept],
+        gate={"kind": "text", "texts": ["cat"], "states": "A" * 500},
+        config={"method": "spm", "rank": 2, "warm_up": None, "early": True},
+        costs={"F": 3600, "B": 1600, "seconds": 321.53},
+        results=results,
+    )
+    patch.save(tmp_path / "p.safetensors")
+    assert main(["patch", "info", str(tmp_path / "p.safetensors")]) == 0
+    text = capsys.readouterr().out
+    titles = [line for line in text.splitlines() if line and not line.startswith(" ") and ":" not in line]
+    assert [title for title in titles if title[0].isupper()] == [
+        "What", "Erased", "Base", "Gate", "Settings", "Costs", "Results", "Where it loads", "Exports"
+    ]  # fmt: skip
+    flat = " ".join(text.split())
+    assert "cat kind object; also called kitten; shows instead a dog; preserves lion, dog" in flat
+    assert "warm_up none" in flat and "early yes" in flat and "forwards 3,600 backwards 1,600" in flat
+    assert "UA 90% [80, 95]; base 10%" in flat and "rece success rate 50% [30, 70]; without the attack 25%" in flat
+    assert not any(sign in text for sign in ("{", "}", '"', "null", "AAAA"))
+    assert [line for line in text.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
