@@ -1,1 +1,1 @@
-"""The table of methods and concepts on glyph, and the demonstration."""
+"""The benchmark of methods and concepts on glyph (`erasure bench`), and the demonstration (`erasure demo`)."""

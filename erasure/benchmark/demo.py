@@ -1,4 +1,4 @@
-"""`erasure demo`: the whole way once, on the embedded checkpoint: erase, load, measure, show."""
+"""`erasure demo`: erase a concept from the embedded checkpoint, load the patch, measure it and write a report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT = 100  # prompts: enough to see it, few enough to wait for
+LIMIT = 100  # prompts: enough for a clear result, few enough for about two minutes
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made."""
+    """The files and figures that a demonstration produced.
+
+    Args:
+        patch: path of the patch.
+        report: path of the report's HTML page.
+        seconds: time that the demonstration took.
+        summary: the report as text.
+        metrics: every metric of the report as plain data.
+    """
 
     patch: Path
     report: Path
@@ -22,7 +30,7 @@ class Demo:
     metrics: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the fields as plain data, with paths as strings."""
         return {
             "patch": str(self.patch),
             "report": str(self.report),
@@ -33,13 +41,16 @@ class Demo:
 
 
 def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[str], None] = lambda _: None) -> Demo:
-    """Erase `concept` from glyph, load the patch and measure it against the base.
+    """Erase `concept` from glyph with ESD, load the patch and measure it against the base model.
 
     Args:
         concept: an object or a style that glyph knows.
-        folder: for the patch, the images and the report; a second call goes on from what is there.
-        progress: show bars.
-        say: is told what happens, a line a step.
+        folder: folder for the patch, the images and the report; a second call resumes from its contents.
+        progress: show progress bars.
+        say: called with one line of text at each step.
+
+    Returns:
+        The paths and figures of the demonstration.
 
     Raises:
         ErasureError: glyph does not know the concept, or the folder cannot be written.
@@ -54,25 +65,27 @@ def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[st
     words = glyph_words()
     if concept not in (known := [*words.objects, *words.styles]):
         raise unknown("concept of glyph", concept, known)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     slug = concept.replace(" ", "-")
     target = folder / f"{slug}.safetensors"
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    say(
-        f"1. erase {concept!r} from glyph, a {sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.0f}M UNet, with ESD"
-    )
+    millions = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
+    say(f"1. Erase {concept!r} from glyph, whose UNet has {millions:.0f} million parameters, with ESD.")
     if target.is_file():
         patch = Patch.load(target)
-        say(f"   {target} is there already")
+        say(f"   {target} exists and is used again.")
     else:
         patch = erase(pipe, concept, "esd", out=target, progress=progress)
     costs = patch.costs
     size = target.stat().st_size / 1e6
-    say(f"   {target}: {size:.1f} MB, {costs['F']} forwards, {costs['B']} backwards, {costs['seconds']} s")
-    say("2. load the patch and draw the same prompts from the same seeds, with it and without")
+    say(
+        f"   {target}: {size:.1f} MB, made with {costs['F']} forward and {costs['B']} backward passes "
+        f"in {costs['seconds']} s."
+    )
+    say("2. Load the patch and generate the same prompts from the same seeds with and without it.")
     pipe.load_patch(target)
     report = evaluate(pipe, concept, folder=folder / f"report-{slug}", limit=LIMIT, progress=progress)
-    say("3. what the judge found")
+    say("3. Judge the images.")
     page = folder / f"report-{slug}" / "report.html"
-    return Demo(target, page, time.perf_counter() - begun, report.text(), report.metrics())
+    return Demo(target, page, time.perf_counter() - started, report.text(), report.metrics())

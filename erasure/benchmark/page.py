@@ -1,4 +1,4 @@
-"""The bench as one self-contained HTML page: tables, erase against keep, interference, pictures."""
+"""The benchmark as one self-contained HTML page: tables, plots of erased against kept, interference and images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from erasure.evaluation.report import charts
 from erasure.evaluation.report.html import INTERFERENCE, gate_log, page_head, picture
 from erasure.version import __version__
 
-Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> what report.json holds
+Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> the content of its report.json
 STYLE = """
 .tight th,.tight td{padding:.3rem .45rem;white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums}
 .tight td:first-child,.tight th:first-child{position:sticky;left:0;background:var(--page);
@@ -39,37 +39,37 @@ white-space:normal;max-width:9rem}
 
 
 def page(table: Table, reports: Reports, image: Image.Image) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        table: the bench.
-        reports: what each run's report.json holds.
-        image: base and methods side by side.
+        table: the results of the benchmark.
+        reports: (method, concept) -> the content of the run's report.json.
+        image: the base and all methods side by side.
     """
     methods = list(dict.fromkeys(row.method for row in table.rows))
     parts = [
-        page_head("Bench: what is erased, what is kept", summary(table, methods), charts.STYLE + STYLE),
+        page_head("Benchmark: what is erased and what is kept", summary(table, methods), charts.STYLE + STYLE),
         f"<h2>Means</h2>{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>",
         "<h2>Erased against kept</h2>" + tradeoff(table, methods),
-        "<h2>Interference: what erasing one concept does to the others</h2>" + INTERFERENCE,
+        "<h2>Interference: effect of erasing one concept on the others</h2>" + INTERFERENCE,
         *(f"<h3>{escape(method)}</h3>{interference(table, method, reports)}" for method in methods),
         "<h2>Every concept</h2>" + _wide(concepts(table)),
         "<h2>The same seeds, before and after</h2>"
-        f'<div class="wide" tabindex="0">{picture(image, "a line a concept: target prompts, then prompts to keep")}'
+        f'<div class="wide" tabindex="0">{picture(image, "one line per concept: target prompts, then prompts to keep")}'
         "</div>",
         gate_log(gates(table, reports), "method, concept"),
-        f"<h2>How this was made</h2><pre>{escape(json.dumps(made(table, reports), indent=1))}</pre></html>",
+        f"<h2>How this was made</h2><pre>{escape(json.dumps(provenance(table, reports), indent=1))}</pre></html>",
     ]
     return "\n".join(parts)
 
 
 def summary(table: Table, methods: list[str]) -> str:
-    """One sentence: how much was run, and the best compromise in each group."""
+    """Return one sentence: the number of methods, concepts and runs, and the method with the highest H per group."""
     names = {row.concept for row in table.rows}
     text = f"{_count(len(methods), 'method')}, {_count(len(names), 'concept')}, {_count(len(table.rows), 'run')}"
-    told = []
+    best_methods = []
     for group, entries in _groups(table).items():
-        # Only methods that met all concepts of a group can be compared.
+        # Only methods that ran on all concepts of a group can be compared.
         most = max(entry["concepts"] for entry in entries)
         best = max(
             (entry for entry in entries if "H" in entry and entry["concepts"] == most),
@@ -78,12 +78,12 @@ def summary(table: Table, methods: list[str]) -> str:
         )
         if best is not None:
             shares = f"erased {best['UA']['value']:.0%}, kept {best['kept']['value']:.0%}"
-            told.append(f"{group} {best['method']} ({shares})")
-    return text + ("; highest H: " + ", ".join(told) if told else "")
+            best_methods.append(f"{group} {best['method']} ({shares})")
+    return text + ("; highest H: " + ", ".join(best_methods) if best_methods else "")
 
 
 def means(table: Table) -> str:
-    """The means, the base's line first in each group."""
+    """Return the table rows of the means, with the base's line first in each group."""
     rows = [_head("method")]
     for group, entries in _groups(table).items():
         best = max(entries, key=lambda entry: entry["concepts"])
@@ -95,7 +95,7 @@ def means(table: Table) -> str:
 
 
 def concepts(table: Table) -> str:
-    """Every run, the base's line first for each concept."""
+    """Return the table rows of every run, with the base's line first for each concept."""
     rows, last = [_head("method")], ""
     for row in table.rows:
         if row.concept != last:
@@ -108,7 +108,7 @@ def concepts(table: Table) -> str:
 
 
 def tradeoff(table: Table, methods: list[str]) -> str:
-    """A plot a group: one point a method, and the base's."""
+    """Return one plot per group with a point for each method and for the base: erased against kept."""
     plots = []
     for group, listed in _groups(table).items():
         entries = [entry for entry in listed if "UA" in entry and "kept" in entry]
@@ -118,37 +118,37 @@ def tradeoff(table: Table, methods: list[str]) -> str:
             )
             for entry in entries
         ]
-        # Methods that measured other concepts of a group met another base.
+        # Methods that ran on different concepts of a group are compared with different base values.
         for kept, ua in sorted({(entry["kept"]["base"], entry["UA"]["base"]) for entry in entries}):
             points.append(charts.Point("base", (kept, kept, kept), (ua, ua, ua), -1))
         plots.append(f"<div><h3>{escape(group)}</h3>{charts.plot(points, 'kept', 'erased (UA)', group)}</div>")
     return (
         f'<div class="plots">{"".join(plots)}</div><p class="soft">Up and right is better. Kept: mean of IRA and CRA. '
-        "Lines through the marks: 95 % intervals, over concepts where there are several; concepts for tuning are left "
-        "out. The axes begin where the figures do.</p>"
+        "Lines through the marks: 95 % intervals, over concepts if there are several. Concepts that settings were "
+        "tuned on are left out. The axes start near the smallest value, not at 0.</p>"
     )
 
 
 def interference(table: Table, method: str, reports: Reports) -> str:
-    """The matrix of one method: concept erased x label measured."""
+    """Return the interference matrix of one method: one row per erased concept, one column per label measured."""
     rows: dict[str, dict[str, charts.Change]] = {}
     own: dict[str, list[str]] = {}
     columns: dict[str, dict[str, None]] = {}
     for row in table.rows:
         if row.method != method:
             continue
-        found = reports[method, row.concept]
+        report = reports[method, row.concept]
         name = short(row)
-        own[name] = [f"{found['domain']}/{label}" for label in found["concept"]]
+        own[name] = [f"{report['domain']}/{label}" for label in report["concept"]]
         cells = rows.setdefault(name, {})
-        for head, labels in found["accuracies"]["patched"].items():
+        for head, labels in report["accuracies"]["patched"].items():
             for label, after in labels.items():
-                before = found["accuracies"]["base"][head].get(label, (0, 0))
+                before = report["accuracies"]["base"][head].get(label, (0, 0))
                 columns.setdefault(head, {})[label] = None
                 cells[f"{head}/{label}"] = charts.Change(tuple(before), tuple(after))
-    # What is erased somewhere comes first, in the order of the lines: the framed cells form a diagonal.
+    # Erased labels come first, in the order of the rows, so that the framed cells form a diagonal.
     erased = list(dict.fromkeys(key for keys in own.values() for key in keys))
-    order = {key: at for at, key in enumerate(erased)}
+    order = {key: position for position, key in enumerate(erased)}
     listed = {
         head: sorted(names, key=lambda name: (order.get(f"{head}/{name}", len(order)), name))
         for head, names in columns.items()
@@ -157,47 +157,47 @@ def interference(table: Table, method: str, reports: Reports) -> str:
 
 
 def gates(table: Table, reports: Reports) -> list[GateActivity]:
-    """How strongly gated patches acted, for each run; of runs by older versions nothing is known."""
-    found = []
+    """Return how strongly gated patches acted in each run; runs of older versions did not record it."""
+    activities = []
     for row in table.rows:
-        logged = [GateActivity(**one) for one in reports[row.method, row.concept].get("gates", ())]
-        several = len({one.patch for one in logged}) > 1
-        for one in logged:
-            name = f"{row.method}, {short(row)}" + (f": {one.patch}" if several else "")
-            found.append(replace(one, patch=name))
-    return found
+        logged = [GateActivity(**entry) for entry in reports[row.method, row.concept].get("gates", ())]
+        several = len({activity.patch for activity in logged}) > 1
+        for activity in logged:
+            name = f"{row.method}, {short(row)}" + (f": {activity.patch}" if several else "")
+            activities.append(replace(activity, patch=name))
+    return activities
 
 
-def made(table: Table, reports: Reports) -> dict[str, Any]:
-    """Settings and versions; where runs differ, all that there were."""
-    found: dict[str, Any] = {"erasure": __version__, "settings": table.settings, "runs": len(table.rows)}
+def provenance(table: Table, reports: Reports) -> dict[str, Any]:
+    """Return the settings and versions of the runs; an entry in which the runs differ lists all its values."""
+    entries: dict[str, Any] = {"erasure": __version__, "settings": table.settings, "runs": len(table.rows)}
     for key in ("judge", "scheduler", "steps", "guidance", "versions"):
         values: list[Any] = []
         for report in reports.values():
             value = report["provenance"].get(key)
             if value is not None and value not in values:
                 values.append(value)
-        found[key] = values[0] if len(values) == 1 else values
-    return found
+        entries[key] = values[0] if len(values) == 1 else values
+    return entries
 
 
 def short(row: Row) -> str:
-    """A concept's name; of several the first and how many more."""
-    first, *more = members(row.concept)
-    return f"{first} {STACK if STACK in row.concept else JOINT} {len(more)} more" if more else first
+    """Return the name of a row's concept; for several, the first name and the number of the others."""
+    first, *others = members(row.concept)
+    return f"{first} {STACK if STACK in row.concept else JOINT} {len(others)} more" if others else first
 
 
 def _groups(table: Table) -> dict[str, list[dict[str, Any]]]:
-    """Title of a group -> its means, a line a method."""
+    """Return title of a group -> its means, one entry per method; the title holds the number of concepts."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in table.means():
         groups.setdefault(entry["group"], []).append(entry)
-    found = {}
+    titled = {}
     for group, entries in sorted(groups.items()):
         counts = {entry["concepts"] for entry in entries}
-        # Methods of a bench that is not through have met different numbers of concepts; _named says how many.
-        found[f"{group} ({counts.pop()})" if len(counts) == 1 else group] = entries
-    return found
+        # In an unfinished benchmark methods have run on different numbers of concepts; then _named shows them.
+        titled[f"{group} ({counts.pop()})" if len(counts) == 1 else group] = entries
+    return titled
 
 
 def _named(entry: Mapping[str, Any], others: list[dict[str, Any]]) -> str:
@@ -213,8 +213,8 @@ def _ends(entry: Mapping[str, float]) -> tuple[float, float, float]:
     return entry["value"], entry["low"], entry["high"]
 
 
-def _cell(name: str, cell: Mapping[str, float], more: str = "") -> str:
-    return f"<b>{format_value(name, cell['value'])}</b>{more}<small>{interval(name, cell, ' to ')}</small>"
+def _cell(name: str, cell: Mapping[str, float]) -> str:
+    return f"<b>{format_value(name, cell['value'])}</b><small>{interval(name, cell, ' to ')}</small>"
 
 
 def _costs(costs: Mapping[str, float], size: float) -> list[str]:

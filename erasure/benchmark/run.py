@@ -1,10 +1,10 @@
-"""`erasure bench`: methods x concepts on glyph, resumable, as JSON, Markdown and a picture."""
+"""`erasure bench`: measure every method on every concept of glyph; a run that was interrupted can be resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,43 @@ from erasure.errors import ErasureError, unknown
 from erasure.prompts.concept_prompts import glyph_words
 
 
-def concepts() -> tuple[list[str], list[str]]:
-    """Concepts to tune on and concepts to report, of `configs/concepts/glyph.yaml`."""
+def concept_lists() -> tuple[list[str], list[str]]:
+    """Read the concepts for tuning and the concepts for reporting from `configs/concepts/glyph.yaml`.
+
+    Groups of concepts are joined to one name: "a+b" for one joint patch, "a&b" for stacked patches.
+    """
     from erasure.config import CONFIGS, read_yaml
 
-    found = read_yaml(CONFIGS / "concepts" / "glyph.yaml")
-    return list(found["develop"]), [
-        *found["report"],
-        *(JOINT.join(names) for names in found["together"]),
-        *(STACK.join(names) for names in found["stacked"]),
+    lists = read_yaml(CONFIGS / "concepts" / "glyph.yaml")
+    return list(lists["develop"]), [
+        *lists["report"],
+        *(JOINT.join(names) for names in lists["together"]),
+        *(STACK.join(names) for names in lists["stacked"]),
     ]
 
 
 def bench(
     methods: list[str],
-    wanted: list[str] | None,
+    concepts: list[str] | None,
     folder: Path,
     *,
     limit: int | None = None,
     progress: bool = True,
     overrides: dict[str, Any] | None = None,
 ) -> Table:
-    """Erase every concept with every method and measure each; what is there is not made again.
+    """Erase every concept from glyph with every method and measure the results.
+
+    Results that are already in `folder` are used again. The table is written after each run as bench.json and
+    bench.md, and at the end with images as bench.html and bench.png.
 
     Args:
-        methods: names of methods; `all` for all of them.
-        wanted: concepts, "a+b" for several erased together by one patch, "a&b" for a patch each, stacked; None:
-            those of `configs/concepts/glyph.yaml`.
-        folder: for patches, images, and the table as bench.json, bench.md, bench.html and bench.png.
-        limit: prompts a concept, about.
-        overrides: settings for every run.
+        methods: names of methods, or ["all"].
+        concepts: names of concepts; "a+b" erases two by one patch, "a&b" stacks one patch for each. None takes those
+            of `configs/concepts/glyph.yaml`.
+        folder: folder for patches, images and the table.
+        limit: approximate number of prompts per concept; None takes all.
+        progress: show a progress bar.
+        overrides: settings for every method.
 
     Raises:
         ErasureError: an unknown method or concept, or a folder with results of other settings.
@@ -52,36 +59,45 @@ def bench(
     from erasure import methods as registry
     from erasure.pipelines import ErasedStableDiffusionPipeline
 
-    tuned, report = concepts()
-    names = wanted or [*tuned, *report]
-    words = glyph_words()
-    vocabulary = [*words.objects, *words.styles, *(one for name in [*tuned, *report] for one in members(name))]
-    known = list(dict.fromkeys(vocabulary))
-    for name in [one for each in names for one in members(each)]:
-        if name not in known:
-            raise unknown("concept", name, known)
-    chosen = registry.names() if methods == ["all"] else methods
-    for method in chosen:
+    tuned, report = concept_lists()
+    chosen_concepts = concepts or [*tuned, *report]
+    _check_concepts(chosen_concepts, [*tuned, *report])
+    chosen_methods = registry.names() if methods == ["all"] else methods
+    for method in chosen_methods:
         registry.find(method)
     settings = {"limit": limit, "overrides": overrides or {}}
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
-    jobs = [(method, name) for name in names for method in chosen]
+    jobs = [(method, concept) for concept in chosen_concepts for method in chosen_methods]
     rows = []
-    for method, name in tqdm(jobs, desc="bench", disable=None if progress else True):
-        rows.append(_one(pipe, method, name, folder, settings, set(members(name)) <= set(tuned)))
+    for method, concept in tqdm(jobs, desc="bench", disable=None if progress else True):
+        job = _Job(method, concept, set(members(concept)) <= set(tuned))
+        rows.append(job.stored(folder, settings) or job.run(pipe, folder, settings))
         table = Table(rows, settings)
-        _put(folder / "bench.json", json.dumps(table.to_json(), indent=1))
-        _put(folder / "bench.md", table.markdown() + "\n")
+        _write_text(folder / "bench.json", json.dumps(table.to_json(), indent=1))
+        _write_text(folder / "bench.md", table.markdown() + "\n")
     write(Table(rows, settings), folder)
     return Table(rows, settings)
 
 
+def _check_concepts(concepts: list[str], listed: list[str]) -> None:
+    words = glyph_words()
+    vocabulary = [*words.objects, *words.styles, *(name for concept in listed for name in members(concept))]
+    known = list(dict.fromkeys(vocabulary))
+    for name in (name for concept in concepts for name in members(concept)):
+        if name not in known:
+            raise unknown("concept", name, known)
+
+
 def write(table: Table, folder: Path) -> None:
-    """Write bench.png and bench.html from the runs that lie in a bench's folder.
+    """Write bench.png and bench.html from a table and the runs in its folder.
+
+    Args:
+        table: the rows to show.
+        folder: the folder that `bench` wrote.
 
     Raises:
-        ErasureError: a run's report is gone.
+        ErasureError: the report of a run is missing or damaged.
     """
     from erasure.benchmark.page import page
 
@@ -90,109 +106,156 @@ def write(table: Table, folder: Path) -> None:
     os.replace(folder / "bench.tmp", folder / "bench.png")
     reports = {}
     for row in table.rows:
-        place = _place(folder, row.method, row.concept) / "report.json"
+        path = _run_folder(folder, row.method, row.concept) / "report.json"
         try:
-            reports[row.method, row.concept] = json.loads(place.read_text(encoding="utf-8"))
+            reports[row.method, row.concept] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as fault:
             raise ErasureError(
-                f"{place} cannot be read, so bench.html was not written: {fault}. "
-                f"Delete {place.with_name('result.json')} and run the bench again: it judges that run anew"
+                f"{path} cannot be read, so bench.html was not written: {fault}. "
+                f"Delete {path.with_name('result.json')} and run the bench again to judge that run anew"
             ) from None
-    _put(folder / "bench.html", page(table, reports, image))
+    _write_text(folder / "bench.html", page(table, reports, image))
 
 
-def _place(folder: Path, method: str, name: str) -> Path:
-    short = name if len(name) < 60 else f"{name[:48]}{JOINT}{len(members(name)) - 1}"
+def _run_folder(folder: Path, method: str, concept: str) -> Path:
+    """Return the folder of one run; long names of groups are shortened."""
+    short = concept if len(concept) < 60 else f"{concept[:48]}{JOINT}{len(members(concept)) - 1}"
     return folder / method / short.replace(" ", "-")
 
 
-def _one(pipe: Any, method: str, name: str, folder: Path, settings: dict[str, Any], tuned: bool) -> Row:
-    from erasure.concepts.concept import Concept
-    from erasure.erasing import erase
-    from erasure.evaluation import evaluate
-    from erasure.patch import Patch
-    from erasure.prompts.concept_prompts import concept_prompts
+@dataclass(frozen=True)
+class _Job:
+    """One method on one concept or group of concepts.
 
-    place = _place(folder, method, name)
-    note = place / "result.json"
-    if note.is_file():
-        found = json.loads(note.read_text())
-        if found.pop("settings") != settings:
-            raise ErasureError(f"{place} holds a result of other settings; use another folder, or delete it")
-        return Row.from_json(found)
-    names = members(name)
-    parts = {name: names} if STACK not in name else {one: [one] for one in names}
-    targets = [_place(folder, method, part) / "patch.safetensors" for part in parts]
-    patches = [
-        Patch.load(target) if target.is_file() else erase(pipe, what, method, out=target, **settings["overrides"])
-        for target, what in zip(targets, parts.values(), strict=True)
-    ]
-    try:
-        for part, patch in zip(parts, patches, strict=True):
-            pipe.load_patch(patch, name=part)
-        prompts = concept_prompts(names, settings["limit"])
-        options: dict[str, Any] = {"base_folder": folder / "base", "progress": False, "whole": True}
-        made = evaluate(pipe, names, folder=place, prompts=prompts, **options)
-    finally:
-        pipe.unload_patches()
-    cells = {}
-    for metric in made.rows["patched"]:
-        base = made.metric(metric.name, "base")
-        cells[metric.name] = Cell(metric.value, metric.low, metric.high, metric.n, base.value if base else float("nan"))
-    costs = {cost: sum(patch.costs[cost] for patch in patches) for cost in COSTS}
-    row = Row(
-        method,
-        name,
-        Concept.of(names[0], glyph_words()).kind,
-        tuned,
-        cells,
-        costs,
-        sum(one.stat().st_size for one in targets),
-    )
-    _put(note, json.dumps({**asdict(row), "settings": settings}, indent=1))
-    return row
+    Args:
+        tuned: whether settings were tuned on the concept.
+    """
+
+    method: str
+    concept: str
+    tuned: bool
+
+    def stored(self, folder: Path, settings: dict[str, Any]) -> Row | None:
+        """Return the row of an earlier run with the same settings, or None if there is none."""
+        place = _run_folder(folder, self.method, self.concept)
+        path = place / "result.json"
+        if not path.is_file():
+            return None
+        result = json.loads(path.read_text())
+        if result.pop("settings") != settings:
+            raise ErasureError(
+                f"{place} holds a result of other settings, which was left untouched: use another folder or delete it"
+            )
+        return Row.from_json(result)
+
+    def run(self, pipe: Any, folder: Path, settings: dict[str, Any]) -> Row:
+        """Erase and evaluate, and write the row to result.json in the folder of the run."""
+        from erasure.concepts.concept import Concept
+        from erasure.evaluation import evaluate
+        from erasure.prompts.concept_prompts import concept_prompts
+
+        place = _run_folder(folder, self.method, self.concept)
+        names = members(self.concept)
+        patches = self.patches(pipe, folder, settings)
+        try:
+            for part, patch in patches.items():
+                pipe.load_patch(patch, name=part)
+            prompts = concept_prompts(names, settings["limit"])
+            options: dict[str, Any] = {"base_folder": folder / "base", "progress": False, "whole": True}
+            report = evaluate(pipe, names, folder=place, prompts=prompts, **options)
+        finally:
+            pipe.unload_patches()
+        cells = {}
+        for metric in report.rows["patched"]:
+            base = report.metric(metric.name, "base")
+            base_value = base.value if base else float("nan")
+            cells[metric.name] = Cell(metric.value, metric.low, metric.high, metric.n, base_value)
+        row = Row(
+            method=self.method,
+            concept=self.concept,
+            kind=Concept.of(names[0], glyph_words()).kind,
+            tuned=self.tuned,
+            cells=cells,
+            costs={cost: sum(patch.costs[cost] for patch in patches.values()) for cost in COSTS},
+            bytes=sum(self.patch_path(folder, part).stat().st_size for part in patches),
+        )
+        _write_text(place / "result.json", json.dumps({**asdict(row), "settings": settings}, indent=1))
+        return row
+
+    def patches(self, pipe: Any, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the patches by name, one for a joint erasure and one per concept for a stack; erase what is missing.
+
+        A patch that is in the folder, also from another run, is loaded.
+        """
+        from erasure.erasing import erase
+        from erasure.patch import Patch
+
+        names = members(self.concept)
+        parts = {name: [name] for name in names} if STACK in self.concept else {self.concept: names}
+        patches = {}
+        for part, concepts in parts.items():
+            path = self.patch_path(folder, part)
+            if path.is_file():
+                patches[part] = Patch.load(path)
+            else:
+                patches[part] = erase(pipe, concepts, self.method, out=path, **settings["overrides"])
+        return patches
+
+    def patch_path(self, folder: Path, part: str) -> Path:
+        """Return the path of the patch for one concept or one joint group."""
+        return _run_folder(folder, self.method, part) / "patch.safetensors"
 
 
 def picture(rows: list[Row], folder: Path, prompts: int = 3) -> Any:
-    """Base and every method side by side, same seeds: a line a concept, target prompts and then kept ones."""
+    """Compose one image of the base and all methods side by side, with the same seeds.
+
+    There is one line per concept, with target prompts first and kept prompts after them. Groups of concepts are
+    left out.
+
+    Args:
+        rows: rows of the table.
+        folder: the folder that `bench` wrote.
+        prompts: number of target prompts, and of kept prompts.
+    """
     from PIL import Image, ImageDraw
 
     side, gap, head = 64, 4, 16
     methods = list(dict.fromkeys(row.method for row in rows))
     names = [name for name in dict.fromkeys(row.concept for row in rows) if len(members(name)) == 1]
     block = 2 * prompts * side + 3 * gap
-    page = Image.new("RGB", ((len(methods) + 1) * block + gap, head + len(names) * (side + head)), "white")
-    pen = ImageDraw.Draw(page)
+    canvas = Image.new("RGB", ((len(methods) + 1) * block + gap, head + len(names) * (side + head)), "white")
+    pen = ImageDraw.Draw(canvas)
     for line, name in enumerate(names):
         for column, method in enumerate(["base", *methods]):
-            place = folder / "base" if method == "base" else _place(folder, method, name) / "patched"
-            report = _place(folder, methods[0], name) / "patched" / "records.jsonl"
-            if not (place / "images").is_dir() or not report.is_file():
+            place = folder / "base" if method == "base" else _run_folder(folder, method, name) / "patched"
+            records = _run_folder(folder, methods[0], name) / "patched" / "records.jsonl"
+            if not (place / "images").is_dir() or not records.is_file():
                 continue
             x, y = column * block + gap, head + line * (side + head)
             if line == 0:
                 pen.text((x, 2), method, fill="black")
             pen.text((x, y + side + 2), name, fill="#b00020")
-            for i, identity in enumerate(_shown(report, name, prompts)):
+            for i, identity in enumerate(_shown_ids(records, name, prompts)):
                 path = place / "images" / f"{identity}.png"
                 if path.is_file():
-                    at = x + i * side + (gap if i >= prompts else 0)
-                    page.paste(Image.open(path).convert("RGB").resize((side, side)), (at, y))
-    return page
+                    left = x + i * side + (gap if i >= prompts else 0)
+                    canvas.paste(Image.open(path).convert("RGB").resize((side, side)), (left, y))
+    return canvas
 
 
-def _shown(records: Path, name: str, count: int) -> list[str]:
-    """Ids of the first target prompts and of the first kept ones."""
+def _shown_ids(records: Path, name: str, count: int) -> list[str]:
+    """Return the ids of the first `count` target prompts and of the first `count` kept prompts."""
     from erasure.concepts.concept import Concept
 
     names = set(Concept.of(name, glyph_words()).names)
     rows = [json.loads(text) for text in records.read_text(encoding="utf-8").splitlines()]
-    hit = [row["id"] for row in rows if names & set(row["labels"].values()) and not row["labels"].get("role")]
+    target = [row["id"] for row in rows if names & set(row["labels"].values()) and not row["labels"].get("role")]
     kept = [row["id"] for row in rows if not names & set(row["labels"].values()) and not row["labels"].get("role")]
-    return hit[:count] + kept[:count]
+    return target[:count] + kept[:count]
 
 
-def _put(path: Path, text: str) -> None:
+def _write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The table of methods and concepts: its rows, its means, and how it is written as text and Markdown."""
+"""The results of a benchmark: one row per method and concept, means over concepts, and both as Markdown."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ from erasure.evaluation.metrics.metric import Metric, format_estimate, format_in
 
 SHOWN = ("UA", "leak", "IRA", "neighbours", "CRA", "H", "CLIP_kept", "KID")
 BETTER = {"leak": "↓", "KID": "↓"}
-SCORES = ("CLIP_kept", "KID")  # no shares
+SCORES = ("CLIP_kept", "KID")  # metrics that are not shares of images
 COSTS = ("F", "B", "seconds")
-JOINT, STACK = "+", "&"  # between names: erased together by one patch; one patch each, stacked
+JOINT, STACK = "+", "&"  # separators of names: erased together by one patch, or one stacked patch for each
 
 
 def members(concept: str) -> list[str]:
-    """The names in "a", "a+b" or "a&b"."""
+    """Return the names of the concepts in "a", "a+b" or "a&b"."""
     return concept.split(STACK if STACK in concept else JOINT)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One metric of one run, the base's beside it."""
+    """One metric of one run, with the base model's value for comparison.
+
+    Args:
+        value: value with the patch.
+        low: lower end of the 95 % interval.
+        high: upper end of the 95 % interval.
+        n: number of images.
+        base: value of the base model; not a number if it was not measured.
+    """
 
     value: float
     low: float
@@ -34,7 +42,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one concept, or on several that are erased together."""
+    """The result of one method on one concept, or on several concepts at once.
+
+    Args:
+        method: name of the method.
+        concept: name of the concept; "a+b" and "a&b" as `members` reads them.
+        kind: kind of the concept, such as object or style.
+        tuned: whether settings were tuned on the concept; such rows are left out of the means.
+        cells: name of a metric -> its values.
+        costs: samples forward (F) and backward (B) through the UNet, and seconds.
+        bytes: size of all patch files.
+    """
 
     method: str
     concept: str
@@ -46,33 +64,38 @@ class Row:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Row:
-        """What `asdict` made of a row."""
+        """Build a row from the plain data that `dataclasses.asdict` returns for it."""
         return cls(**{**data, "cells": {name: Cell(**cell) for name, cell in data["cells"].items()}})
 
     def cell(self, name: str) -> Cell | None:
-        """A metric; `kept` is the mean of IRA and CRA, of whichever there is.
+        """Return a metric of this row, or None if it was not measured.
 
-        Both count the same images in part, so that `kept` gets the mean of their bounds: as wide as if one followed
-        from the other.
+        The name `kept` stands for the mean of IRA and CRA, or for the one of them that was measured. The two share
+        some of their images, so its interval is the mean of their intervals, which assumes full correlation.
         """
         if name != "kept":
             return self.cells.get(name)
-        both = [self.cells[one] for one in ("IRA", "CRA") if one in self.cells]
-        if not both:
+        parts = [self.cells[part] for part in ("IRA", "CRA") if part in self.cells]
+        if not parts:
             return None
-        mean = {key: sum(getattr(one, key) for one in both) / len(both) for key in ("value", "low", "high", "base")}
-        return Cell(**mean, n=min(one.n for one in both))
+        mean = {key: sum(getattr(cell, key) for cell in parts) / len(parts) for key in ("value", "low", "high", "base")}
+        return Cell(**mean, n=min(cell.n for cell in parts))
 
     @property
     def group(self) -> str:
-        """Rows of one group are averaged."""
+        """Return the title of the group that this row is averaged with, such as "objects" or "2 stacked"."""
         if len(names := members(self.concept)) > 1:
             return f"{len(names)} {'stacked' if STACK in self.concept else 'together'}"
         return {"identity": "identities"}.get(self.kind, f"{self.kind}s")
 
 
 def pooled(rows: Sequence[Row], name: str) -> Metric | None:
-    """A share over the images of all rows, or H of such shares; None where no row has it."""
+    """Return a metric over the images of all rows together, or None if no row has it.
+
+    Args:
+        rows: rows of one group and method.
+        name: a metric that is a share of images, or H, the harmonic mean of such shares.
+    """
     from erasure.evaluation.metrics.statistics import wilson
 
     if name == "H":
@@ -84,13 +107,18 @@ def pooled(rows: Sequence[Row], name: str) -> Metric | None:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a bench."""
+    """All rows of a benchmark and the settings that they were made with.
+
+    Args:
+        rows: one result per method and concept.
+        settings: `limit`, the number of prompts per concept, and `overrides`, the settings given for every method.
+    """
 
     rows: list[Row]
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data of schema 2: settings, rows and means."""
         return {
             "schema": 2,
             "settings": self.settings,
@@ -99,40 +127,50 @@ class Table:
         }
 
     def means(self) -> list[dict[str, Any]]:
-        """Mean over the concepts of a method and group that nothing was tuned on, with a bootstrap interval."""
+        """Average the rows of each group and method, without concepts that settings were tuned on.
+
+        Returns:
+            One entry per group and method. Each metric has a value, a 95 % interval (bootstrap over concepts, or a
+            single concept's own) and the base's mean; costs and patch sizes are averaged too.
+        """
         from erasure.evaluation.metrics.statistics import bootstrap_mean
 
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if not row.tuned:
                 groups.setdefault((row.group, row.method), []).append(row)
-        found = []
+        entries = []
         for (group, method), rows in groups.items():
             entry: dict[str, Any] = {"group": group, "method": method, "concepts": len(rows)}
             for name in (*SHOWN, "kept"):
                 cells = [cell for row in rows if (cell := row.cell(name))]
                 if cells:
                     values = [cell.value for cell in cells]
-                    # A mean over one concept has no spread: its own interval stands.
+                    # A single concept has no spread over concepts, so its own interval is used.
                     low, high = (cells[0].low, cells[0].high) if len(cells) == 1 else bootstrap_mean(values)
                     if len(cells) > 1 and name not in SCORES and (whole := pooled(rows, name)):
-                        # Few concepts may agree by chance: never narrower than all their images together.
+                        # Few concepts may agree by chance; the interval is at least that of all their images.
                         low, high = min(low, whole.low), max(high, whole.high)
                     base = sum(cell.base for cell in cells) / len(cells)
                     entry[name] = {"value": sum(values) / len(values), "low": low, "high": high, "base": base}
             for cost in COSTS:
                 entry[cost] = sum(row.costs[cost] for row in rows) / len(rows)
             entry["bytes"] = sum(row.bytes for row in rows) / len(rows)
-            found.append(entry)
-        return found
+            entries.append(entry)
+        return entries
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Table:
-        """What `to_json` wrote."""
+        """Build a table from the plain data that `to_json` returns."""
         return cls([Row.from_json(row) for row in data["rows"]], data["settings"])
 
     def summary(self, shown: Sequence[str] = SHOWN, costs: Sequence[str] = COSTS) -> str:
-        """The means as Markdown: a line a method, the base's first in each group."""
+        """Return the means as a Markdown table: one line per method, after the base's line in each group.
+
+        Args:
+            shown: names of the metrics to show.
+            costs: names of the costs to show.
+        """
         lines = _head("concepts", shown, costs)
         seen = set()
         for entry in sorted(self.means(), key=lambda entry: _size(entry["group"])):
@@ -147,7 +185,7 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The tables for people: means; then every concept."""
+        """Return two Markdown tables, of the means and of every concept, and a note that explains the columns."""
         lines = [self.summary(), "", *_head("concept", SHOWN, COSTS)]
         for row in self.rows:
             cells = [
@@ -164,18 +202,18 @@ class Table:
 
 
 NOTE = (
-    "Shares with 95 % intervals (a concept: Wilson; a mean: the wider of bootstrap over concepts and Wilson over all "
-    "images); the base in brackets or on its "
-    "own line. UA: target images without the target. leak: other words for it that still show it. IRA, neighbours, "
-    "CRA: other prompts drawn right in the target's domain, among its nearest, in the other domain. H: harmonic mean "
-    "of UA, IRA and CRA. CLIP_kept, KID: kept images against their prompts and against the base's (1000 KID over "
-    "features of glyph's CLIP; the base's line is the noise floor). F, B: samples forward and backward through the "
-    "UNet. * a concept for tuning."
+    "Shares with 95 % intervals: Wilson for a concept; for a mean the wider of a bootstrap over concepts and Wilson "
+    "over all images. The base model's value is in brackets or on its own line. UA: share of target images without the "
+    "target. leak: share of prompts with other words for the target that still show it. IRA, neighbours, CRA: share of "
+    "other prompts drawn correctly, in the target's domain, among its nearest concepts, and in the other domain. H: "
+    "harmonic mean of UA, IRA and CRA. CLIP_kept, KID: kept images compared with their prompts and with the base's "
+    "images (1000 KID over features of glyph's CLIP; the base's line is the noise floor). F, B: samples forward and "
+    "backward through the UNet. *: a concept that settings were tuned on."
 )
 
 
 def _size(group: str) -> tuple[int, str]:
-    """Concepts alone before several, few before many."""
+    """Sort groups of single concepts before joint and stacked ones, and these by the number of concepts."""
     first = group.partition(" ")[0]
     return int(first) if first.isdigit() else 1, group
 
@@ -190,10 +228,10 @@ def _line(cells: list[str]) -> str:
 
 
 def spread(name: str, cell: Mapping[str, float]) -> str:
-    """A figure with its interval."""
+    """Format a metric's value with its interval, such as "80% [70, 90]"."""
     return format_estimate(name, cell["value"], cell["low"], cell["high"])
 
 
 def interval(name: str, cell: Mapping[str, float], between: str = ", ") -> str:
-    """The two ends of an interval, without a unit."""
+    """Format the two ends of a metric's interval without a unit, such as "70, 90"."""
     return format_interval(name, cell["low"], cell["high"], between)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erasure.benchmark.run import bench, concepts, write
+from erasure.benchmark.run import bench, concept_lists, write
 from erasure.benchmark.table import Cell, Row, Table, members
 from erasure.errors import ErasureError
 from erasure.evaluation.metrics.gate_activity import GateActivity
@@ -75,7 +75,7 @@ def test_a_content_concept_is_asked_for_broadly_and_by_name():
 
 
 def test_the_concept_lists_are_apart():
-    tuned, report = concepts()
+    tuned, report = concept_lists()
     assert not set(tuned) & {one for name in report for one in members(name)}
     assert sorted(len(members(name)) for name in report if "+" in name) == [4, 16]
     assert [len(members(name)) for name in report if "&" in name] == [4]
