@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from the vocabulary that open_clip ships: a single file of weights brings none."""
+"""CLIP's tokenizer, made from the vocabulary that open_clip ships: single-file checkpoints bring none."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @cache
 def vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    """Token ids, and the merges of the byte-pair encoding (Radford et al. 2021, section 2.4).
+    """Return CLIP's token ids and the merges of its byte-pair encoding (Radford et al. 2021, section 2.4).
 
     Raises:
-        ErasureError: open_clip's file is not there.
+        ErasureError: open_clip's file cannot be read.
     """
     import open_clip
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -37,10 +37,10 @@ def vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
 
 
 def clip_tokenizer(pad: str = END) -> Any:
-    """A CLIPTokenizer of 77 tokens.
+    """Return a CLIPTokenizer for prompts of 77 tokens.
 
     Args:
-        pad: what fills a prompt up: the end token in CLIP-L; `!`, whose id is 0, in OpenCLIP's.
+        pad: the padding token: the end token for CLIP-L, `!` (id 0) for OpenCLIP's encoders.
     """
     from transformers import CLIPTokenizer
 

@@ -1,7 +1,7 @@
-"""What the UNet is told beside latents and time: text states, and on XL pooled text and sizes too.
+"""What the UNet is given besides latents and time: text states, and on XL also the pooled text and sizes.
 
 Stable Diffusion 1 and 2 read the last hidden states of one text encoder. XL (Podell et al. 2023, arXiv 2307.01952,
-sections 2.1 and 2.2) reads the penultimate states of two, side by side, the second one's pooled embedding, and six
+sections 2.1 and 2.2) reads the concatenated penultimate states of two, the second one's pooled embedding, and six
 numbers (h, w, 0, 0, h, w): size of the original, corner of the crop, size of the picture, in pixels.
 """
 
@@ -19,11 +19,11 @@ from erasure.errors import ErasureError
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of n samples.
+    """The conditions of n samples, as the UNet reads them.
 
     Args:
-        states: what cross-attention reads, [n, tokens, width].
-        pooled: on XL the pooled text, [n, width]; None elsewhere.
+        states: text states for cross-attention [n, tokens, width].
+        pooled: on XL the pooled text [n, width]; None elsewhere.
     """
 
     states: Tensor
@@ -33,29 +33,31 @@ class Conditions:
         return len(self.states)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Conditions:
-        """Some of the samples, as conditions of their own."""
+        """Return the conditions of some of the samples."""
         return Conditions(self.states[rows], None if self.pooled is None else self.pooled[rows])
 
     def expand(self, count: int) -> Conditions:
-        """One sample's conditions for `count` samples."""
+        """Repeat one sample's conditions for `count` samples."""
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return Conditions(self.states.expand(count, -1, -1), pooled)
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """The samples of all parts, one after the other."""
+        """Concatenate the samples of all parts."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         return Conditions(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
-    """(tokenizer, encoder), two on XL.
+    """Return the pairs (tokenizer, text encoder) of a pipeline: one, or two on XL.
 
     Raises:
         ErasureError: a part is missing, or the pipeline has more encoders than are known.
     """
     if getattr(pipe, "text_encoder_3", None) is not None:
-        raise ErasureError(f"{type(pipe).__name__} has three text encoders: Stable Diffusion 1, 2 and XL are known")
+        raise ErasureError(
+            f"{type(pipe).__name__} has three text encoders; only Stable Diffusion 1, 2 and XL are supported"
+        )
     ends = ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",)
     pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ends]
     if any(None in pair for pair in pairs):
@@ -66,26 +68,26 @@ def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:
 
 
 def place(pipe: Any, module: Any) -> torch.device:
-    """Where a network of the pipeline computes: where it lies, unless its weights rest elsewhere between calls.
+    """Return the device that a network of the pipeline computes on, also where its weights are offloaded.
 
-    Hooks bring them there: accelerate's, which the network has itself, or those of diffusers' group offloading, which
-    the pipeline knows.
+    Offloading hooks move the weights there for each call: accelerate's, which the network itself carries, or those of
+    diffusers' group offloading, which the pipeline knows.
     """
     lies = next(module.parameters()).device
     if hasattr(module, "_hf_hook"):
         hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
-        found = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((device for device in found if device is not None), lies))
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), lies))
     computes = getattr(pipe, "_execution_device", lies)
     return computes if computes != getattr(pipe, "device", lies) else lies
 
 
 @torch.no_grad()
 def encode_prompt(pipe: Any, prompt: str) -> Conditions:
-    """Conditions of one prompt, as the pipeline itself makes them.
+    """Return the conditions of one prompt, made as the pipeline itself makes them.
 
     Raises:
-        ErasureError: the prompt is longer than the text encoders read.
+        ErasureError: the prompt has more tokens than the text encoders read.
     """
     ids = []
     for tokenizer, _ in text_encoders(pipe):
@@ -98,14 +100,14 @@ def encode_prompt(pipe: Any, prompt: str) -> Conditions:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Tokens [n, length] of texts, filled up as pipelines do; what is too long is cut off."""
+    """Return the tokens of texts [n, length], padded as pipelines do; longer texts are cut off."""
     length = tokenizer.model_max_length
     filled = {"padding": "max_length", "max_length": length, "truncation": True}
     return tokenizer(list(texts), return_tensors="pt", **filled).input_ids
 
 
 def read(pipe: Any, ids: Sequence[Tensor]) -> Conditions:
-    """What the text encoders say of tokens [n, length], a tensor for each of them; gradients flow."""
+    """Return the conditions for tokens, one tensor [n, length] for each text encoder; gradients flow through them."""
     states, pooled = [], None
     for (_, encoder), row in zip(text_encoders(pipe), ids, strict=True):
         row = row.to(place(pipe, encoder))
@@ -118,25 +120,25 @@ def read(pipe: Any, ids: Sequence[Tensor]) -> Conditions:
 
 
 def blank(pipe: Any) -> bool:
-    """Whether guidance's empty prompt is all zeros: on XL pipelines that say so."""
+    """Tell whether guidance's empty prompt is all zeros, as on XL pipelines that are configured so."""
     return hasattr(pipe, "text_encoder_2") and bool(pipe.config.get("force_zeros_for_empty_prompt"))
 
 
 def unconditional(pipe: Any, empty: Conditions) -> Conditions:
-    """What the empty prompt stands for in guidance: zeros where it is `blank`, its encoding elsewhere."""
+    """Return guidance's unconditional input: zeros where it is `blank`, else the empty prompt's encoding."""
     if empty.pooled is not None and blank(pipe):
         return Conditions(torch.zeros_like(empty.states), torch.zeros_like(empty.pooled))
     return empty
 
 
 def sizes(pipe: Any, x: Tensor) -> Tensor:
-    """XL's time ids (h, w, 0, 0, h, w) [n, 6] in pixels, for latents x [n, c, h, w] of whole, uncropped pictures."""
+    """Return XL's time ids (h, w, 0, 0, h, w) [n, 6] in pixels, for latents x [n, c, h, w] of uncropped pictures."""
     height, width = (side * pipe.vae_scale_factor for side in x.shape[-2:])
     return torch.tensor([height, width, 0, 0, height, width], device=x.device).expand(len(x), -1)
 
 
 def predict(pipe: Any, x: Tensor, t: Any, conditions: Conditions) -> Tensor:
-    """The UNet's output [n, c, h, w] for latents x at timesteps t (one, or [n]); for v-prediction that is v."""
+    """Return the UNet's output [n, c, h, w] for latents x at timesteps t (one, or [n]); for v-prediction that is v."""
     unet = pipe.unet
     kind = unet.dtype
     x, states = x.to(kind), conditions.states.to(kind)

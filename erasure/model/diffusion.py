@@ -1,4 +1,4 @@
-"""Diffusion in small functions: schedules, predictions, guidance, and the counting of UNet calls.
+"""The formulas of diffusion: noise schedules, predictions, guidance, and the counting of UNet calls.
 
 Symbols: x latents [n, c, h, w], t timesteps, eps noise, a = alphas_cumprod[t].
 """
@@ -17,30 +17,30 @@ from torch import Tensor, nn
 
 @dataclass
 class Counts:
-    """Cost of a run. F: forwards, B: backwards, each one sample through the UNet; they do not depend on the machine."""
+    """The cost of a run: F forward and B backward passes, counted in samples, which do not depend on the machine."""
 
     forward: int = 0
     backward: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, float]:
-        """Plain data for headers and reports."""
+        """Return the costs as plain data, for headers and reports."""
         return {"F": self.forward, "B": self.backward, "seconds": round(self.seconds, 4)}
 
 
 @contextmanager
 def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
-    """Count every sample that goes forward and backward through `unet` inside the block."""
+    """Count every sample that passes forward and backward through `unet` inside the block."""
     counts = counts or Counts()
 
     def back(gradient: Tensor) -> None:
         counts.backward += gradient.shape[0]
 
     def forward(_: nn.Module, __: Any, output: Any) -> None:
-        made = output[0] if isinstance(output, tuple) else output.sample
-        counts.forward += made.shape[0]
-        if made.requires_grad:
-            made.register_hook(back)
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        counts.forward += sample.shape[0]
+        if sample.requires_grad:
+            sample.register_hook(back)
 
     handle, begun = unet.register_forward_hook(forward), time.perf_counter()
     try:
@@ -51,19 +51,19 @@ def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
 
 
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(a) and sqrt(1 - a) at integer timesteps t [n], shaped [n, 1, 1, 1]."""
+    """Return sqrt(a) and sqrt(1 - a) at integer timesteps t [n], each shaped [n, 1, 1, 1]."""
     a = scheduler.alphas_cumprod.to(t.device, torch.float32)[t.long()].view(-1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 
 
 def add_noise(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4)."""
+    """Return x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, arXiv 2006.11239, eq. 4)."""
     signal, noise = signal_and_noise(scheduler, t)
     return signal * x0 + noise * eps
 
 
 def to_eps(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The noise that a UNet output stands for, for epsilon-, v- and sample-prediction."""
+    """Convert a UNet output to the noise it predicts, for epsilon-, v- and sample-prediction."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return output
@@ -74,7 +74,7 @@ def to_eps(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def to_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """The clean latents that a UNet output stands for."""
+    """Convert a UNet output to the clean latents it predicts."""
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return output
@@ -85,18 +85,21 @@ def to_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: e_u + s (e_c - e_u) (Ho & Salimans 2022)."""
+    """Return classifier-free guidance, e_u + s (e_c - e_u) (Ho & Salimans 2022, arXiv 2207.12598)."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def away(neutral: Tensor, concept: Tensor, eta: float) -> Tensor:
-    """e(n) - eta (e(c) - e(n)): guided away from a concept (ESD, eq. 7; SPM, eq. 5), over outputs [n, c, h, w]."""
+    """Return e(n) - eta (e(c) - e(n)) [n, c, h, w], guided away from a concept (ESD, eq. 7; SPM, eq. 5)."""
     return neutral - eta * (concept - neutral)
 
 
 @contextmanager
 def wide(vae: Any) -> Iterator[None]:
-    """An autoencoder that says so (XL's) in fp32: its activations overflow fp16. The weights come back as they were."""
+    """Run an autoencoder in fp32 where its configuration asks for it (XL's), as its activations overflow fp16.
+
+    The weights are restored exactly when the context ends.
+    """
     own = vae.dtype
     narrow = own == torch.float16 and vae.config.force_upcast
     try:

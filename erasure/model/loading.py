@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, what kind it is, and where it computes."""
+"""Find a checkpoint, detect its type, and open it as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
-    """The folder, file or hub id that `model` names; `glyph` is the embedded checkpoint.
+    """Return the folder, file or hub id that `model` names; `glyph` is a bundled checkpoint.
 
     Raises:
         ErasureError: a path that does not exist, or a folder without `model_index.json`.
@@ -29,11 +29,11 @@ def resolve(model: str | os.PathLike[str]) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ErasureError(f"{name}: not a diffusers folder, it holds no model_index.json")
+            raise ErasureError(f"{name} is not a diffusers folder: it holds no model_index.json")
         return str(path)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ErasureError(f"{name}: only .safetensors files are read, not {path.suffix or 'this file'}")
+            raise ErasureError(f"{name}: only .safetensors files can be loaded, not {path.suffix or 'this file'}")
         return str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".safetensors":
         known, missing = (
@@ -48,19 +48,23 @@ def resolve(model: str | os.PathLike[str]) -> str:
 
 
 def look(where: str, **options: Any) -> Found:
-    """What kind of model lies where `resolve` says, without loading it; of a hub id one small file is fetched.
+    """Detect the type of a model without loading it; for a hub id, one small file is fetched.
 
     Args:
-        options: those of `Base.load`; what says which copy of a hub id is meant is heeded.
+        where: a folder, file or hub id, as `resolve` returns it.
+        options: arguments of `Base.load`; `revision`, `cache_dir`, `token` and `local_files_only` choose the copy of a
+            hub id.
 
     Raises:
-        ErasureError: a file of an unknown kind; a hub id that is not in the cache and cannot be reached.
+        ErasureError: a file of an unknown type, or a hub id that is not in the cache and cannot be reached.
     """
     path = Path(where)
     if path.is_file():
         return identify(path, options.get("config"))
     if options.get("config") is not None:
-        raise ErasureError(f"{where}: `config` says what a single file is; a diffusers folder brings its own")
+        raise ErasureError(
+            f"{where}: `config` names the type of a single file; a diffusers folder brings its own configuration"
+        )
     index = path / INDEX if path.is_dir() else hub_file(where, INDEX, **options)
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
@@ -70,10 +74,10 @@ def look(where: str, **options: Any) -> Found:
 
 
 def hub_file(name: str, file: str, **options: Any) -> Path:
-    """One file of a hub id, from the cache or the hub.
+    """Return the path of one file of a hub id, from the cache or from the hub.
 
     Raises:
-        ErasureError: it is in neither, or the hub is switched off or out of reach.
+        ErasureError: the file is in neither, or the hub is switched off or out of reach.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -96,7 +100,7 @@ def _first(fault: Exception) -> str:
 
 
 def quiet() -> None:
-    """No bars and no advice from diffusers and transformers while they load: our own messages would drown."""
+    """Silence the progress bars and hints of diffusers and transformers, which would hide our own messages."""
     import diffusers
     import transformers
 
@@ -106,7 +110,7 @@ def quiet() -> None:
 
 
 def best_device() -> torch.device:
-    """The accelerator that this process's launcher gave it, else the first one, else the CPU."""
+    """Return the accelerator that the launcher assigned to this process, else the first one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -137,19 +141,21 @@ def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any)
     from diffusers import DiffusionPipeline
 
     where = resolve(model)
-    found = look(where, **options)
+    detected = look(where, **options)
     # An erased class stands for the diffusers class behind it.
     kind = next(one.__name__ for one in cls.__mro__ if one.__module__.startswith("diffusers."))
-    if "StableDiffusion" in kind and ("XL" in kind) != ("XL" in found.pipeline):
+    if "StableDiffusion" in kind and ("XL" in kind) != ("XL" in detected.pipeline):
         raise ErasureError(
-            f"{model}: {found.about}; {cls.__name__} cannot hold it. erasure.load_pipeline finds the class itself"
+            f"{model}: {detected.about}; {cls.__name__} cannot hold it. erasure.load_pipeline finds the class itself"
         )
     if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in options:
         options["safety_checker"] = None
         options.setdefault("requires_safety_checker", False)
     options |= of_type(options.pop("dtype", options.pop("torch_dtype", None)) or torch.float32)
     if Path(where).is_file():
-        return open_single_file(cls, where, found, **{key: value for key, value in options.items() if key != "config"})
+        return open_single_file(
+            cls, where, detected, **{key: value for key, value in options.items() if key != "config"}
+        )
     try:
         return DiffusionPipeline.from_pretrained.__func__(cls, where, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError) as fault:

@@ -1,4 +1,4 @@
-"""A model without its weights: what a method would find to train in it, counted."""
+"""Load a model without its weights, and count the modules that each variant would train in it."""
 
 from __future__ import annotations
 
@@ -21,54 +21,57 @@ UNET = "unet/config.json"
 
 
 def outline(model: str | os.PathLike[str], **options: Any) -> Base:
-    """A base whose UNet lies on the `meta` device: shapes, no weights.
+    """Return a base whose UNet is on the `meta` device: it has shapes but no weights.
 
     Args:
-        model: as for `Base.load`, or a carried configuration (`checkpoints.kinds()`), such as sd1 or sdxl.
+        model: as for `Base.load`, or a bundled configuration (`single_file.kinds()`), such as sd1 or sdxl.
         options: as for `Base.load`.
 
     Raises:
-        ErasureError: an unknown model, or one whose UNet is of another kind.
+        ErasureError: an unknown model, or one whose network is not a UNet2DConditionModel.
     """
     from diffusers import UNet2DConditionModel
 
     name = os.fspath(model)
     if name in kinds():
-        found = carried(name)
+        detected = carried(name)
     else:
         where = resolve(model)
-        found = look(where, **options)
-        if UNET not in found.files:
+        detected = look(where, **options)
+        if UNET not in detected.files:
             path = Path(where, UNET) if Path(where).is_dir() else hub_file(where, UNET, **options)
             try:
-                found.files[UNET] = json.loads(path.read_text(encoding="utf-8"))
+                detected.files[UNET] = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as fault:
                 raise ErasureError(f"{name}: its {UNET} cannot be read: {fault}") from None
-    kind = found.files[UNET].get("_class_name")
+    kind = detected.files[UNET].get("_class_name")
     if kind != UNet2DConditionModel.__name__:
-        raise ErasureError(f"{name}: its network is a {kind}; {UNet2DConditionModel.__name__} is known")
+        raise ErasureError(f"{name}: its network is a {kind}, and only {UNet2DConditionModel.__name__} is supported")
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(found.files[UNET])
-    return Base(name, SimpleNamespace(unet=unet), found.about)
+        unet = UNet2DConditionModel.from_config(detected.files[UNET])
+    return Base(name, SimpleNamespace(unet=unet), detected.about)
 
 
 def counts(base: Base) -> dict[str, dict[str, int]]:
-    """For each variant that fits the UNet: modules, their weights and biases, and the numbers of a rank-1 term on them.
+    """Count, for each variant that matches the UNet, its modules, their parameters, and those of a rank-1 term.
 
-    A rank-1 term has two factors a module: one of its input's size (of a convolution: times the kernel), one of its
-    output's.
+    A rank-1 term has two factors for each module: one of the input's size (for a convolution, times the kernel) and
+    one of the output's size.
+
+    Returns:
+        variant -> "modules", "weights" (weights and biases) and "rank_1" (parameters of a rank-1 term).
     """
-    found = {}
+    rows = {}
     for variant in TARGETS:
         try:
             modules = base.targets(variant).values()
         except ErasureError:  # none fits
             continue
-        found[variant] = {
+        rows[variant] = {
             "modules": len(modules),
             "weights": sum(p.numel() for one in modules for p in one.parameters(recurse=False)),
             "rank_1": sum(
                 shape[0] + math.prod(shape[1:]) for shape in (one.get_parameter("weight").shape for one in modules)
             ),
         }
-    return found
+    return rows

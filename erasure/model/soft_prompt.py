@@ -1,6 +1,6 @@
-"""Soft prompts: vectors in the space of token embeddings, put beside or in place of a prompt's tokens, and a search.
+"""Soft prompts: vectors among the token embeddings of a prompt, and the search for them.
 
-AdvUnlearn trains against them; attacks look for them.
+AdvUnlearn trains against them, and attacks search for them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PLACES = get_args(Place)
 
 @dataclass(frozen=True)
 class Slots:
-    """A prompt with room for k vectors.
+    """A tokenised prompt, or several, with room for k vectors.
 
     Args:
-        ids: tokens [1, length], or [n, length] of several prompts, with a stand-in where the vectors go.
-        at: their places [k], or [n, k].
-        add: the vectors are added to the tokens' own embeddings, not put in their place.
+        ids: tokens [1, length], or [n, length] for several prompts, with placeholders where the vectors go.
+        at: positions of the vectors [k], or [n, k].
+        add: add the vectors to the tokens' own embeddings instead of replacing them.
     """
 
     ids: Tensor
@@ -35,14 +35,14 @@ class Slots:
 
 
 def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool = False) -> Slots:
-    """Room for `count` vectors before, after, in place of, or on top of the tokens of `text`.
+    """Make room for `count` vectors before, after, in place of, or added to the tokens of `text`.
 
-    `add` takes as many vectors as the text has tokens, whatever `count` is.
+    With `add` there are as many vectors as the text has tokens, whatever `count` is.
 
     Args:
-        by_words: take the n words of the text for n tokens, as the published AdvUnlearn does: where a word has
-            several, the `count` tokens after the n-th give way to the vectors (for `add`: n of them), and the rest
-            stay behind.
+        by_words: assume that the n words of the text are n tokens, as the published AdvUnlearn does: where a word has
+            several, the `count` tokens after the n-th are replaced by the vectors (for `add`: n of them), and the
+            rest stay.
 
     Raises:
         ErasureError: an unknown place, no room, a count below 1, or an empty text to add to.
@@ -50,7 +50,7 @@ def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool =
     if place not in PLACES:
         raise unknown("place", place, PLACES)
     if count < 1:
-        raise ErasureError(f"{count} vectors: at least 1 is needed")
+        raise ErasureError(f"{count} vectors were asked for; at least 1 is needed")
     end = tokenizer.eos_token_id
     start, *words = tokenizer(text, verbose=False).input_ids[:-1]
     if place == "add":
@@ -71,13 +71,13 @@ def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool =
 
 
 def between(tokenizer: Any, before: str, after: str, count: int) -> Slots:
-    """Room for `count` vectors between two pieces of text, of which either may be empty.
+    """Make room for `count` vectors between two pieces of text, either of which may be empty.
 
     Raises:
         ErasureError: no room, or a count below 1.
     """
     if count < 1:
-        raise ErasureError(f"{count} vectors: at least 1 is needed")
+        raise ErasureError(f"{count} vectors were asked for; at least 1 is needed")
     end = tokenizer.eos_token_id
     start, *head = tokenizer(before, verbose=False).input_ids[:-1]
     tail = tokenizer(after, verbose=False).input_ids[1:-1]
@@ -99,14 +99,14 @@ def _fitted(tokenizer: Any, text: str, row: list[int], at: range, add: bool = Fa
 
 
 def join(places: Sequence[Slots]) -> Slots:
-    """The slots of several prompts, of which each has as many, as one batch."""
+    """Join the slots of several prompts, each with the same number of vectors, into one batch."""
     return Slots(torch.cat([one.ids for one in places]), torch.stack([one.at for one in places]), places[0].add)
 
 
 def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
-    """Last hidden states [n, length, width] of the prompt with `vectors` [k, width] or [n, k, width] in its slots.
+    """Encode a prompt with `vectors` [k, width] or [n, k, width] in its slots; return states [n, length, width].
 
-    Gradients flow to the vectors and to whatever trains in the encoder. None leaves the stand-ins.
+    Gradients flow to the vectors and to the trained parameters of the encoder. None leaves the placeholders in.
     """
     rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
     ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
@@ -116,17 +116,17 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
 
 @contextmanager
 def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None]:
-    """Inside, the encoder reads `vectors` in the slots of `where`, when it is given its ids; None changes nothing."""
+    """Make the encoder read `vectors` in the slots of `where` inside the context; None changes nothing."""
     if vectors is None:
         yield
         return
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        made = output.clone()
+        changed = output.clone()
         row = torch.arange(len(output), device=output.device)[:, None]
         at = where.at.to(output.device)
-        made[row, at] = vectors.to(output.dtype) + (output[row, at] if where.add else 0)
-        return made
+        changed[row, at] = vectors.to(output.dtype) + (output[row, at] if where.add else 0)
+        return changed
 
     handle = encoder.get_input_embeddings().register_forward_hook(put)
     try:
@@ -136,12 +136,12 @@ def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None
 
 
 def spread(encoder: Any) -> float:
-    """Standard deviation of the token embeddings: the unit of a step."""
+    """Return the standard deviation of the token embeddings, which is the unit of a step."""
     return float(encoder.get_input_embeddings().weight.detach().float().std())
 
 
 def start(encoder: Any, where: Slots, draw: torch.Generator) -> Tensor:
-    """Vectors [k, width] to begin with: embeddings of random tokens, or zeros where they are added."""
+    """Return initial vectors [k, width]: embeddings of random tokens, or zeros where they are to be added."""
     table = encoder.get_input_embeddings().weight.detach().float()
     if where.add:
         return torch.zeros(len(where.at), table.shape[1], device=table.device)
@@ -158,17 +158,18 @@ def search(
     accumulate: bool = False,
     stale: bool = False,
 ) -> Tensor:
-    """Descend `loss(vectors, step)` with Adam; gradients of anything else are left alone.
+    """Minimise `loss(vectors, step)` over the vectors with Adam; no other gradient is touched.
 
     Args:
-        rate: step of Adam, in the embeddings' own unit.
+        rate: learning rate of Adam, in the embeddings' own unit.
         sign: give Adam the gradient's sign (published as `fast_at`).
-        accumulate: never zero the gradient, as the published AdvUnlearn does (methods differ in nothing else).
-            With `sign`, the sign is what stays: the first step's direction is then kept for good.
-        stale: return the vectors from before the last update, as it does too: then one step is no attack at all.
+        accumulate: never zero the gradient, as the published AdvUnlearn does. With `sign`, the direction of the first
+            step is then kept for good.
+        stale: return the vectors from before the last update, as the published code also does: one step is then no
+            attack at all.
 
     Returns:
-        Detached vectors.
+        The vectors found, detached [k, width] or [n, k, width].
     """
     current = vectors.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([current], lr=rate)

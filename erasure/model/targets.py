@@ -1,4 +1,4 @@
-"""Which modules a named variant trains."""
+"""Named variants: which modules of a UNet a method trains."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""TrajectoryPool: partially denoised latents with the teacher's outputs met on the way.
+"""Pools of partially denoised latents, with the teacher's outputs that were computed on the way.
 
 The sampler evaluates the base at every state (x_k, t_k) for the concept and for the neutral prompt: exactly
-the pair that ESD's target needs. One trajectory of S steps so gives S training tuples for 2S forwards, where
-the published loop runs about S/2 steps for one tuple and evaluates the pair again (methods.md, 6.1).
+the pair that ESD's target needs. One trajectory of S steps therefore gives S training tuples for 2S forwards,
+whereas the published loop runs about S/2 steps for one tuple and then evaluates the pair again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from erasure.model.diffusion import guide
 
 @dataclass
 class TrajectoryPool:
-    """n tuples of base states.
+    """A pool of n training tuples, taken from the base's own sampling.
 
     Args:
-        x: latents, as the sampler holds them scaled for the UNet, [n, c, h, w].
-        t: the sampler's own timesteps, [n].
-        pair: which prompt pair each tuple belongs to, [n].
-        neutral: the base's output for the neutral prompt, [n, c, h, w].
-        concept: the base's output for the concept's prompt, [n, c, h, w].
+        x: latents, scaled for the UNet as the sampler scales them [n, c, h, w].
+        t: the sampler's own timesteps [n].
+        pair: the index of each tuple's prompt pair [n].
+        neutral: the base's output for the neutral prompt [n, c, h, w].
+        concept: the base's output for the concept's prompt [n, c, h, w].
     """
 
     x: Tensor
@@ -45,11 +45,11 @@ class TrajectoryPool:
         return len(self.t)
 
     def batch(self, count: int, step: int, seed: int) -> TrajectoryPool:
-        """The tuples of step `step`, as a pool of their own."""
+        """Return the tuples of training step `step` as a pool."""
         return self.take(self.draw(count, step, seed))
 
     def draw(self, count: int, step: int, seed: int) -> Tensor:
-        """Indices of step `step`: walks through permutations of the pool, so that every tuple is met equally often."""
+        """Return the indices of step `step`: consecutive permutations of the pool, so that no tuple is favoured."""
         at = torch.arange(step * count, (step + 1) * count)
         return torch.stack([self._order(int(i) // len(self), seed)[int(i) % len(self)] for i in at])
 
@@ -57,18 +57,18 @@ class TrajectoryPool:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
     def take(self, index: Tensor) -> TrajectoryPool:
-        """The tuples `index` [b], as a pool of their own."""
+        """Return the tuples at `index` [b] as a pool."""
         return TrajectoryPool(*(value[index] for value in vars(self).values()))
 
     def save(self, path: Path) -> None:
-        """Keep the pool for a resumed run."""
+        """Write the pool to a file, for a resumed run to read."""
         temporary = path.with_suffix(".tmp")
         save_file({key: value.contiguous() for key, value in vars(self).items()}, temporary)
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> TrajectoryPool:
-        """Read what `save` wrote."""
+        """Read a pool that `save` wrote."""
         return cls(**load_file(path))
 
 
@@ -86,15 +86,18 @@ def walk(
     judged: bool = True,
     skip: int = 0,
 ) -> TrajectoryPool:
-    """Sample one trajectory a pair with the UNet as it is, guided from "" towards the concept, recording every state.
+    """Sample one trajectory for each prompt pair with the UNet in its present state, recording every state.
+
+    Trajectories are guided from the empty prompt towards the concept.
 
     Args:
-        pairs: (concept prompt, neutral prompt), one a trajectory; all run as one batch.
-        seeds: one a trajectory, for its initial noise.
-        stop: record only the state with this index and end there (the published loops). One past the last timestep
-            are the clean latents, which no output belongs to: they need `judged` off, and their t is 0.
-        skip: leave out so many of the first timesteps: the walk starts later, from the same noise (published quirk).
-        judged: record the outputs at that state too; without, `neutral` and `concept` are empty.
+        pairs: (concept prompt, neutral prompt), one for each trajectory; all run as one batch.
+        seeds: seeds of the initial noise, one for each trajectory.
+        stop: record only the state with this index and end there, as the published loops do. The index one past the
+            last timestep means the clean latents, which have no output: it needs `judged` off, and t is then 0.
+        skip: leave out so many of the first timesteps; the trajectory starts later, from the same noise (a quirk of
+            the published code).
+        judged: also record the outputs at that state; if False, `neutral` and `concept` are empty.
     """
     schedule = base.sampler(sampler)
     schedule.set_timesteps(steps, device=base.device)
@@ -110,26 +113,26 @@ def walk(
     same = all(n == "" for _, n in pairs)
     nothing_named = same and all(c == "" for c, _ in pairs)
     asked = concept if nothing_named else Conditions.cat([concept, neutral] if same else [concept, neutral, empty])
-    found: list[tuple[Tensor, ...]] = []
+    states: list[tuple[Tensor, ...]] = []
     n = len(pairs)
     for index, t in enumerate(schedule.timesteps[skip:]):
         scaled = schedule.scale_model_input(x, t)
         if index == stop and not judged:
             nothing = torch.empty(n, 0)
-            found.append((scaled.float().cpu(), torch.full((n,), float(t)), torch.arange(n), nothing, nothing))
+            states.append((scaled.float().cpu(), torch.full((n,), float(t)), torch.arange(n), nothing, nothing))
             break
         out = base.predict(scaled.repeat(len(asked) // n, 1, 1, 1), t, asked)
         if stop is None or index == stop:
             at = torch.full((n,), float(t))
             second = out[:n] if nothing_named else out[n : 2 * n]
-            found.append((scaled.float().cpu(), at, torch.arange(n), second.float().cpu(), out[:n].float().cpu()))
+            states.append((scaled.float().cpu(), at, torch.arange(n), second.float().cpu(), out[:n].float().cpu()))
         if index == stop:
             break
         x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
-    if not found and not judged:
+    if not states and not judged:
         nothing = torch.empty(n, 0)
-        found.append((x.float().cpu(), torch.zeros(n), torch.arange(n), nothing, nothing))
-    parts = [torch.cat(column) for column in zip(*found, strict=True)]
+        states.append((x.float().cpu(), torch.zeros(n), torch.arange(n), nothing, nothing))
+    parts = [torch.cat(column) for column in zip(*states, strict=True)]
     return TrajectoryPool(parts[0], parts[1], parts[2], parts[3], parts[4])
 
 
@@ -144,7 +147,7 @@ def build_pool(
     batch: int = 8,
     sampler: str = "ddim",
 ) -> TrajectoryPool:
-    """A pool of `trajectories` walks, dealt over the prompt pairs in turn, run in batches."""
+    """Build a pool of `trajectories` trajectories, dealt to the prompt pairs in turn and run in batches."""
     dealt = [i % len(pairs) for i in range(trajectories)]
     pools = []
     for start in range(0, trajectories, batch):
@@ -157,7 +160,7 @@ def build_pool(
 
 
 def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **options: Any) -> TrajectoryPool:
-    """`build_pool`, from `path` where a run that was killed has left it."""
+    """Read the pool that an interrupted run left at `path`, or build it (`build_pool`) and write it there."""
     if path is not None and path.is_file():
         return TrajectoryPool.load(path)
     pool = build_pool(base, pairs, **options)
@@ -169,22 +172,25 @@ def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **opt
 def late_states(
     base: Base, pairs: list[tuple[str, str]], draw: torch.Generator, *, steps: int, guidance: float
 ) -> TrajectoryPool:
-    """One state a pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide get it, for their parity modes.
+    """Return one state for each pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide sample it.
 
-    The walk leaves out the first timestep and stops after `steps` - k of them, or at its end, k uniform from 0; t is
-    then drawn 39 to 58 above the latents' own (methods' quirk). Outputs are empty.
+    Parity modes use this. The trajectory leaves out the first timestep and stops after `steps` - k of them, or at its
+    end, with k uniform from 0; t is then drawn 39 to 58 above the latents' own, a quirk of those scripts. Outputs are
+    empty.
     """
     k = int(torch.randint(steps, (1,), generator=draw))
     seeds = torch.randint(2**31, (len(pairs),), generator=draw).tolist()
-    found = walk(base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - max(k, 1), judged=False, skip=1)
+    states = walk(
+        base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - max(k, 1), judged=False, skip=1
+    )
     width = base.scheduler.config.num_train_timesteps // steps
-    found.t = (width * k + torch.randint(width, (len(pairs),), generator=draw)).float()
-    return found
+    states.t = (width * k + torch.randint(width, (len(pairs),), generator=draw)).float()
+    return states
 
 
 @torch.no_grad()
 def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> TrajectoryPool:
-    """Fill in the outputs of a pool of one state a pair, by the UNet as it is."""
+    """Fill in the outputs of a pool with one state for each pair, using the UNet in its present state."""
     asked = base.conditions([n for _, n in pairs] + [c for c, _ in pairs])
     x, t = pool.x.to(base.device), pool.t.to(base.device)
     pool.neutral, pool.concept = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), asked).float().cpu().chunk(2)
@@ -207,21 +213,22 @@ def shifts(
     guidance: float,
     measure: str = "norm",
 ) -> list[float]:
-    """How far a patch moves a prompt's answer, for each seed; `patched` opens a context in which the UNet has it.
+    """Measure, for each seed, how far a patch moves the UNet's answer to a prompt.
 
-    x is the base's state after `after` of `steps` steps. By `norm`, || e_L(x, p) - e_0(x, p) ||_2 (UnGuide, section
-    3.2). By `guidance`, how many times the prompt's own guidance g = e_0(x, p) - e_0(x, "") the patch takes back,
-    - <e_L(x, p) - e_0(x, p), g> / ||g||^2: a LoRA that has learnt to lead p to e_0("") - eta g has 1 + eta there, and
+    `patched` opens a context in which the UNet has the patch. x is the base's state after `after` of `steps` steps. By
+    `norm`, the distance is || e_L(x, p) - e_0(x, p) ||_2 (UnGuide, section 3.2). By `guidance`, it is how many times
+    the patch takes back the prompt's own guidance g = e_0(x, p) - e_0(x, ""),
+    - <e_L(x, p) - e_0(x, p), g> / ||g||^2: a LoRA that has learnt to move p to e_0("") - eta g has 1 + eta there, and
     what it does to prompts whose guidance points elsewhere does not count.
 
-    Costs 2 F a step (1 for the empty prompt) and 2 F a seed, or 3 by `guidance`.
+    The cost is 2 F for each step (1 for the empty prompt) and 2 F for each seed, or 3 by `guidance`.
     """
     named, n = measure == "guidance", len(seeds)
     state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=named)
-    x, t, asked = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
-    before = (state.concept.to(base.device) if named else base.predict(x, t, asked)).float()
+    x, t, conditions = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
+    before = (state.concept.to(base.device) if named else base.predict(x, t, conditions)).float()
     with patched():
-        moved = (base.predict(x, t, asked).float() - before).flatten(1)
+        moved = (base.predict(x, t, conditions).float() - before).flatten(1)
     if not named:
         return moved.norm(dim=1).tolist()
     own = (before - state.neutral.to(base.device).float()).flatten(1)

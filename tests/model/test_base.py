@@ -43,7 +43,7 @@ def test_no_target_is_an_error():
     class Plain(torch.nn.Module):
         config = SimpleNamespace()
 
-    with pytest.raises(ErasureError, match="fits none"):
+    with pytest.raises(ErasureError, match="matches no module"):
         Base("plain", SimpleNamespace(unet=Plain())).targets("x")
 
 
@@ -79,21 +79,21 @@ def test_prompts_are_encoded_once_and_never_cut():
 def test_a_patched_pipeline_is_no_base():
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="first")
-    with pytest.raises(ErasureError, match="patches act on this pipeline .first."):
+    with pytest.raises(ErasureError, match="has active patches .first."):
         Base.of(pipe)
     pipe.set_patches({})
     assert Base.of(pipe).pipe is pipe
 
 
 def test_something_else_is_no_base():
-    with pytest.raises(ErasureError, match="no Stable Diffusion pipeline"):
+    with pytest.raises(ErasureError, match="not a Stable Diffusion pipeline"):
         Base.of(torch.nn.Linear(2, 2))
 
 
 def test_inpainting_pipelines_are_no_base():
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(in_channels=9)
-    with pytest.raises(ErasureError, match="takes 9 channels, 4 of them latents"):
+    with pytest.raises(ErasureError, match="reads 9 channels, 4 of them latents"):
         Base.of(pipe)
 
 

@@ -64,7 +64,7 @@ def test_pipelines_serve_as_well(folders):
     pipe = tiny_pipeline()
     load_patch(pipe, patch)
     assert agrees(diff(tiny_pipeline(), pipe, [{"name": "van gogh"}]), patch)
-    with pytest.raises(ErasureError, match="patches act"):
+    with pytest.raises(ErasureError, match="active patches"):
         erased = tiny_pipeline(ErasedStableDiffusionPipeline)
         erased.load_patch(patch)
         diff(erased, base, ["x"])
