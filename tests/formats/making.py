@@ -46,15 +46,15 @@ def refused(
             import_patch(path, form, base, **options)
 
 
-def close(one: Patch, other: Patch, tolerance: float = 1e-6) -> bool:
+def close(patch: Patch, other: Patch, tolerance: float = 1e-6) -> bool:
     """Whether two patches change the same parameters by the same, to a tolerance of the largest change."""
-    if one.components != other.components:
+    if patch.components != other.components:
         return False
-    for component in one.components:
-        here, there = one.deltas(component), other.deltas(component)
-        if here.keys() != there.keys():
+    for component in patch.components:
+        changes, others = patch.deltas(component), other.deltas(component)
+        if changes.keys() != others.keys():
             return False
-        largest = max(float(value.abs().max()) for value in here.values())
-        if any(float((here[name] - there[name]).abs().max()) > tolerance * largest for name in here):
+        largest = max(float(value.abs().max()) for value in changes.values())
+        if any(float((changes[name] - others[name]).abs().max()) > tolerance * largest for name in changes):
             return False
     return True

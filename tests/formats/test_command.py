@@ -46,8 +46,8 @@ def test_out_and_in_again(capsys, tmp_path, model):
         tmp_path / "back.safetensors",
     )
     assert code == 0 and "detected as unet (UNet weights under diffusers' names" in out
-    back = Patch.load(tmp_path / "back.safetensors")
-    assert close(patch, back, 1e-5) and back.names == ["cat"]
+    imported = Patch.load(tmp_path / "back.safetensors")
+    assert close(patch, imported, 1e-5) and imported.names == ["cat"]
 
 
 def test_a_rank_is_cut_to_and_its_error_said(capsys, tmp_path):
@@ -63,8 +63,8 @@ def test_a_rank_is_cut_to_and_its_error_said(capsys, tmp_path):
         tmp_path / "lora.safetensors",
     )
     assert "reduced to rank 3: relative error 0." in run(capsys, *command)[1]
-    found = json.loads(run(capsys, *command, "--json")[1])
-    assert 0 < found["error"] < 1 and found["format"] == "kohya" and found["notes"] == []
+    report = json.loads(run(capsys, *command, "--json")[1])
+    assert 0 < report["error"] < 1 and report["format"] == "kohya" and report["notes"] == []
 
 
 def test_pickles_need_the_flag(capsys, tmp_path, model):
@@ -73,16 +73,16 @@ def test_pickles_need_the_flag(capsys, tmp_path, model):
     code, _, err = run(capsys, *command)
     assert code == 2 and "--allow-pickle" in err and not (tmp_path / "p.safetensors").exists()
     code, out, _ = run(capsys, *command, "--allow-pickle", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["format"] == "unet" and found["kind"] == "delta" and found["components"] == ["unet"]
+    report = json.loads(out)
+    assert code == 0 and report["format"] == "unet" and report["kind"] == "delta" and report["components"] == ["unet"]
     assert (tmp_path / "p.safetensors").exists()
 
 
 def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
     low_rank_patch(tiny_pipeline(), gate={"kind": "text"}).save(tmp_path / "p.safetensors")
-    found = json.loads(run(capsys, "info", tmp_path / "p.safetensors", "--json")[1])
-    assert found["loads"]["erasure"] == "with its gate" and found["loads"]["ComfyUI"] == "without its gate"
-    assert found["exports"]["spm"].startswith("no: needs a term on every layer") and found["exports"][
+    report = json.loads(run(capsys, "info", tmp_path / "p.safetensors", "--json")[1])
+    assert report["loads"]["erasure"] == "with its gate" and report["loads"]["ComfyUI"] == "without its gate"
+    assert report["exports"]["spm"].startswith("no: needs a term on every layer") and report["exports"][
         "peft"
     ].startswith("yes")
     text = run(capsys, "info", tmp_path / "p.safetensors")[1]

@@ -85,30 +85,33 @@ def offline(monkeypatch, cache):
 def test_what_goes_up_comes_down(file, tmp_path):
     (file.parent / "grid.png").write_bytes(b"picture")
     api, before = Api(), file.read_bytes()
-    found = push(file, "me/gogh", private=True, license="openrail", api=api)
-    assert found.revision == COMMIT and COMMIT in found.url and file.read_bytes() == before
+    pushed = push(file, "me/gogh", private=True, license="openrail", api=api)
+    assert pushed.revision == COMMIT and COMMIT in pushed.url and file.read_bytes() == before
     assert api.calls[0] == ("me/gogh", {"private": True, "exist_ok": True, "repo_type": "model"})
-    assert sorted(api.files) == found.files == ["README.md", "erasure.json", "gogh.safetensors", "grid.png"]
+    assert sorted(api.files) == pushed.files == ["README.md", "erasure.json", "gogh.safetensors", "grid.png"]
     assert api.files["gogh.safetensors"] == before
     laid = push(file, "me/gogh", license="openrail", folder=tmp_path / "laid")
     assert {path.name: path.read_bytes() for path in (tmp_path / "laid").iterdir()} == api.files
-    assert laid.files == found.files and "nothing was uploaded" in laid.text()
-    back = pull(tmp_path / "laid", tmp_path / "deep" / "back.safetensors")
-    assert back.patch.read_bytes() == before and back.info["concepts"] == ["van gogh"]
+    assert laid.files == pushed.files and "nothing was uploaded" in laid.text()
+    pulled = pull(tmp_path / "laid", tmp_path / "deep" / "back.safetensors")
+    assert pulled.patch.read_bytes() == before and pulled.info["concepts"] == ["van gogh"]
     push(file, "me/gogh", folder=tmp_path / "laid")  # again, over its own files
 
 
 def test_the_card_says_what_the_hub_reads(file, tmp_path):
     push(file, "me/gogh", folder=tmp_path / "laid", license="openrail")
-    made = ModelCard.load(tmp_path / "laid" / "README.md")
-    data = made.data.to_dict()
+    model_card = ModelCard.load(tmp_path / "laid" / "README.md")
+    data = model_card.data.to_dict()
     assert data["base_model"] == "some/tiny" and data["base_model_relation"] == "adapter"
     assert {"text-to-image", "diffusers", "lora"} < set(data["tags"]) and data["license"] == "openrail"
-    values = {one.metric_name.split(" (")[0]: one.metric_value for one in made.data.eval_results}
+    values = {result.metric_name.split(" (")[0]: result.metric_value for result in model_card.data.eval_results}
     assert values == {"UA": 0.91, "attack success rate of ring": 0.25}
-    assert made.data.eval_results[0].dataset_name == "some/set" and "0.8 to 0.97, n = 40" in str(made)
-    assert 'pipe.load_patch("me/gogh")' in made.text and "| UA ↑ | 5% | 91% [80, 97] | 40 |" in made.text
-    assert 'load_lora_weights("me/gogh", weight_name="gogh.safetensors")' in made.text and "grid.png" not in made.text
+    assert model_card.data.eval_results[0].dataset_name == "some/set" and "0.8 to 0.97, n = 40" in str(model_card)
+    assert 'pipe.load_patch("me/gogh")' in model_card.text and "| UA ↑ | 5% | 91% [80, 97] | 40 |" in model_card.text
+    assert (
+        'load_lora_weights("me/gogh", weight_name="gogh.safetensors")' in model_card.text
+        and "grid.png" not in model_card.text
+    )
 
 
 def test_the_card_claims_no_more_than_there_is(pipe, tmp_path):
@@ -136,9 +139,9 @@ def test_from_the_cache_without_a_network(cache, file, pipe, tmp_path):
         assert patch.payload.digest == Patch.load(file).payload.digest
     assert json.loads(read_header("me/gogh")["erasure.concepts"])[0]["name"] == "van gogh"
     assert load_patch(tiny_pipeline(), "me/gogh") == "van gogh"
-    found = pull("me/gogh")
-    assert found.patch.read_bytes() == file.read_bytes() and found.revision == COMMIT
-    assert f"me/gogh@{COMMIT}" in found.text() and (tmp_path / "gogh.safetensors").is_file()
+    pulled = pull("me/gogh")
+    assert pulled.patch.read_bytes() == file.read_bytes() and pulled.revision == COMMIT
+    assert f"me/gogh@{COMMIT}" in pulled.text() and (tmp_path / "gogh.safetensors").is_file()
     # A repository that another tool filled has no erasure.json: its file has to be named then.
     (cache / "erasure.json").unlink()
     assert Patch.load("me/gogh/gogh.safetensors").stored["revision"] == COMMIT

@@ -41,11 +41,11 @@ def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, for
     base = latents(ours, PROMPTS)
     ours.load_patch(patch)
     ours.fuse_patches()
-    found = latents(ours, PROMPTS)
-    assert gap(found, base) > 1e-3
-    done = export_patch(patch, tmp_path / "lora.safetensors", form)
-    theirs.load_lora_weights(done.path)
-    assert gap(latents(theirs, PROMPTS), found) < 1e-5
+    patched = latents(ours, PROMPTS)
+    assert gap(patched, base) > 1e-3
+    exported = export_patch(patch, tmp_path / "lora.safetensors", form)
+    theirs.load_lora_weights(exported.path)
+    assert gap(latents(theirs, PROMPTS), patched) < 1e-5
 
 
 def test_diffusers_reads_ranks_that_differ_right(tmp_path):
@@ -56,10 +56,10 @@ def test_diffusers_reads_ranks_that_differ_right(tmp_path):
         layers[path] = low_rank_patch(ours, rank=1, alpha=3.0, size=0.2).payload.layers["unet"][path]
     patch = made(ours, LowRank({"unet": layers}))
     ours.load_patch(patch)
-    found = latents(ours, PROMPTS)
+    patched = latents(ours, PROMPTS)
     for form in ("peft", "kohya"):
         theirs.load_lora_weights(export_patch(patch, tmp_path / f"{form}.safetensors", form).path)
-        assert gap(latents(theirs, PROMPTS), found) < 1e-5, form
+        assert gap(latents(theirs, PROMPTS), patched) < 1e-5, form
         theirs.unload_lora_weights()
 
 
@@ -67,8 +67,8 @@ def test_diffusers_reads_ranks_that_differ_right(tmp_path):
 def merged():
     """Of two patches whose ranks, alphas and layers differ; in the file of the one, alphas would differ by layer."""
     pipe = tiny_pipeline()
-    one = low_rank_patch(pipe, 1, rank=4, alpha=1.0, part="attentions", components=("unet", "text_encoder"), size=0.2)
-    return merge([(one, 1.0), (low_rank_patch(pipe, 2, rank=1, alpha=3.0, size=0.2), -0.5)], base=pipe)
+    first = low_rank_patch(pipe, 1, rank=4, alpha=1.0, part="attentions", components=("unet", "text_encoder"), size=0.2)
+    return merge([(first, 1.0), (low_rank_patch(pipe, 2, rank=1, alpha=3.0, size=0.2), -0.5)], base=pipe)
 
 
 def answer(pipe):
@@ -130,9 +130,9 @@ def test_diffusers_loads_every_layer_of_xl(tmp_path, form):
     patch = low_rank_patch(ours, part="", alpha=3.0, components=parts, size=0.05)
     assert "add_embedding.linear_1" in patch.payload.layers["unet"]
     ours.load_patch(patch)
-    found = latents(ours, PROMPTS, height=16, width=16)
+    patched = latents(ours, PROMPTS, height=16, width=16)
     theirs.load_lora_weights(export_patch(patch, tmp_path / "lora.safetensors", form).path)
-    assert gap(latents(theirs, PROMPTS, height=16, width=16), found) < 1e-5
+    assert gap(latents(theirs, PROMPTS, height=16, width=16), patched) < 1e-5
     assert close(
         patch, import_patch(tmp_path / "lora.safetensors", "auto", Base.of(tiny_xl(StableDiffusionXLPipeline)))
     )
@@ -150,8 +150,8 @@ def test_a_lora_that_diffusers_wrote_is_read_with_its_metadata(tmp_path):
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     expected = latents(theirs, PROMPTS)
-    kept = get_peft_model_state_dict(theirs.unet)
-    theirs.save_lora_weights(tmp_path, unet_lora_layers=kept, unet_lora_adapter_metadata=config.to_dict())
+    state = get_peft_model_state_dict(theirs.unet)
+    theirs.save_lora_weights(tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=config.to_dict())
     patch = import_patch(tmp_path / "pytorch_lora_weights.safetensors", "auto", Base.of(ours))
     assert patch.config["format"] == "peft"
     ours.load_patch(patch)
@@ -163,9 +163,9 @@ def every_layer(kind: str) -> LowRank:
     layers: dict = {}
     for component, path, module in truth.modules(kind):
         if isinstance(module, nn.Linear | nn.Conv2d):
-            out, *rest = module.weight.shape
-            up = torch.zeros(out, 1, *[1] * (len(rest) - 1))
-            layers.setdefault(component, {})[path] = (torch.zeros(1, *rest), up, 1.0)
+            out, *shape = module.weight.shape
+            up = torch.zeros(out, 1, *[1] * (len(shape) - 1))
+            layers.setdefault(component, {})[path] = (torch.zeros(1, *shape), up, 1.0)
     return LowRank(layers)
 
 
@@ -202,24 +202,25 @@ def test_every_low_rank_key_has_a_layer_in_comfyui_and_a1111(kind):
     assert family(payload) == kind
     keys = {key.split(".")[0] for key in encode(payload, "fp32")[0]}
     assert len(keys) > {"sd1": 250, "sd2": 300, "sdxl": 900}[kind]
-    found = unmatched(keys, kind)
-    assert found == MISSES[kind]
-    assert {name: missed(name, payload) for name in found} == found, "the table says what the maps say"
+    missing = unmatched(keys, kind)
+    assert missing == MISSES[kind]
+    assert {name: missed(name, payload) for name in missing} == missing, "the table says what the maps say"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_knows_which_differences_are_left_out(tmp_path, kind):
     payload = every_parameter(kind)
     patch = made_of(payload)
-    done = export_patch(patch, tmp_path / "diff.safetensors", "diff")
-    found = unmatched({key.split(".")[0] for key in load_file(done.path)}, kind)
-    assert {name: missed(name, payload) for name in found} == found
-    unet = {name: [key for key in keys if "unet" in key] for name, keys in found.items()}
+    exported = export_patch(patch, tmp_path / "diff.safetensors", "diff")
+    missing = unmatched({key.split(".")[0] for key in load_file(exported.path)}, kind)
+    assert {name: missed(name, payload) for name in missing} == missing
+    unet = {name: [key for key in keys if "unet" in key] for name, keys in missing.items()}
     assert unet == {name: [key for key in keys if "unet" in key] for name, keys in MISSES[kind].items()}
     notes = [
-        f"{name} ignores {len(keys)} keys, for which it has no layer (first: {keys[0]})" for name, keys in found.items()
+        f"{name} ignores {len(keys)} keys, for which it has no layer (first: {keys[0]})"
+        for name, keys in missing.items()
     ]
-    assert [note for note in done.notes if "no layer" in note] == notes
+    assert [note for note in exported.notes if "no layer" in note] == notes
 
 
 def made_of(payload):
@@ -233,16 +234,16 @@ def test_the_original_names_of_xl_are_those_that_diffusers_converts():
 
     unet = truth.pipeline("sdxl").unet
     names = compvis_names(unet)
-    old = {f"model.diffusion_model.{theirs}": torch.tensor(i) for i, theirs in enumerate(names.values())}
-    converted, order = convert_ldm_unet_checkpoint(old, dict(unet.config)), list(names)
+    original = {f"model.diffusion_model.{theirs}": torch.tensor(i) for i, theirs in enumerate(names.values())}
+    converted, order = convert_ldm_unet_checkpoint(original, dict(unet.config)), list(names)
     assert {key: order[int(value)] for key, value in converted.items()} == {key: key for key in order}
 
 
 def test_what_a_patch_says_of_itself():
     pipe = tiny_pipeline()
     gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
-    said = as_it_is(gated)
-    assert said["erasure"] == "with its gate" and said["diffusers"] == said["A1111"] == "without its gate"
+    verdicts = as_it_is(gated)
+    assert verdicts["erasure"] == "with its gate" and verdicts["diffusers"] == verdicts["A1111"] == "without its gate"
     assert set(as_it_is(low_rank_patch(pipe)).values()) == {"yes"}
     delta = as_it_is(delta_patch(pipe))
     assert delta["erasure"] == "yes" and delta["ComfyUI"].startswith("no: export --format diff")

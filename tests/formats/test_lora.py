@@ -69,19 +69,19 @@ def test_the_scale_that_peft_makes_of_its_settings(base, written, tmp_path):
     patch, tensors = written
     for settings, scale in (
         ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 8}, 2.0),
-        ({f"{one}.lora_alpha": 8 for one in ("unet", "text_encoder")} | {"unet.use_rslora": True}, None),
+        ({f"{component}.lora_alpha": 8 for component in ("unet", "text_encoder")} | {"unet.use_rslora": True}, None),
     ):
-        back = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(settings)})
+        imported = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(settings)})
         if scale:
-            assert close(patch.scale(scale), back)
+            assert close(patch.scale(scale), imported)
         else:  # alpha / sqrt(rank) instead of alpha / rank
-            one, other = patch.deltas("unet"), back.deltas("unet")
-            assert all(torch.allclose(4.0 * one[name], other[name], atol=1e-6) for name in one)
+            ours, theirs = patch.deltas("unet"), imported.deltas("unet")
+            assert all(torch.allclose(4.0 * ours[name], theirs[name], atol=1e-6) for name in ours)
     alone = {"unet.lora_alpha": 4, "text_encoder.lora_alpha": 4, "unet.alpha_pattern": {"attn2.to_k": 12}}
-    found = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(alone)}).deltas("unet")
+    changes = read(base, tmp_path, tensors["peft"], {"lora_adapter_metadata": json.dumps(alone)}).deltas("unet")
     for name, change in patch.deltas("unet").items():
         factor = 3.0 if name.endswith("attn2.to_k.weight") else 1.0
-        assert torch.allclose(found[name], factor * change, atol=1e-6)
+        assert torch.allclose(changes[name], factor * change, atol=1e-6)
 
 
 def test_one_layer_under_two_names_is_refused(base, written, tmp_path):

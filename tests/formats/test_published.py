@@ -34,11 +34,11 @@ def test_esd_and_uce_some_weights_in_bf16(pipe, base, tmp_path):
     save_file(file, tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors")
     patch = import_patch(tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors", "auto", base)
     assert patch.config["format"] == "unet" and patch.names == ["Van Gogh"]
-    found = patch.deltas("unet")
-    assert set(found) == {name for name in full if "attn2.to_k" in name}, "untouched weights differ by the cast alone"
-    for name, change in found.items():
-        here = pipe.unet.state_dict()[name]
-        assert torch.equal((here + change).bfloat16(), full[name].bfloat16())
+    changes = patch.deltas("unet")
+    assert set(changes) == {name for name in full if "attn2.to_k" in name}, "untouched weights differ by the cast alone"
+    for name, change in changes.items():
+        base_value = pipe.unet.state_dict()[name]
+        assert torch.equal((base_value + change).bfloat16(), full[name].bfloat16())
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -102,9 +102,9 @@ def test_unguides_lora(pipe, base, tmp_path):
     torch.save(content, tmp_path / "lora.pth")
     patch = import_patch(tmp_path / "lora.pth", "auto", base, allow_pickle=True)
     assert patch.config["format"] == patch.method == "unguide" and isinstance(patch.payload, LowRank)
-    found = patch.deltas("unet")
-    assert found.keys() == changes.keys()
-    assert all(torch.allclose(found[name], change, atol=1e-5) for name, change in changes.items())
+    imported = patch.deltas("unet")
+    assert imported.keys() == changes.keys()
+    assert all(torch.allclose(imported[name], change, atol=1e-5) for name, change in changes.items())
     # Its alpha stands beside it, where a config does.
     (tmp_path / "train_config.json").write_text(json.dumps({"lora_alpha": 4}))
     half = import_patch(tmp_path / "lora.pth", "unguide", base, allow_pickle=True).deltas("unet")
@@ -131,8 +131,8 @@ def test_unguide_files_that_are_none(pipe, base, tmp_path):
 
 def test_our_own_methods_go_out_as_published_and_come_back(pipe, base, tmp_path):
     patch = erase(pipe, "cat", "esd", progress=False, **SMALL)
-    back = import_patch(export_patch(patch, tmp_path / "esd.safetensors", "esd", base).path, "esd", base)
-    assert close(patch, back, 1e-5) and back.method == "esd"
+    imported = import_patch(export_patch(patch, tmp_path / "esd.safetensors", "esd", base).path, "esd", base)
+    assert close(patch, imported, 1e-5) and imported.method == "esd"
 
 
 class Bomb:
@@ -191,25 +191,25 @@ def test_full_weights_that_do_not_fit(pipe, base, tmp_path):
 
 def test_folders_that_are_none(base, tmp_path):
     patch = delta_patch(base.pipe)
-    done = export_patch(patch, tmp_path / "pipe", "checkpoint", base)
-    assert close(patch, import_patch(done.path, "checkpoint", base), 1e-5)
+    exported = export_patch(patch, tmp_path / "pipe", "checkpoint", base)
+    assert close(patch, import_patch(exported.path, "checkpoint", base), 1e-5)
     with pytest.raises(ErasureError, match="is the folder of a pipeline"):
-        import_patch(done.path, "unet", base)
-    (done.path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        import_patch(exported.path, "unet", base)
+    (exported.path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ErasureError, match="holds no weights"):
-        import_patch(done.path, model=base)
+        import_patch(exported.path, model=base)
     (tmp_path / "bare").mkdir()
     with pytest.raises(ErasureError, match="a folder without"):
         import_patch(tmp_path / "bare", model=base)
     with pytest.raises(ErasureError, match="is not the folder of a pipeline"):
-        import_patch(done.path / "text_encoder", "checkpoint", base)
+        import_patch(exported.path / "text_encoder", "checkpoint", base)
 
 
 def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    done = export_patch(delta_patch(pipe), tmp_path / "pipe", "checkpoint", base)
-    theirs = StableDiffusionPipeline.from_pretrained(done.path, safety_checker=None).unet.state_dict()
+    exported = export_patch(delta_patch(pipe), tmp_path / "pipe", "checkpoint", base)
+    theirs = StableDiffusionPipeline.from_pretrained(exported.path, safety_checker=None).unet.state_dict()
     ours = delta_patch(pipe).deltas("unet")
     for name, value in pipe.unet.state_dict().items():
         expected = value + ours[name] if name in ours else value
@@ -219,9 +219,9 @@ def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
 def test_a_checkpoint_of_an_erased_base_is_a_plain_one_and_no_warning(tmp_path, caplog):
     erased = tiny_pipeline(ErasedStableDiffusionPipeline)
     patch = low_rank_patch(erased)
-    done = export_patch(patch, tmp_path / "pipe", "checkpoint", erased)
-    assert json.loads((done.path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
-    assert close(patch, import_patch(done.path, model=erased), 1e-5) and not caplog.records
+    exported = export_patch(patch, tmp_path / "pipe", "checkpoint", erased)
+    assert json.loads((exported.path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    assert close(patch, import_patch(exported.path, model=erased), 1e-5) and not caplog.records
 
 
 def test_text_encoders_that_do_not_fit(pipe, base, tmp_path):

@@ -42,14 +42,14 @@ def written(pipe, form: str) -> Patch:
 @pytest.mark.parametrize("form", [row["format"] for row in rows() if row["writes"]])
 def test_there_and_back(pipe, base, tmp_path, form):
     patch, before = written(pipe, form), weights(pipe)
-    done = export_patch(patch, tmp_path / "file.safetensors", form, base)
-    assert done.format == form and done.error is None
-    back = import_patch(done.path, "auto", base)
-    assert back.config == {"imported": "file.safetensors", "format": form}
-    assert close(patch, back)
+    exported = export_patch(patch, tmp_path / "file.safetensors", form, base)
+    assert exported.format == form and exported.error is None
+    imported = import_patch(exported.path, "auto", base)
+    assert imported.config == {"imported": "file.safetensors", "format": form}
+    assert close(patch, imported)
     assert same(weights(pipe), before)
-    if back.gate["kind"] == "always":
-        load_patch(tiny_pipeline(), back)  # its fingerprint is the base's
+    if imported.gate["kind"] == "always":
+        load_patch(tiny_pipeline(), imported)  # its fingerprint is the base's
 
 
 def test_ranks_that_differ_and_alphas_that_differ(pipe, base, tmp_path):
@@ -65,20 +65,22 @@ def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_p
     exact = low_rank_patch(pipe, rank=2, part="mid_block")
     whole = made(pipe, Delta({"unet": exact.deltas("unet")}))
     for form in ("kohya", "peft"):
-        done = export_patch(whole, tmp_path / form, form, rank=2)
-        assert done.error < 1e-5 and not done.notes and close(exact, import_patch(done.path, form, base), 1e-5)
+        exported = export_patch(whole, tmp_path / form, form, rank=2)
+        assert (
+            exported.error < 1e-5 and not exported.notes and close(exact, import_patch(exported.path, form, base), 1e-5)
+        )
     # More than a layer has: it keeps all it has, at the same scale.
-    done = export_patch(whole, tmp_path / "more", "kohya", rank=64)
-    assert done.error < 1e-5 and close(exact, import_patch(done.path, "kohya", base), 1e-5)
-    done = export_patch(whole, tmp_path / "one", "kohya", rank=1)
-    back = import_patch(done.path, "kohya", base).deltas("unet")
-    lost = sum(float((back[name] - change).square().sum()) for name, change in whole.deltas("unet").items())
+    exported = export_patch(whole, tmp_path / "more", "kohya", rank=64)
+    assert exported.error < 1e-5 and close(exact, import_patch(exported.path, "kohya", base), 1e-5)
+    exported = export_patch(whole, tmp_path / "one", "kohya", rank=1)
+    imported = import_patch(exported.path, "kohya", base).deltas("unet")
+    lost = sum(float((imported[name] - change).square().sum()) for name, change in whole.deltas("unet").items())
     total = sum(float(change.square().sum()) for change in whole.deltas("unet").values())
-    assert done.error == pytest.approx((lost / total) ** 0.5, rel=1e-4) and 0.1 < done.error < 1
+    assert exported.error == pytest.approx((lost / total) ** 0.5, rel=1e-4) and 0.1 < exported.error < 1
     # Nothing of rank 1 is nearer: rows of zeros, say, or another pair.
     name, change = next(iter(whole.deltas("unet").items()))
-    assert torch.linalg.svdvals(back[name].flatten(1))[1:].max() < 1e-4 * back[name].abs().max()
-    assert (back[name] - change).norm() <= change.norm()
+    assert torch.linalg.svdvals(imported[name].flatten(1))[1:].max() < 1e-4 * imported[name].abs().max()
+    assert (imported[name] - change).norm() <= change.norm()
 
 
 def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
@@ -118,8 +120,8 @@ def test_weights_go_onto_their_own_base_unless_forced(pipe, tmp_path):
         with pytest.raises(ErasureError, match="was made from tiny"):
             export_patch(patch, tmp_path / form, form, other)
         assert not list(tmp_path.iterdir()) and same(weights(other), before)
-    done = export_patch(patch, tmp_path / "forced", "unet", other, force=True)
-    assert close(patch, import_patch(done.path, "unet", Base.of(other)), 1e-5)
+    exported = export_patch(patch, tmp_path / "forced", "unet", other, force=True)
+    assert close(patch, import_patch(exported.path, "unet", Base.of(other)), 1e-5)
     with pytest.raises(ErasureError, match="low rank already"):
         export_patch(low_rank_patch(pipe), tmp_path / "x", "kohya", rank=1)
 
@@ -168,8 +170,8 @@ def test_concepts_and_methods_of_imported_files(pipe, base, tmp_path):
     patch = delta_patch(pipe)
     path = export_patch(patch, tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors", "esd", base).path
     assert import_patch(path, model=base).names == ["Van Gogh"]
-    found = import_patch(path, "uce", base, concepts=["cat", "dog"])
-    assert found.method == "uce" and found.names == ["cat", "dog"]
+    imported = import_patch(path, "uce", base, concepts=["cat", "dog"])
+    assert imported.method == "uce" and imported.names == ["cat", "dog"]
     assert import_patch(path, model=base).method == "unknown"
 
 

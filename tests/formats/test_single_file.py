@@ -39,8 +39,8 @@ def test_written_and_read_back_the_pictures_are_the_same_bit_for_bit(tmp_path, k
     assert type(base.pipe).__name__ == type(pipe).__name__.removeprefix("Erased")
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if hasattr(pipe, part):
-            one, two = getattr(pipe, part).state_dict(), getattr(base.pipe, part).state_dict()
-            assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+            written, loaded = getattr(pipe, part).state_dict(), getattr(base.pipe, part).state_dict()
+            assert written.keys() == loaded.keys() and all(torch.equal(written[name], loaded[name]) for name in written)
     with safe_open(path, "pt") as file:
         header = file.metadata()
     assert header["modelspec.prediction_type"] == ("v" if kind == "sd2-v" else "epsilon")
@@ -84,9 +84,9 @@ def test_the_type_of_the_weights(tmp_path):
     path = save_single_file(pipe, tmp_path / "half.safetensors", dtype="fp16")
     with safe_open(path, "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118
-    back = Base.load(path, device="cpu").pipe
-    assert back.unet.dtype == torch.float32
-    assert torch.equal(back.unet.conv_in.weight, pipe.unet.conv_in.weight.half().float())
+    reloaded = Base.load(path, device="cpu").pipe
+    assert reloaded.unet.dtype == torch.float32
+    assert torch.equal(reloaded.unet.conv_in.weight, pipe.unet.conv_in.weight.half().float())
     with pytest.raises(ErasureError, match="unknown dtype 'fp8'"):
         save_single_file(pipe, tmp_path / "x.safetensors", dtype="fp8")
 

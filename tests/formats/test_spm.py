@@ -49,10 +49,10 @@ def test_the_file_is_the_published_layout(file):
 
 def test_there_and_back_is_the_same_patch(pipe, file):
     patch, path = file
-    back = import_patch(path, "spm", Base.of(pipe))
-    assert back.payload.digest == patch.payload.digest and back.names == ["cat"]
-    assert back.gate == {"kind": "text", "texts": ["cat"], "power": 2.0}
-    pipe.load_patch(back)
+    imported = import_patch(path, "spm", Base.of(pipe))
+    assert imported.payload.digest == patch.payload.digest and imported.names == ["cat"]
+    assert imported.gate == {"kind": "text", "texts": ["cat"], "power": 2.0}
+    pipe.load_patch(imported)
 
 
 def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, file):
@@ -70,8 +70,8 @@ def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, fi
 def test_the_published_gate_scales_both_factors(pipe, file):
     """Power 2 on the product is gamma on up and on down."""
     patch, path = file
-    back = import_patch(path, "spm", Base.of(pipe))
-    pipe.load_patch(back)
+    imported = import_patch(path, "spm", Base.of(pipe))
+    pipe.load_patch(imported)
     gated = latents(pipe, ["a red cat by monet"])
     gamma = pipe.gate_log[0]["cat"] ** 0.5
     assert 0 < gamma <= 1
@@ -124,8 +124,8 @@ def test_aliases_are_erased_texts_too(pipe, tmp_path):
         pipe, {"name": "cat", "aliases": ["tree"]}, "esd", progress=False, **SMALL, rank=1, variant="transformer"
     )
     assert patch.gate == {"kind": "always"}
-    back = import_patch(export_patch(patch, tmp_path / "x.safetensors", "spm").path, "spm", Base.of(pipe))
-    assert back.gate["texts"] == ["cat", "tree"] and back.payload.digest == patch.payload.digest
+    imported = import_patch(export_patch(patch, tmp_path / "x.safetensors", "spm").path, "spm", Base.of(pipe))
+    assert imported.gate["texts"] == ["cat", "tree"] and imported.payload.digest == patch.payload.digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -137,9 +137,11 @@ def test_half_precision_and_whole_number_alphas_are_read(pipe, file, tmp_path, d
         key: (torch.tensor(1) if value.dim() == 0 else value.to(dtype)) for key, value in load_file(path).items()
     }
     save_file(tensors, tmp_path / "half.safetensors", metadata=header)
-    back = import_patch(tmp_path / "half.safetensors", "spm", Base.of(pipe))
+    imported = import_patch(tmp_path / "half.safetensors", "spm", Base.of(pipe))
     name = patch.payload.names("unet")[0]
-    assert torch.allclose(back.payload.change("unet", name), patch.payload.change("unet", name), rtol=2e-2, atol=1e-6)
+    assert torch.allclose(
+        imported.payload.change("unet", name), patch.payload.change("unet", name), rtol=2e-2, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,8 +156,8 @@ def test_half_precision_and_whole_number_alphas_are_read(pipe, file, tmp_path, d
 )
 def test_headers_that_contradict_the_tensors(pipe, file, tmp_path, header, message):
     _, path = file
-    given = {"prompts": "cat", "rank": "1", "alpha": "1.0", **header}
-    save_file(load_file(path), tmp_path / "x.safetensors", metadata=given)
+    metadata = {"prompts": "cat", "rank": "1", "alpha": "1.0", **header}
+    save_file(load_file(path), tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(ErasureError, match=message):
         import_patch(tmp_path / "x.safetensors", "spm", Base.of(pipe))
 

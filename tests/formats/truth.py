@@ -76,7 +76,7 @@ def originals(kind: str) -> dict[str, str]:
     return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
 
 
-LINEAR = ("mlp_fc1", "mlp_fc2", *(f"self_attn_{one}_proj" for one in ("q", "k", "v", "out")))
+LINEAR = ("mlp_fc1", "mlp_fc2", *(f"self_attn_{leaf}_proj" for leaf in ("q", "k", "v", "out")))
 
 
 def comfy(kind: str) -> set[str]:
@@ -84,12 +84,12 @@ def comfy(kind: str) -> set[str]:
 
     Of the UNet: each module by its original path and by diffusers'. Of the text encoders: six linear layers each.
     """
-    found = {f"lora_unet_{one.replace('.', '_')}" for pair in originals(kind).items() for one in pair}
+    keys = {f"lora_unet_{path.replace('.', '_')}" for pair in originals(kind).items() for path in pair}
     prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
     for component, (_, layers, _) in TEXTS[kind].items():
         for prefix in prefixes[component]:
-            found |= {f"{prefix}text_model_encoder_layers_{n}_{leaf}" for n in range(layers) for leaf in LINEAR}
-    return found | ({"lora_te2_text_projection"} if kind == "sdxl" else set())
+            keys |= {f"{prefix}text_model_encoder_layers_{n}_{leaf}" for n in range(layers) for leaf in LINEAR}
+    return keys | ({"lora_te2_text_projection"} if kind == "sdxl" else set())
 
 
 OPEN_CLIP = ("ln_1", "attn", "attn_out_proj", "ln_2", "mlp_c_fc", "mlp_c_proj")
@@ -98,16 +98,16 @@ OPEN_CLIP = ("ln_1", "attn", "attn_out_proj", "ln_2", "mlp_c_fc", "mlp_c_proj")
 @cache
 def a1111_layers(kind: str) -> set[str]:
     """The names that A1111 gives the layers of a model in memory, where the original code's classes are."""
-    found = {f"diffusion_model_{path.replace('.', '_')}" for path in originals(kind).values()}
+    names = {f"diffusion_model_{path.replace('.', '_')}" for path in originals(kind).values()}
     starts = {"sd1": {"text_encoder": "transformer_"}, "sdxl": {"text_encoder": "0_transformer_"}}
     for component, start in starts.get(kind, {}).items():
         for part, path, _ in modules(kind):
             if part == component:
-                found.add(f"{start}text_model_{path.removeprefix('text_model.').replace('.', '_')}")
+                names.add(f"{start}text_model_{path.removeprefix('text_model.').replace('.', '_')}")
     for start, layers in {"sd2": {"model_": 23}, "sdxl": {"1_model_": 32}}.get(kind, {}).items():
-        found |= {f"{start}transformer_resblocks_{n}_{leaf}" for n in range(layers) for leaf in OPEN_CLIP}
-        found |= {f"{start}token_embedding", f"{start}ln_final"}
-    return found
+        names |= {f"{start}transformer_resblocks_{n}_{leaf}" for n in range(layers) for leaf in OPEN_CLIP}
+        names |= {f"{start}token_embedding", f"{start}ln_final"}
+    return names
 
 
 RESNETS = {
@@ -122,28 +122,28 @@ RESNETS = {
 
 def a1111_name(key: str, kind: str) -> str:
     """What A1111 turns a kohya key into; its block numbers are those of Stable Diffusion 1, three to a level."""
-    if found := re.fullmatch(r"lora_unet_conv_(in|out)", key):
-        return {"in": "diffusion_model_input_blocks_0_0", "out": "diffusion_model_out_2"}[found[1]]
-    if found := re.fullmatch(r"lora_unet_time_embedding_linear_(\d)", key):
-        return f"diffusion_model_time_embed_{2 * int(found[1]) - 2}"
-    if found := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", key):
-        number = 3 * int(found[2]) + int(found[4]) + (found[1] == "down")
-        side = {"down": "input", "up": "output"}[found[1]]
-        return f"diffusion_model_{side}_blocks_{number}_{a1111_leaf(found[3], found[5])}"
-    if found := re.fullmatch(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)", key):
-        attends, leaf = a1111_leaf(found[1], found[3]).split("_", 1)
-        return f"diffusion_model_middle_block_{1 if int(attends) else 2 * int(found[2])}_{leaf}"
-    if found := re.fullmatch(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", key):
-        return f"diffusion_model_input_blocks_{3 + 3 * int(found[1])}_0_op"
-    if found := re.fullmatch(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", key):
-        return f"diffusion_model_output_blocks_{2 + 3 * int(found[1])}_{2 if int(found[1]) else 1}_conv"
-    if found := re.fullmatch(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", key):
-        if not found[1] and kind != "sd2":
+    if match := re.fullmatch(r"lora_unet_conv_(in|out)", key):
+        return {"in": "diffusion_model_input_blocks_0_0", "out": "diffusion_model_out_2"}[match[1]]
+    if match := re.fullmatch(r"lora_unet_time_embedding_linear_(\d)", key):
+        return f"diffusion_model_time_embed_{2 * int(match[1]) - 2}"
+    if match := re.fullmatch(r"lora_unet_(down|up)_blocks_(\d+)_(attentions|resnets)_(\d+)_(.+)", key):
+        number = 3 * int(match[2]) + int(match[4]) + (match[1] == "down")
+        side = {"down": "input", "up": "output"}[match[1]]
+        return f"diffusion_model_{side}_blocks_{number}_{a1111_leaf(match[3], match[5])}"
+    if match := re.fullmatch(r"lora_unet_mid_block_(attentions|resnets)_(\d+)_(.+)", key):
+        attends, leaf = a1111_leaf(match[1], match[3]).split("_", 1)
+        return f"diffusion_model_middle_block_{1 if int(attends) else 2 * int(match[2])}_{leaf}"
+    if match := re.fullmatch(r"lora_unet_down_blocks_(\d+)_downsamplers_0_conv", key):
+        return f"diffusion_model_input_blocks_{3 + 3 * int(match[1])}_0_op"
+    if match := re.fullmatch(r"lora_unet_up_blocks_(\d+)_upsamplers_0_conv", key):
+        return f"diffusion_model_output_blocks_{2 + 3 * int(match[1])}_{2 if int(match[1]) else 1}_conv"
+    if match := re.fullmatch(r"lora_te(2?)_text_model_encoder_layers_(\d+)_(.+)", key):
+        if not match[1] and kind != "sd2":
             return "transformer_" + key.removeprefix("lora_te_")
-        leaf = found[3]
+        leaf = match[3]
         for theirs, ours in {"mlp_fc1": "mlp_c_fc", "mlp_fc2": "mlp_c_proj", "self_attn": "attn"}.items():
             leaf = leaf.replace(theirs, ours)
-        return f"{'1_' if found[1] else ''}model_transformer_resblocks_{found[2]}_{leaf}"
+        return f"{'1_' if match[1] else ''}model_transformer_resblocks_{match[2]}_{leaf}"
     return key
 
 
@@ -154,6 +154,6 @@ def a1111_leaf(sort: str, leaf: str) -> str:
 def a1111(key: str, kind: str) -> bool:
     """Whether A1111 finds a layer for a kohya key: by its table, then by the original names behind the prefix."""
     layers, name = a1111_layers(kind), a1111_name(key, kind)
-    tries = [name, re.sub(r"_[qkv]_proj$", "", name), key.replace("lora_unet", "diffusion_model")]
-    tries += [key.replace("lora_te1_text_model", start + "transformer_text_model") for start in ("0_", "")]
-    return any(one in layers for one in tries)
+    candidates = [name, re.sub(r"_[qkv]_proj$", "", name), key.replace("lora_unet", "diffusion_model")]
+    candidates += [key.replace("lora_te1_text_model", start + "transformer_text_model") for start in ("0_", "")]
+    return any(candidate in layers for candidate in candidates)

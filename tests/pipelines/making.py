@@ -1,4 +1,4 @@
-"""Tiny pipelines of every class and calls that fit them all."""
+"""Tiny pipelines of every class, and a call that fits all of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.patch.making import weights
 from tests.tiny import WIDTH, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_vae
 
 PROMPTS = ["a painting of van gogh", "a cat"]
-TEXT = {"kind": "text", "threshold": 0.99}  # opens for the first prompt alone
+TEXT = {"kind": "text", "threshold": 0.99}  # acts on the first of PROMPTS only
 LATENT = {"kind": "latent", "after": 1, "steps": 2, "repeats": 1}
 TASKS = [f"ErasedStableDiffusion{size}{task}Pipeline" for size in ("", "XL") for task in ("", "Img2Img", "Inpaint")]
 
 
 def tiny_xl(cls: type[Any]) -> Any:
-    """A Stable Diffusion XL pipeline with random weights."""
+    """Return a Stable Diffusion XL pipeline with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = tiny_text_encoder()
@@ -48,7 +48,7 @@ def tiny_xl(cls: type[Any]) -> Any:
         tokenizer_2=tiny_tokenizer(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         add_watermarker=False,
-        # Five time ids or six: the UNet here takes six.
+        # The UNet of this pipeline takes six time ids, not five.
         **({"requires_aesthetics_score": False} if "XLImg2Img" in cls.__name__ or "XLInpaint" in cls.__name__ else {}),
     )
     pipe.set_progress_bar_config(disable=True)
@@ -56,13 +56,13 @@ def tiny_xl(cls: type[Any]) -> Any:
 
 
 def task(name: str) -> Any:
-    """A tiny pipeline of one of TASKS."""
+    """Return a tiny pipeline of one of the classes in TASKS."""
     cls = getattr(pipelines, name)
     return tiny_xl(cls) if "XL" in name else tiny_pipeline(cls)
 
 
 def draw(pipe: Any, prompts: Any = PROMPTS, seed: int = 0, **more: Any) -> torch.Tensor:
-    """Latents of two steps [rows, 4, 8, 8]; row i has the noise of `seed` + i."""
+    """Return latents after two steps [rows, 4, 8, 8]; row i gets the noise of `seed` + i."""
     name = type(pipe).__name__
     if "prompt_embeds" in more:
         rows = len(more["prompt_embeds"])
@@ -77,22 +77,22 @@ def draw(pipe: Any, prompts: Any = PROMPTS, seed: int = 0, **more: Any) -> torch
     if "Img2Img" not in name:
         more |= {"height": 16, "width": 16}
     noise = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-    given = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "generator": noise}
-    return pipe(**(given | more)).images
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "generator": noise}
+    return pipe(**(options | more)).images
 
 
 def strengths(pipe: Any) -> list[float]:
-    """What the gate log says of the only patch."""
+    """Return the strength of the only patch for each prompt, from the gate log."""
     return [next(iter(entry.values())) for entry in pipe.gate_log]
 
 
 def hooks(pipe: Any) -> int:
-    """Forward hooks of the UNet."""
+    """Return the number of forward hooks in the UNet."""
     return sum(len(module._forward_hooks) for module in pipe.unet.modules())
 
 
 class Unchanged:
-    """A context at whose end all weights and the picture are those of its beginning, bit for bit."""
+    """A context that checks at its end that all weights and the image are bit for bit what they were before it."""
 
     def __init__(self, pipe: Any, **more: Any) -> None:
         self.pipe, self.more = pipe, more
@@ -101,7 +101,7 @@ class Unchanged:
         self.before, self.image = weights(self.pipe), draw(self.pipe, **self.more)
         return self.image
 
-    def __exit__(self, kind: Any, *rest: Any) -> None:
+    def __exit__(self, kind: Any, *details: Any) -> None:
         if kind is None:
             after = weights(self.pipe)
             assert after.keys() == self.before.keys()

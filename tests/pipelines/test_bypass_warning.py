@@ -27,7 +27,7 @@ def pipe():
 
 @pytest.fixture
 def warnings(caplog):
-    """A function that returns the bypass warnings logged since it was last called."""
+    """Return a function that returns the bypass warnings logged since it was last called."""
 
     def collect() -> list[str]:
         messages = [

@@ -84,11 +84,11 @@ def test_order_of_loading_changes_no_bit():
     assert same(seen[0], seen[2])
 
 
-def test_two_patches_on_the_same_weights_leave_one_by_one(pipe):
+def test_two_patches_on_the_same_weights_are_unloaded_one_by_one(pipe):
     base, first, second = weights(pipe), low_rank_patch(pipe, seed=1), low_rank_patch(pipe, seed=2)
     assert pipe.load_patch(first) == "van gogh"
     alone = weights(pipe)
-    # The base is recognised under the first patch.
+    # The base fingerprint is checked without the first patch, which is folded in.
     assert pipe.load_patch(second) == "van gogh-2"
     assert list(pipe.get_list_patches()) == ["van gogh", "van gogh-2"]
     assert not same(weights(pipe), alone)
@@ -99,9 +99,9 @@ def test_two_patches_on_the_same_weights_leave_one_by_one(pipe):
 
 
 def test_set_patches_takes_names_and_strengths(pipe):
-    one, two = low_rank_patch(pipe, seed=1), low_rank_patch(pipe, seed=2)
-    pipe.load_patch(one, name="one", strength=0.5)
-    pipe.load_patch(two, name="two")
+    first, second = low_rank_patch(pipe, seed=1), low_rank_patch(pipe, seed=2)
+    pipe.load_patch(first, name="one", strength=0.5)
+    pipe.load_patch(second, name="two")
 
     def strengths():
         return {name: entry["strength"] for name, entry in pipe.get_list_patches().items()}
@@ -125,7 +125,7 @@ def test_set_patches_takes_names_and_strengths(pipe):
     assert same(weights(pipe), before)
 
 
-def test_a_taken_name_lists_what_is_loaded(pipe):
+def test_a_name_that_is_taken_lists_the_loaded_patches(pipe):
     pipe.load_patch(low_rank_patch(pipe), name="art")
     with pytest.raises(ErasureError, match="named 'art' is already loaded. Loaded patches: art"):
         pipe.load_patch(delta_patch(pipe), name="art")
@@ -133,7 +133,7 @@ def test_a_taken_name_lists_what_is_loaded(pipe):
         pipe.load_patch(delta_patch(pipe), name="")
 
 
-def test_wrong_base_names_both_and_force_carries_over(pipe, tmp_path):
+def test_another_base_is_refused_by_name_unless_forced(pipe, tmp_path):
     other = tiny_pipeline(seed=1)
     path = delta_patch(other, base="somewhere/other-base").save(tmp_path / "p.safetensors")
     base = weights(pipe)
@@ -149,7 +149,7 @@ def test_wrong_base_names_both_and_force_carries_over(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_does_not_fit_is_refused_even_with_force(pipe, force):
+def test_misfits_are_refused_even_with_force(pipe, force):
     base = weights(pipe)
     pair = (torch.ones(1, 4), torch.ones(4, 1), 1.0)
     misfits = [
@@ -160,8 +160,8 @@ def test_what_does_not_fit_is_refused_even_with_force(pipe, force):
         (LowRank({"unet": {"conv_norm_out": pair}}), "does not fit"),
         (Delta({"text_encoder_2": {"a.weight": torch.ones(1)}}), "has no text_encoder_2"),
     ]
-    for payload, fault in misfits:
-        with pytest.raises(ErasureError, match=fault):
+    for payload, message in misfits:
+        with pytest.raises(ErasureError, match=message):
             pipe.load_patch(Patch(payload, "random", [{"name": "x"}]), force=force)
     assert same(weights(pipe), base)
     assert pipe.get_list_patches() == {}
@@ -177,7 +177,7 @@ def test_a_damaged_file_changes_nothing(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [2.0, 0.5, 3.0])
-def test_diffusers_loads_the_file_to_the_same_effect(tmp_path, alpha):
+def test_diffusers_loads_the_file_with_the_same_effect(tmp_path, alpha):
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     image = latents(ours, PROMPTS)
     for part in ("attn", ""):
@@ -186,9 +186,9 @@ def test_diffusers_loads_the_file_to_the_same_effect(tmp_path, alpha):
         path = patch.save(tmp_path / "p.safetensors")
         theirs.load_lora_weights(path)
         ours.load_patch(patch)
-        found = latents(ours, PROMPTS)
-        assert gap(found, image) > 1e-3
-        assert gap(latents(theirs, PROMPTS), found) < 1e-5
+        patched = latents(ours, PROMPTS)
+        assert gap(patched, image) > 1e-3
+        assert gap(latents(theirs, PROMPTS), patched) < 1e-5
         theirs.unload_lora_weights()
         ours.unload_patches()
 
@@ -207,13 +207,13 @@ def test_any_diffusers_pipeline_takes_patches():
         load_patch(plain.unet, patch)
 
 
-def test_beside_a_lora_of_the_user(pipe):
+def test_a_patch_and_a_lora_of_the_user(pipe):
     base, patch = weights(pipe), low_rank_patch(pipe)
     pipe.load_patch(patch)
     alone = latents(pipe, PROMPTS)
     pipe.unload_patches()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"]))
-    # A fresh LoRA does nothing, but wraps the layers.
+    # A new LoRA changes nothing, but it wraps the layers.
     pipe.load_patch(patch)
     assert torch.allclose(latents(pipe, PROMPTS), alone, atol=1e-5)
     pipe.unload_patches()
@@ -277,9 +277,9 @@ def test_copy_and_pickle_carry_the_stack(pipe):
 def test_save_pretrained_names_the_diffusers_class(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionPipeline
-    back = ErasedStableDiffusionPipeline.from_pretrained(tmp_path)
-    assert type(back) is ErasedStableDiffusionPipeline
-    assert same(weights(back), weights(pipe))
+    reloaded = ErasedStableDiffusionPipeline.from_pretrained(tmp_path)
+    assert type(reloaded) is ErasedStableDiffusionPipeline
+    assert same(weights(reloaded), weights(pipe))
 
 
 def test_from_pretrained(tmp_path):
@@ -302,8 +302,8 @@ def test_image_to_image_and_inpainting():
 
         def run(pipe=pipe, more=more):
             generator = torch.Generator().manual_seed(0)
-            given = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent", **more}
-            return pipe("a painting of van gogh", generator=generator, **given).images
+            options = {"image": image, "strength": 1.0, "num_inference_steps": 2, "output_type": "latent", **more}
+            return pipe("a painting of van gogh", generator=generator, **options).images
 
         base = run()
         pipe.load_patch(low_rank_patch(pipe, gate={"kind": "text"}))
@@ -313,7 +313,7 @@ def test_image_to_image_and_inpainting():
         assert torch.equal(run(), base)
 
 
-def test_made_patch_of_nothing_else_is_touched(pipe):
+def test_only_the_parameters_of_the_patch_change(pipe):
     base = weights(pipe)
     pipe.load_patch(made(pipe, Delta({"unet": {"conv_in.bias": torch.ones(8)}})))
     now = weights(pipe)

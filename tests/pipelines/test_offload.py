@@ -1,4 +1,4 @@
-"""Offloaded pipelines: networks that come and go, and weights that rest beside them."""
+"""Patches on offloaded pipelines, whose weights are moved to the device only when they are needed."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def pipe():
 
 
 def resting(pipe):
-    """All weights of the UNet, also those that sequential offload keeps beside the network."""
-    found = {}
+    """Return all weights of the UNet, also those that sequential offload keeps outside of the network."""
+    values = {}
     for path, module in pipe.unet.named_modules():
         for name, value in module.named_parameters(recurse=False):
-            found[f"{path}.{name}"] = (module._hf_hook.weights_map[name] if value.is_meta else value).detach().clone()
-    return found
+            values[f"{path}.{name}"] = (module._hf_hook.weights_map[name] if value.is_meta else value).detach().clone()
+    return values
 
 
-def hooked(pipe):
-    """What enable_sequential_cpu_offload does, without its refusal of a machine that has a CPU alone."""
+def offload_sequentially(pipe):
+    """Offload as enable_sequential_cpu_offload does, which refuses to run on a machine without an accelerator."""
     cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=False)
 
 
-def test_model_offload_gives_the_network_its_forward_back(pipe):
-    """diffusers takes its hooks off the network and puts new ones on at the end of each call."""
+def test_model_offload_restores_the_forward_of_the_network(pipe):
+    """At the end of each call, diffusers removes its hooks from the network and adds new ones."""
     base, before = weights(pipe), draw(pipe)
     for gate in GATES:
         pipe.enable_model_cpu_offload(device=DEVICE)
@@ -63,8 +63,8 @@ def test_model_offload_gives_the_network_its_forward_back(pipe):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_an_offloaded_base_computes_where_its_hooks_bring_it(kind):
-    """Nothing computes here: there is no such device on this machine, or there is."""
+def test_an_offloaded_base_computes_on_the_device_of_its_hooks(kind):
+    """Nothing is computed, so the test passes with and without the device."""
     base = Base("tiny", tiny_pipeline(kind=kind))
     assert base.device == torch.device("cpu")
     base.pipe.enable_model_cpu_offload(device="cuda:0")
@@ -75,14 +75,14 @@ def test_an_offloaded_base_computes_where_its_hooks_bring_it(kind):
     assert same(weights(base.pipe), before)
     base.pipe.remove_all_hooks()
     assert base.device == torch.device("cpu")
-    base.pipe.unet = base.unet.to("meta")  # by hand: a model without weights, for forecasts
+    base.pipe.unet = base.unet.to("meta")  # a model without weights, as forecasts use it
     assert base.device.type == "meta"
 
 
 @pytest.mark.parametrize("measure", ["norm", "guidance"])
-def test_a_latent_gate_decides_alike_where_weights_rest_beside_the_networks(pipe, measure, monkeypatch):
-    """Sequential offload leaves the networks on `meta` between calls, the text encoder too."""
-    monkeypatch.undo()  # the gate is to decide itself
+def test_a_latent_gate_decides_the_same_under_sequential_offload(pipe, measure, monkeypatch):
+    """Between calls, sequential offload leaves all networks on `meta`, including the text encoder."""
+    monkeypatch.undo()  # the decision must be the real one
     patch = low_rank_patch(pipe, gate={**LATENT, "measure": measure, "ratio": 1e-6, "on": 0.5, "off": 0.25}, size=0.3)
     pipe.load_patch(patch)
     expected = draw(pipe)
@@ -97,14 +97,14 @@ def test_a_latent_gate_decides_alike_where_weights_rest_beside_the_networks(pipe
     assert pipe.gate_log == log
 
 
-def test_a_hook_that_a_callback_takes_off_stays_off(pipe):
+def test_a_hook_that_a_callback_removes_stays_removed(pipe):
     before = draw(pipe)
     pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
     _, hook = cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
 
-    def drop(pipe, step, time, given):
+    def drop(pipe, step, time, tensors):
         remove_hook_from_module(pipe.unet)
-        return given
+        return tensors
 
     draw(pipe, callback_on_step_end=drop)
     pipe.unload_patches()
@@ -121,7 +121,7 @@ def test_sequential_offload(pipe, gate, first):
     base = resting(pipe)
     if first:
         pipe.load_patch(patch)
-    hooked(pipe)
+    offload_sequentially(pipe)
     assert all(value.is_meta for value in pipe.unet.conv_in.parameters())
     if not first:
         pipe.load_patch(patch)
@@ -133,7 +133,7 @@ def test_sequential_offload(pipe, gate, first):
     assert same(resting(pipe), base)
 
 
-def test_weights_that_are_nowhere_are_refused(pipe):
+def test_weights_that_are_not_in_memory_are_refused(pipe):
     patch = delta_patch(pipe)
     pipe.unet.to("meta")
     with pytest.raises(ErasureError, match="not in memory.*before you offload"):
@@ -154,7 +154,7 @@ def test_group_offload(pipe):
 
 @accelerator
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offload_to_a_true_accelerator(pipe, offload):
+def test_offload_from_an_accelerator(pipe, offload):
     pipe.to(DEVICE)
     before = draw(pipe)
     pipe.to("cpu")

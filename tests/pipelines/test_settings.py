@@ -1,4 +1,4 @@
-"""Whatever one sets on an ordinary diffusers pipeline, patches act and come off without a trace."""
+"""Patches act, and are unloaded without a trace, under the settings that diffusers pipelines have."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipe():
 
 @pytest.fixture
 def known(monkeypatch):
-    """The latent gate's decision, as it would fall."""
+    """Replace the decision of the latent gate by whether the prompt names Van Gogh."""
     monkeypatch.setattr(
         "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, text, _: "gogh" in text
     )
@@ -42,11 +42,11 @@ def known(monkeypatch):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(pipe, name, known):
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **SCHEDULERS[name])
-    act_and_leave(pipe)
+    check_every_kind(pipe)
 
 
-def act_and_leave(pipe, tolerance=1e-5, **more):
-    """Each kind of patch acts on the first prompt (always, also on the second), and leaves no trace."""
+def check_every_kind(pipe, tolerance=1e-5, **more):
+    """Check that each kind of patch acts on the prompts that it should, and leaves no trace."""
     with Unchanged(pipe, **more) as base:
         images = {}
         for kind, gate in (("always", {"kind": "always"}), ("text", TEXT), ("latent", {**LATENT, "on": 0.0})):
@@ -63,14 +63,14 @@ def act_and_leave(pipe, tolerance=1e-5, **more):
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"])
-def test_the_latent_gate_decides_beside_any_scheduler(pipe, name):
+def test_the_decision_does_not_depend_on_the_scheduler(pipe, name):
     patch = low_rank_patch(pipe, gate=LATENT)
     pipe.load_patch(patch)
     draw(pipe)
     log = pipe.gate_log
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
     draw(pipe)
-    assert pipe.gate_log == log  # on the same noise schedule the same decision
+    assert pipe.gate_log == log  # the noise schedule is the same
 
 
 SETTINGS = {
@@ -86,7 +86,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(pipe, name, known):
     SETTINGS[name](pipe)
-    act_and_leave(pipe)
+    check_every_kind(pipe)
 
 
 CALLS = {
@@ -101,17 +101,17 @@ CALLS = {
 def test_calls(pipe, name, known):
     if name == "timesteps":
         pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    act_and_leave(pipe, **CALLS[name])
+    check_every_kind(pipe, **CALLS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(pipe, dtype, known):
     pipe.to(dtype=dtype)
     assert {value.dtype for value in weights(pipe).values()} == {dtype}
-    act_and_leave(pipe, tolerance=0.1)
+    check_every_kind(pipe, tolerance=0.1)
 
 
-def test_layers_stored_in_eight_bits(pipe):
+def test_layers_stored_in_float8(pipe):
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     stored = {name: value.view(torch.uint8) for name, value in pipe.unet.state_dict().items() if value.itemsize == 1}
     kept, base = {name: value.clone() for name, value in stored.items()}, draw(pipe)
@@ -127,33 +127,33 @@ def test_several_images_of_mixed_prompts(pipe):
     more = {"num_images_per_prompt": 2, "negative_prompt": ["a dog", "van gogh"]}
     with Unchanged(pipe, **more) as base:
         pipe.load_patch(low_rank_patch(pipe, gate=TEXT, components=("unet", "text_encoder"), part="", size=0.05))
-        found = draw(pipe, **more)
-        assert torch.equal(found[2:], base[2:])
-        assert (found[:2] - base[:2]).abs().amax((1, 2, 3)).min() > 1e-4
+        patched = draw(pipe, **more)
+        assert torch.equal(patched[2:], base[2:])
+        assert (patched[:2] - base[:2]).abs().amax((1, 2, 3)).min() > 1e-4
         pipe.unload_patches()
 
 
 def test_callbacks_and_interrupt(pipe):
     steps = []
 
-    def half_without_guidance(pipe, step, time, given):
+    def half_without_guidance(pipe, step, time, tensors):
         steps.append(step)
         if step == 0:
             pipe._guidance_scale = 0.0
-            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
-        return given
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
 
-    def stop(pipe, step, time, given):
+    def stop(pipe, step, time, tensors):
         pipe._interrupt = True
-        return given
+        return tensors
 
     for callback in (half_without_guidance, stop):
         more = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
         act = {**more, "num_inference_steps": 3}
         with Unchanged(pipe, **act) as base:
             pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
-            found = draw(pipe, **act)
-            assert torch.equal(found[1], base[1]) and not torch.equal(found[0], base[0])
+            patched = draw(pipe, **act)
+            assert torch.equal(patched[1], base[1]) and not torch.equal(patched[0], base[0])
             pipe.unload_patches()
     assert steps
 
@@ -163,33 +163,35 @@ def embedded(pipe, prompts):
     return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
 
-def test_embeddings_with_what_they_ask_for(pipe):
+def test_embeddings_with_the_texts_that_they_encode(pipe):
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
-    expected, given = draw(pipe), embedded(pipe, PROMPTS)
-    assert torch.equal(draw(pipe, **given, erasure_prompts=PROMPTS), expected)
+    expected, embeddings = draw(pipe), embedded(pipe, PROMPTS)
+    assert torch.equal(draw(pipe, **embeddings, erasure_prompts=PROMPTS), expected)
     assert strengths(pipe) == [1.0, 0.0]
-    one = embedded(pipe, PROMPTS[:1])
-    assert torch.equal(draw(pipe, **one, erasure_prompts=PROMPTS[0]), draw(pipe, PROMPTS[:1]))
+    first_embedding = embedded(pipe, PROMPTS[:1])
+    assert torch.equal(draw(pipe, **first_embedding, erasure_prompts=PROMPTS[0]), draw(pipe, PROMPTS[:1]))
     with pytest.raises(ErasureError, match="erasure_prompts=\\[...\\]"):
-        draw(pipe, **given)
+        draw(pipe, **embeddings)
     for wrong in (PROMPTS[:1], "a cat", [1, 2]):
         with pytest.raises(ErasureError, match="must be 2 texts, one for each row"):
-            draw(pipe, **given, erasure_prompts=wrong)
+            draw(pipe, **embeddings, erasure_prompts=wrong)
     with pytest.raises(ErasureError, match="cannot be combined with a prompt"):
         draw(pipe, erasure_prompts=PROMPTS)
-    # What one call declared is forgotten by the next.
+    # The texts that one call declares do not carry over to the next.
     with pytest.raises(ErasureError, match="only prompt_embeds were given"):
-        draw(pipe, **given)
+        draw(pipe, **embeddings)
 
 
 def test_embeddings_and_a_gated_patch_of_the_text_encoder(pipe):
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT, components=("unet", "text_encoder")))
-    given = embedded(pipe, PROMPTS)
+    embeddings = embedded(pipe, PROMPTS)
     with pytest.raises(ErasureError, match="text encoder, which prompt_embeds bypass"):
-        draw(pipe, **given, erasure_prompts=PROMPTS)
-    draw(pipe, **embedded(pipe, PROMPTS[1:]), erasure_prompts=PROMPTS[1:])  # closed: nothing is bypassed
+        draw(pipe, **embeddings, erasure_prompts=PROMPTS)
+    draw(
+        pipe, **embedded(pipe, PROMPTS[1:]), erasure_prompts=PROMPTS[1:]
+    )  # the patch does not act, so nothing is bypassed
     pipe.fuse_patches()
-    draw(pipe, **given)
+    draw(pipe, **embeddings)
 
 
 @pytest.mark.parametrize("more", [{"clip_skip": 1}, {"negative_prompt": "van gogh", "negative_prompt_2": "a dog"}])
@@ -197,8 +199,8 @@ def test_calls_of_xl(more):
     pipe = task("ErasedStableDiffusionXLPipeline")
     with Unchanged(pipe, **more) as base:
         pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
-        found = draw(pipe, **more)
-        assert torch.equal(found[1], base[1]) and gap(found[0], base[0]) > 1e-4
+        patched = draw(pipe, **more)
+        assert torch.equal(patched[1], base[1]) and gap(patched[0], base[0]) > 1e-4
         pipe.unload_patches()
 
 
@@ -207,25 +209,25 @@ def test_embeddings_on_xl():
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     expected = draw(pipe)
     names = "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds".split()
-    given = dict(zip(names, pipe.encode_prompt(PROMPTS, device="cpu"), strict=True))
-    assert torch.equal(draw(pipe, **given, erasure_prompts=PROMPTS), expected)
+    embeddings = dict(zip(names, pipe.encode_prompt(PROMPTS, device="cpu"), strict=True))
+    assert torch.equal(draw(pipe, **embeddings, erasure_prompts=PROMPTS), expected)
 
 
 def adapter(pipe):
-    """An IP-Adapter with random weights, of one image token."""
+    """Return an IP-Adapter with random weights and one image token."""
     draw_ = torch.Generator().manual_seed(3)
-    found = {}
+    layers = {}
     sites = [name for name in pipe.unet.attn_processors if "attn2" in name]
     for number, name in enumerate(sites):
         hidden = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
         for leaf in ("to_k_ip", "to_v_ip"):
-            found[f"{2 * number + 1}.{leaf}.weight"] = torch.randn(hidden, WIDTH, generator=draw_)
+            layers[f"{2 * number + 1}.{leaf}.weight"] = torch.randn(hidden, WIDTH, generator=draw_)
     image = {"proj.weight": torch.randn(4 * WIDTH, 6, generator=draw_), "proj.bias": torch.zeros(4 * WIDTH)}
     image |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
-    return {"ip_adapter": found, "image_proj": image}
+    return {"ip_adapter": layers, "image_proj": image}
 
 
-def test_beside_an_ip_adapter(pipe):
+def test_patches_and_an_ip_adapter(pipe):
     plain, text, latent = draw(pipe), low_rank_patch(pipe, gate=TEXT), low_rank_patch(pipe, gate=LATENT)
     pipe.unet._load_ip_adapter_weights([adapter(pipe)])
     more = {"ip_adapter_image_embeds": [torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(4))]}

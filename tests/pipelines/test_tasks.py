@@ -1,4 +1,4 @@
-"""Every task and size, and how one pipeline becomes another."""
+"""Every task and size, and pipelines that are made from other pipelines."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_the_latent_gate_in_every_task_of_sd(name, monkeypatch):
     pipe = task(name)
     with Unchanged(pipe) as base:
         pipe.load_patch(low_rank_patch(pipe, gate=LATENT))
-        found = draw(pipe)
+        patched = draw(pipe)
         assert strengths(pipe) == [2.0, 0.0]
-        assert gap(found[0], base[0]) > 1e-4 and torch.equal(found[1], base[1])
+        assert gap(patched[0], base[0]) > 1e-4 and torch.equal(patched[1], base[1])
         pipe.unload_patches()
 
 
-def test_the_latent_gate_refuses_what_it_cannot_decide_on():
+def test_the_latent_gate_refuses_a_unet_that_needs_more_than_latents():
     pipe = task("ErasedStableDiffusionInpaintPipeline")
     pipe.unet.register_to_config(in_channels=9)
     with pytest.raises(ErasureError, match="takes 9 channels and returns 4"):
@@ -80,14 +80,14 @@ def test_second_prompt_of_xl():
     assert strengths(pipe)[0] == 1.0 > strengths(pipe)[1]
     draw(pipe, ["a cat"])
     alone = strengths(pipe)
-    draw(pipe, ["a cat"], prompt_2="")  # diffusers takes the prompt then
+    draw(pipe, ["a cat"], prompt_2="")  # diffusers replaces it by the prompt
     assert strengths(pipe) == alone
 
 
 @pytest.mark.parametrize("gate", [{"kind": "always"}, TEXT])
-def test_pipelines_made_from_an_erased_one_have_its_patches(gate):
+def test_pipelines_made_from_an_erased_one_share_its_patches(gate):
     pipe = task("ErasedStableDiffusionPipeline")
-    # A twin that has run before the patch came has it too.
+    # A twin that has run before the patch was loaded shares it too.
     early = ErasedStableDiffusionImg2ImgPipeline.from_pipe(pipe)
     early.set_progress_bar_config(disable=True)
     base = draw(early)
@@ -121,7 +121,7 @@ def test_the_stack_outlives_the_pipeline_it_was_made_on():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_auto_pipelines_find_the_erased_relatives(name):
+def test_auto_pipelines_find_the_erased_classes(name):
     pipe = task(name)
     size = "XL" if "XL" in name else ""
     for auto, kind in (
@@ -141,14 +141,14 @@ def test_from_a_plain_pipeline_and_back():
     pipe.load_patch(low_rank_patch(tiny_pipeline(), gate=TEXT), name="gated")
     draw(pipe)
     assert [set(entry) for entry in pipe.gate_log] == [{"folded", "gated"}] * 2
-    # A plain class draws with what is in the weights, and knows no gates.
-    back = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    assert back.unet is pipe.unet
+    # A plain class uses the patches in the weights, and ignores gated ones.
+    plain_again = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert plain_again.unet is pipe.unet
     pipe.unload_patches()
     assert same(weights(plain), base)
 
 
-def test_a_twin_that_goes_its_own_way_has_its_own_patches():
+def test_a_twin_with_another_unet_has_its_own_patches():
     pipe, other = task("ErasedStableDiffusionPipeline"), tiny_pipeline(seed=1)
     pipe.load_patch(low_rank_patch(pipe))
     twin = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -193,7 +193,7 @@ def test_copies_keep_their_own_patches():
     assert torch.equal(draw(pipe), image)
 
 
-def test_saving_writes_what_is_folded_in_and_says_so(tmp_path, caplog):
+def test_saving_writes_folded_patches_and_warns(tmp_path, caplog):
     pipe = task("ErasedStableDiffusionPipeline")
     with caplog.at_level(logging.WARNING, "erasure"):
         pipe.save_pretrained(tmp_path / "base")
@@ -204,8 +204,8 @@ def test_saving_writes_what_is_folded_in_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "erasure"):
         pipe.save_pretrained(tmp_path / "erased")
     assert "in which folded cannot be unloaded" in caplog.text and "leaves out gated" in caplog.text
-    back = ErasedStableDiffusionPipeline.from_pretrained(tmp_path / "erased")
-    assert same(weights(back), weights(pipe)) and back.get_list_patches() == {}
-    # The saved network is another base, and says so.
+    reloaded = ErasedStableDiffusionPipeline.from_pretrained(tmp_path / "erased")
+    assert same(weights(reloaded), weights(pipe)) and reloaded.get_list_patches() == {}
+    # The saved network is another base.
     with pytest.raises(ErasureError, match="was made from"):
-        back.load_patch(delta_patch(task("ErasedStableDiffusionPipeline")))
+        reloaded.load_patch(delta_patch(task("ErasedStableDiffusionPipeline")))

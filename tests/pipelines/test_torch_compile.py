@@ -1,4 +1,4 @@
-"""Compiled networks: folded patches act in them; while a gate is open the network runs uncompiled."""
+"""Compiled networks: folded patches act in them, and they run uncompiled while a gated patch acts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def pipe():
     torch._dynamo.reset()
 
 
-def near(one, other):
-    return torch.allclose(one, other, atol=1e-5)
+def near(image, expected):
+    return torch.allclose(image, expected, atol=1e-5)
 
 
-def test_a_wrapped_unet_folds_gates_and_gives_the_base_back(pipe):
+def test_a_wrapped_unet_with_folded_and_gated_patches(pipe):
     base, before = weights(pipe), draw(pipe)
     always, text = delta_patch(pipe), low_rank_patch(pipe, gate=TEXT)
     pipe.load_patch(text)
@@ -39,7 +39,7 @@ def test_a_wrapped_unet_folds_gates_and_gives_the_base_back(pipe):
     assert near(closed, before)
     pipe.load_patch(text)
     assert near(draw(pipe), gated) and strengths(pipe) == [1.0, 0.0]
-    # No compiled graph has kept the hooks.
+    # No compiled graph contains the hooks.
     pipe.unload_patches()
     assert torch.equal(draw(pipe), closed)
     pipe.load_patch(always)
@@ -50,7 +50,7 @@ def test_a_wrapped_unet_folds_gates_and_gives_the_base_back(pipe):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_both_gates_and_a_fold_in_a_unet_compiled_block_by_block(pipe, backend):
+def test_both_gates_and_a_folded_patch_in_a_unet_compiled_block_by_block(pipe, backend):
     kinds = {"folded": {"kind": "always"}, "text": TEXT, "latent": {**LATENT, "ratio": 1e-3}}
     patches = {kind: low_rank_patch(pipe, part="mid_block.attentions", gate=gate) for kind, gate in kinds.items()}
     base, expected, logs = draw(pipe), {}, {}
@@ -67,10 +67,10 @@ def test_both_gates_and_a_fold_in_a_unet_compiled_block_by_block(pipe, backend):
         assert near(draw(pipe), expected[kind]) and pipe.gate_log == logs[kind]
         pipe.unload_patches()
         assert torch.equal(draw(pipe), closed)
-    assert logs["latent"][1] == {"van gogh": 2.0}  # decided from the patch's own effect
+    assert logs["latent"][1] == {"van gogh": 2.0}  # decided from the effect of the patch
 
 
-def test_every_way_of_compiling_is_seen(pipe):
+def test_every_way_of_compiling_is_detected(pipe):
     assert not compiled(pipe)
     own = pipe.unet.forward
     pipe.unet.forward = torch.compile(own, backend="eager")
@@ -81,7 +81,7 @@ def test_every_way_of_compiling_is_seen(pipe):
     assert compiled(pipe)
 
 
-def test_an_older_torch_is_told(pipe, monkeypatch):
+def test_an_older_torch_is_refused_with_advice(pipe, monkeypatch):
     monkeypatch.delattr(torch.compiler, "set_stance")
     pipe.unet.compile(backend="eager")
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))

@@ -1,4 +1,4 @@
-"""The user's own LoRAs, loaded, weighted, fused and taken off before and after patches."""
+"""The user's own LoRAs, loaded, weighted, fused and unloaded before and after patches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def pipe():
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     donor = tiny_pipeline()
-    made = low_rank_patch(donor, seed=8, part="attn", components=("unet", "text_encoder"), size=0.15)
-    return made.save(tmp_path_factory.mktemp("lora") / "lora.safetensors")
+    patch = low_rank_patch(donor, seed=8, part="attn", components=("unet", "text_encoder"), size=0.15)
+    return patch.save(tmp_path_factory.mktemp("lora") / "lora.safetensors")
 
 
 def tensors(pipe):
-    """All weights by name, whether peft wraps the layers or not."""
+    """Return all weights by name, whether or not peft wraps the layers."""
     return {name.replace(".base_layer", ""): value for name, value in weights(pipe).items() if "lora_" not in name}
 
 
 @pytest.mark.parametrize("gate", [{"kind": "always"}, {"kind": "text"}])
-def test_before_and_after_the_patch_are_the_same(pipe, lora, gate):
+def test_the_order_of_lora_and_patch_does_not_matter(pipe, lora, gate):
     patch = low_rank_patch(pipe, part="", gate=gate, components=("unet", "text_encoder"), size=0.03)
     images = []
     with Unchanged(pipe) as base:
@@ -52,10 +52,10 @@ def test_before_and_after_the_patch_are_the_same(pipe, lora, gate):
                 pipe.unload_patches()
     assert torch.equal(images[0], images[1])
     assert gap(images[0], base) > 1e-3 and gap(images[0], alone) > 1e-3
-    assert gap(images[2], alone) < 1e-5  # a LoRA of weight 0, and none
+    assert gap(images[2], alone) < 1e-5  # a LoRA of weight 0 is like none
 
 
-def test_patches_and_adapters_have_their_own_verbs(pipe, lora):
+def test_patches_and_adapters_have_separate_methods(pipe, lora):
     pipe.load_lora_weights(lora, adapter_name="mine")
     with_lora = draw(pipe)
     name = pipe.load_patch(low_rank_patch(pipe))
@@ -71,10 +71,10 @@ def test_patches_and_adapters_have_their_own_verbs(pipe, lora):
 
 
 @pytest.mark.parametrize("kind", ["folded", "gated"])
-def test_fusing_in_every_order_gives_what_it_gives_without_patches(pipe, lora, kind):
+def test_fusing_in_every_order_gives_the_same_weights(pipe, lora, kind):
     plain = tiny_pipeline(ErasedStableDiffusionPipeline)
     patch = low_rank_patch(pipe, gate=TEXT) if kind == "gated" else delta_patch(pipe, part="attn")
-    found = {}
+    weights_by_order = {}
 
     def act(pipe, steps):
         for step in steps:
@@ -98,7 +98,7 @@ def test_fusing_in_every_order_gives_what_it_gives_without_patches(pipe, lora, k
     ):
         pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
         act(pipe, order)
-        found[order] = tensors(pipe)
+        weights_by_order[order] = tensors(pipe)
         image = draw(pipe)
         act(pipe, ["off"])
         assert same(tensors(pipe), fused), order
@@ -106,8 +106,8 @@ def test_fusing_in_every_order_gives_what_it_gives_without_patches(pipe, lora, k
         assert torch.equal(draw(pipe), image), order
         act(pipe, ["unfuse", "off"])
         assert same(tensors(pipe), unfused), order
-    assert all(same(one, found["patch", "lora", "fuse"]) for one in found.values())
-    # The memory of a fused LoRA is given back, and what was fused stays.
+    assert all(same(values, weights_by_order["patch", "lora", "fuse"]) for values in weights_by_order.values())
+    # Unloading a fused LoRA frees its memory, and what was fused stays in the weights.
     act(pipe, ["fuse", "patch", "drop", "off"])
     assert (
         gap(
@@ -132,7 +132,7 @@ def test_fusing_on_a_plain_pipeline_is_refused_until_undone(lora):
     patch_stack(plain).unload_patches()
     kept = {name: value for name, value in tensors(plain).items() if "unet" in name and "attn" in name}
     assert kept and all(torch.equal(value, base[name]) for name, value in kept.items())
-    # Fused before, and then only the adapter's memory given back: nothing was changed behind the patch's back.
+    # Fused before the patch was loaded, then unloaded: that changes no weight under the patch.
     plain.fuse_lora()
     fused = tensors(plain)
     load_patch(plain, patch, force=True)
@@ -141,7 +141,7 @@ def test_fusing_on_a_plain_pipeline_is_refused_until_undone(lora):
     assert same(tensors(plain), fused)
 
 
-def test_the_latent_gate_decides_anew_with_another_lora(pipe, lora, monkeypatch):
+def test_the_latent_gate_decides_again_with_another_lora(pipe, lora, monkeypatch):
     seen = []
 
     def shifts(base, prompt, seeds, patched, **options):

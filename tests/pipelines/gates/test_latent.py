@@ -1,4 +1,4 @@
-"""The latent gate: what it decides, how answers are combined, and what it costs."""
+"""The latent gate: its decisions, how predictions are combined, and the cost."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ GATE = {"kind": "latent", "after": 2, "steps": 4, "guidance": 2.0, "repeats": 4,
 
 @pytest.fixture
 def pipe() -> ErasedStableDiffusionPipeline:
-    made = tiny_pipeline(ErasedStableDiffusionPipeline)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def patch(pipe, scale: float = 1.0, **gate) -> Patch:
     draw = torch.Generator().manual_seed(5)
     layers = {
         path: (
-            torch.randn(1, one.in_features, generator=draw),
-            scale * torch.randn(one.out_features, 1, generator=draw),
+            torch.randn(1, layer.in_features, generator=draw),
+            scale * torch.randn(layer.out_features, 1, generator=draw),
             1.0,
         )
-        for path, one in pipe.unet.named_modules()
+        for path, layer in pipe.unet.named_modules()
         if path.endswith(("attn2.to_k", "attn2.to_v"))
     }
     return Patch(
@@ -66,17 +66,17 @@ def draw(pipe, prompts, images: int = 1, **options) -> torch.Tensor:
     ).images
 
 
-def decide(pipe, monkeypatch, there) -> None:
+def decide(pipe, monkeypatch, named) -> None:
     monkeypatch.setattr(
-        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, prompt, patched: prompt in there
+        "erasure.pipelines.gates.latent.Decider.present", lambda self, key, gate, prompt, patched: prompt in named
     )
 
 
 @pytest.mark.parametrize("measure", ["norm", "guidance"])
-def test_the_decision_is_the_formula(pipe, measure):
-    made = patch(pipe, measure=measure, ratio=1.0 if measure == "norm" else 1e-4)
-    pipe.load_patch(made, force=True)
-    base, layers = Base("", pipe), made.payload.layers["unet"]
+def test_the_decision_follows_the_formula(pipe, measure):
+    gated = patch(pipe, measure=measure, ratio=1.0 if measure == "norm" else 1e-4)
+    pipe.load_patch(gated, force=True)
+    base, layers = Base("", pipe), gated.payload.layers["unet"]
 
     def distance(prompt: str) -> float:
         total = 0.0
@@ -84,32 +84,32 @@ def test_the_decision_is_the_formula(pipe, measure):
             state = walk(base, [(prompt, "")], seeds=[seed], steps=4, guidance=2.0, stop=2, judged=False)
             with torch.no_grad():
                 before, empty = (pipe.unet(state.x, state.t, base.encode([text])).sample for text in (prompt, ""))
-                kept = {}
+                weights = {}
                 for path, (down, up, _) in layers.items():
                     module = pipe.unet.get_submodule(path)
-                    kept[path] = module.weight.data.clone()
+                    weights[path] = module.weight.data.clone()
                     module.weight.data += up @ down
                 after = pipe.unet(state.x, state.t, base.encode([prompt])).sample
-                for path, weight in kept.items():
+                for path, weight in weights.items():
                     pipe.unet.get_submodule(path).weight.data = weight
             if measure == "norm":
                 total += float((after - before).norm()) / 4
             else:
-                own = before - empty
-                total += float(((before - after) * own).sum() / (own * own).sum()) / 4
+                guidance = before - empty
+                total += float(((before - after) * guidance).sum() / (guidance * guidance).sum()) / 4
         return total
 
-    found = set()
+    decisions = set()
     for prompt in ("cat", "a red tree", "dog", "a bird", "blue"):
         draw(pipe, prompt)
-        there = distance(prompt) > (distance("") if measure == "norm" else 1e-4)
-        assert pipe.gate_log == [{"cat": 2.0 if there else 0.0}], prompt
-        found.add(there)
-    assert measure == "norm" or found == {True, False}
+        decision = distance(prompt) > (distance("") if measure == "norm" else 1e-4)
+        assert pipe.gate_log == [{"cat": 2.0 if decision else 0.0}], prompt
+        decisions.add(decision)
+    assert measure == "norm" or decisions == {True, False}
 
 
 @pytest.mark.parametrize(("on", "weight"), [(0.0, 0.0), (-1.0, -1.0), (0.5, 0.5)])
-def test_answers_are_combined_row_by_row(pipe, monkeypatch, on, weight):
+def test_predictions_are_combined_row_by_row(pipe, monkeypatch, on, weight):
     decide(pipe, monkeypatch, {"cat"})
     base = draw(pipe, ["cat", "dog"])
     pipe.load_patch(patch(pipe, on=on), force=True)
@@ -138,24 +138,24 @@ def test_weight_0_is_the_patch_alone_and_weight_1_the_base_bit_for_bit(pipe, mon
 
 
 def test_one_step_by_hand(pipe, monkeypatch):
-    """w e_0 + (1 - w) e_L on the first call of the UNet."""
+    """The first call of the UNet returns w e_0 + (1 - w) e_L."""
     decide(pipe, monkeypatch, {"cat"})
-    made = patch(pipe, on=-1.0)
-    pipe.load_patch(made, force=True)
+    gated = patch(pipe, on=-1.0)
+    pipe.load_patch(gated, force=True)
     x, texts = torch.randn(1, 4, 8, 8), Base("", pipe).encode(["cat"])
     stack = patch_stack(pipe)
     with torch.no_grad():
         plain = pipe.unet(x, 5, texts).sample
-        with stack._patched(made)():
+        with stack._patched(gated)():
             lora = pipe.unet(x, 5, texts).sample
         with ExitStack() as scope:
             stack.open([["cat"]], 1, 1, scope)
-            both = pipe.unet(x, 5, texts).sample
+            combined = pipe.unet(x, 5, texts).sample
         assert torch.equal(pipe.unet(x, 5, texts).sample, plain)
-    assert torch.allclose(both, -1 * plain + 2 * lora, atol=1e-5)
+    assert torch.allclose(combined, -1 * plain + 2 * lora, atol=1e-5)
 
 
-def test_strength_scales_the_departure_from_the_base(pipe, monkeypatch):
+def test_strength_scales_the_difference_from_the_base(pipe, monkeypatch):
     decide(pipe, monkeypatch, {"cat"})
     name = pipe.load_patch(patch(pipe, on=-1.0), force=True)
     pipe.set_patches({name: 0.5})
@@ -165,12 +165,12 @@ def test_strength_scales_the_departure_from_the_base(pipe, monkeypatch):
     assert torch.allclose(half, draw(pipe, "cat"), atol=1e-4)
 
 
-def test_several_images_a_prompt_share_its_decision(pipe, monkeypatch):
+def test_several_images_of_a_prompt_share_its_decision(pipe, monkeypatch):
     decide(pipe, monkeypatch, {"cat"})
     base = draw(pipe, ["cat", "dog"], images=2)
     pipe.load_patch(patch(pipe), force=True)
-    made = draw(pipe, ["cat", "dog"], images=2)
-    changed = [not torch.equal(a, b) for a, b in zip(base, made, strict=True)]
+    patched = draw(pipe, ["cat", "dog"], images=2)
+    changed = [not torch.equal(a, b) for a, b in zip(base, patched, strict=True)]
     assert changed == [True, True, False, False]
 
 
@@ -181,7 +181,7 @@ def test_decisions_are_made_once_and_do_not_depend_on_the_batch(pipe):
     costs = Counts()
     with counting(pipe.unet, costs):
         draw(pipe, ["tree", "cat"])
-    assert costs.forward == 3 * 2 * 2  # three steps, two prompts, both branches: nothing is decided again
+    assert costs.forward == 3 * 2 * 2  # three steps, two prompts, both halves of guidance: no decision is repeated
     assert [next(iter(row.values())) for row in pipe.gate_log] == [together[2], together[0]]
 
 
@@ -194,7 +194,7 @@ def test_clear_decisions_stop_early(pipe):
             draw(pipe, "cat")
         return costs.forward
 
-    # 9 noises: the prompt takes 2 steps of 2 and two answers each, "" takes 2 steps of 1 and two answers.
+    # For each of 9 noises: 2 steps of 2 forwards and 2 more for the prompt, 2 steps of 1 forward and 2 more for "".
     assert forwards(early=False) == 9 * (4 + 2) + 9 * (2 + 2) + 3 * 2
     assert forwards(early=True) <= forwards(early=False)
     assert clear([1.0, 1.1, 0.9]) and not clear([1.0, -1.0, 0.2]) and not clear([1.0, 1.0])
@@ -222,17 +222,17 @@ def test_gates_of_both_kinds_act_together(pipe, monkeypatch):
 
 def test_rows_are_picked_from_nested_arguments():
     rows = torch.tensor([True, False])
-    found = pick({"a": torch.arange(2), "b": [torch.zeros(2, 3), 7], "c": torch.tensor(3)}, rows, 2)
-    assert found["a"].tolist() == [0] and found["b"][0].shape == (1, 3) and found["b"][1] == 7 and found["c"] == 3
+    picked = pick({"a": torch.arange(2), "b": [torch.zeros(2, 3), 7], "c": torch.tensor(3)}, rows, 2)
+    assert picked["a"].tolist() == [0] and picked["b"][0].shape == (1, 3) and picked["b"][1] == 7 and picked["c"] == 3
 
 
 def test_a_gate_on_differences_is_refused(pipe):
     from tests.patch.making import delta_patch
 
-    made = delta_patch(pipe)
+    delta = delta_patch(pipe)
     wrong = Patch(
         **{
-            **{f: getattr(made, f) for f in ("payload", "method", "concepts", "base", "base_fingerprint")},
+            **{f: getattr(delta, f) for f in ("payload", "method", "concepts", "base", "base_fingerprint")},
             "config": {},
             "versions": {},
             "seed": 0,

@@ -32,7 +32,7 @@ def test_each_kind_is_read_with_its_settings(pipe):
         assert parse_gate(low_rank_patch(pipe, gate=settings, concepts=concepts)) == gate
 
 
-def test_a_gate_that_cannot_run_is_refused_at_loading(pipe):
+def test_gates_that_cannot_run_are_refused_at_loading(pipe):
     gates = [
         ({"kind": "latnt"}, "unknown gate 'latnt'.*did you mean 'latent'"),
         ({"kind": "latent", "after": 60}, "0 < after < steps"),

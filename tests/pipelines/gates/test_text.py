@@ -1,4 +1,4 @@
-"""Text gates: strength by prompt, row by row of a batch."""
+"""Text gates: the strength for each prompt, and for each row of a batch."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def strengths(pipe, name="van gogh"):
     return [entry[name] for entry in pipe.gate_log]
 
 
-def test_similarity_is_the_formula(pipe):
+def test_similarity_follows_the_formula(pipe):
     def states(text):
         ids = pipe.tokenizer(text, padding="max_length", max_length=12, return_tensors="pt").input_ids
         with torch.no_grad():
             return pipe.text_encoder(ids).last_hidden_state.flatten()
 
-    found = similarities(pipe, ["a painting of van gogh", "a van", "a cat"], ["van gogh", "monet"])
+    gammas = similarities(pipe, ["a painting of van gogh", "a van", "a cat"], ["van gogh", "monet"])
     for prompt, row, shared in (("a painting of van gogh", 0, 1.0), ("a van", 1, 0.5), ("a cat", 2, 0.0)):
         cosine = float(torch.cosine_similarity(states(prompt), states("van gogh"), dim=0))
-        assert found[row][0] == pytest.approx(max(cosine, shared), abs=1e-5)
-    assert found[0][1] == pytest.approx(
+        assert gammas[row][0] == pytest.approx(max(cosine, shared), abs=1e-5)
+    assert gammas[0][1] == pytest.approx(
         float(torch.cosine_similarity(states(PROMPTS[0]), states("monet"), dim=0)), abs=1e-5
     )
 
@@ -63,9 +63,9 @@ def test_aliases_of_the_header_are_gate_texts(pipe):
     concepts = [{"name": "van gogh", "aliases": ["monet"]}, {"name": "dog"}]
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT, concepts=concepts), name="p")
     latents(pipe, ["monet", "the dog", "cat"])
-    found = strengths(pipe, "p")
-    assert found[:2] == [1.0, 1.0]
-    assert found[2] < 1.0
+    acted = strengths(pipe, "p")
+    assert acted[:2] == [1.0, 1.0]
+    assert acted[2] < 1.0
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
@@ -81,7 +81,7 @@ def test_mixed_batch_equals_one_prompt_at_a_time(pipe, guidance, components):
     assert all((together - base).abs().amax((1, 2, 3)) > 1e-4)
 
 
-def test_gate_is_a_folded_patch_of_that_strength(pipe):
+def test_a_gated_patch_equals_a_folded_patch_of_that_strength(pipe):
     patch = low_rank_patch(pipe, gate={**TEXT, "power": 2})
     pipe.load_patch(patch, strength=1.5)
     gated = latents(pipe, ["a cat"])
@@ -93,23 +93,23 @@ def test_gate_is_a_folded_patch_of_that_strength(pipe):
     assert gap(latents(folded, ["a cat"]), gated) > 1e-4
 
 
-def test_images_per_prompt_keep_their_prompts_strength(pipe):
+def test_all_images_of_a_prompt_get_its_strength(pipe):
     pipe.load_patch(low_rank_patch(pipe, gate={**TEXT, "threshold": 0.99}))
-    found = latents(pipe, PROMPTS[:2], num_images_per_prompt=2)
+    patched = latents(pipe, PROMPTS[:2], num_images_per_prompt=2)
     pipe.unload_patches()
     base = latents(pipe, PROMPTS[:2], num_images_per_prompt=2)
-    assert torch.equal(found[2:], base[2:])
-    assert not torch.equal(found[0], base[0])
-    assert not torch.equal(found[1], base[1])
+    assert torch.equal(patched[2:], base[2:])
+    assert not torch.equal(patched[0], base[0])
+    assert not torch.equal(patched[1], base[1])
 
 
 def test_rows_of_strength_0_and_calls_without_any_keep_the_bits_of_the_base(pipe):
     base, before = latents(pipe, PROMPTS), weights(pipe)
     name = pipe.load_patch(low_rank_patch(pipe, gate={**TEXT, "threshold": 0.99}))
     assert same(weights(pipe), before)
-    found = latents(pipe, PROMPTS)
-    assert torch.equal(found[1:], base[1:])
-    assert not torch.equal(found[0], base[0])
+    patched = latents(pipe, PROMPTS)
+    assert torch.equal(patched[1:], base[1:])
+    assert not torch.equal(patched[0], base[0])
     alone = latents(pipe, PROMPTS[1:], seed=1)
     pipe.set_patches({name: 0.0})
     assert torch.equal(latents(pipe, PROMPTS[1:], seed=1), alone)
@@ -119,19 +119,19 @@ def test_rows_of_strength_0_and_calls_without_any_keep_the_bits_of_the_base(pipe
     assert torch.equal(latents(pipe, PROMPTS[1:], seed=1), alone)
 
 
-def test_a_row_of_strength_0_keeps_its_bits_also_where_the_term_overflows():
+def test_a_row_of_strength_0_keeps_its_bits_even_if_the_term_overflows():
     layer = torch.nn.Linear(4, 3)
-    given = torch.rand(2, 4)
-    base = layer(given)
+    x = torch.rand(2, 4)
+    base = layer(x)
     membrane = Membrane(torch.full((1, 4), 1e30), torch.full((3, 1), 1e30), 1.0, torch.tensor([0.0, 1.0]))
     handle = membrane.attach(layer)
-    found = layer(given)
+    output = layer(x)
     handle.remove()
-    assert torch.equal(found[0], base[0])
-    assert torch.isinf(found[1]).all()
+    assert torch.equal(output[0], base[0])
+    assert torch.isinf(output[1]).all()
 
 
-def test_no_hook_outlives_a_call(pipe):
+def test_all_hooks_are_removed_after_a_call(pipe):
     def hooks():
         return sum(len(module._forward_hooks) for module in pipe.unet.modules())
 
@@ -139,14 +139,14 @@ def test_no_hook_outlives_a_call(pipe):
     latents(pipe, PROMPTS)
     assert hooks() == 0
 
-    def stop(pipe, step, time, given):
+    def stop(pipe, step, time, tensors):
         assert hooks() > 0
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         latents(pipe, PROMPTS, callback_on_step_end=stop)
     assert hooks() == 0
-    # Outside a call nothing is gated.
+    # Outside a call, no gate is evaluated.
     pipe.encode_prompt("a cat", "cpu", 1, False)
     assert hooks() == 0
 
@@ -164,7 +164,7 @@ def test_order_of_loading_gated_patches_changes_no_bit(pipe):
     assert torch.equal(*images)
 
 
-def test_fuse_makes_a_gate_always_and_unfuse_brings_it_back(pipe):
+def test_fusing_ignores_the_gate_and_unfusing_restores_it(pipe):
     base, before = weights(pipe), latents(pipe, PROMPTS)
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     gated = latents(pipe, PROMPTS)
@@ -185,19 +185,19 @@ def test_fuse_makes_a_gate_always_and_unfuse_brings_it_back(pipe):
 
 def test_embeddings_without_prompt(pipe):
     embeds, _ = pipe.encode_prompt("a cat", "cpu", 1, False)
-    given = {"prompt_embeds": embeds, "guidance_scale": 1.0, "num_inference_steps": 1, "output_type": "latent"}
+    options = {"prompt_embeds": embeds, "guidance_scale": 1.0, "num_inference_steps": 1, "output_type": "latent"}
     gated = low_rank_patch(pipe, gate=TEXT)
     pipe.load_patch(delta_patch(pipe), name="always")
-    pipe(**given)
+    pipe(**options)
     assert pipe.gate_log == [{"always": 1.0}]
     pipe.load_patch(gated, name="gated")
     with pytest.raises(ErasureError, match="'gated'.*prompt_embeds"):
-        pipe(**given)
+        pipe(**options)
     pipe.fuse_patches()
-    pipe(**given)
+    pipe(**options)
 
 
-def test_layers_that_never_run_are_noticed(pipe):
+def test_layers_that_never_run_are_reported(pipe):
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(ErasureError, match="gated layers never ran"):
@@ -216,9 +216,9 @@ def test_xl_gates_both_prompts_and_loads_in_diffusers(tmp_path):
     patch = low_rank_patch(pipe, alpha=3.0, components=parts, size=0.05, gate={**TEXT, "threshold": 0.99})
     path = patch.save(tmp_path / "p.safetensors")
     pipe.load_patch(path)
-    found = latents(pipe, PROMPTS[:2], height=16, width=16)
+    patched = latents(pipe, PROMPTS[:2], height=16, width=16)
     assert strengths(pipe) == [1.0, 0.0]
-    assert torch.equal(found[1], base[1])
+    assert torch.equal(patched[1], base[1])
     latents(pipe, PROMPTS[1:], prompt_2=["van gogh", "a dog"], height=16, width=16)
     assert strengths(pipe) == [1.0, 0.0]
     theirs = tiny_xl(StableDiffusionXLPipeline)
@@ -229,7 +229,7 @@ def test_xl_gates_both_prompts_and_loads_in_diffusers(tmp_path):
     assert gap(base, ours) > 1e-3
 
 
-def test_gated_patch_survives_its_file(pipe, tmp_path):
+def test_a_gated_patch_acts_the_same_after_saving_and_loading(pipe, tmp_path):
     patch = low_rank_patch(pipe, gate={**TEXT, "power": 2, "threshold": 0.1})
     pipe.load_patch(Patch.load(patch.save(tmp_path / "p.safetensors")), name="file")
     from_file = latents(pipe, PROMPTS)
