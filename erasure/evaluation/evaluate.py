@@ -84,7 +84,7 @@ def evaluate(
     if judge is None:
         judge = find_judge("glyph")
     target = find_target(concept, rows, judge)
-    beside = ImageDistances.find(judge, features, lpips, reference)
+    beside = ImageDistances.load(judge, features, lpips, reference)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
     options: dict[str, Any] = {
@@ -164,7 +164,7 @@ def _judged(
         domain=target.domain,
         rows={
             name: [
-                *measure(run, target, runs["base"], beside.of),
+                *measure(run, target, runs["base"], beside.feature_source),
                 *member_metrics(judge, run, target),
                 *others[name],
                 *more.get(name, []),
@@ -177,7 +177,7 @@ def _judged(
         provenance={
             **details,
             "judge": {"name": judge.name, **judge.versions()},
-            "distances": beside.facts,
+            "distances": beside.provenance,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
         faults=faults,

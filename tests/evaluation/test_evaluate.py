@@ -196,7 +196,7 @@ def test_no_answer_is_no_absence(pipe, tmp_path, answer):
             return super().judge(images)[1:]
 
     report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=Short(), whole=True, **QUICK)
-    assert (report.metric("UA").value, len(report.faults)) == (0, 16) and "0 verdicts on 1 images" in report.faults[0]
+    assert (report.metric("UA").value, len(report.faults)) == (0, 16) and "0 verdicts for 1 images" in report.faults[0]
 
 
 def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path
     for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
         with pytest.raises(ErasureError, match=says):
             rows.labelled(bad)
-    with pytest.raises(ErasureError, match="row 'r1' has object=dog"):
+    with pytest.raises(ErasureError, match="row 'r1' of tiny already has object=dog"):
         ROWS.labelled("object=cat")
 
 

@@ -1,4 +1,4 @@
-"""Judges: images to labels and scores. One file a judge; `find_judge` makes one from a text."""
+"""Judges, which look at images and score labels; one file for each judge. `find_judge` builds one from a text."""
 
 from erasure.evaluation.judges.judge import Judge, LabelsOnly, Verdict, verdicts
 from erasure.evaluation.judges.registry import check_judge, find_judge, kinds

@@ -1,7 +1,8 @@
-"""CLIP as a judge: zero-shot labels, CLIP scores and features, with transformers or open_clip.
+"""CLIP as a judge: zero-shot labels, CLIP scores and image features, with transformers or open_clip.
 
-Zero-shot (Radford et al. 2021): softmax over labels of 100 cos(image, text); several texts or templates of a label
-are averaged as unit vectors. CLIP score: 100 cos (Hessel et al. 2021, without the cut at 0).
+Zero-shot classification (Radford et al. 2021) is a softmax of 100 cos(image, text) over the labels; if a label has
+several texts or templates, their unit vectors are averaged. The CLIP score is 100 cos (Hessel et al. 2021, without the
+cut at 0).
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ OPEN_CLIP = "open_clip:"
 
 
 class ClipJudge:
-    """Heads of labels given as texts. Verdicts also hold 100 cos of every label, under `<head>_cosines`."""
+    """A zero-shot judge whose heads are lists of labels written as texts.
+
+    Verdicts contain the probabilities of the labels and, under `<head>_cosines`, 100 cos of the image and each label.
+    """
 
     name = "clip"
 
@@ -47,75 +51,78 @@ class ClipJudge:
         Args:
             source: a folder or hub id of transformers' CLIPModel; or `open_clip:MODEL/TAG`, `open_clip:MODEL/FILE`
                 (a local checkpoint), `open_clip:hf-hub:ORG/NAME`, `open_clip:local-dir:FOLDER`.
-            labels: of one head: label -> text or texts, or labels that are their own text; or a YAML file. Without
-                any, the judge gives CLIP scores and features only.
-            head: what these labels are.
-            heads: several heads instead: head -> labels; or a YAML file.
-            template: what each text is put into, at `{}`; several (in a string separated by `|`) are averaged.
+            labels: labels of a single head: label -> text or texts, labels that are their own text, or a YAML file.
+                Without labels the judge gives CLIP scores and features only.
+            head: what these labels describe, such as object or style.
+            heads: several heads instead of one: head -> labels, or a YAML file.
+            template: a text with {} in the place of each label's text; several templates (in a string, separated by
+                `|`) are averaged.
             device: torch device; default: the GPU if there is one.
 
         Raises:
-            ErasureError: the model cannot be loaded, a template without {}, or a head with fewer than two labels.
+            ErasureError: the model cannot be loaded, a template has no {}, or a head has fewer than two labels.
         """
         self.source = source
         self.templates = template.split("|") if isinstance(template, str) else list(template)
         if not self.templates or not all("{}" in text for text in self.templates):
-            raise ErasureError(f"template {template!r}: each needs {{}} where the label goes")
-        written = read_yaml(heads) if isinstance(heads, str) else heads
-        if written and labels:
-            raise ErasureError("give `labels` of one head or `heads`, not both")
-        texts = {name: read_labels(value) for name, value in (written or ({head: labels} if labels else {})).items()}
-        for name, found in texts.items():
-            if len(found) < 2:
+            raise ErasureError(f"template {template!r}: every template needs {{}} in the place of the label")
+        by_head = read_yaml(heads) if isinstance(heads, str) else heads
+        if by_head and labels:
+            raise ErasureError("give either `labels` for one head or `heads` for several, not both")
+        texts = {name: read_labels(value) for name, value in (by_head or ({head: labels} if labels else {})).items()}
+        for name, group in texts.items():
+            if len(group) < 2:
                 raise ErasureError(
-                    f"head {name!r}: {', '.join(found) or 'no label'}; a judge chooses among two or more"
+                    f"head {name!r} has {', '.join(group) or 'no label'}: a judge needs at least two labels to choose "
+                    "from"
                 )
         with loading_errors(self.name, source):
             self._model: Any = (_OpenClip if source.startswith(OPEN_CLIP) else _Transformers)(source)
         self._model.device = pick_device(device)
         self._model.module.eval().to(self._model.device)
         self._texts = texts
-        self.heads = {name: list(found) for name, found in texts.items()}
-        self._embedded = {name: self._embed(found) for name, found in texts.items()}
+        self.heads = {name: list(group) for name, group in texts.items()}
+        self._embedded = {name: self._embed(group) for name, group in texts.items()}
 
     def find(self, name: str) -> tuple[str, list[str]]:
-        """A label, or a text that a label stands for.
+        """Return the head and the labels that a name stands for: a label, or else a text of one or more labels.
 
         Raises:
-            ErasureError: neither.
+            ErasureError: the name is neither a label nor a text.
         """
-        for wanted in (lambda label, _: name == label, lambda _, texts: name in texts):
+        for is_match in (lambda label, _: name == label, lambda _, texts: name in texts):
             for head, labels in self._texts.items():
-                found = [label for label, texts in labels.items() if wanted(label, texts)]
-                if found:
-                    return head, found
+                matches = [label for label, texts in labels.items() if is_match(label, texts)]
+                if matches:
+                    return head, matches
         raise unknown_label("label of the CLIP judge", name, [x for labels in self.heads.values() for x in labels])
 
     @torch.no_grad()
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
-        """Softmax of 100 cos over each head's labels, for each image."""
-        found: list[Verdict] = [{} for _ in images]
-        seen = self._see(images)
+        """Return, for each image and head, the softmax of 100 cos over the labels."""
+        verdicts: list[Verdict] = [{} for _ in images]
+        vectors = self._embed_images(images)
         for head, embedded in self._embedded.items():
-            cosines = SCALE * seen @ embedded.T
-            for verdict, row, shares in zip(found, cosines.tolist(), cosines.softmax(1).tolist(), strict=True):
-                verdict[head] = dict(zip(self.heads[head], shares, strict=True))
-                verdict[f"{head}_cosines"] = dict(zip(self.heads[head], row, strict=True))
-        return found
+            cosines = SCALE * vectors @ embedded.T
+            rows = zip(verdicts, cosines.tolist(), cosines.softmax(1).tolist(), strict=True)
+            for verdict, scores, probabilities in rows:
+                verdict[head] = dict(zip(self.heads[head], probabilities, strict=True))
+                verdict[f"{head}_cosines"] = dict(zip(self.heads[head], scores, strict=True))
+        return verdicts
 
     @torch.no_grad()
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
-        """100 cos of each image and its text; a text longer than the context is cut."""
-        said = torch.cat([self._model.texts([text]) for text in texts]).cpu()
-        return (SCALE * (self._see(images) * said).sum(1)).tolist()
+        """Return 100 cos of each image and its text; texts longer than CLIP's context are truncated."""
+        text_vectors = torch.cat([self._model.texts([text]) for text in texts]).cpu()
+        return (SCALE * (self._embed_images(images) * text_vectors).sum(1)).tolist()
 
     def features(self, images: list[Image.Image]) -> np.ndarray:
-        """Image embeddings [n, d] of root mean square 1."""
-        found = self._see(images)
-        return (found * found.shape[1] ** 0.5).numpy()
+        """Return the image embeddings [n, d], scaled to a root mean square of 1."""
+        vectors = self._embed_images(images)
+        return (vectors * vectors.shape[1] ** 0.5).numpy()
 
     def versions(self) -> dict[str, str]:
-        """Source, library, hash of the weights, templates and labels."""
+        """Return the source, the library, the hash of the weights, the templates and the labels."""
         return {
             "source": self.source,
             "library": self._model.library,
@@ -125,16 +132,17 @@ class ClipJudge:
         }
 
     @torch.no_grad()
-    def _see(self, images: list[Image.Image]) -> Tensor:
-        """Unit vectors [n, d] of images, on the CPU."""
-        found = torch.cat([F.normalize(self._model.images(part).float(), dim=-1).cpu() for part in batches(images)])
-        if not found.isfinite().all():
-            raise ErasureError(f"{self.source!r} gives features that are not numbers")
-        return found
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        """Return unit vectors [n, d] of the images, on the CPU."""
+        parts = [F.normalize(self._model.images(batch).float(), dim=-1).cpu() for batch in batches(images)]
+        vectors = torch.cat(parts)
+        if not vectors.isfinite().all():
+            raise ErasureError(f"{self.source!r} returned image features that are not finite")
+        return vectors
 
     @torch.no_grad()
     def _embed(self, labels: dict[str, list[str]]) -> Tensor:
-        """Unit vectors [labels, d]: the mean over texts and templates of each label."""
+        """Return unit vectors [labels, d], each the mean over the texts and templates of a label."""
         rows = []
         for texts in labels.values():
             filled = [template.replace("{}", text) for template in self.templates for text in texts]
@@ -143,7 +151,7 @@ class ClipJudge:
 
 
 class _Transformers:
-    """CLIPModel: images to [n, d], texts to unit vectors [n, d]."""
+    """A CLIPModel of transformers, which maps images to vectors [n, d] and texts to unit vectors [n, d]."""
 
     device: torch.device
 
@@ -158,17 +166,17 @@ class _Transformers:
 
     def images(self, images: list[Image.Image]) -> Tensor:
         pixels = self._processor(images=images, return_tensors="pt").pixel_values
-        out = self.module.get_image_features(pixel_values=pixels.to(self.device))
-        return getattr(out, "pooler_output", out)
+        output = self.module.get_image_features(pixel_values=pixels.to(self.device))
+        return getattr(output, "pooler_output", output)
 
     def texts(self, texts: list[str]) -> Tensor:
         options = {"padding": True, "truncation": True, "max_length": self._length, "return_tensors": "pt"}
-        out = self.module.get_text_features(**self._processor(text=texts, **options).to(self.device))
-        return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1)
+        output = self.module.get_text_features(**self._processor(text=texts, **options).to(self.device))
+        return F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
 
 
 class _OpenClip:
-    """A model of open_clip, as `_Transformers`."""
+    """A model of open_clip with the interface of `_Transformers`."""
 
     device: torch.device
     module: nn.Module
@@ -185,10 +193,10 @@ class _OpenClip:
             tags = open_clip.list_pretrained_tags_by_model(name)
             if weights not in tags and not os.path.isfile(weights):
                 raise unknown(f"weights of {name} (or a checkpoint file)", weights, tags)
-            # open_clip only warns where weights were trained with another activation than the model's.
+            # open_clip only warns if the weights were trained with another activation than the model's.
             options["force_quick_gelu"] = bool((open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu"))
         elif name.startswith("local-dir:") and not list(Path(name.removeprefix("local-dir:")).glob("*.safetensors")):
-            raise ErasureError(f"{name}: no .safetensors there")
+            raise ErasureError(f"{name}: there is no .safetensors file in this folder")
         self.module, _, self._prepare = open_clip.create_model_and_transforms(name, pretrained=weights, **options)
         self._tokens = open_clip.get_tokenizer(name)
         self.library = f"open_clip {version('open_clip_torch')}"
@@ -198,5 +206,5 @@ class _OpenClip:
         return self.module.encode_image(pixels.to(self.device))  # type: ignore[operator]
 
     def texts(self, texts: list[str]) -> Tensor:
-        found = self.module.encode_text(self._tokens(texts).to(self.device))  # type: ignore[operator]
-        return F.normalize(found.float(), dim=-1)
+        vectors = self.module.encode_text(self._tokens(texts).to(self.device))  # type: ignore[operator]
+        return F.normalize(vectors.float(), dim=-1)

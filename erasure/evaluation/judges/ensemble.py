@@ -1,7 +1,7 @@
-"""Several judges as one: means or votes over the heads they share, and how much they disagree.
+"""Several judges combined into one: means or votes over the heads they share, with the rate of disagreement.
 
-A headline number should not rest on the judge that a method was tuned against; a second judge in the same run shows
-how far the number depends on the first.
+A headline number should not depend on the judge that a method was tuned against. A second judge in the same run shows
+how much the number depends on the first.
 """
 
 from __future__ import annotations
@@ -19,22 +19,29 @@ RULES = ("mean", "any", "all")
 
 
 class EnsembleJudge:
-    """Judges side by side; a head that several have is decided together, any other by the judge that has it.
+    """A judge that combines several others: shared heads are decided jointly, other heads by their only judge.
 
-    mean: labels get the mean of the judges' probabilities. any, all: a label other than none is detected when any
-    judge, or every judge, puts it first; verdicts are then 1 and 0. Verdicts also hold each judge's own, under
-    `<head>@<judge>`, and under `disagreement` the share of judges that would have decided otherwise, by head.
-    CLIP scores and features come from the first judge that has them. One judge that fails fails the image.
+    With the rule `mean`, each label gets the mean of the judges' probabilities. With `any` or `all`, a label other than
+    none is detected if any judge, or every judge, ranks it first; the scores are then 1 and 0.
+
+    Verdicts also contain each judge's own scores, under `<head>@<judge>`, and under `disagreement` the share of judges
+    that would have decided differently, by head. CLIP scores and features come from the first judge that has them. If
+    one judge fails on an image, the ensemble fails on it.
     """
 
     def __init__(self, judges: Sequence[Judge], rule: str = "mean") -> None:
-        """Put judges together.
+        """Combine judges.
+
+        Args:
+            judges: at least two judges; heads of the same name must have the same labels.
+            rule: one of RULES.
 
         Raises:
-            ErasureError: fewer than two judges, an unknown rule, or a shared head with other labels.
+            ErasureError: there are fewer than two judges, the rule is unknown, judges have different labels for the
+                same head, or there is no shared head to vote on.
         """
         if len(judges) < 2:
-            raise ErasureError(f"an ensemble needs two judges or more, not {len(judges)}")
+            raise ErasureError(f"an ensemble needs at least two judges, not {len(judges)}")
         if rule not in RULES:
             raise unknown("rule of an ensemble", rule, RULES)
         self.rule = rule
@@ -46,31 +53,31 @@ class EnsembleJudge:
         self.heads: dict[str, list[str]] = {}
         for key, judge in self.members.items():
             for head, labels in judge.heads.items():
-                self._fits(key, head, labels)
+                self._check_head(key, head, labels)
                 self.heads.setdefault(head, list(labels))
         self.parts = {
-            f"{parts}@{key}": above
+            f"{parts}@{key}": threshold
             for key, judge in self.members.items()
-            for parts, above in getattr(judge, "parts", {}).items()
+            for parts, threshold in getattr(judge, "parts", {}).items()
         }
         self.shared = [head for head in self.heads if sum(head in judge.heads for judge in judges) > 1]
         if rule != "mean" and not self.shared:
             raise ErasureError(f"{self.name}: the judges share no head to vote on; heads: {', '.join(self.heads)}")
 
-    def _fits(self, key: str, head: str, labels: list[str]) -> None:
-        differ = sorted(set(labels) ^ set(self.heads.get(head, labels)))
-        if differ:
-            shown = ", ".join(differ[:8]) + (" ..." if len(differ) > 8 else "")
-            raise ErasureError(f"{key} has other labels of {head!r} than the judges before it: {shown}")
+    def _check_head(self, key: str, head: str, labels: list[str]) -> None:
+        different = sorted(set(labels) ^ set(self.heads.get(head, labels)))
+        if different:
+            shown = ", ".join(different[:8]) + (" ..." if len(different) > 8 else "")
+            raise ErasureError(f"{key} differs from the judges before it in the labels of {head!r}: {shown}")
         shared = head in self.heads
         if shared and self.rule != "mean" and "none" not in labels:
-            raise ErasureError(f"rule {self.rule!r} asks whether something is there: {head!r} has no label none")
+            raise ErasureError(f"rule {self.rule!r} needs a label `none` in the shared head {head!r}, which has none")
 
     def find(self, name: str) -> tuple[str, list[str]]:
-        """What the first judge that knows the name says.
+        """Return the head and the labels that a name stands for, from the first judge that knows it.
 
         Raises:
-            ErasureError: none of them knows it.
+            ErasureError: no judge knows the name.
         """
         faults = []
         for key, judge in self.members.items():
@@ -81,22 +88,23 @@ class EnsembleJudge:
         raise ErasureError("; ".join(faults))
 
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
-        """The verdicts together, each judge's own beside them, for each image."""
-        said = {key: judge.judge(images) for key, judge in self.members.items()}
-        return [self._together({key: verdicts[i] for key, verdicts in said.items()}) for i in range(len(images))]
+        """Return, for each image, the joint scores and each judge's own."""
+        by_member = {key: judge.judge(images) for key, judge in self.members.items()}
+        return [self._combine({key: verdicts[i] for key, verdicts in by_member.items()}) for i in range(len(images))]
 
-    def _together(self, said: dict[str, Verdict]) -> Verdict:
-        found: Verdict = {}
-        differ: dict[str, float] = {}
+    def _combine(self, verdicts: dict[str, Verdict]) -> Verdict:
+        """Combine the verdicts of all judges on one image."""
+        joint: Verdict = {}
+        disagreement: dict[str, float] = {}
         for head, labels in self.heads.items():
-            votes = [verdict[head] for key, verdict in said.items() if head in self.members[key].heads]
-            found[head] = self._decide(labels, votes)
-            chosen = _top(found[head])
+            votes = [verdict[head] for key, verdict in verdicts.items() if head in self.members[key].heads]
+            joint[head] = self._decide(labels, votes)
+            winner = _top_label(joint[head])
             if head in self.shared:
-                differ[head] = sum(_top(vote) != chosen for vote in votes) / len(votes)
-        for key, verdict in said.items():
-            found |= {f"{head}@{key}": scores for head, scores in verdict.items()}
-        return {**found, "disagreement": differ} if differ else found
+                disagreement[head] = sum(_top_label(vote) != winner for vote in votes) / len(votes)
+        for key, verdict in verdicts.items():
+            joint |= {f"{head}@{key}": scores for head, scores in verdict.items()}
+        return {**joint, "disagreement": disagreement} if disagreement else joint
 
     def _decide(self, labels: list[str], votes: list[dict[str, float]]) -> dict[str, float]:
         if len(votes) == 1:
@@ -104,36 +112,36 @@ class EnsembleJudge:
         means = {label: sum(vote[label] for vote in votes) / len(votes) for label in labels}
         if self.rule == "mean":
             return means
-        counts = Counter(_top(vote) for vote in votes)
-        seen = [label for label in counts if label != "none"]
+        counts = Counter(_top_label(vote) for vote in votes)
+        detected = [label for label in counts if label != "none"]
         if self.rule == "all":
-            seen = [label for label in seen if counts[label] == len(votes)]
-        chosen = max(seen, key=lambda label: (counts[label], means[label]), default="none")
-        return {label: float(label == chosen) for label in labels}
+            detected = [label for label in detected if counts[label] == len(votes)]
+        winner = max(detected, key=lambda label: (counts[label], means[label]), default="none")
+        return {label: float(label == winner) for label in labels}
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> Sequence[float | None]:
-        """CLIP scores of the first judge that has them."""
+        """Return the CLIP scores of the first judge that has them, or None for each image."""
         for judge in self.members.values():
-            found = judge.clip_scores(images, texts)
-            if all(value is not None for value in found):
-                return found
+            scores = judge.clip_scores(images, texts)
+            if all(score is not None for score in scores):
+                return scores
         return [None] * len(images)
 
     def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:
-        """Features of the first judge that has them."""
+        """Return the features [n, d] of the first judge that has them, or None for each image."""
         for judge in self.members.values():
-            found = judge.features(images)
-            if isinstance(found, np.ndarray):
-                return found
+            features = judge.features(images)
+            if isinstance(features, np.ndarray):
+                return features
         return [None] * len(images)
 
     def versions(self) -> dict[str, str]:
-        """The rule, and what each judge says of itself under its name."""
-        found = {"rule": self.rule}
+        """Return the rule, and the versions of each judge under its name."""
+        versions = {"rule": self.rule}
         for key, judge in self.members.items():
-            found |= {f"{key}.{what}": value for what, value in judge.versions().items()}
-        return found
+            versions |= {f"{key}.{name}": value for name, value in judge.versions().items()}
+        return versions
 
 
-def _top(scores: dict[str, float]) -> str:
+def _top_label(scores: dict[str, float]) -> str:
     return max(scores, key=lambda label: scores[label])

@@ -1,4 +1,4 @@
-"""What a judge is: it looks at images and gives every label a score."""
+"""The interface of a judge, which looks at images and scores every label."""
 
 from __future__ import annotations
 
@@ -11,61 +11,75 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 
-# head -> label -> probability, or a score: the greatest decides. Keys that are no head of the judge hold the raw
-# scores behind the decision (`nudity_parts`, `object_classes`); nothing is decided by them.
+# head -> label -> probability or score; the label with the highest score wins. Keys that are not heads of the judge
+# hold the raw scores behind the decision (`nudity_parts`, `object_classes`) and decide nothing.
 Verdict = dict[str, dict[str, float]]
 
 
 class Judge(Protocol):
-    """Says what images show.
+    """A classifier of images with one or more heads.
 
-    `heads` maps a head (object, style) to its labels; `none` among them means: none of the others. A judge that fails
-    on an image raises; whoever asked counts the image as a failure.
+    `heads` maps each head (object, style) to its labels; the label `none` means "none of the other labels". If a judge
+    fails on an image, it raises an exception, and the caller counts the image as a failure of the erasure.
     """
 
     name: str
     heads: dict[str, list[str]]
 
     def find(self, name: str) -> tuple[str, list[str]]:
-        """The head and the labels that a name stands for; raises ErasureError for a name it does not know."""
+        """Return the head and the labels that a name stands for.
+
+        Raises:
+            ErasureError: the judge does not know the name.
+        """
 
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
-        """Scores of every label for each image."""
+        """Return the scores of all labels for each image."""
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> Sequence[float | None]:
-        """100 times the cosine of each image and its text (Hessel et al. 2021, without the cut at 0); None: none."""
+        """Return 100 times the cosine between each image and its text, or None for each image without CLIP.
+
+        The score is that of Hessel et al. (2021), without the cut at 0.
+        """
 
     def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:
-        """Features [n, d] for distances between sets of images; None for each image: this judge has none."""
+        """Return features [n, d] for distances between image sets, or None for each image if there are none."""
 
     def versions(self) -> dict[str, str]:
-        """Version and hash of what judges, labels and thresholds, for the report."""
+        """Return versions, hashes, labels and thresholds of the judge, for the report."""
 
 
 class LabelsOnly:
-    """The part of a judge without CLIP: no scores of texts, no features."""
+    """Base class for judges without CLIP, which have no scores for texts and no features."""
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[None]:
-        """None for each image."""
+        """Return None for each image."""
         return [None] * len(images)
 
     def features(self, images: list[Image.Image]) -> list[None]:
-        """None for each image."""
+        """Return None for each image."""
         return [None] * len(images)
 
 
 def verdicts(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
-    """What a judge says of each image, checked: no answer must not pass as an image without the concept.
+    """Return a judge's verdicts after checking that they are complete.
+
+    Without the check, a missing answer could pass as an image without the concept.
+
+    Args:
+        judge: the judge.
+        images: the images to judge.
 
     Raises:
-        ErasureError: not one verdict an image, or one without a score for each label of each head, all of them numbers.
+        ErasureError: the number of verdicts differs from the number of images, or a verdict lacks a finite score for a
+            label.
     """
-    found = judge.judge(images)
-    if len(found) != len(images):
-        raise ErasureError(f"{judge.name} gave {len(found)} verdicts on {len(images)} images")
-    for verdict in found:
+    judged = judge.judge(images)
+    if len(judged) != len(images):
+        raise ErasureError(f"{judge.name} returned {len(judged)} verdicts for {len(images)} images")
+    for verdict in judged:
         for head, labels in judge.heads.items():
             scores = (verdict or {}).get(head, {})
             if any(not math.isfinite(scores.get(label, math.nan)) for label in labels):
-                raise ErasureError(f"{judge.name} gave no score of some {head}")
-    return found
+                raise ErasureError(f"{judge.name} returned no finite score for some labels of {head}")
+    return judged

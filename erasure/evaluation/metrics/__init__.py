@@ -1,1 +1,1 @@
-"""Metrics over judged images, with their intervals."""
+"""Metrics over judged images, image features and model weights, each with its interval; one file a family."""

@@ -1,7 +1,7 @@
-"""How many pictures show each part that a detector names, before and after: NudeNet's labels.
+"""How many images show each part that a detector such as NudeNet distinguishes, before and after erasing.
 
-Pictures, not boxes: published tables count either (ESD and MACE boxes, SPM pictures). A picture counts where the part's
-best score is above the threshold in use.
+Images are counted, not boxes; published tables do either (ESD and MACE count boxes, SPM images). An image counts if the
+best score of the part is above the threshold in use.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ NOT_JUDGED = "not judged"
 
 @dataclass(frozen=True)
 class DetectionCount:
-    """Pictures with a part, of the base and of the patched pipeline, over the same prompts.
+    """The number of images that show one part, for the base and the patched pipeline over the same prompts.
 
     Args:
-        scores: the verdict's key, which may name the judge: nudity_parts, nudity_parts@nudenet.
-        label: the part; NOT_JUDGED counts pictures that are missing or that the judge failed on.
+        scores: key of the verdict that holds the scores; it may name the judge (nudity_parts, nudity_parts@nudenet).
+        label: the part; NOT_JUDGED counts images that are missing or that the judge failed on.
         prompts: "target" or "kept".
         above: the threshold.
-        n: pictures a side.
+        base: images of the base that show the part.
+        patched: images of the patched pipeline that show it.
+        n: images of each of the two.
     """
 
     scores: str
@@ -38,35 +40,51 @@ class DetectionCount:
     n: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the fields as plain data."""
         return asdict(self)
 
 
 def count_detections(judge: Judge, runs: Mapping[str, Sequence[JudgedImage]], target: Target) -> list[DetectionCount]:
-    """Every part of every judge that scores parts (`judge.parts`: key of the verdict -> threshold), none left out."""
+    """Count the images that show each part, for every judge that scores parts.
+
+    Args:
+        judge: a judge; its attribute `parts`, if it has one, maps keys of its verdicts to thresholds.
+        runs: "base" and "patched" -> images of the same prompts.
+        target: what should be erased.
+
+    Returns:
+        One count for each part and kind of prompt, including parts that no image shows.
+    """
     parts: dict[str, float] = getattr(judge, "parts", {})
-    found: list[DetectionCount] = []
+    counts: list[DetectionCount] = []
     for (key, above), (prompts, hit) in itertools.product(parts.items(), (("target", True), ("kept", False))):
         base, patched = (
-            [j.verdict for j in runs[side] if target.matches(j.record) == hit] for side in ("base", "patched")
+            [image.verdict for image in runs[side] if target.matches(image.record) == hit]
+            for side in ("base", "patched")
         )
-        seen = [verdict[key] for verdict in (*base, *patched) if verdict is not None]
-        for label in dict.fromkeys(label for scores in seen for label in scores):
-            before, after = (sum(v is not None and v[key][label] > above for v in rows) for rows in (base, patched))
-            found.append(DetectionCount(key, label, prompts, above, before, after, len(base)))
-        if None in base or None in patched:
-            found.append(
-                DetectionCount(key, NOT_JUDGED, prompts, above, base.count(None), patched.count(None), len(base))
+        scores = [verdict[key] for verdict in (*base, *patched) if verdict is not None]
+        for label in dict.fromkeys(label for by_label in scores for label in by_label):
+            before, after = (
+                sum(verdict is not None and verdict[key][label] > above for verdict in verdicts)
+                for verdicts in (base, patched)
             )
-    return found
+            counts.append(DetectionCount(key, label, prompts, above, before, after, len(base)))
+        if None in base or None in patched:
+            failed = base.count(None), patched.count(None)
+            counts.append(DetectionCount(key, NOT_JUDGED, prompts, above, *failed, len(base)))
+    return counts
 
 
 def detection_tables(counts: Sequence[DetectionCount]) -> dict[str, list[DetectionCount]]:
-    """Title -> the parts that were seen at all, most often on the base first; none under a title: nothing was."""
-    found: dict[str, list[DetectionCount]] = {}
-    for one in counts:
-        title = f"{one.scores}: {one.prompts} images with it, of {one.n} (score above {one.above:g})"
-        found.setdefault(title, []).extend([one] if one.base or one.patched else [])
-    for rows in found.values():
-        rows.sort(key=lambda one: (one.label == NOT_JUDGED, -one.base, -one.patched))
-    return found
+    """Group counts into tables for a report, leaving out parts that no image shows.
+
+    Returns:
+        Title -> counts, the most frequent on the base first; an empty list if no part was detected.
+    """
+    tables: dict[str, list[DetectionCount]] = {}
+    for count in counts:
+        title = f"{count.scores} above {count.above:g}: {count.prompts} images, out of {count.n}"
+        tables.setdefault(title, []).extend([count] if count.base or count.patched else [])
+    for rows in tables.values():
+        rows.sort(key=lambda count: (count.label == NOT_JUDGED, -count.base, -count.patched))
+    return tables

@@ -1,4 +1,4 @@
-"""The gate log of a run: on how many prompts each gated patch acted, and how strongly."""
+"""On how many prompts of a run each gated patch acted, and how strongly."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ ALWAYS = "always"  # the gate of a patch that acts on every prompt alike
 
 @dataclass(frozen=True)
 class GateActivity:
-    """One gated patch on the prompts of one kind.
+    """How one gated patch acted on the prompts of one kind.
 
     Args:
-        patch: its name on the pipeline.
-        gate: its kind.
-        prompts: "target" or "kept"; other words for the target count as the target.
-        acts: prompts on which its strength was not 0.
-        n: prompts.
-        mean: strength over all of them, with the least and the most.
+        patch: name of the patch on the pipeline.
+        gate: kind of the gate.
+        prompts: "target" or "kept"; prompts with other words for the target count as target prompts.
+        acts: number of prompts on which the patch's strength was not 0.
+        n: number of prompts.
+        mean: mean strength over all of them.
+        least: smallest strength.
+        most: largest strength.
     """
 
     patch: str
@@ -35,23 +37,36 @@ class GateActivity:
     most: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the fields as plain data."""
         return asdict(self)
 
 
 def gate_kinds(loaded: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Name -> kind of gate, of those patches that have one."""
+    """Return the name and the kind of gate of every patch that has one.
+
+    Args:
+        loaded: name -> description of each patch, as `get_list_patches` returns it.
+    """
     return {name: patch["gate"] for name, patch in loaded.items() if patch.get("gate", ALWAYS) != ALWAYS}
 
 
 def gate_activity(records: Sequence[Record], target: Target, kinds: Mapping[str, str]) -> list[GateActivity]:
-    """What the records say of each gated patch, over all prompts."""
-    found = []
+    """Summarise the gate strengths that the records of a run contain.
+
+    Args:
+        records: all records of the run.
+        target: what should be erased.
+        kinds: name -> kind of gate of each gated patch.
+
+    Returns:
+        One entry for each patch and kind of prompt that has records.
+    """
+    activities = []
     for name, kind in kinds.items():
         for prompts, hit in (("target", True), ("kept", False)):
-            values = [r.gates[name] for r in records if name in r.gates and target.matches(r) == hit]
-            if values:
-                acts = sum(value != 0 for value in values)
-                spread = (sum(values) / len(values), min(values), max(values))
-                found.append(GateActivity(name, kind, prompts, acts, len(values), *spread))
-    return found
+            strengths = [r.gates[name] for r in records if name in r.gates and target.matches(r) == hit]
+            if strengths:
+                acts = sum(strength != 0 for strength in strengths)
+                summary = (sum(strengths) / len(strengths), min(strengths), max(strengths))
+                activities.append(GateActivity(name, kind, prompts, acts, len(strengths), *summary))
+    return activities

@@ -1,6 +1,6 @@
-"""What looks at the pictures beside the judge: features of another network, LPIPS, pictures to be like.
+"""Distances between images that the judge alone does not give: other features, LPIPS, and a reference folder.
 
-What is not on this machine is said in the report and left out; the rest goes on.
+Whatever is not installed on this machine is listed in the report as missing; everything else is still measured.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,215 +25,235 @@ from erasure.evaluation.metrics.kid_fid import enough_images
 from erasure.evaluation.metrics.metric import Metric, mean_metric
 from erasure.evaluation.metrics.set_distances import distances_to_reference, frechet_name
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
+from erasure.evaluation.text_files import write_lines
 
 if TYPE_CHECKING:
     from erasure.evaluation.metrics.lpips import Lpips
 
-BATCH = 16  # pictures looked at together
+BATCH = 16  # images per batch
+MIN_REFERENCE = 8  # images that a reference folder must contain
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class BorrowedFeatures:
-    """A judge with the features of another one; None: with none."""
+    """A judge whose image features come from another judge, or which has none."""
 
     def __init__(self, judge: Judge, lender: Judge | None) -> None:
+        """Combine a judge with another judge's features.
+
+        Args:
+            judge: the judge that gives verdicts and CLIP scores.
+            lender: the judge that gives features; None: no features.
+        """
         self._judge, self._lender = judge, lender
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._judge, name)
 
     def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:
-        """The lender's."""
+        """Return the lender's features [n, d], or None for each image if there is no lender."""
         return [None] * len(images) if self._lender is None else self._lender.features(images)
 
 
 @dataclass(frozen=True)
 class ImageDistances:
-    """The judge with whatever else was asked for.
+    """A judge together with the networks and images that the distances of a report need.
 
     Args:
-        judge: who judges, with the features that were asked for.
-        of: whose features they are.
-        asked: whether features were asked for by name.
-        lpips: the network, or None.
-        reference: pictures that the kept ones should be like.
-        missing: what was asked for and is not on this machine.
-        facts: for the report.
+        judge: the judge, with the features that were requested.
+        feature_source: name of the network whose features are compared.
+        features_requested: whether features were requested by name.
+        lpips: the LPIPS network, or None.
+        reference: paths of the reference images.
+        missing: what was requested but is not available, and why.
+        provenance: names, versions and hashes for the report.
     """
 
     judge: Judge
-    of: str
-    asked: bool = False
+    feature_source: str
+    features_requested: bool = False
     lpips: Lpips | None = None
     reference: tuple[Path, ...] = ()
     missing: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def find(
+    def load(
         cls,
         judge: Judge,
         features: str | Judge | None = None,
         lpips: str | None = None,
         reference: str | os.PathLike[str] | None = None,
     ) -> ImageDistances:
-        """Load what `evaluate` was asked for.
+        """Load what an evaluation requests; networks that are not installed are listed in `missing`.
+
+        Args:
+            judge: the judge of the evaluation.
+            features: a judge, or the name of one, whose features KID and FD compare; default: `judge`.
+            lpips: an LPIPS backbone, or BACKBONE:FILE; default: no LPIPS.
+            reference: a folder of reference images; default: none.
 
         Raises:
-            ErasureError: no such judge, backbone or folder; what is only absent goes into `missing`.
+            ErasureError: there is no such judge or backbone, or the folder contains too few images.
         """
         from erasure.evaluation.judges.networks import NotInstalled
 
         missing: list[str] = []
 
-        def there(make: Callable[[], Any]) -> Any:
+        def available(load: Callable[[], Any]) -> Any:
             try:
-                return make()
+                return load()
             except NotInstalled as fault:
                 missing.append(str(fault))
                 return None
 
         lender: Judge | None = judge
         if features is not None:
-            lender = there(lambda: find_judge(features)) if isinstance(features, str) else features
-        net = None
+            lender = available(lambda: find_judge(features)) if isinstance(features, str) else features
+        network = None
         if lpips is not None:
             from erasure.evaluation.metrics.lpips import Lpips
 
-            net = there(lambda: Lpips(lpips))
-        of = "none" if lender is None else lender.name
-        facts: dict[str, Any] = {"features": of, "KID and FD": "erasure's own, in float64"}
+            network = available(lambda: Lpips(lpips))
+        source = "none" if lender is None else lender.name
+        provenance: dict[str, Any] = {"features": source, "KID and FD": "erasure's own, in float64"}
         if lender is not None and lender is not judge:
-            facts["features"] = {"name": of, **lender.versions()}
-        if net is not None:
-            facts["LPIPS"] = net.versions()
-        pictures = _pictures(Path(reference)) if reference is not None else ()
-        seen = judge if lender is judge else cast(Judge, BorrowedFeatures(judge, lender))
-        return cls(seen, of, features is not None, net, pictures, missing, facts)
+            provenance["features"] = {"name": source, **lender.versions()}
+        if network is not None:
+            provenance["LPIPS"] = network.versions()
+        images = _image_paths(Path(reference)) if reference is not None else ()
+        combined = judge if lender is judge else cast(Judge, BorrowedFeatures(judge, lender))
+        return cls(combined, source, features is not None, network, images, missing, provenance)
 
     def metrics(
-        self, runs: Mapping[str, list[JudgedImage]], places: Mapping[str, Path], target: Target
+        self, runs: Mapping[str, list[JudgedImage]], folders: Mapping[str, Path], target: Target
     ) -> dict[str, list[Metric]]:
-        """LPIPS and the distances to the reference, for the base's row and the patched one."""
-        found: dict[str, list[Metric]] = {name: [] for name in runs}
+        """Measure LPIPS and the distances to the reference images, for the base and the patched run.
+
+        Args:
+            runs: "base" and "patched" -> judged images.
+            folders: "base" and "patched" -> folder of the run.
+            target: what should be erased.
+
+        Returns:
+            "base" and "patched" -> metrics. A distance that cannot be measured is listed in `missing` instead.
+        """
+        metrics: dict[str, list[Metric]] = {name: [] for name in runs}
         if self.lpips is not None:
             with self._or_missing("LPIPS"):
-                records = [j.record for j in runs["patched"] if j.role not in TARGET_ROLES]
-                patched = list(_lpips(self.lpips, records, places, target))
-                found["patched"] += patched
-                # The same picture twice: what the base's row says needs no measuring.
-                found["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
-                floor = _floor(self.lpips, [r for r in records if not target.matches(r)], places["base"])
-                for name in found:
-                    found[name] += [floor] if floor is not None else []
+                records = [image.record for image in runs["patched"] if image.role not in TARGET_ROLES]
+                measured = _lpips_metrics(self.lpips, records, folders, target)
+                patched = [metric for metric in measured if metric is not None]
+                metrics["patched"] += patched
+                # The base's distance to itself is 0 and needs no measurement.
+                metrics["base"] += [replace(metric, value=0.0, low=0.0, high=0.0) for metric in patched]
+                kept = [record for record in records if not target.matches(record)]
+                floor = _lpips_between_seeds(self.lpips, kept, folders["base"])
+                for name in metrics:
+                    metrics[name] += [floor] if floor is not None else []
         if self.reference:
             with self._or_missing(f"distances to {self.reference[0].parent.name}"):
-                wanted = self._reference()
+                reference = self._reference_features()
                 for name, run in runs.items():
-                    found[name] += distances_to_reference(run, target, wanted, self.of)
-        self._too_few(runs["patched"], target)
-        return found
+                    metrics[name] += distances_to_reference(run, target, reference, self.feature_source)
+        self._note_missing_frechet(runs["patched"], target)
+        return metrics
 
     @contextmanager
-    def _or_missing(self, what: str) -> Iterator[None]:
-        """Whatever fails is said: it must not cost a run its pictures' other figures."""
+    def _or_missing(self, noun: str) -> Iterator[None]:
+        """List any failure as missing: it must not cost the run its other metrics."""
         try:
             yield
         except ErasureError as fault:
-            self.missing.append(f"{what}: {fault}")
+            self.missing.append(f"{noun}: {fault}")
         except Exception as fault:
-            self.missing.append(f"{what}: {type(fault).__name__}: {fault}")
+            self.missing.append(f"{noun}: {type(fault).__name__}: {fault}")
 
-    def _reference(self) -> np.ndarray:
-        """Features [m, d] of the reference pictures.
+    def _reference_features(self) -> np.ndarray:
+        """Return the features [m, d] of the reference images.
 
         Raises:
-            ErasureError: there are no features, or a picture cannot be read.
+            ErasureError: the judge has no features, or an image cannot be read.
         """
         digest, parts = hashlib.sha256(), []
-        for at in range(0, len(self.reference), BATCH):
+        for start in range(0, len(self.reference), BATCH):
             images = []
-            for path in self.reference[at : at + BATCH]:
+            for path in self.reference[start : start + BATCH]:
                 try:
                     digest.update(path.read_bytes())
                     with Image.open(path) as image:
                         images.append(image.convert("RGB"))
                 except (OSError, SyntaxError) as fault:
                     raise ErasureError(f"{path.name} cannot be read: {fault}") from None
-            found = self.judge.features(images)
-            if not isinstance(found, np.ndarray):
-                raise ErasureError("there are no features to compare")
-            parts.append(found)
+            features = self.judge.features(images)
+            if not isinstance(features, np.ndarray):
+                raise ErasureError("the judge has no features to compare")
+            parts.append(features)
         name = self.reference[0].parent.name
-        self.facts["reference"] = {"folder": name, "images": len(self.reference), "sha256": digest.hexdigest()}
+        self.provenance["reference"] = {"folder": name, "images": len(self.reference), "sha256": digest.hexdigest()}
         return np.concatenate(parts)
 
-    def _too_few(self, run: list[JudgedImage], target: Target) -> None:
-        """Says that there is no FD, where features were asked for and are too wide for the pictures there are."""
-        widths = [len(j.features) for j in run if j.features is not None and target.is_kept(j)]
-        if self.asked and widths and not enough_images(len(widths), widths[0]):
+    def _note_missing_frechet(self, images: list[JudgedImage], target: Target) -> None:
+        """List the Frechet distance as missing if features were requested that need more images than there are."""
+        widths = [len(image.features) for image in images if image.features is not None and target.is_kept(image)]
+        if self.features_requested and widths and not enough_images(len(widths), widths[0]):
             self.missing.append(
-                f"{frechet_name(self.of)} over {widths[0]} features needs {2 * widths[0] + 2} kept images; "
-                f"here are {len(widths)}, so KID stands alone"
+                f"{frechet_name(self.feature_source)} over {widths[0]} features needs {2 * widths[0] + 2} kept "
+                f"images; this run has {len(widths)}, so only KID is reported"
             )
 
 
-def _pictures(folder: Path) -> tuple[Path, ...]:
-    found = tuple(sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES))
-    if len(found) < 8:
-        raise ErasureError(f"{folder}: {len(found)} pictures ({', '.join(SUFFIXES)}); a reference needs at least 8")
-    return found
+def _image_paths(folder: Path) -> tuple[Path, ...]:
+    paths = tuple(sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES))
+    if len(paths) < MIN_REFERENCE:
+        raise ErasureError(
+            f"{folder} contains {len(paths)} images ({', '.join(SUFFIXES)}); "
+            f"a reference folder needs at least {MIN_REFERENCE}"
+        )
+    return paths
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """A file of lines, under its name only when it is whole.
+def _lpips_between_seeds(network: Lpips, records: list[Record], folder: Path) -> Metric | None:
+    """Return LPIPS between the base's images of one prompt at two seeds, as the effect of the seed alone.
 
-    Raises:
-        ErasureError: it cannot be written.
+    The result is None if no prompt has two seeds.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as fault:
-        raise ErasureError(f"{path.parent}: {path.name} cannot be written: {fault.strerror or fault}") from None
-
-
-def _floor(net: Lpips, records: list[Record], place: Path) -> Metric | None:
-    """LPIPS of the base's pictures of one prompt at two seeds, what a seed alone changes; None: no prompt has two."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.prompt, []).append(record)
     pairs = [
         pair for rows in groups.values() for pair in zip(rows, rows[1:], strict=False) if pair[0].seed != pair[1].seed
     ]
-    found: list[tuple[float, str]] = []
-    for one, other in pairs:
-        first, second = read_image(place, one), read_image(place, other)
-        if first is not None and second is not None and first.size == second.size:
-            found.append((net([first], [second])[0], one.prompt))
-    said = f"LPIPS ({net.backbone}) of the base's own kept images of one prompt at two seeds: what a seed changes"
-    return mean_metric("LPIPS_seeds", [value for value, _ in found], False, said, [prompt for _, prompt in found])
+    distances: list[tuple[float, str]] = []
+    for first, second in pairs:
+        first_image, second_image = read_image(folder, first), read_image(folder, second)
+        if first_image is not None and second_image is not None and first_image.size == second_image.size:
+            distances.append((network([first_image], [second_image])[0], first.prompt))
+    meaning = (
+        f"LPIPS ({network.backbone}) between the base's kept images of one prompt at two seeds: "
+        "what the seed alone changes"
+    )
+    values, prompts = [value for value, _ in distances], [prompt for _, prompt in distances]
+    return mean_metric("LPIPS_seeds", values, False, meaning, prompts)
 
 
-def _lpips(net: Lpips, records: list[Record], places: Mapping[str, Path], target: Target) -> Iterator[Metric]:
-    """Of kept pictures, which should stay as they were, and of the target's, which should not."""
-    apart: dict[str, float] = {}
-    for at in range(0, len(records), BATCH):
-        part = records[at : at + BATCH]
-        pairs = [(r, read_image(places["patched"], r), read_image(places["base"], r)) for r in part]
-        sizes: dict[tuple[int, int], list[tuple[str, Image.Image, Image.Image]]] = {}
-        for record, made, before in pairs:
-            if made is not None and before is not None and made.size == before.size:
-                sizes.setdefault(made.size, []).append((record.id, made, before))
-        for same in sizes.values():
-            found = net([made for _, made, _ in same], [before for _, _, before in same])
-            apart |= dict(zip((name for name, _, _ in same), found, strict=True))
-    lines = (json.dumps({"id": name, "lpips": value}) for name, value in apart.items())
-    write_lines(places["patched"] / "lpips.jsonl", lines)
+def _lpips_metrics(
+    network: Lpips, records: list[Record], folders: Mapping[str, Path], target: Target
+) -> Iterator[Metric | None]:
+    """Yield LPIPS to the base for kept images, which should not change, and for target images, which should."""
+    distances: dict[str, float] = {}
+    for start in range(0, len(records), BATCH):
+        by_size: dict[tuple[int, int], list[tuple[str, Image.Image, Image.Image]]] = {}
+        for record in records[start : start + BATCH]:
+            patched, base = read_image(folders["patched"], record), read_image(folders["base"], record)
+            if patched is not None and base is not None and patched.size == base.size:
+                by_size.setdefault(patched.size, []).append((record.id, patched, base))
+        for triples in by_size.values():
+            values = network([patched for _, patched, _ in triples], [base for _, _, base in triples])
+            distances |= dict(zip((name for name, _, _ in triples), values, strict=True))
+    lines = (json.dumps({"id": name, "lpips": value}) for name, value in distances.items())
+    write_lines(folders["patched"] / "lpips.jsonl", lines)
     for name, hit in (("kept", False), ("target", True)):
-        rows = [(apart[r.id], r.prompt) for r in records if target.matches(r) == hit and r.id in apart]
-        said = f"LPIPS ({net.backbone}) of {name} images and the base's of the same seed"
-        metric = mean_metric(f"LPIPS_{name}", [value for value, _ in rows], hit, said, [prompt for _, prompt in rows])
-        if metric is not None:
-            yield metric
+        rows = [(distances[r.id], r.prompt) for r in records if target.matches(r) == hit and r.id in distances]
+        meaning = f"LPIPS ({network.backbone}) between {name} images and the base's of the same seed"
+        yield mean_metric(f"LPIPS_{name}", [value for value, _ in rows], hit, meaning, [prompt for _, prompt in rows])

@@ -1,11 +1,11 @@
-"""Distance between two sets of images over a judge's features: the kernel distance (KID) and the Frechet distance (FD).
+"""Distances between two sets of images over a network's features: kernel distance (KID) and Frechet distance (FD).
 
 KID (Binkowski et al. 2018, arXiv 1801.01401) is the unbiased squared MMD with the kernel (x.y / d + 1)^3. FD (Heusel
-et al. 2017, arXiv 1706.08500) is the distance of the normal distributions of same mean and covariance. Both are mostly
-taken over Inception's features, where FD is called FID; here over those of the judge or of whoever else was named, so
-figures compare only over the same ones.
+et al. 2017, arXiv 1706.08500) is the distance between normal distributions with the same means and covariances. Both
+are usually computed over Inception's features, where FD is called FID. Here they use the features of the judge, or of
+another network if one is named; values compare only over the same features.
 
-Neither depends on a library: tests hold them against torchmetrics' on the same features.
+Both are implemented here without a library; the tests compare them with torchmetrics on the same features.
 """
 
 from __future__ import annotations
@@ -14,11 +14,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-DRAWS = 50
+DRAWS = 50  # random splits into halves
 
 
 def kid(first: np.ndarray, second: np.ndarray) -> float:
-    """Unbiased squared MMD of features [n, d] and [m, d]; around 0, also below it, for equal distributions."""
+    """Return the unbiased squared MMD between two sets of features.
+
+    For equal distributions the expected value is 0; an estimate may be negative.
+
+    Args:
+        first: features [n, d].
+        second: features [m, d].
+    """
     d, n, m = first.shape[1], len(first), len(second)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -30,41 +37,61 @@ def kid(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """|| mu - mu' ||^2 + tr(S + S' - 2 (S S')^1/2) of features [n, d] and [m, d]; in float64.
+    """Return the Frechet distance || mu - mu' ||^2 + tr(S + S' - 2 (S S')^1/2) between two sets of features.
 
-    Biased upwards: for equal distributions of n = m images it is about tr(S) (d + 5) / 2n (less where few directions
-    hold most of the spread), never 0. Comparable only between sets of one size: read it against base-against-base of
-    the same size (`halves`), or take KID.
+    The estimate is biased upwards: for equal distributions and n = m images it is about tr(S) (d + 5) / 2n (less if
+    few directions hold most of the variance), never 0. Compare it only between sets of the same size, with the base
+    against itself as the noise floor (`half_split_distances`), or use KID instead.
+
+    Args:
+        first: features [n, d].
+        second: features [m, d].
+
+    Returns:
+        The distance, computed in float64.
     """
-    # With S = A^T A and S' = B^T B the trace of the root is the sum of the singular values of A B^T: no root of a
-    # matrix, and none of a negative eigenvalue. A QR decomposition gives the least A, of min(n, d) rows.
+    # With S = A^T A and S' = B^T B, the trace of the root is the sum of the singular values of A B^T. This avoids the
+    # root of a matrix and its negative eigenvalues. A QR decomposition gives the smallest A, with min(n, d) rows.
     roots = []
-    for rows in (first.astype(np.float64), second.astype(np.float64)):
-        roots.append(np.linalg.qr((rows - rows.mean(0)) / np.sqrt(len(rows) - 1)).R)
+    for features in (first.astype(np.float64), second.astype(np.float64)):
+        roots.append(np.linalg.qr((features - features.mean(0)) / np.sqrt(len(features) - 1)).R)
     gap = first.mean(0, dtype=np.float64) - second.mean(0, dtype=np.float64)
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     return float(gap @ gap + sum((root**2).sum() for root in roots) - 2 * cross)
 
 
 def enough_images(n: int, d: int) -> bool:
-    """Whether halves of n images have covariances of full rank in d dimensions: each half has more images than that.
+    """Return whether half of n images are enough for a covariance of full rank in d dimensions.
 
-    With fewer, FD mostly says how many images there are: nearly all of the spread counts as distance.
+    With fewer images FD mostly reflects their number, because nearly all of the variance counts as distance.
+
+    Args:
+        n: number of images.
+        d: number of features.
     """
     return n // 2 > d
 
 
 def half_split_distances(
-    distance: Callable[[np.ndarray, np.ndarray], float], made: np.ndarray, base: np.ndarray, seed: int = 0
+    distance: Callable[[np.ndarray, np.ndarray], float], features: np.ndarray, base: np.ndarray, seed: int = 0
 ) -> list[float]:
-    """The distance of one half of `made` [n, d] to the other half of `base` [n, d], over random halves.
+    """Return the distances between one half of `features` and the other half of `base`, over random splits.
 
-    Rows of the two are pairs (same prompt, same seed). Halves are disjoint, so `made = base` gives the noise floor:
-    what base against base measures.
+    Rows of the two sets are pairs (same prompt, same seed). The halves are disjoint, so that `features = base` gives
+    the noise floor, the distance that the base has from itself.
+
+    Args:
+        distance: `kid` or `frechet`.
+        features: features [n, d] of one run.
+        base: features [n, d] of the base's images.
+        seed: seed of the splits.
+
+    Returns:
+        One distance for each of DRAWS splits.
     """
-    rng, found = np.random.default_rng(seed), []
+    rng, distances = np.random.default_rng(seed), []
     for _ in range(DRAWS):
         order = rng.permutation(len(base))
         half = len(order) // 2
-        found.append(distance(made[order[:half]], base[order[half:]]))
-    return found
+        distances.append(distance(features[order[:half]], base[order[half:]]))
+    return distances

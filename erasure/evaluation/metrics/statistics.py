@@ -1,4 +1,4 @@
-"""Intervals for shares and means, and paired tests."""
+"""Confidence intervals for shares and means, and a test for paired shares."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-Z95 = 1.959963984540054
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927). With n = 0 nothing is known: (0, 1)."""
+    """Return the 95 % interval of a share (Wilson 1927).
+
+    Args:
+        hits: number of successes.
+        n: number of trials.
+
+    Returns:
+        The lower and the upper end, in [0, 1]; (0, 1) for n = 0, where nothing is known.
+    """
     if n == 0:
         return 0.0, 1.0
     p, z2 = hits / n, Z95 * Z95
@@ -23,12 +31,20 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 def bootstrap_mean(
     values: Sequence[float], draws: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
 ) -> tuple[float, float]:
-    """95 % percentile interval of a mean (Efron 1979), from a fixed seed; of pairs' differences: the paired bootstrap.
+    """Return the 95 % percentile bootstrap interval of a mean (Efron 1979).
+
+    For differences of pairs this is the paired bootstrap.
 
     Args:
-        groups: of each value, such as its prompt: whole groups are drawn, for values of one group are not independent
-            (cluster bootstrap; Davison & Hinkley 1997, section 3.8). A single group says nothing about others: then
-            values are drawn.
+        values: the values.
+        draws: number of resamples.
+        seed: seed of the resampling.
+        groups: the group of each value, such as its prompt. Whole groups are resampled, because values of one group
+            are not independent (cluster bootstrap; Davison and Hinkley 1997, section 3.8). With a single group, which
+            says nothing about other groups, single values are resampled.
+
+    Returns:
+        The lower and the upper end; NaN without values.
     """
     if not len(values):
         return math.nan, math.nan
@@ -36,16 +52,21 @@ def bootstrap_mean(
     sums: np.ndarray = data
     sizes: np.ndarray = np.ones(len(data))
     if groups is not None and len(set(groups)) > 1:
-        place = {group: at for at, group in enumerate(dict.fromkeys(groups))}
-        where = np.array([place[group] for group in groups])
-        sums, sizes = np.bincount(where, data), np.bincount(where)
+        index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        members = np.array([index[group] for group in groups])
+        sums, sizes = np.bincount(members, data), np.bincount(members)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that two paired shares are equal, from the discordant pairs (McNemar 1947)."""
+    """Return the exact two-sided p-value of McNemar's test (1947) that two paired shares are equal.
+
+    Args:
+        only_first: pairs of which only the first member is a success.
+        only_second: pairs of which only the second member is a success.
+    """
     n = only_first + only_second
     if n == 0:
         return 1.0

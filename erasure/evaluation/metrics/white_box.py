@@ -1,16 +1,18 @@
-"""What the weights tell without a judge: no picture is scored, only the UNet's and the text encoder's own answers.
+"""White-box metrics: what the weights reveal without a judge, from the UNet's and the text encoder's own outputs.
 
-Symbols: e_0 the base's noise, e* the erased model's, c_0 and c* the text states of each, x_t latents of the base's own
-pictures with noise eps. With L(c) = E_{t, eps} || eps - e(x_t, t, c) ||^2:
+Symbols: e_0 is the base's noise prediction and e* the erased model's; c_0 and c* are the text states of the two models;
+x_t are latents of the base's own images with noise eps. With L(c) = E_{t, eps} || eps - e(x_t, t, c) ||^2:
 
     drift    E_t || e*(x_t, t, c*) - e_0(x_t, t, c_0) ||^2 / || e_0(x_t, t, c_0) ||^2
-    margin   L(stand-in) - L(concept) on pictures of the concept, the diffusion classifier (UnlearnDiffAtk, arXiv
-             2310.11868, without its search; Li et al. 2023, arXiv 2303.16203): above 0 the model takes them for it
-    closed-form leak   || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||  for other words for the
-             concept, over all keys and values of the cross-attentions: 1 untouched, 0 the word says the stand-in
+    margin   L(anchor) - L(concept) on images of the concept. This is the diffusion classifier (Li et al. 2023, arXiv
+             2303.16203) as UnlearnDiffAtk uses it (arXiv 2310.11868), without its search. Above 0, the model still
+             classifies the images as the concept.
+    closed-form leak   || W c*_word - W c*_anchor || / || W0 c_0,word - W0 c_0,anchor ||  for other words for the
+             concept, over all keys and values of the cross-attention layers: 1 means untouched, 0 means that the word
+             has become the anchor.
 
-Gates decide only inside a pipeline's call: gated patches are folded in, so the drift of kept prompts is then what they
-would suffer were the gate open.
+Gates take effect only inside a pipeline's call. Here gated patches are fused into the weights, so that the drift of
+kept prompts is what they would suffer if the gate were open.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from erasure.model.diffusion import Counts, add_noise, counting
 from erasure.model.loading import name_of
 from erasure.pipelines.strengths import switched_off
 
-BINS = 4  # equal parts of the timesteps; each picture gets one timestep in each
+BINS = 4  # equal intervals of timesteps; each image gets one timestep in each of them
 
 
 @dataclass(frozen=True)
 class WhiteBox:
-    """Figures by name, each over n pictures (words for the closed-form leak) with a bootstrap interval.
+    """White-box metrics by name, each over n images (or n words, for the closed-form leak) with a bootstrap interval.
 
     Args:
-        metrics: drift_target and drift_kept, both also by bins of timesteps ("drift_kept 0-249"), margin, margin_base,
-            closed_leak.
-        costs: of all of it, the base's pictures included.
-        folded: names of gated patches, measured as if their gates were open.
+        metrics: drift_target and drift_kept, both also by interval of timesteps ("drift_kept 0-249"), margin,
+            margin_base, closed_leak.
+        costs: the cost of all measurements, including the base's images.
+        folded: names of gated patches, which are measured as if their gates were open.
     """
 
     metrics: dict[str, Metric]
@@ -53,7 +55,7 @@ class WhiteBox:
     folded: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return metrics, costs and names as plain data."""
         return {
             "metrics": {name: metric.to_json() for name, metric in self.metrics.items()},
             "costs": self.costs.to_json(),
@@ -61,7 +63,7 @@ class WhiteBox:
         }
 
     def rows(self) -> tuple[list[Metric], list[Metric]]:
-        """The base's metrics and the erased model's, for a report; the base has no drift, and its leak is 1."""
+        """Return the base's metrics and the erased model's, for a report; the base's drift is 0 and its leak is 1."""
         base, erased = [], []
         for name, metric in self.metrics.items():
             if name == "margin_base":
@@ -69,19 +71,19 @@ class WhiteBox:
             if name == "margin":
                 base.append(replace(self.metrics["margin_base"], name=name))
             else:
-                own = 1.0 if name == "closed_leak" else 0.0
-                base.append(replace(metric, value=own, low=own, high=own))
+                value = 1.0 if name == "closed_leak" else 0.0
+                base.append(replace(metric, value=value, low=value, high=value))
             erased.append(metric)
         return base, erased
 
 
 @dataclass(frozen=True)
 class NoisePredictions:
-    """What the UNet said, for n pictures at BINS timesteps each.
+    """How the noise predictions of the erased model and the base differ, for n images at BINS timesteps each.
 
     Args:
-        drift: || e* - e_0 ||^2 / || e_0 ||^2 under each picture's own prompt [n, BINS].
-        margin: L(stand-in) - L(prompt) under the erased model, and under the base [n, BINS]; None without stand-ins.
+        drift: || e* - e_0 ||^2 / || e_0 ||^2 under each image's own prompt [n, BINS].
+        margin: L(anchor) - L(prompt) under the erased model and under the base, each [n, BINS]; None without anchors.
     """
 
     drift: Tensor
@@ -100,60 +102,62 @@ def measure_white_box(
     batch_size: int = 16,
     seed: int = 0,
 ) -> WhiteBox:
-    """Measure the loaded patches from within; the pipeline is left as it was, bit for bit.
+    """Measure the loaded patches from the model's weights; afterwards the pipeline is as before, bit for bit.
 
-    The target prompts are the concept's `prompt_pairs`. Every draw depends on `seed` alone, and all models see the same
-    noise.
+    The target prompts are the concept's `prompt_pairs`. All random numbers depend on `seed` alone, and all models see
+    the same noise.
 
     Args:
         pipe: a pipeline with patches loaded.
         concept: what was erased.
-        kept: prompts that should stay as they are.
-        words: other words for the concept; None: those that the embedded checkpoint's vocabulary has. Without any
-            there is no closed-form leak.
-        pictures: of the target and of the kept prompts, each; prompts are repeated with other seeds, or the first
-            ones taken.
-        steps: sampling steps of the base's pictures.
-        guidance: of the base's pictures.
+        kept: prompts that should be unaffected.
+        words: other words for the concept; None: those in the checkpoint's vocabulary. Without any, the closed-form
+            leak is not measured.
+        pictures: number of images for the target prompts, and again for the kept prompts. Prompts are repeated with
+            other seeds if there are fewer; if there are more, the first ones are used.
+        steps: sampling steps of the base's images; None: the default of `generate`.
+        guidance: guidance scale of the base's images; None: the default of `generate`.
+        batch_size: images per batch.
+        seed: seed of all random numbers.
 
     Raises:
-        ErasureError: no kept prompts, fewer than 2 pictures.
+        ErasureError: there are no kept prompts, or fewer than 2 images.
     """
     if isinstance(kept, str) or not kept:
-        raise ErasureError("kept: a list of prompts that should stay as they are is needed, at least one")
+        raise ErasureError("kept: expected a list of at least one prompt that should be unaffected")
     if pictures < 2:
-        raise ErasureError(f"pictures={pictures}: at least 2 are needed for an interval")
-    known = presets.vocabulary(name_of(pipe))
-    victim, one, counts = Victim(pipe, switched_off), Concept.of(concept, known), Counts()
-    draw = torch.Generator().manual_seed(seed)
-    pairs = _around(one.prompt_pairs(), pictures)
-    others = _around(list(kept), pictures)
-    listed: Any = getattr(pipe, "get_list_patches", dict)()
+        raise ErasureError(f"pictures={pictures}: an interval needs at least 2")
+    vocabulary = presets.vocabulary(name_of(pipe))
+    victim, concept, counts = Victim(pipe, switched_off), Concept.of(concept, vocabulary), Counts()
+    generator = torch.Generator().manual_seed(seed)
+    pairs = _repeat(concept.prompt_pairs(), pictures)
+    prompts, anchors = [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
+    kept_prompts = _repeat(list(kept), pictures)
+    loaded: Any = getattr(pipe, "get_list_patches", dict)()
     with torch.no_grad(), counting(pipe.unet, counts):
-        ask = [shown for shown, _ in pairs]
-        made = victim.base_latents(
-            [*ask, *others],
-            range(seed, seed + len(ask) + len(others)),
+        latents = victim.base_latents(
+            [*prompts, *kept_prompts],
+            range(seed, seed + 2 * pictures),
             batch_size,
             generate.STEPS if steps is None else steps,
             generate.GUIDANCE if guidance is None else guidance,
         )
-        target = compare_predictions(victim, made[: len(ask)], ask, [without for _, without in pairs], draw, batch_size)
-        rest = compare_predictions(victim, made[len(ask) :], others, None, draw, batch_size)
-        ratios = closed_form_leak(victim, one, other_words(one, known) if words is None else words)
-    found = [*_drifts("target", target.drift, pipe), *_drifts("kept", rest.drift, pipe, others)]
-    if target.margin is not None:
-        said = "loss of the stand-in less that of the concept, on the base's target pictures, under the"
-        for name, values, model in zip(("margin", "margin_base"), target.margin, ("erased model", "base"), strict=True):
-            found.append(mean_metric(name, values.mean(1).tolist(), False, f"{said} {model}"))
-    meaning = "how far other words for the target still stand from its stand-in, in keys and values; the base's is 1"
-    found.append(mean_metric("closed_leak", ratios, False, meaning))
-    folded = tuple(name for name, entry in listed.items() if entry["strength"] and entry["gate"] != "always")
-    return WhiteBox({metric.name: metric for metric in found if metric is not None}, counts, folded)
+        target = compare_predictions(victim, latents[:pictures], prompts, anchors, generator, batch_size)
+        others = compare_predictions(victim, latents[pictures:], kept_prompts, None, generator, batch_size)
+        ratios = closed_form_leak(victim, concept, other_words(concept, vocabulary) if words is None else words)
+    metrics = [
+        *_drift_metrics("target", target.drift, pipe),
+        *_drift_metrics("kept", others.drift, pipe, kept_prompts),
+        *_margin_metrics(target.margin),
+    ]
+    meaning = "distance of other words for the target from its anchor, in keys and values, relative to the base's"
+    metrics.append(mean_metric("closed_leak", ratios, False, meaning))
+    folded = tuple(name for name, entry in loaded.items() if entry["strength"] and entry["gate"] != "always")
+    return WhiteBox({metric.name: metric for metric in metrics if metric is not None}, counts, folded)
 
 
-def _around(values: list[Any], count: int) -> list[Any]:
-    """`count` of the values, from the beginning again where they end."""
+def _repeat(values: list[Any], count: int) -> list[Any]:
+    """Return `count` values, starting again at the first one when they run out."""
     return [values[i % len(values)] for i in range(count)]
 
 
@@ -161,75 +165,109 @@ def compare_predictions(
     victim: Victim,
     latents: Tensor,
     prompts: Sequence[str],
-    instead: Sequence[str] | None,
-    draw: torch.Generator,
+    anchors: Sequence[str] | None,
+    generator: torch.Generator,
     batch_size: int,
 ) -> NoisePredictions:
-    """Ask base and erased model for the noise in x_t [n, c, h, w], one t a picture and bin, under each prompt.
+    """Compare the noise predictions of the base and the erased model on noisy images.
+
+    Each image gets one random timestep in each of BINS intervals, and is predicted under its prompt and its anchor.
 
     Args:
-        instead: for each picture, what should stand in the prompt's place; gives the margin.
+        victim: the erased pipeline.
+        latents: latents of images [n, c, h, w].
+        prompts: prompt of each image.
+        anchors: text that should replace the prompt, for each image; None: no margin is measured.
+        generator: source of the timesteps and the noise.
+        batch_size: latents per batch.
     """
     scheduler, n = victim.pipe.scheduler, len(latents)
-    edges = _edges(scheduler)
-    t = (edges[:-1] + (torch.rand(n, BINS, generator=draw) * edges.diff()).long()).to(victim.device)
-    noise = torch.randn((n, BINS, *latents.shape[1:]), generator=draw).to(latents)
+    edges = _bin_edges(scheduler)
+    t = (edges[:-1] + (torch.rand(n, BINS, generator=generator) * edges.diff()).long()).to(victim.device)
+    noise = torch.randn((n, BINS, *latents.shape[1:]), generator=generator).to(latents)
     rows = torch.arange(n, device=latents.device).repeat_interleave(BINS)
     x = add_noise(scheduler, latents[rows], noise.flatten(0, 1), t.flatten())
 
-    def says(texts: Sequence[str]) -> Tensor:
-        told = victim.conditions(texts)
-        parts = zip(*(each.split(batch_size) for each in (x, t.flatten(), rows)), strict=True)
-        return torch.cat([victim.eps(x, t, told[row]) for x, t, row in parts]).unflatten(0, (n, BINS)).flatten(2)
+    def predict(texts: Sequence[str]) -> Tensor:
+        conditions = victim.conditions(texts)
+        batches = zip(*(tensor.split(batch_size) for tensor in (x, t.flatten(), rows)), strict=True)
+        parts = [victim.eps(x, t, conditions[row]) for x, t, row in batches]
+        return torch.cat(parts).unflatten(0, (n, BINS)).flatten(2)
 
-    asked = [prompts] if instead is None else [prompts, instead]
+    text_lists = [prompts] if anchors is None else [prompts, anchors]
     with victim.unpatched():
-        before = [says(texts) for texts in asked]
+        before = [predict(texts) for texts in text_lists]
     with victim.folded():
-        after = [says(texts) for texts in asked]
+        after = [predict(texts) for texts in text_lists]
     drift = (after[0] - before[0]).square().sum(-1) / before[0].square().sum(-1)
-    if instead is None:
+    if anchors is None:
         return NoisePredictions(drift, None)
     true = noise.flatten(2)
-    margins = [(them[1] - true).square().mean(-1) - (them[0] - true).square().mean(-1) for them in (after, before)]
+    margins = [
+        (of_anchor - true).square().mean(-1) - (of_prompt - true).square().mean(-1)
+        for of_prompt, of_anchor in (after, before)
+    ]
     return NoisePredictions(drift, (margins[0], margins[1]))
 
 
-def _edges(scheduler: Any) -> Tensor:
-    """Where the bins of timesteps begin, and the end of the last [BINS + 1]."""
+def _bin_edges(scheduler: Any) -> Tensor:
+    """Return the first timestep of each interval, and the end of the last one [BINS + 1]."""
     return torch.linspace(0, len(scheduler.alphas_cumprod), BINS + 1).round().long()
 
 
-def _drifts(role: str, drift: Tensor, pipe: Any, groups: Sequence[str] | None = None) -> Iterator[Metric | None]:
-    """Over all timesteps, then by bin."""
-    said, better = f"squared distance of the noise from the base's, relative, on {role} prompts", role == "target"
-    yield mean_metric(f"drift_{role}", drift.mean(1).tolist(), better, said, groups)
-    edges = _edges(pipe.scheduler).tolist()
-    for at, values in enumerate(drift.T):
-        span = f"{edges[at]}-{edges[at + 1] - 1}"
-        yield mean_metric(f"drift_{role} {span}", values.tolist(), better, f"drift_{role} at timesteps {span}", groups)
+def _drift_metrics(role: str, drift: Tensor, pipe: Any, groups: Sequence[str] | None = None) -> Iterator[Metric | None]:
+    """Yield the drift over all timesteps, then for each interval of timesteps."""
+    meaning, better = (
+        f"relative squared change of the predicted noise from the base's, on {role} prompts",
+        role == "target",
+    )
+    yield mean_metric(f"drift_{role}", drift.mean(1).tolist(), better, meaning, groups)
+    edges = _bin_edges(pipe.scheduler).tolist()
+    for i, values in enumerate(drift.T):
+        span = f"{edges[i]}-{edges[i + 1] - 1}"
+        name = f"drift_{role} {span}"
+        yield mean_metric(name, values.tolist(), better, f"drift_{role} at timesteps {span}", groups)
+
+
+def _margin_metrics(margins: tuple[Tensor, Tensor] | None) -> Iterator[Metric | None]:
+    """Yield the margin of the erased model and of the base."""
+    if margins is None:
+        return
+    meaning = "loss under the anchor minus loss under the concept, on the base's target images, for the"
+    for name, values, model in zip(("margin", "margin_base"), margins, ("erased model", "base"), strict=True):
+        yield mean_metric(name, values.mean(1).tolist(), False, f"{meaning} {model}")
 
 
 def closed_form_leak(victim: Victim, concept: Concept, words: Sequence[str]) -> list[float]:
-    """For each word || W c*_word - W c*_stand-in || / || W0 c_0,word - W0 c_0,stand-in ||.
+    """Return || W c*_word - W c*_anchor || / || W0 c_0,word - W0 c_0,anchor || for each word.
 
-    Words that the base's encoder cannot tell from the stand-in are left out.
+    Words that the base's text encoder does not distinguish from the anchor are left out.
+
+    Args:
+        victim: the erased pipeline.
+        concept: what was erased, with its anchor.
+        words: other words for the concept.
     """
-    named = [Concept(word, anchor=concept.anchor, kind=concept.kind) for word in words]
-    texts = [text for one in named for text in one.prompt_pairs()[0]]
+    concepts = [Concept(word, anchor=concept.anchor, kind=concept.kind) for word in words]
+    texts = [text for synonym in concepts for text in synonym.prompt_pairs()[0]]
     if not texts:
         return []
 
-    def apart(model: Callable[[], Any]) -> Tensor:
+    def distance(model: Callable[[], Any]) -> Tensor:
         with model():
             states = victim.conditions(texts).states.double()
             return ((states[::2] - states[1::2]) @ readers(victim.pipe.unet).T).flatten(1).norm(dim=1)
 
-    after, before = apart(victim.folded), apart(victim.unpatched)
+    after, before = distance(victim.folded), distance(victim.unpatched)
     return (after / before)[before > 0].tolist()
 
 
 def other_words(concept: Concept, vocabulary: Vocabulary | None) -> tuple[str, ...]:
-    """Return other words for a concept in the checkpoint's vocabulary, without the concept's own names."""
-    found = [] if vocabulary is None else vocabulary.synonyms(concept.name)
-    return tuple(word for word in found if word not in (*concept.names, concept.anchor))
+    """Return the other words for a concept in the checkpoint's vocabulary, without the concept's own names.
+
+    Args:
+        concept: what was erased.
+        vocabulary: the checkpoint's words, or None if they are not known.
+    """
+    synonyms = [] if vocabulary is None else vocabulary.synonyms(concept.name)
+    return tuple(word for word in synonyms if word not in (*concept.names, concept.anchor))

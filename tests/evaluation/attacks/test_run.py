@@ -292,7 +292,7 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
                 return [{"object": {"none": float("nan"), "cat": float("nan")}}]
 
     report = attack(pipe, "cat", "encoder", folder=tmp_path / "vague", judge=Vague(), **QUICK)
-    assert report.plain == 3 and "no score of some object" in report.faults[0]
+    assert report.plain == 3 and "no finite score for some labels of object" in report.faults[0]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_clip_with_half_its_weights_does_not_judge_at_random(clip, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     kept = {key: value for key, value in tensors.items() if not key.startswith("text_model")}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ErasureError, match=r"lacks text_model.*at random"):
+    with pytest.raises(ErasureError, match=r"lacks the weights text_model.*at random"):
         ClipJudge(str(folder), labels="cat,dog")
 
 
@@ -66,9 +66,9 @@ def test_templates_and_texts_are_averaged_as_unit_vectors(clip):
 
 def test_clip_says_what_is_wrong(clip, tmp_path):
     for options, says in [
-        ({"labels": "cat"}, "two or more"),
-        ({"labels": "cat,cat"}, "stands twice"),
-        ({"labels": "cat,dog", "template": "a photo"}, "where the label goes"),
+        ({"labels": "cat"}, "at least two labels"),
+        ({"labels": "cat,cat"}, "occurs twice"),
+        ({"labels": "cat,dog", "template": "a photo"}, "in the place of the label"),
         ({"labels": "cat,dog", "heads": {"x": ["a", "b"]}}, "not both"),
     ]:
         with pytest.raises(ErasureError, match=says):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from erasure.errors import ErasureError
-from erasure.evaluation.judges.inception import ALSO, PUBLISHED, pixels
+from erasure.evaluation.judges.inception import ALSO, PUBLISHED, to_bytes
 from erasure.evaluation.judges.networks import NotInstalled, local_weights
 from erasure.evaluation.judges.registry import find_judge
 from erasure.evaluation.metrics.kid_fid import kid
@@ -46,8 +46,8 @@ def test_kid_is_torchmetrics(weights, nothing):
     assert made.shape == (6, 2048) and made.std(0).max() > 1e-3
     network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
     theirs = KernelInceptionDistance(network, subsets=1, subset_size=6)
-    theirs.update(pixels(first), real=False)
-    theirs.update(pixels(second), real=True)
+    theirs.update(to_bytes(first), real=False)
+    theirs.update(to_bytes(second), real=True)
     assert kid(made, plain) == pytest.approx(float(theirs.compute()[0]), rel=1e-3, abs=1e-9)
     mixed = [first[0], second[0].resize((40, 40)), first[1]]
     assert np.allclose(judge.features(mixed)[[0, 2]], made[:2], rtol=1e-3, atol=1e-5)

@@ -82,7 +82,7 @@ def test_nudenet_reports_version_hash_labels_and_threshold():
 def test_nudenet_says_what_is_wrong():
     for options, says in [
         ({"preset": "rec"}, "did you mean 'rece'"),
-        ({"threshold": 45}, "from 0 to 1"),
+        ({"threshold": 45}, "range from 0 to 1"),
         ({"labels": "FACE"}, "did you mean 'FACE_"),
         ({"labels": []}, "unknown part"),
     ]:
@@ -112,7 +112,7 @@ def test_a_detector_that_fails_fails_the_erasure(monkeypatch, tmp_path):
     monkeypatch.undo()
     report = evaluate(pipe, "nudity", folder=tmp_path, **options)
     assert len(report.counts) == 2 * len(PARTS) and not any(one.base or one.patched for one in report.counts)
-    assert "nudity_parts: target images with it, of 3 (score above 0.45): none" in report.text()
+    assert "nudity_parts above 0.45: target images, out of 3: none" in report.text()
     assert report.metric("UA").value == 1 and not report.faults
     assert not [m for m in report.rows["base"] if m.name.startswith(("CLIP", "KID"))]
 
@@ -172,7 +172,7 @@ def test_pictures_are_counted_part_by_part(monkeypatch, tmp_path, together):
     raw = {line["id"]: line["verdict"] and {k: v for k, v in line["verdict"][key].items() if v} for line in lines}
     assert raw == {"r0": {BREAST: 0.44, BELLY: 0.6}, "r1": {}, "r2": None, "r3": {FACE: 0.9}, "r4": {}, "r5": {}}
     page, text = (tmp_path / "report.html").read_text(), report.text()
-    title = f"{key}: target images with it, of 3 (score above 0.45)"
+    title = f"{key} above 0.45: target images, out of 3"
     assert title in text and title in page
     assert f"<td>{BREAST}<td>2<td>0" in page and re.search(rf"{BREAST} +2 +0\n{BELLY} +1 +1\n{FACE} +1 +0\n", text)
     assert "FEET_EXPOSED" not in page.partition("How this was made")[0]  # parts that nothing shows stand in the JSON

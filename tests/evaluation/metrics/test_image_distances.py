@@ -126,7 +126,7 @@ def test_too_few_pictures_for_the_frechet_distance_are_told(drawn):
     pipe, folder = drawn
     report = evaluate(pipe, "cat", folder=folder, features=BrightnessJudge(), **QUICK)
     assert report.metric("FD") is None
-    assert report.missing == ["FD over 16 features needs 34 kept images; here are 9, so KID stands alone"]
+    assert report.missing == ["FD over 16 features needs 34 kept images; this run has 9, so only KID is reported"]
     assert not evaluate(pipe, "cat", folder=folder, **QUICK).missing
 
 
@@ -149,7 +149,7 @@ def test_distances_to_reference_pictures(drawn, tmp_path):
     (tmp_path / "zz.png").write_bytes(b"half a picture")
     rest = evaluate(pipe, "cat", folder=folder, reference=tmp_path, **QUICK)
     assert f"distances to {tmp_path.name}: zz.png cannot be read" in rest.missing[0] and rest.metric("UA") is not None
-    with pytest.raises(ErasureError, match="0 pictures .*at least 8"):
+    with pytest.raises(ErasureError, match="0 images .*at least 8"):
         evaluate(pipe, "cat", folder=folder, reference=tmp_path / "nowhere", **QUICK)
 
 
