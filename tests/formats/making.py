@@ -16,12 +16,12 @@ from erasure.formats import import_patch
 from erasure.model.base import Base
 from erasure.patch import Patch
 
-# Settings of a run that is over at once.
+# Settings of a run that takes no time.
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 5e-2}
 
 
 def changed(pipe: Any, component: str, part: str, seed: int = 3) -> dict[str, Tensor]:
-    """All weights of a component; those whose name contains `part` moved at random."""
+    """Return all weights of a component; those whose names contain `part` are changed at random."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: value.detach().clone() for name, value in getattr(pipe, component).state_dict().items()}
     for name, value in weights.items():
@@ -38,7 +38,7 @@ def refused(
     write: Callable[[Any, Path], object] = save_file,
     **options: Any,
 ) -> None:
-    """Each file that `write` makes of a case's content is refused with the case's message (a pattern)."""
+    """Check for each case that the file which `write` makes of its content is refused with its message (a pattern)."""
     for name, (content, message) in cases.items():
         path = folder / f"{name}.safetensors"
         write(content, path)
@@ -47,7 +47,7 @@ def refused(
 
 
 def close(patch: Patch, other: Patch, tolerance: float = 1e-6) -> bool:
-    """Whether two patches change the same parameters by the same, to a tolerance of the largest change."""
+    """Return whether two patches change the same parameters equally, to a tolerance relative to the largest change."""
     if patch.components != other.components:
         return False
     for component in patch.components:

@@ -1,4 +1,4 @@
-"""`erasure patch info | formats | import | export`."""
+"""The commands `erasure patch info`, `formats`, `import` and `export`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, " ".join(out.split()), err
 
 
-def test_out_and_in_again(capsys, tmp_path, model):
+def test_exported_and_imported_again(capsys, tmp_path, model):
     patch = delta_patch(tiny_pipeline(), base=model)
     patch.save(tmp_path / "p.safetensors")
-    # The base is the one that the patch names.
+    # The base is read from the header of the patch.
     code, out, _ = run(
         capsys, "export", tmp_path / "p.safetensors", "--format", "esd", "-o", tmp_path / "esd.safetensors"
     )
@@ -50,7 +50,7 @@ def test_out_and_in_again(capsys, tmp_path, model):
     assert close(patch, imported, 1e-5) and imported.names == ["cat"]
 
 
-def test_a_rank_is_cut_to_and_its_error_said(capsys, tmp_path):
+def test_a_rank_and_its_error_are_reported(capsys, tmp_path):
     delta_patch(tiny_pipeline()).save(tmp_path / "p.safetensors")
     command = (
         "export",
@@ -78,7 +78,7 @@ def test_pickles_need_the_flag(capsys, tmp_path, model):
     assert (tmp_path / "p.safetensors").exists()
 
 
-def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
+def test_info_reports_loaders_and_exports(capsys, tmp_path):
     low_rank_patch(tiny_pipeline(), gate={"kind": "text"}).save(tmp_path / "p.safetensors")
     report = json.loads(run(capsys, "info", tmp_path / "p.safetensors", "--json")[1])
     assert report["loads"]["erasure"] == "with its gate" and report["loads"]["ComfyUI"] == "without its gate"
@@ -89,7 +89,7 @@ def test_info_says_what_loads_it_and_what_export_makes(capsys, tmp_path):
     assert "diffusers without its gate" in text and "checkpoint" in text
 
 
-def test_the_formats_there_are(capsys):
+def test_formats_are_listed(capsys):
     table = json.loads(run(capsys, "formats", "--json")[1])
     assert {"format", "holds", "reads", "writes", "loaders"} <= set(table[0])
     out = run(capsys, "formats")[1]
@@ -97,7 +97,7 @@ def test_the_formats_there_are(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("export", "p.safetensors", "--format", "pfet", "-o", "x"), "did you mean 'peft'"),
         (("export", "p.safetensors", "--format", "kohya", "-o", "x"), "--rank"),
@@ -108,12 +108,12 @@ def test_the_formats_there_are(capsys):
         (("import", ".", "-o", "x"), "a folder without"),
     ],
 )
-def test_wrong_use_exits_with_2_before_a_model_loads(capsys, tmp_path, monkeypatch, arguments, says):
+def test_wrong_use_exits_with_2_before_a_model_loads(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     delta_patch(tiny_pipeline()).save("p.safetensors")
     save_file({"layer1": torch.ones(1)}, "other.safetensors")
     code, out, err = run(capsys, *arguments)
-    assert code == 2 and says in err and out == "" and not (tmp_path / "x").exists()
+    assert code == 2 and message in err and out == "" and not (tmp_path / "x").exists()
 
 
 def test_info_is_a_page_for_people(capsys, tmp_path, monkeypatch):

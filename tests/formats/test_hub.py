@@ -1,4 +1,4 @@
-"""Push and pull: the layout, the card, the real cache without a network, a hub that refuses, and hostile folders."""
+"""Push and pull: the layout, the card, the real cache without a network, a hub that denies access, hostile folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RESULTS = {
 
 
 class Api:
-    """Stands in for `HfApi`: keeps what is uploaded."""
+    """A replacement for `HfApi` that keeps what is uploaded."""
 
     def __init__(self, fault=None):
         self.fault, self.calls, self.files = fault, [], {}
@@ -67,7 +67,7 @@ def file(pipe, tmp_path):
 
 @pytest.fixture
 def cache(file, tmp_path, monkeypatch):
-    """The hub's own cache with the repository me/gogh in it, and no network."""
+    """Fill the cache of the hub with the repository me/gogh, and disable the network."""
     root = tmp_path / "cache" / "models--me--gogh"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(COMMIT)
@@ -82,7 +82,7 @@ def offline(monkeypatch, cache):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
 
-def test_what_goes_up_comes_down(file, tmp_path):
+def test_what_is_pushed_can_be_pulled(file, tmp_path):
     (file.parent / "grid.png").write_bytes(b"picture")
     api, before = Api(), file.read_bytes()
     pushed = push(file, "me/gogh", private=True, license="openrail", api=api)
@@ -95,10 +95,10 @@ def test_what_goes_up_comes_down(file, tmp_path):
     assert laid.files == pushed.files and "nothing was uploaded" in laid.text()
     pulled = pull(tmp_path / "laid", tmp_path / "deep" / "back.safetensors")
     assert pulled.patch.read_bytes() == before and pulled.info["concepts"] == ["van gogh"]
-    push(file, "me/gogh", folder=tmp_path / "laid")  # again, over its own files
+    push(file, "me/gogh", folder=tmp_path / "laid")  # a second push may replace the files of the first
 
 
-def test_the_card_says_what_the_hub_reads(file, tmp_path):
+def test_the_card_has_the_metadata_that_the_hub_reads(file, tmp_path):
     push(file, "me/gogh", folder=tmp_path / "laid", license="openrail")
     model_card = ModelCard.load(tmp_path / "laid" / "README.md")
     data = model_card.data.to_dict()
@@ -114,7 +114,7 @@ def test_the_card_says_what_the_hub_reads(file, tmp_path):
     )
 
 
-def test_the_card_claims_no_more_than_there_is(pipe, tmp_path):
+def test_the_card_claims_only_what_the_patch_records(pipe, tmp_path):
     dense = card(delta_patch(pipe, base=str(tmp_path / "secret" / "sd")), "p.safetensors", repository="me/p")
     assert "lora" not in dense and "base_model" not in dense and "model-index" not in dense
     assert "Nothing yet" in dense and str(tmp_path) not in dense and "erased from sd" in dense
@@ -127,12 +127,12 @@ def test_the_card_claims_no_more_than_there_is(pipe, tmp_path):
             card(dataclasses.replace(gated, results=wrong), "p.safetensors")
 
 
-def test_a_base_by_its_path_is_pointed_out(pipe, tmp_path):
+def test_a_base_that_is_named_by_its_path_is_reported(pipe, tmp_path):
     path = delta_patch(pipe, base=str(tmp_path)).save(tmp_path / "a" / "p.safetensors")
     assert "which others will not find" in push(path, "me/p", folder=tmp_path / "b").text()
 
 
-def test_from_the_cache_without_a_network(cache, file, pipe, tmp_path):
+def test_loading_from_the_cache_without_a_network(cache, file, pipe, tmp_path):
     for name in ("me/gogh", "me/gogh/gogh.safetensors", "me/gogh@main", f"me/gogh@{COMMIT}/gogh.safetensors"):
         patch = Patch.load(name)
         assert patch.stored["repository"] == "me/gogh" and patch.stored["revision"] == COMMIT
@@ -142,25 +142,25 @@ def test_from_the_cache_without_a_network(cache, file, pipe, tmp_path):
     pulled = pull("me/gogh")
     assert pulled.patch.read_bytes() == file.read_bytes() and pulled.revision == COMMIT
     assert f"me/gogh@{COMMIT}" in pulled.text() and (tmp_path / "gogh.safetensors").is_file()
-    # A repository that another tool filled has no erasure.json: its file has to be named then.
+    # A repository without erasure.json was filled by another tool, so the file in it must be named.
     (cache / "erasure.json").unlink()
     assert Patch.load("me/gogh/gogh.safetensors").stored["revision"] == COMMIT
     with pytest.raises(ErasureError, match="name its file as well"):
         Patch.load("me/gogh")
 
 
-def test_what_lies_here_goes_first(cache, pipe, tmp_path):
+def test_local_files_take_precedence(cache, pipe, tmp_path):
     other = delta_patch(pipe).save(tmp_path / "me" / "gogh.safetensors")
     assert Patch.load("me/gogh.safetensors").payload.kind == "delta"
     other.unlink()
-    # A mistyped path into a folder that is here is not taken for a name on the hub.
+    # A mistyped path into a local folder is not looked up on the hub.
     with pytest.raises(ErasureError, match="cannot be read"):
         Patch.load("me/gogh")
     with pytest.raises(ErasureError, match="cannot be read"):
         Patch.load("nowhere/gogh.safetensors")
 
 
-def test_nothing_there(cache, tmp_path):
+def test_missing_patches(cache, tmp_path):
     with pytest.raises(ErasureError, match="no such file here.*HF_HUB_OFFLINE"):
         Patch.load("me/none")
     with pytest.raises(ErasureError, match="is not in the cache"):
@@ -170,7 +170,7 @@ def test_nothing_there(cache, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_a_push_without_a_network_loses_nothing(file, monkeypatch, tmp_path):
+def test_a_push_without_a_network_changes_nothing(file, monkeypatch, tmp_path):
     offline(monkeypatch, tmp_path)
     before = file.read_bytes()
     with pytest.raises(ErasureError, match="was not pushed.*--folder"):
@@ -178,10 +178,10 @@ def test_a_push_without_a_network_loses_nothing(file, monkeypatch, tmp_path):
     assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]
 
 
-def test_a_hub_that_refuses(file):
-    for code, says in ((401, "log in"), (403, "log in"), (500, "did not answer")):
+def test_a_hub_that_denies_access(file):
+    for code, message in ((401, "log in"), (403, "log in"), (500, "did not answer")):
         fault = errors.HfHubHTTPError("no", response=types.SimpleNamespace(status_code=code, headers={}, request=None))
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             push(file, "me/gogh", api=Api(fault))
     for fault in (ConnectionResetError("reset"), errors.LocalTokenNotFoundError("none")):
         with pytest.raises(ErasureError, match="did not answer|log in"):
@@ -194,12 +194,12 @@ def test_wrong_names(file, name):
         push(file, name, api=Api())
 
 
-def test_what_is_no_patch_stays_here(file, tmp_path):
+def test_only_patches_are_pushed(file, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no")
     (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04")
-    for path, says in (("x.safetensors", "truncated"), ("x.ckpt", "pickle"), ("none.safetensors", "cannot be read")):
+    for path, message in (("x.safetensors", "truncated"), ("x.ckpt", "pickle"), ("none.safetensors", "cannot be read")):
         api = Api()
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             push(tmp_path / path, "me/gogh", api=api)
         assert not api.calls
     with pytest.raises(ErasureError, match="holds the patch itself"):
@@ -217,8 +217,8 @@ def test_hostile_folders(file, tmp_path):
     laid = tmp_path / "laid"
     push(file, "me/gogh", folder=laid)
 
-    def refused(says, source=laid):
-        with pytest.raises(ErasureError, match=says):
+    def refused(message, source=laid):
+        with pytest.raises(ErasureError, match=message):
             pull(source, tmp_path / "out.safetensors")
         assert not (tmp_path / "out.safetensors").exists()
 
@@ -245,10 +245,10 @@ def test_hostile_folders(file, tmp_path):
     refused("p.safetensors")
 
 
-def test_another_file_is_not_overwritten(file, pipe, tmp_path):
+def test_a_different_file_is_not_overwritten(file, pipe, tmp_path):
     out = tmp_path / "out.safetensors"
     pull(file, out)
-    pull(file, out)  # the same bytes
+    pull(file, out)  # a file with the same bytes may be replaced
     out.write_bytes(b"mine")
     with pytest.raises(ErasureError, match="already exists with different content"):
         pull(file, out)
@@ -257,5 +257,5 @@ def test_another_file_is_not_overwritten(file, pipe, tmp_path):
     assert pull(file, tmp_path / "mine").patch == file
 
 
-def test_they_are_public():
+def test_push_and_pull_are_public():
     assert erasure.push is push and erasure.pull is pull

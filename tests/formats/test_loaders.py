@@ -1,4 +1,4 @@
-"""What other programs load: diffusers for real, ComfyUI and A1111 by their key maps, lycoris."""
+"""Files that other programs load: diffusers and lycoris are run, ComfyUI and A1111 are checked by their key maps."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TEXT = {"kind": "text", "texts": ["van gogh"]}
 
 
 @pytest.mark.parametrize("form", ["peft", "kohya", "spm"])
-def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, form):
-    """Alpha is not the rank."""
+def test_diffusers_loads_the_export_with_the_effect_of_the_ungated_patch(tmp_path, form):
+    """The alpha of the patch differs from its rank."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     parts = ("unet",) if form == "spm" else ("unet", "text_encoder")
     part = "attentions" if form == "spm" else ""
@@ -48,8 +48,8 @@ def test_diffusers_loads_the_export_to_the_effect_of_the_open_gate(tmp_path, for
     assert gap(latents(theirs, PROMPTS), patched) < 1e-5
 
 
-def test_diffusers_reads_ranks_that_differ_right(tmp_path):
-    """Each layer keeps its own scale, though a PEFT file without metadata has no alpha."""
+def test_diffusers_loads_layers_of_different_ranks(tmp_path):
+    """Each layer keeps its own scale, although a PEFT file without metadata has no alpha."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     layers = dict(low_rank_patch(ours, rank=4, alpha=1.0, size=0.2).payload.layers["unet"])
     for path in list(layers)[::2]:
@@ -65,14 +65,14 @@ def test_diffusers_reads_ranks_that_differ_right(tmp_path):
 
 @pytest.fixture
 def merged():
-    """Of two patches whose ranks, alphas and layers differ; in the file of the one, alphas would differ by layer."""
+    """Merge two patches with different ranks, alphas and layers, so that alphas would differ by layer."""
     pipe = tiny_pipeline()
     first = low_rank_patch(pipe, 1, rank=4, alpha=1.0, part="attentions", components=("unet", "text_encoder"), size=0.2)
     return merge([(first, 1.0), (low_rank_patch(pipe, 2, rank=1, alpha=3.0, size=0.2), -0.5)], base=pipe)
 
 
 def answer(pipe):
-    """Of the UNet, to text states of the pipeline's own encoder."""
+    """Return the output of the UNet for text states of the pipeline's own encoder."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         states = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
@@ -80,8 +80,8 @@ def answer(pipe):
 
 
 @pytest.mark.parametrize("form", ["kohya", "peft", None])
-def test_diffusers_makes_of_a_merge_what_we_make_of_it(tmp_path, merged, form):
-    """Exported, and in the patch's own file."""
+def test_diffusers_loads_a_merged_patch_with_the_same_effect(tmp_path, merged, form):
+    """This holds for exports and for the patch's own file."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     assert len(merged.payload.ranks) == 2
     base, path = answer(ours), tmp_path / "merged.safetensors"
@@ -95,13 +95,13 @@ def test_diffusers_makes_of_a_merge_what_we_make_of_it(tmp_path, merged, form):
     assert gap(answer(theirs), answer(ours)) < 1e-5
 
 
-def test_alphas_that_differ_are_what_diffusers_mistakes(tmp_path, merged):
-    """Were they written as they came, the same change would be another one there: this is why they are folded."""
+def test_diffusers_misreads_alphas_that_differ(tmp_path, merged):
+    """If alphas were written per layer, diffusers would apply another change: this is why they are folded in."""
     ours, theirs = tiny_pipeline(ErasedStableDiffusionPipeline), tiny_pipeline()
     patch = Patch.load(own_alphas(merged, tmp_path / "foreign.safetensors"))
     ours.load_patch(patch)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newer peft says that it ignores some of them
+        warnings.simplefilter("ignore")  # newer versions of peft warn that they ignore some alphas
         theirs.load_lora_weights(tmp_path / "foreign.safetensors")
     assert close(patch, merged) and gap(answer(theirs), answer(ours)) > 1e-3
     assert as_it_is(patch)["diffusers"].startswith("no: it mistakes alphas")
@@ -109,7 +109,7 @@ def test_alphas_that_differ_are_what_diffusers_mistakes(tmp_path, merged):
 
 
 def own_alphas(patch, path):
-    """The patch in a file where each layer's alpha is its rank."""
+    """Write the patch to a file in which the alpha of each layer is its rank."""
     tensors = load_file(patch.save(path))
     for key in [key for key in tensors if key.endswith(".alpha")]:
         down, up = (f"{key.removesuffix('.alpha')}.lora_{end}.weight" for end in ("down", "up"))
@@ -124,7 +124,7 @@ def own_alphas(patch, path):
 
 @pytest.mark.parametrize("form", ["peft", "kohya"])
 def test_diffusers_loads_every_layer_of_xl(tmp_path, form):
-    """Also the one that only XL has, add_embedding, and both text encoders."""
+    """The layers include add_embedding, which only XL has, and both text encoders."""
     ours, theirs = tiny_xl(ErasedStableDiffusionXLPipeline), tiny_xl(StableDiffusionXLPipeline)
     parts = ("unet", "text_encoder", "text_encoder_2")
     patch = low_rank_patch(ours, part="", alpha=3.0, components=parts, size=0.05)
@@ -159,7 +159,7 @@ def test_a_lora_that_diffusers_wrote_is_read_with_its_metadata(tmp_path):
 
 
 def every_layer(kind: str) -> LowRank:
-    """Factors of rank 1 beside every Linear and Conv2d of a true model."""
+    """Return factors of rank 1 for every Linear and Conv2d of a full-size model."""
     layers: dict = {}
     for component, path, module in truth.modules(kind):
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -170,7 +170,7 @@ def every_layer(kind: str) -> LowRank:
 
 
 def every_parameter(kind: str) -> Delta:
-    """A stand-in for the change of every parameter; only the width of the text embedding is true."""
+    """Return placeholders for the change of every parameter; only the width of the text embedding is real."""
     changes: dict = {}
     for component, root in vars(truth.pipeline(kind)).items():
         for name, value in root.named_parameters():
@@ -187,7 +187,7 @@ def unmatched(keys: set[str], kind: str) -> dict[str, list[str]]:
     }
 
 
-# Beside every Linear and Conv2d: what even those loaders miss that are said to take the form.
+# Keys of factors for every Linear and Conv2d that a program does not load although it reads the format.
 XL_MISSES = ["lora_te2_text_projection", "lora_unet_up_blocks_0_upsamplers_0_conv"]
 MISSES = {
     "sd1": {"ComfyUI": [], "A1111": []},
@@ -204,11 +204,11 @@ def test_every_low_rank_key_has_a_layer_in_comfyui_and_a1111(kind):
     assert len(keys) > {"sd1": 250, "sd2": 300, "sdxl": 900}[kind]
     missing = unmatched(keys, kind)
     assert missing == MISSES[kind]
-    assert {name: missed(name, payload) for name in missing} == missing, "the table says what the maps say"
+    assert {name: missed(name, payload) for name in missing} == missing, "the table agrees with the key maps"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_table_knows_which_differences_are_left_out(tmp_path, kind):
+def test_the_table_lists_the_differences_that_are_left_out(tmp_path, kind):
     payload = every_parameter(kind)
     patch = made_of(payload)
     exported = export_patch(patch, tmp_path / "diff.safetensors", "diff")
@@ -227,7 +227,7 @@ def made_of(payload):
     return Patch(payload, "random", [{"name": "cat"}])
 
 
-def test_the_original_names_of_xl_are_those_that_diffusers_converts():
+def test_diffusers_converts_the_original_names_of_xl_back():
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     from erasure.training.saliency import compvis_names
@@ -239,7 +239,7 @@ def test_the_original_names_of_xl_are_those_that_diffusers_converts():
     assert {key: order[int(value)] for key, value in converted.items()} == {key: key for key in order}
 
 
-def test_what_a_patch_says_of_itself():
+def test_which_programs_load_a_patch_directly():
     pipe = tiny_pipeline()
     gated = low_rank_patch(pipe, gate=TEXT, part="attentions")
     verdicts = as_it_is(gated)
@@ -249,7 +249,7 @@ def test_what_a_patch_says_of_itself():
     assert delta["erasure"] == "yes" and delta["ComfyUI"].startswith("no: export --format diff")
 
 
-def test_what_export_makes_is_what_export_does(tmp_path):
+def test_exports_predicts_what_export_patch_does(tmp_path):
     pipe = tiny_pipeline()
     base = Base.of(pipe)
     for number, patch in enumerate([low_rank_patch(pipe, part="attentions"), low_rank_patch(pipe), delta_patch(pipe)]):
@@ -264,7 +264,7 @@ def test_what_export_makes_is_what_export_does(tmp_path):
                 assert export_patch(patch, target, form, base, rank=rank).path.exists()
 
 
-def test_the_matrix():
+def test_the_support_matrix():
     table = {row["format"]: row for row in rows()}
     assert set(table) == set(FORMATS)
     assert {form for forms in LOADS.values() for form in forms} == set(FORMATS) and LOADS.keys() == LOADERS.keys()
@@ -273,9 +273,9 @@ def test_the_matrix():
 
 
 @pytest.mark.parametrize("form", ["kohya", "diff"])
-def test_lycoris_reads_it_too(tmp_path, monkeypatch, form):
-    """An independent reader of kohya's keys and of .diff."""
-    # What it would train beside the file: nothing.
+def test_lycoris_loads_the_export(tmp_path, monkeypatch, form):
+    """lycoris is an independent reader of kohya's keys and of .diff."""
+    # Without these, lycoris would add layers of its own to train.
     for target in ("UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME"):
         monkeypatch.setattr(lycoris.LycorisNetworkKohya, target, [])
     theirs, ours = tiny_pipeline(), tiny_pipeline()

@@ -1,4 +1,4 @@
-"""LoRAs in the spellings that are about: kohya's original names, peft's and older diffusers' factors, their scales."""
+"""LoRAs in all spellings in use: kohya's original names, factors of peft and of older diffusers, and their scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.patch.making import low_rank_patch
 
 @pytest.fixture
 def written(base, tmp_path):
-    """A patch whose alpha is not its rank, and its tensors in kohya's and PEFT's form."""
+    """Return a patch whose alpha is not its rank, and its tensors in the formats kohya and peft."""
     patch = low_rank_patch(base.pipe, rank=4, alpha=2.0, part="", components=("unet", "text_encoder"))
     paths = {form: export_patch(patch, tmp_path / f"{form}.safetensors", form).path for form in ("kohya", "peft")}
     return patch, {form: load_file(path) for form, path in paths.items()}
@@ -29,7 +29,7 @@ def read(base, tmp_path, tensors, metadata=None):
 
 
 def test_kohyas_original_names_are_read(base, written, tmp_path):
-    """Its XL trainer names the layers as the original code does, and the first text encoder te1."""
+    """kohya's XL trainer names layers as the original code does, and calls the first text encoder te1."""
     patch, tensors = written
     names = {}
     for ours, theirs in compvis_names(base.unet).items():
@@ -43,7 +43,7 @@ def test_kohyas_original_names_are_read(base, written, tmp_path):
     assert close(patch, read(base, tmp_path, renamed))
 
 
-def test_without_alpha_it_is_the_rank(base, written, tmp_path):
+def test_a_missing_alpha_is_the_rank(base, written, tmp_path):
     patch, tensors = written
     bare = {key: value for key, value in tensors["kohya"].items() if not key.endswith(".alpha")}
     assert close(patch.scale(2.0), read(base, tmp_path, bare))
@@ -65,7 +65,7 @@ def test_spellings_of_peft(base, written, tmp_path, old, new):
     assert close(patch, read(base, tmp_path, renamed))
 
 
-def test_the_scale_that_peft_makes_of_its_settings(base, written, tmp_path):
+def test_the_scale_follows_the_settings_of_peft(base, written, tmp_path):
     patch, tensors = written
     for settings, scale in (
         ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 8}, 2.0),
@@ -100,7 +100,7 @@ def test_one_layer_under_two_names_is_refused(base, written, tmp_path):
             read(base, tmp_path, {key: value.clone() for key, value in content.items()})
 
 
-def test_what_is_no_plain_lora(base, written, tmp_path):
+def test_variants_of_lora_are_refused(base, written, tmp_path):
     _, tensors = written
     kohya, peft = tensors["kohya"], tensors["peft"]
     first = next(key for key in kohya if key.endswith(".alpha"))

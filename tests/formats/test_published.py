@@ -1,4 +1,4 @@
-"""Files as the published codes write them, and pickles that would run code."""
+"""Files as the published code of each method writes them, and pickles that would run code."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def moved(pipe, component: str, weights: dict) -> set[str]:
 
 
 def test_esd_and_uce_some_weights_in_bf16(pipe, base, tmp_path):
-    """Their file holds the trained weights alone, in half precision."""
+    """The files of ESD and UCE hold only the trained weights, in half precision."""
     full = changed(pipe, "unet", "attn2.to_k")
     file = {name: value.bfloat16() for name, value in full.items() if "attn2" in name}
     save_file(file, tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors")
     patch = import_patch(tmp_path / "esd-Van_Gogh-from-Van_Gogh-esdx.safetensors", "auto", base)
     assert patch.config["format"] == "unet" and patch.names == ["Van Gogh"]
     changes = patch.deltas("unet")
-    assert set(changes) == {name for name in full if "attn2.to_k" in name}, "untouched weights differ by the cast alone"
+    assert set(changes) == {name for name in full if "attn2.to_k" in name}, "the other weights differ only by the cast"
     for name, change in changes.items():
         base_value = pipe.unet.state_dict()[name]
         assert torch.equal((base_value + change).bfloat16(), full[name].bfloat16())
@@ -43,7 +43,7 @@ def test_esd_and_uce_some_weights_in_bf16(pipe, base, tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_whole_unets_in_a_pickle(pipe, base, tmp_path, nested):
-    """SalUn and the old ESD: a state dict; another old form: a table of modules, each with its own."""
+    """SalUn and old ESD pickle one state dict; another old form is a table with a state dict for each module."""
     full = changed(pipe, "unet", "attn2.to_v")
     content: dict = full
     if nested:
@@ -60,7 +60,7 @@ def test_whole_unets_in_a_pickle(pipe, base, tmp_path, nested):
 
 @pytest.mark.parametrize("prefix", ["text_encoder.text_model.", "text_encoder.", "text_model.", ""])
 def test_advunlearns_text_encoder(pipe, base, tmp_path, prefix):
-    """Its file says everything twice, under two names, and carries the old buffer of position ids."""
+    """AdvUnlearn's file holds every weight twice, under two names, and the old buffer of position ids."""
     full = changed(pipe, "text_encoder", "layers.0.mlp")
     content = {prefix + name.removeprefix("text_model."): value for name, value in full.items()}
     if prefix == "text_encoder.text_model.":
@@ -78,14 +78,14 @@ def test_advunlearns_folder(pipe, base, tmp_path):
     model.save_pretrained(tmp_path / "nudity_unlearned")
     patch = import_patch(tmp_path / "nudity_unlearned", "advunlearn", base)
     assert patch.method == "advunlearn" and all("layers.1" in name for name in patch.deltas("text_encoder"))
-    # Out again: what transformers itself reads has the changed weights.
+    # Exported again, the folder loads in transformers with the changed weights.
     export_patch(patch, tmp_path / "out", "advunlearn", base)
     again = CLIPTextModel.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.allclose(value, again[name], atol=1e-6) for name, value in model.state_dict().items())
 
 
 def unguide_file(pipe, rank: int = 2) -> tuple[dict, dict]:
-    """lora.pth of the attn2 keys, and the changes it makes: 8 (A B)^T, by diffusers' names."""
+    """Return a lora.pth for the attn2 keys, and the changes 8 (A B)^T that it makes under diffusers' names."""
     generator, names = torch.Generator().manual_seed(0), compvis_names(pipe.unet)
     content, changes = {}, {}
     for ours, theirs in names.items():
@@ -105,13 +105,13 @@ def test_unguides_lora(pipe, base, tmp_path):
     imported = patch.deltas("unet")
     assert imported.keys() == changes.keys()
     assert all(torch.allclose(imported[name], change, atol=1e-5) for name, change in changes.items())
-    # Its alpha stands beside it, where a config does.
+    # The alpha is read from train_config.json if that file exists.
     (tmp_path / "train_config.json").write_text(json.dumps({"lora_alpha": 4}))
     half = import_patch(tmp_path / "lora.pth", "unguide", base, allow_pickle=True).deltas("unet")
     assert all(torch.allclose(2 * half[name], change, atol=1e-5) for name, change in changes.items())
 
 
-def test_unguide_files_that_are_none(pipe, base, tmp_path):
+def test_damaged_unguide_files(pipe, base, tmp_path):
     content, _ = unguide_file(pipe)
     first = next(iter(content))
     count = len(content) // 2
@@ -129,14 +129,14 @@ def test_unguide_files_that_are_none(pipe, base, tmp_path):
             import_patch(tmp_path / f"{name}.pth", "unguide", base, allow_pickle=True)
 
 
-def test_our_own_methods_go_out_as_published_and_come_back(pipe, base, tmp_path):
+def test_a_patch_is_exported_as_published_and_imported_again(pipe, base, tmp_path):
     patch = erase(pipe, "cat", "esd", progress=False, **SMALL)
     imported = import_patch(export_patch(patch, tmp_path / "esd.safetensors", "esd", base).path, "esd", base)
     assert close(patch, imported, 1e-5) and imported.method == "esd"
 
 
 class Bomb:
-    """A pickle that makes a folder when it is opened as code."""
+    """An object whose pickle creates a folder when it is loaded with code."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -156,12 +156,12 @@ def test_a_pickle_that_would_run_code_is_refused(pipe, base, tmp_path, form, zip
     with pytest.raises(ErasureError, match="refused, because it holds more than tensors"):
         import_patch(tmp_path / "evil.pt", form, base, allow_pickle=True)
     assert not mark.exists()
-    # The bomb is a real one.
+    # Loaded with code, the pickle does create the folder.
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert mark.is_dir()
 
 
-def test_pickles_that_hold_nothing_of_use(base, tmp_path):
+def test_pickles_without_tensors(base, tmp_path):
     for number, content in enumerate(([1, 2], {"a": 1}, {})):
         torch.save(content, tmp_path / f"{number}.pt")
         with pytest.raises(ErasureError, match="no table of tensors"):
@@ -189,7 +189,7 @@ def test_full_weights_that_do_not_fit(pipe, base, tmp_path):
     refused(cases, tmp_path, base)
 
 
-def test_folders_that_are_none(base, tmp_path):
+def test_folders_of_other_kinds(base, tmp_path):
     patch = delta_patch(base.pipe)
     exported = export_patch(patch, tmp_path / "pipe", "checkpoint", base)
     assert close(patch, import_patch(exported.path, "checkpoint", base), 1e-5)
@@ -205,7 +205,7 @@ def test_folders_that_are_none(base, tmp_path):
         import_patch(exported.path / "text_encoder", "checkpoint", base)
 
 
-def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
+def test_an_exported_checkpoint_has_the_patched_weights(pipe, base, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     exported = export_patch(delta_patch(pipe), tmp_path / "pipe", "checkpoint", base)
@@ -216,7 +216,7 @@ def test_a_checkpoint_out_draws_like_the_patch(pipe, base, tmp_path):
         assert torch.allclose(theirs[name], expected, atol=1e-6)
 
 
-def test_a_checkpoint_of_an_erased_base_is_a_plain_one_and_no_warning(tmp_path, caplog):
+def test_a_checkpoint_of_an_erased_pipeline_is_plain_and_not_warned_about(tmp_path, caplog):
     erased = tiny_pipeline(ErasedStableDiffusionPipeline)
     patch = low_rank_patch(erased)
     exported = export_patch(patch, tmp_path / "pipe", "checkpoint", erased)

@@ -1,4 +1,4 @@
-"""Every format: written, read again, the same patch; and files that it must refuse."""
+"""Round trips through every format, and the files that each must refuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOTH = ("unet", "text_encoder")
 
 
 def mixed(pipe) -> Patch:
-    """Differences of weights, biases and norms of both components."""
+    """Return a patch of weights, biases and norms of both components."""
     unet = delta_patch(pipe, part="mid_block").payload.changes["unet"]
     text = delta_patch(pipe, component="text_encoder", part="layers.1").payload.changes["text_encoder"]
     norms = delta_patch(pipe, part="conv_norm_out").payload.changes["unet"]
@@ -27,7 +27,7 @@ def mixed(pipe) -> Patch:
 
 
 def written(pipe, form: str) -> Patch:
-    """A patch that the format can hold."""
+    """Return a patch that the format can hold."""
     if form == "spm":
         return low_rank_patch(pipe, part="attentions")
     if FORMATS[form].factors:
@@ -40,7 +40,7 @@ def written(pipe, form: str) -> Patch:
 
 
 @pytest.mark.parametrize("form", [row["format"] for row in rows() if row["writes"]])
-def test_there_and_back(pipe, base, tmp_path, form):
+def test_exported_and_imported_again(pipe, base, tmp_path, form):
     patch, before = written(pipe, form), weights(pipe)
     exported = export_patch(patch, tmp_path / "file.safetensors", form, base)
     assert exported.format == form and exported.error is None
@@ -49,10 +49,10 @@ def test_there_and_back(pipe, base, tmp_path, form):
     assert close(patch, imported)
     assert same(weights(pipe), before)
     if imported.gate["kind"] == "always":
-        load_patch(tiny_pipeline(), imported)  # its fingerprint is the base's
+        load_patch(tiny_pipeline(), imported)  # its fingerprint must match the base
 
 
-def test_ranks_that_differ_and_alphas_that_differ(pipe, base, tmp_path):
+def test_layers_of_different_ranks_and_alphas(pipe, base, tmp_path):
     layers = dict(low_rank_patch(pipe, rank=4, alpha=1.5).payload.layers["unet"])
     first = next(iter(layers))
     layers[first] = tuple(low_rank_patch(pipe, rank=1, alpha=7.0).payload.layers["unet"][first])
@@ -61,7 +61,7 @@ def test_ranks_that_differ_and_alphas_that_differ(pipe, base, tmp_path):
         assert close(patch, import_patch(export_patch(patch, tmp_path / form, form).path, form, base))
 
 
-def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_path):
+def test_differences_are_approximated_at_a_rank_and_the_error_is_returned(pipe, base, tmp_path):
     exact = low_rank_patch(pipe, rank=2, part="mid_block")
     whole = made(pipe, Delta({"unet": exact.deltas("unet")}))
     for form in ("kohya", "peft"):
@@ -69,7 +69,7 @@ def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_p
         assert (
             exported.error < 1e-5 and not exported.notes and close(exact, import_patch(exported.path, form, base), 1e-5)
         )
-    # More than a layer has: it keeps all it has, at the same scale.
+    # A rank above that of a layer keeps all of the layer, at the same scale.
     exported = export_patch(whole, tmp_path / "more", "kohya", rank=64)
     assert exported.error < 1e-5 and close(exact, import_patch(exported.path, "kohya", base), 1e-5)
     exported = export_patch(whole, tmp_path / "one", "kohya", rank=1)
@@ -77,7 +77,7 @@ def test_differences_are_cut_to_a_rank_and_the_error_is_stated(pipe, base, tmp_p
     lost = sum(float((imported[name] - change).square().sum()) for name, change in whole.deltas("unet").items())
     total = sum(float(change.square().sum()) for change in whole.deltas("unet").values())
     assert exported.error == pytest.approx((lost / total) ** 0.5, rel=1e-4) and 0.1 < exported.error < 1
-    # Nothing of rank 1 is nearer: rows of zeros, say, or another pair.
+    # The result is of rank 1 and nearer to the change than zeros are.
     name, change = next(iter(whole.deltas("unet").items()))
     assert torch.linalg.svdvals(imported[name].flatten(1))[1:].max() < 1e-4 * imported[name].abs().max()
     assert (imported[name] - change).norm() <= change.norm()
@@ -113,7 +113,7 @@ def test_exports_that_are_refused(pipe, tmp_path, form, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_go_onto_their_own_base_unless_forced(pipe, tmp_path):
+def test_weights_are_written_onto_their_own_base_unless_forced(pipe, tmp_path):
     patch, other = delta_patch(pipe), tiny_pipeline(seed=1)
     before = weights(other)
     for form in ("unet", "checkpoint"):
@@ -126,7 +126,7 @@ def test_weights_go_onto_their_own_base_unless_forced(pipe, tmp_path):
         export_patch(low_rank_patch(pipe), tmp_path / "x", "kohya", rank=1)
 
 
-def test_a_gate_stays_behind_and_it_is_said(pipe, tmp_path):
+def test_a_note_reports_that_the_gate_is_left_out(pipe, tmp_path):
     patch = low_rank_patch(pipe, gate={"kind": "text"}, part="attentions")
     for form in ("kohya", "peft", "diff"):
         notes = export_patch(patch, tmp_path / form, form).notes
@@ -134,7 +134,7 @@ def test_a_gate_stays_behind_and_it_is_said(pipe, tmp_path):
     assert not any("the text gate" in note for note in export_patch(patch, tmp_path / "spm", "spm").notes)
 
 
-def test_a_whole_folder_is_never_written_over(pipe, base, tmp_path):
+def test_an_existing_folder_is_never_overwritten(pipe, base, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine.txt").write_text("")
     with pytest.raises(ErasureError, match="already exists"):
@@ -144,7 +144,7 @@ def test_a_whole_folder_is_never_written_over(pipe, base, tmp_path):
 
 @pytest.mark.parametrize("form", ["kohya", "peft", "diff"])
 def test_damaged_and_foreign_files(pipe, base, tmp_path, form):
-    """Half a pair, a stranger among the layers, a layer of another width: each is named, with counts."""
+    """The message names the tensor at fault (half a pair, an unknown layer, another width) and counts what fits."""
     patch = low_rank_patch(pipe, part="attn2.to_k")
     tensors = load_file(export_patch(patch, tmp_path / "good.safetensors", form).path)
     count = len(patch.payload.names("unet"))
@@ -175,7 +175,7 @@ def test_concepts_and_methods_of_imported_files(pipe, base, tmp_path):
     assert import_patch(path, model=base).method == "unknown"
 
 
-def test_our_own_file_is_no_published_one(pipe, base, tmp_path):
+def test_a_patch_is_not_a_published_file(pipe, base, tmp_path):
     gated = low_rank_patch(pipe, gate={"kind": "text"})
     path = gated.save(tmp_path / "p.safetensors")
     with pytest.raises(ErasureError, match="a patch already"):

@@ -1,4 +1,4 @@
-"""A pipeline written as one file under the original names and read back is the same pipeline."""
+"""A pipeline that is written as one file under the original names loads as the same pipeline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def erased(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_and_read_back_the_pictures_are_the_same_bit_for_bit(tmp_path, kind):
+def test_a_reloaded_pipeline_generates_the_same_images_bit_for_bit(tmp_path, kind):
     pipe = erased(kind)
     path = save_single_file(pipe, tmp_path / "model.safetensors")
     base = Base.load(path, device="cpu")
@@ -47,13 +47,13 @@ def test_written_and_read_back_the_pictures_are_the_same_bit_for_bit(tmp_path, k
     assert str(tmp_path) not in json.dumps(header)
 
 
-def test_glyph_too(tmp_path):
+def test_glyph_as_a_single_file(tmp_path):
     glyph = Base.load("glyph", device="cpu")
     path = save_single_file(glyph.pipe, tmp_path / "glyph.safetensors")
     again = Base.load(path, device="cpu").pipe
     prompts = ["a cat in blueprint style", "a church"]
     assert (pictures(again, prompts) == pictures(glyph.pipe, prompts)).all()
-    # A file whose header has been lost (A1111's merges drop it) opens with the configurations of a folder.
+    # A file that has lost its header (merging in A1111 drops it) loads with the configurations of a folder.
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(path), tmp_path / "bare.safetensors")
@@ -63,7 +63,7 @@ def test_glyph_too(tmp_path):
     assert (pictures(bare, prompts) == pictures(glyph.pipe, prompts)).all()
 
 
-def test_patches_in_the_weights_are_written_and_gated_ones_refused(tmp_path):
+def test_folded_patches_are_written_and_gated_ones_refused(tmp_path):
     pipe = erased("sd1")
     plain = pictures(pipe)
     pipe.load_patch(delta_patch(pipe), name="all")
@@ -79,7 +79,7 @@ def test_patches_in_the_weights_are_written_and_gated_ones_refused(tmp_path):
     save_single_file(pipe, tmp_path / "gated.safetensors")
 
 
-def test_the_type_of_the_weights(tmp_path):
+def test_the_dtype_of_the_weights(tmp_path):
     pipe = erased("sdxl")
     path = save_single_file(pipe, tmp_path / "half.safetensors", dtype="fp16")
     with safe_open(path, "pt") as file:
@@ -91,7 +91,7 @@ def test_the_type_of_the_weights(tmp_path):
         save_single_file(pipe, tmp_path / "x.safetensors", dtype="fp8")
 
 
-def test_what_is_left_alone_and_what_lacks(tmp_path):
+def test_existing_files_are_kept_and_missing_weights_reported(tmp_path):
     pipe = erased("sd1")
     path = save_single_file(pipe, tmp_path / "model.safetensors")
     with pytest.raises(ErasureError, match="exists already"):

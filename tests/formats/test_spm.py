@@ -1,4 +1,4 @@
-"""SPM's files, in and out."""
+"""Importing and exporting the files of SPM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_file_is_the_published_layout(file):
     assert len(stems) == len(patch.payload.names("unet"))
 
 
-def test_there_and_back_is_the_same_patch(pipe, file):
+def test_exported_and_imported_again_is_the_same_patch(pipe, file):
     patch, path = file
     imported = import_patch(path, "spm", Base.of(pipe))
     assert imported.payload.digest == patch.payload.digest and imported.names == ["cat"]
@@ -55,7 +55,7 @@ def test_there_and_back_is_the_same_patch(pipe, file):
     pipe.load_patch(imported)
 
 
-def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, file):
+def test_diffusers_loads_it_with_the_effect_of_the_ungated_patch(pipe, file):
     patch, path = file
     base = latents(pipe, ["a cat"])
     pipe.load_patch(patch)
@@ -68,7 +68,7 @@ def test_it_loads_with_diffusers_and_draws_what_our_ungated_patch_draws(pipe, fi
 
 
 def test_the_published_gate_scales_both_factors(pipe, file):
-    """Power 2 on the product is gamma on up and on down."""
+    """Scaling both factors by gamma scales their product by gamma squared, which is a gate of power 2."""
     patch, path = file
     imported = import_patch(path, "spm", Base.of(pipe))
     pipe.load_patch(imported)
@@ -106,7 +106,7 @@ def test_what_the_format_cannot_hold(pipe, file, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_files_that_are_none(pipe, file, tmp_path):
+def test_files_of_other_kinds(pipe, file, tmp_path):
     _, path = file
     tensors, base = load_file(path), Base.of(pipe)
     key = next(iter(key for key in tensors if key.endswith("lora_up.weight")))
@@ -119,7 +119,7 @@ def test_files_that_are_none(pipe, file, tmp_path):
     refused(cases, tmp_path, base, "spm", write=partial(save_file, metadata={"prompts": "a"}))
 
 
-def test_aliases_are_erased_texts_too(pipe, tmp_path):
+def test_aliases_become_erased_texts(pipe, tmp_path):
     patch = erase(
         pipe, {"name": "cat", "aliases": ["tree"]}, "esd", progress=False, **SMALL, rank=1, variant="transformer"
     )
@@ -130,7 +130,7 @@ def test_aliases_are_erased_texts_too(pipe, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_whole_number_alphas_are_read(pipe, file, tmp_path, dtype):
-    """The published code casts every tensor, alpha too, and its alpha is a whole number where the YAML's is."""
+    """The published code casts every tensor, also alpha, which is a whole number if it is one in the YAML."""
     patch, path = file
     header = {"prompts": "cat", "rank": "1", "alpha": "1"}
     tensors = {

@@ -1,6 +1,7 @@
-"""The true Stable Diffusion 1, 2 and XL on the meta device, and what ComfyUI and A1111 call their layers.
+"""Full-size Stable Diffusion 1, 2 and XL on the meta device, and the names of their layers in ComfyUI and A1111.
 
-The names are facts read in their sources: comfy/lora.py and comfy/utils.py, extensions-builtin/Lora/networks.py.
+The names were read in the sources of the two programs: comfy/lora.py, comfy/utils.py and
+extensions-builtin/Lora/networks.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ UNETS: dict[str, dict[str, Any]] = {
         **XL_BLOCKS,
     },
 }
-# Width, layers and class of the text encoders.
+# Width, number of layers and class of the text encoders.
 TEXTS = {
     "sd1": {"text_encoder": (768, 12, CLIPTextModel)},
     "sd2": {"text_encoder": (1024, 23, CLIPTextModel)},
@@ -47,7 +48,7 @@ TEXTS = {
 
 @cache
 def pipeline(kind: str) -> Any:
-    """Something with `unet`, `text_encoder` and for XL `text_encoder_2`, whose weights take no memory."""
+    """Return an object with `unet`, `text_encoder` and for XL `text_encoder_2`, whose weights take no memory."""
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel(sample_size=64, **UNETS[kind])}
         for name, (width, layers, cls) in TEXTS[kind].items():
@@ -63,7 +64,7 @@ def pipeline(kind: str) -> Any:
 
 
 def modules(kind: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """Component, path and module of everything with a weight."""
+    """Yield component, path and module of every layer with a weight."""
     for component, root in vars(pipeline(kind)).items():
         for path, module in root.named_modules():
             if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -71,7 +72,7 @@ def modules(kind: str) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def originals(kind: str) -> dict[str, str]:
-    """diffusers' module paths of the UNet to the original ones."""
+    """Map diffusers' module paths of the UNet to the original ones."""
     names = compvis_names(pipeline(kind).unet)
     return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names.items()}
 
@@ -80,9 +81,10 @@ LINEAR = ("mlp_fc1", "mlp_fc2", *(f"self_attn_{leaf}_proj" for leaf in ("q", "k"
 
 
 def comfy(kind: str) -> set[str]:
-    """Every kohya key that ComfyUI knows for a model.
+    """Return every kohya key that ComfyUI has a layer for.
 
-    Of the UNet: each module by its original path and by diffusers'. Of the text encoders: six linear layers each.
+    In the UNet, these are all modules by their original and by diffusers' paths; in the text encoders, the six linear
+    layers of each block.
     """
     keys = {f"lora_unet_{path.replace('.', '_')}" for pair in originals(kind).items() for path in pair}
     prefixes = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -97,7 +99,7 @@ OPEN_CLIP = ("ln_1", "attn", "attn_out_proj", "ln_2", "mlp_c_fc", "mlp_c_proj")
 
 @cache
 def a1111_layers(kind: str) -> set[str]:
-    """The names that A1111 gives the layers of a model in memory, where the original code's classes are."""
+    """Return the names that A1111 gives to the layers of a model, which it builds with the original code."""
     names = {f"diffusion_model_{path.replace('.', '_')}" for path in originals(kind).values()}
     starts = {"sd1": {"text_encoder": "transformer_"}, "sdxl": {"text_encoder": "0_transformer_"}}
     for component, start in starts.get(kind, {}).items():
@@ -121,7 +123,7 @@ RESNETS = {
 
 
 def a1111_name(key: str, kind: str) -> str:
-    """What A1111 turns a kohya key into; its block numbers are those of Stable Diffusion 1, three to a level."""
+    """Return the name that A1111 converts a kohya key to; it numbers blocks as in Stable Diffusion 1, three a level."""
     if match := re.fullmatch(r"lora_unet_conv_(in|out)", key):
         return {"in": "diffusion_model_input_blocks_0_0", "out": "diffusion_model_out_2"}[match[1]]
     if match := re.fullmatch(r"lora_unet_time_embedding_linear_(\d)", key):
@@ -152,7 +154,7 @@ def a1111_leaf(sort: str, leaf: str) -> str:
 
 
 def a1111(key: str, kind: str) -> bool:
-    """Whether A1111 finds a layer for a kohya key: by its table, then by the original names behind the prefix."""
+    """Return whether A1111 has a layer for a kohya key, by its table or by the original name after the prefix."""
     layers, name = a1111_layers(kind), a1111_name(key, kind)
     candidates = [name, re.sub(r"_[qkv]_proj$", "", name), key.replace("lora_unet", "diffusion_model")]
     candidates += [key.replace("lora_te1_text_model", start + "transformer_text_model") for start in ("0_", "")]

@@ -254,7 +254,7 @@ def test_shared_components_share_their_patches(pipe):
     assert same(weights(pipe), base)
 
 
-def test_replaced_component_is_noticed(pipe):
+def test_a_replaced_component_is_refused(pipe):
     pipe.load_patch(low_rank_patch(pipe))
     old, pipe.unet = pipe.unet, tiny_pipeline(seed=1).unet
     with pytest.raises(ErasureError, match="unet was replaced"):

@@ -170,7 +170,7 @@ def test_networks_shared_in_part_are_not_patched_twice():
         twin.load_patch(low_rank_patch(tiny_pipeline(), seed=2))
 
 
-def test_a_network_replaced_under_a_gate_is_noticed():
+def test_a_network_replaced_under_a_gate_is_refused():
     pipe = task("ErasedStableDiffusionPipeline")
     pipe.load_patch(low_rank_patch(pipe, gate=TEXT))
     pipe.unet = tiny_pipeline(seed=1).unet
