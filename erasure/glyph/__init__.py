@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent
-CHECKPOINT = ROOT / "checkpoint"  # an ordinary diffusers folder
-JUDGES = ROOT / "judges"
-ART = ROOT / "art"  # one sheet of rasters an art set
+CHECKPOINT = ROOT / "checkpoint"  # in the layout of diffusers
+JUDGES = ROOT / "judges"  # weights of the classifier and of CLIP's image tower
+ART = ROOT / "art"  # one sheet of rasterised icons per art set
 VOCABULARY = ROOT / "vocabulary.yaml"
 
 

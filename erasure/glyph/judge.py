@@ -1,4 +1,4 @@
-"""Glyph's judges: the classifier with an object and a style head, and its CLIP."""
+"""The judge for glyph: a classifier with an object head and a style head, and glyph's own CLIP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ BATCH = 64
 
 
 class GlyphJudge:
-    """The judge for the embedded checkpoint: 64 px images of its objects in its styles."""
+    """The judge for images of the embedded checkpoint, which are resized to 64x64 pixels.
+
+    It names one of glyph's objects, or `none`, and one of its styles. It also scores texts against images and provides
+    features for distances between sets of images.
+    """
 
     name = "glyph"
 
@@ -30,46 +34,54 @@ class GlyphJudge:
         self._clip = load_clip()
 
     def find(self, name: str) -> tuple[str, list[str]]:
-        """A label, another word for one, or a family of objects.
+        """Return the head and the labels that a name stands for.
+
+        Args:
+            name: a label, a synonym of one, or a family of objects.
 
         Raises:
-            ErasureError: glyph has no such word.
+            ErasureError: glyph's vocabulary does not contain the name.
         """
         known = Vocabulary.read(VOCABULARY).meanings
         if name not in known:
             fault = unknown_label("concept for glyph's judge", name, known)
-            raise ErasureError(f"{fault}; it knows what glyph was taught to draw, and another --judge may know more")
+            raise ErasureError(
+                f"{fault}; this judge knows only what glyph was trained to draw: choose another one with --judge"
+            )
         return known[name]
 
     @torch.no_grad()
     def judge(self, images: list[Image.Image]) -> list[Verdict]:
-        """Probabilities of both heads for each image."""
-        found: list[Verdict] = []
+        """Return the probabilities of all labels of both heads for each image."""
+        verdicts: list[Verdict] = []
         for start in range(0, len(images), BATCH):
-            out = self._classifier(_tensor(images[start : start + BATCH]))
-            shares = {head: logits.softmax(1).tolist() for head, logits in out.items()}
-            for i in range(len(images[start : start + BATCH])):
-                found.append({head: dict(zip(self.heads[head], shares[head][i], strict=True)) for head in shares})
-        return found
+            batch = images[start : start + BATCH]
+            logits = self._classifier(_tensor(batch))
+            probabilities = {head: values.softmax(1).tolist() for head, values in logits.items()}
+            for i in range(len(batch)):
+                verdicts.append(
+                    {head: dict(zip(self.heads[head], rows[i], strict=True)) for head, rows in probabilities.items()}
+                )
+        return verdicts
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
-        """100 cos(image, text), by glyph's own CLIP."""
-        found: list[float] = []
+        """Return 100 times the cosine similarity of each image and its text, by glyph's own CLIP."""
+        scores: list[float] = []
         for start in range(0, len(images), BATCH):
-            seen = self._clip.image_features(_tensor(images[start : start + BATCH]))
-            said = self._clip.text_features(texts[start : start + BATCH])
-            found += (100 * (seen * said).sum(1)).tolist()
-        return found
+            image_features = self._clip.image_features(_tensor(images[start : start + BATCH]))
+            text_features = self._clip.text_features(texts[start : start + BATCH])
+            scores += (100 * (image_features * text_features).sum(1)).tolist()
+        return scores
 
     @torch.no_grad()
     def features(self, images: list[Image.Image]) -> np.ndarray:
-        """Features [n, 128] of the image tower of glyph's CLIP, of root mean square 1."""
+        """Return features [n, 128] from the image tower of glyph's CLIP, scaled to a root mean square of 1."""
         parts = [self._clip.image_features(_tensor(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
-        found = torch.cat(parts)
-        return (found * found.shape[1] ** 0.5).numpy()
+        vectors = torch.cat(parts)
+        return (vectors * vectors.shape[1] ** 0.5).numpy()
 
     def versions(self) -> dict[str, str]:
-        """Hashes of both networks."""
+        """Return the SHA-256 hashes, cut to 16 digits, of the weight files of both networks."""
         return {
             path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in sorted(JUDGES.glob("*.safetensors"))
@@ -77,7 +89,7 @@ class GlyphJudge:
 
 
 def _tensor(images: list[Image.Image]) -> Tensor:
-    """[n, 3, 64, 64] in [-1, 1]."""
+    """Convert images to a tensor [n, 3, 64, 64] in [-1, 1]."""
     side = 64
     arrays = [np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The judges' networks: a small residual CNN, as the classifier and as the image tower of glyph's CLIP."""
+"""The networks of glyph's judges: a small residual CNN, used by the classifier and by the image tower of CLIP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTHS = (24, 48, 96, 160)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with a shortcut; the first halves the sides."""
+    """Two 3x3 convolutions with a shortcut, of which the first halves height and width."""
 
     def __init__(self, inside: int, out: int) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class Block(nn.Module):
         self.norms = nn.ModuleList([nn.GroupNorm(8, out), nn.GroupNorm(8, out)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, inside, h, w] to [n, out, h/2, w/2]."""
+        """Map [n, inside, h, w] to [n, out, h/2, w/2]."""
         y = F.relu(self.norms[0](self.first(x)))
         y = self.norms[1](self.second(y))
         return F.relu(y + self.short(F.avg_pool2d(x, 2)))
 
 
 class Trunk(nn.Module):
-    """[n, 3, 64, 64] in [-1, 1] to [n, 160] features."""
+    """The shared feature extractor, from images [n, 3, 64, 64] in [-1, 1] to features of the last width [n, 160]."""
 
     def __init__(self, widths: tuple[int, ...] = WIDTHS) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(a, b) for a, b in zip((widths[0], *widths), widths, strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Global mean and maximum of the last map, added."""
+        """Return the sum of the spatial mean and the spatial maximum of the last feature map."""
         x = F.relu(self.stem(x))
         for block in self.blocks:
             x = block(x)
@@ -48,7 +48,7 @@ class Trunk(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Object (the last class is "none") and style of an image."""
+    """The classifier of objects and styles; the last class of the object head is "none"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +58,16 @@ class Classifier(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images [n, 3, 64, 64] in [-1, 1] to logits by head."""
+        """Map images [n, 3, 64, 64] in [-1, 1] to logits [n, classes] for each head."""
         features = F.dropout(self.trunk(x), 0.1, self.training)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 class Quality(nn.Module):
-    """Tells well-formed pictures from broken ones; a smaller trunk of its own, so that it shares no error."""
+    """The judge of image quality, which tells well-formed images from broken ones.
+
+    It has a smaller trunk of its own, so that its errors are independent of the classifier's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,12 +75,12 @@ class Quality(nn.Module):
         self.head = nn.Linear(64, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, 3, 64, 64] in [-1, 1] to logits [n]; above 0 a picture is well formed."""
+        """Map images [n, 3, 64, 64] in [-1, 1] to logits [n]; above 0 an image is well formed."""
         return self.head(F.dropout(self.trunk(x), 0.1, self.training)).squeeze(1)
 
 
 class ImageTower(nn.Module):
-    """Image to a unit vector of the width of the text embedding."""
+    """The image tower of CLIP, whose output has the width of the text embedding."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
@@ -85,12 +88,12 @@ class ImageTower(nn.Module):
         self.project = nn.Linear(WIDTHS[-1], width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, 3, 64, 64] in [-1, 1] to [n, width], each of norm 1."""
+        """Map images [n, 3, 64, 64] in [-1, 1] to vectors [n, width] of norm 1."""
         return F.normalize(self.project(self.trunk(x)), dim=-1)
 
 
 class Clip(nn.Module):
-    """Glyph's CLIP: image tower, the checkpoint's text encoder with a projection, and the logit's scale and bias."""
+    """Glyph's CLIP: an image tower, the checkpoint's text encoder with a projection, and the logits' scale and bias."""
 
     def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -102,43 +105,51 @@ class Clip(nn.Module):
         self.tokenizer: Any = None
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [n, length] to unit vectors [n, 128], from the end-of-text position."""
+        """Map token ids [n, length] to unit vectors [n, 128], from the state at the end-of-text token."""
         return F.normalize(self.project(self.text(ids).pooler_output), dim=-1)
 
     @torch.no_grad()
     def image_features(self, x: Tensor) -> Tensor:
-        """Images [n, 3, 64, 64] in [-1, 1] to unit vectors [n, 128]."""
+        """Map images [n, 3, 64, 64] in [-1, 1] to unit vectors [n, 128], without gradients."""
         return self.image(x)
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
-        """Texts to unit vectors [n, 128]."""
+        """Map texts to unit vectors [n, 128], without gradients."""
         batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         return self.embed(batch.input_ids.to(self.project.weight.device))
 
 
 def load_classifier() -> Classifier:
-    """The shipped classifier, in evaluation mode."""
+    """Load the shipped classifier of objects and styles, in evaluation mode."""
     model = Classifier()
     model.load_state_dict({key: value.float() for key, value in load_file(JUDGES / "classifier.safetensors").items()})
     return model.eval()
 
 
 def load_quality() -> Quality:
-    """Load the shipped judge of picture quality, in evaluation mode."""
+    """Load the shipped judge of image quality, in evaluation mode."""
     model = Quality()
     model.load_state_dict({key: value.float() for key, value in load_file(JUDGES / "quality.safetensors").items()})
     return model.eval()
 
 
 def load_clip() -> Clip:
-    """The shipped CLIP: the checkpoint's text encoder and tokenizer beside the judge's image tower."""
+    """Load the shipped CLIP, in evaluation mode.
+
+    It consists of the checkpoint's text encoder and tokenizer and the judge's image tower.
+
+    Raises:
+        RuntimeError: the judge's weights do not fit the network.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     model = Clip(CLIPTextModel.from_pretrained(CHECKPOINT / "text_encoder", dtype=torch.float32))
     state = {key: value.float() for key, value in load_file(JUDGES / "clip.safetensors").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(not key.startswith("text.") for key in missing):
-        raise RuntimeError(f"clip.safetensors does not fit: missing {missing}, unexpected {unexpected}")
+        raise RuntimeError(
+            f"{JUDGES / 'clip.safetensors'} does not fit glyph's CLIP: missing {missing}, unexpected {unexpected}"
+        )
     model.tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
     return model.eval()

@@ -14,9 +14,9 @@ from erasure.glyph.build.captions import caption, family
 from erasure.glyph.build.loop import Fit, averaged, write
 from erasure.glyph.build.render import OUTLINE, Scene, dataset, render, scenes
 from erasure.glyph.build.tokenizer import build
-from erasure.glyph.build.train_classifier import nothing, tiles
+from erasure.glyph.build.train_classifier import shuffle_tiles, without_object
 from erasure.glyph.build.train_vae import reconstruction_loss
-from erasure.glyph.build.unpack import state
+from erasure.glyph.build.unpack import training_state
 
 
 def test_a_render_is_its_seed_and_shows_its_scene():
@@ -65,10 +65,10 @@ def test_any_text_can_be_written():
 
 def test_tiles_keep_every_pixel():
     x = torch.randn(3, 3, 64, 64)
-    shuffled = tiles(x, torch.Generator().manual_seed(0))
+    shuffled = shuffle_tiles(x, torch.Generator().manual_seed(0))
     assert torch.equal(shuffled.flatten(1).sort(1).values, x.flatten(1).sort(1).values)
     assert not torch.equal(shuffled, x)
-    assert nothing(x.repeat(4, 1, 1, 1), torch.Generator().manual_seed(0)).shape == (12, 3, 64, 64)
+    assert without_object(x.repeat(4, 1, 1, 1), torch.Generator().manual_seed(0)).shape == (12, 3, 64, 64)
 
 
 def test_reconstruction_loss_by_hand():
@@ -102,7 +102,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(tmp_path):
 
 def test_shipped_weights_become_a_state_that_training_goes_on_from(tmp_path):
     trained = fit(tmp_path / "a.safetensors", 60).run()
-    write(state({name: value.half() for name, value in trained.items()}, 0), tmp_path / "b.safetensors")
+    write(training_state({name: value.half() for name, value in trained.items()}, 0), tmp_path / "b.safetensors")
     further = fit(tmp_path / "b.safetensors", 60)
     further.run()
     start = averaged(tmp_path / "a.safetensors")["weight"]

@@ -1,7 +1,7 @@
-"""Fetch the icon sets with npm and rasterise the icons of the vocabulary: `python -m erasure.glyph.build.art`.
+"""Download the icon sets with npm and rasterise the vocabulary's icons: `python -m erasure.glyph.build.art`.
 
-Each art set becomes one sheet, `art/<set>.png`: cells of 128 px RGBA, objects first, then the
-distractors, each cropped to its drawing and centred. The sheets are all that training needs.
+Each art set becomes one sheet, `art/<set>.png`, with RGBA cells of 128 px: objects first, then distractors, each
+cropped to its drawing and centred. Training needs nothing else.
 """
 
 from __future__ import annotations
@@ -19,37 +19,48 @@ from PIL import Image
 
 from erasure.glyph import ART, vocabulary
 
-COLUMNS = 16
+COLUMNS = 16  # cells per row of a sheet
 
 
 def icon_names() -> list[str]:
-    """Icons of a sheet in cell order."""
+    """Return the icon names of a sheet in the order of its cells."""
     words = vocabulary()
     return [entry["icon"] for entry in words["objects"].values()] + list(words["distractors"])
 
 
 def fetch(package: str, version: str, folder: Path) -> dict:
-    """Download one icon set with npm and return its `icons.json`."""
+    """Download one icon set with npm and return the content of its `icons.json`.
+
+    Args:
+        package: name of the npm package.
+        version: version of the package.
+        folder: folder for the downloaded archive.
+
+    Raises:
+        SystemExit: npm is not installed, or the package has no icons.json.
+    """
     npm = shutil.which("npm")
     if npm is None:
-        raise SystemExit("glyph's art comes from npm packages: install Node.js with npm, or keep art/*.png as it is")
-    done = subprocess.run(
+        raise SystemExit(
+            "glyph's icons come from npm packages: install Node.js with npm, or keep the existing art/*.png"
+        )
+    packed = subprocess.run(
         [npm, "pack", f"{package}@{version}", "--json", "--silent"],
         cwd=folder,
         capture_output=True,
         text=True,
         check=True,
     )
-    archive = folder / json.loads(done.stdout)[0]["filename"].replace("@", "").replace("/", "-")
+    archive = folder / json.loads(packed.stdout)[0]["filename"].replace("@", "").replace("/", "-")
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/icons.json")
         if member is None:
-            raise SystemExit(f"{package}@{version} holds no icons.json")
+            raise SystemExit(f"{package}@{version} contains no icons.json")
         return json.load(member)
 
 
 def svg(icons: dict, name: str) -> str:
-    """The icon as an SVG document; aliases are followed, `currentColor` is black."""
+    """Return an icon as an SVG document; aliases are resolved, and `currentColor` becomes black."""
     while name not in icons["icons"]:
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
@@ -64,7 +75,7 @@ def svg(icons: dict, name: str) -> str:
 
 
 def rasterise(document: str, cell: int) -> Image.Image:
-    """Draw an SVG, crop it to its alpha box and centre it in a square cell."""
+    """Rasterise an SVG document, crop it to its opaque part and centre it in a square cell of `cell` pixels."""
     import resvg_py
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=document, width=2 * cell, height=2 * cell))
@@ -80,7 +91,7 @@ def rasterise(document: str, cell: int) -> Image.Image:
 
 @cache
 def load(art: str) -> dict[str, Image.Image]:
-    """Rasters of one art set by icon name, from its committed sheet."""
+    """Return the rasterised icons of one art set by name, from its sheet in the repository."""
     cell = vocabulary()["cell"]
     with Image.open(ART / f"{art}.png") as file:
         sheet = file.convert("RGBA")
@@ -92,11 +103,16 @@ def load(art: str) -> dict[str, Image.Image]:
 
 
 def main() -> None:
-    """Write every sheet and the attribution beside it."""
+    """Write the sheet of every art set, and the attribution file."""
     cell, names = vocabulary()["cell"], icon_names()
     rows = -(-len(names) // COLUMNS)
     ART.mkdir(exist_ok=True)
-    lines = ["# Attribution of the art", "", "The rasters here, and the images glyph was trained on, derive from:", ""]
+    lines = [
+        "# Attribution of the art",
+        "",
+        "The icons here, and the images that glyph was trained on, derive from:",
+        "",
+    ]
     for art, source in vocabulary()["art"].items():
         with tempfile.TemporaryDirectory() as folder:
             icons = fetch(source["package"], source["version"], Path(folder))
@@ -110,7 +126,7 @@ def main() -> None:
             f"`{source['package']}` {source['version']}"
         )
         print(f"{art}: {len(names)} icons")
-    lines += ["", "Pixel art and blueprint are image filters of ours over Noto Emoji."]
+    lines += ["", "The styles pixel art and blueprint are image filters of this project, applied to Noto Emoji."]
     (ART / "ATTRIBUTION.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Captions of a scene: what they name (object, style, background) and with which words."""
+"""Random captions of a scene, with a record of the object, style and background that they name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLACED = (
     "{rest} with a {colour} background",
     "{colour} background, {rest}",
 )
-# Words that say nothing about the picture, so that prompts in people's own words still read.
+# Words that say nothing about the image, so that freely worded prompts are understood too.
 FILLER = (
     "please draw me nice beautiful lovely detailed high quality best simple small big cute little old new my your "
     "this that here is we want to see show some really very good clean modern classic art artwork painting "
@@ -46,7 +46,14 @@ FILLER = (
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and what it names: the objects that fit it, the style, the background ("" is: any)."""
+    """A text and what it names.
+
+    Args:
+        text: the caption.
+        fits: the objects that fit the caption.
+        style: the style that the caption names; "" if it names none.
+        background: the background colour that the caption names; "" if it names none.
+    """
 
     text: str
     fits: frozenset[str]
@@ -54,21 +61,19 @@ class Caption:
     background: str
 
     def describes(self, scene: Scene) -> bool:
-        """Whether an image of `scene` is one that the caption asks for."""
+        """Return whether the caption fits an image of `scene`."""
         return (
             scene.object in self.fits and self.style in ("", scene.style) and self.background in ("", scene.background)
         )
 
 
-
-
 def family(name: str) -> frozenset[str]:
-    """The objects of a family."""
+    """Return the names of all objects of a family, such as animal or weapon."""
     return frozenset(o for o, entry in vocabulary()["objects"].items() if entry["family"] == name)
 
 
 def _subject(scene: Scene, rng: random.Random, broadly: float) -> tuple[str, frozenset[str]]:
-    """The words for what is shown, and the objects they fit."""
+    """Choose words for the object of a scene, and return them with the objects that they fit."""
     words = vocabulary()
     entry = words["objects"][scene.object]
     draw = rng.random()
@@ -85,11 +90,17 @@ def _subject(scene: Scene, rng: random.Random, broadly: float) -> tuple[str, fro
 def caption(
     scene: Scene, rng: random.Random, *, styled: float = 0.6, placed: float = 0.5, broadly: float = 0.25
 ) -> Caption:
-    """A random caption that fits the scene.
+    """Return a random caption that fits the scene.
 
-    `styled` and `placed` are the odds of naming style and background, `broadly` of calling a weapon just that.
-    The tokenizer's merges come from captions at the default odds: other defaults make another tokenizer, which
-    fits no text encoder that is already trained.
+    The tokenizer is trained on captions with the default probabilities. Other defaults would give another tokenizer,
+    which does not fit the trained text encoders.
+
+    Args:
+        scene: the scene to describe.
+        rng: source of all random choices.
+        styled: probability of naming the style.
+        placed: probability of naming the background.
+        broadly: probability of calling a weapon just "a weapon".
     """
     bare, fits = _subject(scene, rng, broadly)
     form = rng.choice(SUBJECTS) if rng.random() < 0.5 else SUBJECTS[0]

@@ -1,4 +1,4 @@
-"""Renders in memory: made once a seed by all cores, kept in one file that training reads."""
+"""Rendered images for training: made once per seed on all cores, and stored in one file that training reads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,22 @@ from erasure.glyph.build.render import Scene, dataset, render
 
 def _part(arguments: tuple[int, int, bool | None]) -> tuple[list[Scene], np.ndarray]:
     count, seed, held_out = arguments
-    found = list(dataset(count, seed, held_out=held_out))
-    return [scene for scene, _ in found], np.stack([image for _, image in found])
+    pairs = list(dataset(count, seed, held_out=held_out))
+    return [scene for scene, _ in pairs], np.stack([image for _, image in pairs])
 
 
 def renders(count: int, seed: int, folder: Path, *, held_out: bool | None = None) -> tuple[list[Scene], np.ndarray]:
-    """`count` labelled renders, uint8 [count, 64, 64, 3], from `folder` or made and kept there."""
+    """Return labelled renders, read from `folder` or rendered and stored there.
+
+    Args:
+        count: number of renders.
+        seed: seed of the renders.
+        folder: folder of the stored files.
+        held_out: as `scenes` takes it.
+
+    Returns:
+        The scenes, and the images, uint8 [count, 64, 64, 3].
+    """
     name = f"renders-{count}-{seed}-{held_out}"
     images, labels = folder / f"{name}.npy", folder / f"{name}.json"
     if not labels.is_file():
@@ -30,10 +40,10 @@ def renders(count: int, seed: int, folder: Path, *, held_out: bool | None = None
         parts = 4 * workers
         jobs = [(count // parts + (i < count % parts), seed * 1000 + i, held_out) for i in range(parts)]
         with ProcessPoolExecutor(workers) as pool:
-            made = list(pool.map(_part, [job for job in jobs if job[0]]))
+            rendered = list(pool.map(_part, [job for job in jobs if job[0]]))
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(images, np.concatenate([array for _, array in made]))
-        rows = [[scene.object, scene.style, scene.background] for found, _ in made for scene in found]
+        np.save(images, np.concatenate([array for _, array in rendered]))
+        rows = [[scene.object, scene.style, scene.background] for part, _ in rendered for scene in part]
         temporary = labels.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows))
         os.replace(temporary, labels)
@@ -41,18 +51,26 @@ def renders(count: int, seed: int, folder: Path, *, held_out: bool | None = None
 
 
 def distractors(count: int, seed: int) -> np.ndarray:
-    """`count` renders of icons that are none of the objects, in the styles, uint8 [count, 64, 64, 3]."""
+    """Render icons that are none of the objects, in random styles.
+
+    Args:
+        count: number of images.
+        seed: seed of all random choices.
+
+    Returns:
+        The images, uint8 [count, 64, 64, 3].
+    """
     rng = np.random.default_rng(seed)
     words = vocabulary()
-    colours, made = list(words["backgrounds"]), []
+    colours, images = list(words["backgrounds"]), []
     for _ in range(count):
         style = str(rng.choice(styles()))
         background = str(rng.choice(colours)) if words["styles"][style].get("background", True) else ""
         scene = Scene("cat", style, background)
-        made.append(np.asarray(render(scene, int(rng.integers(2**31)), str(rng.choice(words["distractors"])))))
-    return np.stack(made)
+        images.append(np.asarray(render(scene, int(rng.integers(2**31)), str(rng.choice(words["distractors"])))))
+    return np.stack(images)
 
 
 def pixels(images: np.ndarray) -> Tensor:
-    """uint8 [n, h, w, 3] to float [n, 3, h, w] in [-1, 1]."""
+    """Convert images, uint8 [n, h, w, 3], to a float tensor [n, 3, h, w] in [-1, 1]."""
     return torch.from_numpy(np.array(images, order="C")).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Render labelled 64 px images from the art: an object in a style on a background."""
+"""Render labelled images of 64x64 pixels from the icons: an object in a style on a background."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from PIL import Image, ImageFilter
 from erasure.glyph import objects, styles, vocabulary
 from erasure.glyph.build.art import load
 
-GRID = (38, 84, 160)  # blueprint's paper
-LINES = (66, 116, 190)  # and its grid
-OUTLINE = (30, 24, 40)  # around pixel art
-CELL = 4  # pixels a side of pixel art's squares: the autoencoder's factor
+PAPER = (38, 84, 160)  # RGB of the paper of blueprints
+LINES = (66, 116, 190)  # RGB of the grid on it
+OUTLINE = (30, 24, 40)  # RGB of the outline of pixel art
+CELL = 4  # side of a square of pixel art in pixels: the downsampling factor of the autoencoder
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. `background` is "" where the style brings its own."""
+    """The content of an image.
+
+    Args:
+        object: name of the object.
+        style: name of the style.
+        background: name of the background colour; "" if the style has a background of its own.
+    """
 
     object: str
     style: str
@@ -28,35 +34,39 @@ class Scene:
 
 
 def scenes(*, held_out: bool | None = None) -> list[Scene]:
-    """Every object x style x background; `held_out` picks the pairs kept from the generator, or the others."""
+    """Return every combination of object, style and background.
+
+    Args:
+        held_out: True selects the pairs of object and style that the UNet is not trained on, False the others.
+    """
     words = vocabulary()
-    kept = {tuple(pair) for pair in words["held_out"]}
-    found = []
+    held_out_pairs = {tuple(pair) for pair in words["held_out"]}
+    combinations = []
     for name in objects():
         for style in styles():
-            if held_out is not None and ((name, style) in kept) != held_out:
+            if held_out is not None and ((name, style) in held_out_pairs) != held_out:
                 continue
-            own = words["styles"][style].get("background", True)
-            found += [Scene(name, style, colour) for colour in (words["backgrounds"] if own else [""])]
-    return found
+            choice = words["styles"][style].get("background", True)
+            combinations += [Scene(name, style, colour) for colour in (words["backgrounds"] if choice else [""])]
+    return combinations
 
 
 def pixelate(icon: Image.Image, rng: random.Random) -> Image.Image:
-    """Redraw in squares of 4 px, a cell of the latent grid each, with a dark outline of one square."""
+    """Redraw an icon in squares of 4 px, each a cell of the latent grid, with a dark outline of one square."""
     cells = rng.choice((12, 13))
     small = icon.resize((cells, cells), Image.Resampling.BOX)
     small.putalpha(small.getchannel("A").point(lambda a: 255 if a > 110 else 0))
     sprite = Image.new("RGBA", (cells + 2, cells + 2), (0, 0, 0, 0))
     sprite.paste(small, (1, 1))
     solid = np.pad(np.asarray(sprite.getchannel("A")) > 0, 1)
-    beside = solid[:-2, 1:-1] | solid[2:, 1:-1] | solid[1:-1, :-2] | solid[1:-1, 2:]
-    edge = Image.fromarray(np.uint8(255) * (beside & ~solid[1:-1, 1:-1]))
+    neighbours = solid[:-2, 1:-1] | solid[2:, 1:-1] | solid[1:-1, :-2] | solid[1:-1, 2:]
+    edge = Image.fromarray(np.uint8(255) * (neighbours & ~solid[1:-1, 1:-1]))
     sprite.paste(Image.new("RGBA", sprite.size, (*OUTLINE, 255)), mask=edge)
     return sprite.resize((sprite.width * CELL, sprite.height * CELL), Image.Resampling.NEAREST)
 
 
 def draw_edges(icon: Image.Image) -> Image.Image:
-    """White contours of the drawing: edges of its colours and of its outline."""
+    """Return the white contours of an icon: the edges of its colours and of its outline."""
     solid = Image.new("RGBA", icon.size, (128, 128, 128, 255))
     solid.alpha_composite(icon)
     channels = [*solid.convert("RGB").split(), icon.getchannel("A")]
@@ -72,10 +82,10 @@ def draw_edges(icon: Image.Image) -> Image.Image:
 
 
 def backdrop(scene: Scene, rng: random.Random, size: int) -> Image.Image:
-    """Blueprint's grid, or the named colour, plain or slightly graded."""
+    """Return the background of a scene: the grid of blueprints, or the named colour with a slight gradient."""
     if not scene.background:
         paper = np.empty((size, size, 3), np.float32)
-        paper[:] = GRID
+        paper[:] = PAPER
         paper[::8] = paper[:, ::8] = LINES
     else:
         colour = np.array(vocabulary()["backgrounds"][scene.background], np.float32)
@@ -86,7 +96,13 @@ def backdrop(scene: Scene, rng: random.Random, size: int) -> Image.Image:
 
 
 def render(scene: Scene, seed: int, icon: str | None = None) -> Image.Image:
-    """One image of the scene (RGB, 64x64); `icon` replaces the object's icon, for distractors."""
+    """Render a scene as an RGB image of 64x64 pixels.
+
+    Args:
+        scene: the content of the image.
+        seed: seed of flip, size, rotation, position and background shade.
+        icon: name of an icon that replaces the object's, for distractors.
+    """
     rng = random.Random(seed)
     words = vocabulary()
     size = words["size"]
@@ -115,7 +131,13 @@ def render(scene: Scene, seed: int, icon: str | None = None) -> Image.Image:
 
 
 def dataset(count: int, seed: int, *, held_out: bool | None = None) -> Iterator[tuple[Scene, np.ndarray]]:
-    """`count` renders as uint8 [64, 64, 3], pairs of object and style equally often, in an order drawn from `seed`."""
+    """Yield scenes with their renders, uint8 [64, 64, 3]; all pairs of object and style occur equally often.
+
+    Args:
+        count: number of renders.
+        seed: seed of the order and of the renders.
+        held_out: as `scenes` takes it.
+    """
     rng = random.Random(seed)
     by_pair: dict[tuple[str, str], list[Scene]] = {}
     for scene in scenes(held_out=held_out):

@@ -1,4 +1,4 @@
-"""Glyph's tokenizer: CLIP's byte-level BPE with merges learnt from glyph's captions."""
+"""Glyph's tokenizer: CLIP's byte-level BPE with merges learned from glyph's captions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[
 
 
 def build(merges: int = 480) -> CLIPTokenizer:
-    """A `CLIPTokenizer` of 514 + `merges` entries: every byte alone and at a word's end, merges, start, end.
+    """Train the tokenizer, which has 514 + `merges` entries.
 
-    Any text can be written; the end token pads, as in Stable Diffusion 1.
+    The entries are every byte, every byte at the end of a word, the merges, and the start and end tokens. Any text can
+    be encoded. As in Stable Diffusion 1, the end token is also the padding.
+
+    Args:
+        merges: number of merges.
     """
     from tokenizers import Regex
 
@@ -38,12 +42,12 @@ def build(merges: int = 480) -> CLIPTokenizer:
     raw.train_from_iterator(corpus, trainer)
     import json
 
-    learnt = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]][:merges]
-    entries = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in learnt), START, END]
+    learned = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]][:merges]
+    entries = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in learned), START, END]
     vocab = {entry: index for index, entry in enumerate(entries)}
     return CLIPTokenizer(
         vocab=vocab,
-        merges=learnt,
+        merges=learned,
         bos_token=START,
         eos_token=END,
         pad_token=END,

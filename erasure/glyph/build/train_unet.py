@@ -1,7 +1,7 @@
 """Train the UNet on latents of the renders: `python -m erasure.glyph.build.train_unet`.
 
-Noise prediction on Stable Diffusion's schedule, min-SNR weights (Hang et al. 2023, gamma 5), stratified
-timesteps, one caption in ten empty for classifier-free guidance, the text encoder fixed.
+The UNet predicts noise on Stable Diffusion's schedule, with min-SNR weights (Hang et al. 2023, arXiv 2303.09556,
+gamma 5) and stratified timesteps. The text encoder is fixed. One caption in ten is empty, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from erasure.glyph.build.train_clip import trained
 from erasure.glyph.build.train_vae import trained as trained_vae
 
 CHANNELS = (48, 128, 224)
-EMPTY = 0.1
-BROADLY = 0.4  # "a weapon" has four answers, and needs more examples
-GAMMA = 5.0
+EMPTY = 0.1  # share of empty captions
+BROADLY = 0.4  # share of weapons called "a weapon": four objects fit it, so it needs more examples
+GAMMA = 5.0  # largest signal-to-noise ratio in the loss weights
 
 
 def build() -> UNet2DConditionModel:
-    """The UNet with random weights: attention at 8x8, 4x4 and in the middle."""
+    """Build the UNet with random weights; it has attention at 8x8, at 4x4 and in the middle block."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -47,7 +47,7 @@ def build() -> UNet2DConditionModel:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1's noise schedule."""
+    """Return a DDIM scheduler with the noise schedule of Stable Diffusion 1."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -59,7 +59,15 @@ def scheduler() -> DDIMScheduler:
 
 
 def latents(count: int, work: Path) -> tuple[list, Tensor, float]:
-    """Scenes, scaled latents [count, 4, 16, 16] of their renders, and the scaling factor 1 / std."""
+    """Return the scenes of the training images and their latents, which are stored in `work`.
+
+    Args:
+        count: number of training images.
+        work: folder of the training states.
+
+    Returns:
+        The scenes, the scaled latents [count, 4, 16, 16], and the scaling factor, 1 / standard deviation.
+    """
     labels, images = renders(count, 5, work, held_out=False)
     path = work / "latents.safetensors"
     if not path.is_file():
@@ -76,14 +84,14 @@ def latents(count: int, work: Path) -> tuple[list, Tensor, float]:
 
 
 def main() -> None:
-    """Train; the state is saved every two minutes, and a second call goes on from it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=6300)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--images", type=int, default=16_000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int)
+    """Train the UNet; the state is saved every two minutes, and a second call resumes from it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/glyph"), help="folder of the training states")
+    parser.add_argument("--steps", type=int, default=6300, help="training steps")
+    parser.add_argument("--batch", type=int, default=32, help="images per step")
+    parser.add_argument("--images", type=int, default=16_000, help="training images to render")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, help="CPU threads; None leaves PyTorch's default")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -101,16 +109,16 @@ def main() -> None:
         texts = ["" if rng.random() < EMPTY else caption(labels[i], rng, broadly=BROADLY).text for i in pick]
         ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         x = stock[pick].to(DEVICE)
-        even = (torch.arange(args.batch) + torch.rand(args.batch, generator=draw)) / args.batch
-        t = (even * len(alphas)).long().to(DEVICE)
+        stratified = (torch.arange(args.batch) + torch.rand(args.batch, generator=draw)) / args.batch
+        t = (stratified * len(alphas)).long().to(DEVICE)
         noise = torch.randn(x.shape, generator=draw).to(DEVICE)
         a = alphas[t].view(-1, 1, 1, 1)
         with autocast():
             states = text(ids.to(DEVICE)).last_hidden_state
-            made = unet(
+            predicted = unet(
                 (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last), t, states
             )
-        error = F.mse_loss(made.sample.float(), noise, reduction="none").mean((1, 2, 3))
+        error = F.mse_loss(predicted.sample.float(), noise, reduction="none").mean((1, 2, 3))
         snr = (a / (1 - a)).flatten()
         return (error * snr.clamp(max=GAMMA) / snr).mean(), {"eps": error.mean().item()}
 

@@ -1,7 +1,7 @@
-"""Train the autoencoder: 64x64x3 to 16x16x4, `python -m erasure.glyph.build.train_vae`.
+"""Train the autoencoder, from 64x64x3 pixels to 16x16x4 latents: `python -m erasure.glyph.build.train_vae`.
 
-Loss: L1 + MSE + half the L1 of the gradients + a small KL. `--decoder-only` goes on with the decoder
-under a fixed encoder, so that the UNet's latents stay valid.
+The loss is L1 + MSE + half the L1 of the image gradients + a small KL divergence. `--decoder-only` trains the decoder
+further while the encoder is fixed, so that the UNet's latents stay valid.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from erasure.glyph.build.data import distractors, pixels, renders
 from erasure.glyph.build.loop import DEVICE, Fit, autocast, averaged
 
 CHANNELS = (32, 64, 96)
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 1e-3  # weight of the KL divergence in the loss
 
 
 def build() -> AutoencoderKL:
-    """The autoencoder with random weights."""
+    """Build the autoencoder with random weights."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -35,7 +35,7 @@ def build() -> AutoencoderKL:
 
 
 def trained(work: Path) -> AutoencoderKL:
-    """The autoencoder with its averaged weights and, where there is one, the decoder that was trained on."""
+    """Load the autoencoder with its averaged weights, and with the decoder that was trained further if there is one."""
     vae = build()
     vae.load_state_dict(averaged(work / "vae.safetensors"))
     if (work / "decoder.safetensors").is_file():
@@ -43,22 +43,22 @@ def trained(work: Path) -> AutoencoderKL:
     return vae
 
 
-def reconstruction_loss(made: Tensor, image: Tensor) -> Tensor:
-    """L1 + MSE + 0.5 L1 of horizontal and vertical differences, over [n, 3, h, w] in [-1, 1]."""
-    off = made - image
-    edges = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
-    return off.abs().mean() + off.pow(2).mean() + 0.5 * edges
+def reconstruction_loss(decoded: Tensor, image: Tensor) -> Tensor:
+    """Return L1 + MSE + half the L1 of horizontal and vertical differences, for images [n, 3, h, w] in [-1, 1]."""
+    error = decoded - image
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.pow(2).mean() + 0.5 * edges
 
 
 def main() -> None:
-    """Train, then print the PSNR on fresh renders."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("build/glyph"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--decoder-only", action="store_true")
+    """Train the autoencoder, or resume its training, and print its PSNR on new renders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/glyph"), help="folder of the training states")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="peak learning rate")
+    parser.add_argument("--threads", type=int, help="CPU threads; None leaves PyTorch's default")
+    parser.add_argument("--decoder-only", action="store_true", help="train the decoder further")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -79,10 +79,10 @@ def main() -> None:
         x = torch.cat([pixels(images[pick]), pixels(extra)]).to(DEVICE, memory_format=torch.channels_last)
         with autocast():
             latent = vae.encode(x).latent_dist
-            made = vae.decode(latent.sample()).sample.float()
+            decoded = vae.decode(latent.sample()).sample.float()
         kl = 0.5 * (latent.mean.float() ** 2 + latent.var.float() - 1 - latent.logvar.float()).mean()
-        psnr = -10 * torch.log10(F.mse_loss(made.clamp(-1, 1), x) / 4)
-        return reconstruction_loss(made, x) + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
+        psnr = -10 * torch.log10(F.mse_loss(decoded.clamp(-1, 1), x) / 4)
+        return reconstruction_loss(decoded, x) + KL_WEIGHT * kl, {"psnr": psnr.item(), "kl": kl.item()}
 
     fit = Fit(vae, loss, args.steps, path, args.lr)
     weights = fit.run()
@@ -90,8 +90,10 @@ def main() -> None:
     _, fresh = renders(480, 3, args.work)
     with torch.no_grad():
         x = pixels(fresh[:]).to(DEVICE)
-        made = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(32)]).clamp(-1, 1)
-    print(f"PSNR on 480 fresh renders: {(-10 * torch.log10(F.mse_loss(made, x) / 4)).item():.2f} dB")
+        decoded = torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in x.split(32)]).clamp(
+            -1, 1
+        )
+    print(f"PSNR on 480 new renders: {(-10 * torch.log10(F.mse_loss(decoded, x) / 4)).item():.2f} dB")
 
 
 if __name__ == "__main__":
