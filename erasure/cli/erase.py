@@ -225,7 +225,7 @@ def run_erase(args: argparse.Namespace) -> None:
     costs = patch.costs
     text = (
         f"{args.out}: erases {names} by {args.method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
-        f"and {costs['seconds']} s"
+        f"and {costs['seconds']:.1f} s"
     )
     say(args, {"patch": str(args.out), **patch.info()}, text)
 
