@@ -54,7 +54,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["verify", "nowhere.safetensors", "--prompts", "glyph-plain"], "nowhere.safetensors"),
         (["evaluate", "nudity", "--prompts", "glyph-styles", "--judge", "nudenet"], "--label nudity=nudity"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--label", "object=cat"], "a suite brings its own prompts"),
-        (["evaluate", "cat", "--reference", "nowhere"], "nowhere: 0 pictures"),
+        (["evaluate", "cat", "--reference", "nowhere"], "nowhere contains 0 images"),
         (["evaluate", "cat", "--prompts", "nowhere.csv"], "or give the path of an existing CSV, JSON or text file"),
         (["evaluate", "cat", "--prompts", "."], ". is a folder, not a file"),
         (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
