@@ -1,4 +1,4 @@
-"""Several processes that share one piece of work, as accelerate or torchrun start them; one alone is a group of one."""
+"""Processes that share one piece of work, as accelerate or torchrun launch them; a single process is a group of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = timedelta(days=30)  # shares end hours apart; a process that dies is 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of one call, seen from process `index` of `count`; the first is the main one."""
+    """The processes that do one call together, seen from process `index` of `count`; process 0 is the main one."""
 
     index: int = 0
     count: int = 1
@@ -30,26 +30,26 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that speaks and merges."""
+        """Tell whether this is the main process, which merges and prints results."""
         return self.index == 0
 
     def share(self, rows: Sequence[T]) -> list[T]:
-        """Every `count`-th of the rows: what this process does."""
+        """Return this process's share of the rows: every `count`-th of them."""
         return list(rows[self.index :: self.count])
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """Let every process do `work` and wait for all: what each found, in order of the processes.
+        """Run `work` in every process, wait for all, and return their results in the order of the processes.
 
-        The values travel between the processes of one run, as Python objects: keep them plain.
+        The results are sent between the processes as Python objects: keep them plain.
 
         Raises:
-            ErasureError: one of them failed (in all of them, after all have ended), or has died.
+            ErasureError: `work` failed in one of them (raised in all, after all have ended), or a process has died.
         """
         if self.count == 1:
             return [work()]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.count
+        results: list[Any] = [None] * self.count
         own: Exception | None = None
         value: Any = None
         try:
@@ -57,30 +57,30 @@ class ProcessGroup:
         except Exception as fault:
             own = fault
             sys.stderr.write(f"process {self.index + 1} of {self.count}: {fault}\n")
-        told = None if own is None else str(own) or type(own).__name__
+        message = None if own is None else str(own) or type(own).__name__
         try:
-            dist.all_gather_object(found, (value, told), group=self.group)
+            dist.all_gather_object(results, (value, message), group=self.group)
         except RuntimeError as fault:
             if own is None:
                 raise ErasureError(DIED) from fault
         if own is not None:
             raise own
-        faults = list(dict.fromkeys(message for _, message in found if message))
+        faults = list(dict.fromkeys(message for _, message in results if message))
         if faults:
             raise ErasureError("; ".join(faults))
-        return [mine for mine, _ in found]
+        return [mine for mine, _ in results]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let the main process do `work`, and every process have what it found.
+        """Run `work` in the main process and return its result in every process.
 
         Raises:
-            ErasureError: it failed, or a process has died.
+            ErasureError: `work` failed, or a process has died.
         """
-        found: list[Any] = self.each(lambda: work() if self.main else None)  # type: ignore[arg-type,return-value]
-        return found[0]
+        results: list[Any] = self.each(lambda: work() if self.main else None)  # type: ignore[arg-type,return-value]
+        return results[0]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Every process's `tensor` [n, ...], all of one shape, in order: [count x n, ...].
+        """Concatenate every process's `tensor` [n, ...], all of one shape, in order [count x n, ...].
 
         Raises:
             ErasureError: a process has died.
@@ -96,7 +96,7 @@ class ProcessGroup:
         return torch.cat(parts)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of every process's `tensor`, the same in all of them.
+        """Return the mean of every process's `tensor`; it is the same in all of them.
 
         Raises:
             ErasureError: a process has died.
@@ -124,7 +124,7 @@ def _noticing() -> Iterator[None]:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Tell whether a launcher started this process as one of several."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         return True
     # A notebook's launcher sets no variable; without torch in memory nobody can have called it.
@@ -133,19 +133,19 @@ def launched() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its run that prints results: the main one, or the only one."""
+    """Tell whether this process prints the results of its run, as the main or the only process."""
     return not launched() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def process_group(cpu: bool) -> Iterator[ProcessGroup]:
-    """The processes that a launcher started, or one alone.
+    """Join the group of processes that a launcher started; without a launcher, a group of one.
 
     Args:
-        cpu: the work is on the CPU: accelerate is then told not to look for accelerators.
+        cpu: the work is done on the CPU, so accelerate does not look for accelerators.
 
     Raises:
-        ErasureError: the processes cannot find each other, or one has died.
+        ErasureError: the processes cannot reach each other, or one of them has died.
     """
     if not launched():
         yield ProcessGroup()

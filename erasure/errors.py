@@ -1,4 +1,4 @@
-"""The one error users meet: what was given, what is allowed, what was left untouched."""
+"""The one error that users meet: it says what was given, what is allowed, and what was left untouched."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class ErasureError(ValueError):
-    """Bad input or a run that cannot go on. The command prints it without a traceback and exits with 2."""
+    """Bad input, or a run that cannot go on. The command prints it without a traceback and exits with code 2."""
 
 
 def unknown(noun: str, given: object, allowed: Iterable[str]) -> ErasureError:
-    """An error for a value outside its choices, nearest choices first.
+    """Return an error for a value that is not among the allowed ones, which are listed with the nearest first.
 
     >>> print(unknown("method", "esdd", ["spm", "esd"]))
     unknown method 'esdd': did you mean 'esd'? Allowed: esd, spm

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: their names, their files from the cache, and their faults in plain words."""
+"""Repositories on the Hugging Face hub: parse their names, find their files, and explain their errors."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A patch's file on this machine.
+class LocalFile:
+    """A patch's file on this machine, and where it came from.
 
     Args:
-        path: where it lies.
+        path: the path of the file.
         repository: `owner/name`, or empty for a folder.
-        revision: the commit it is of, or empty.
-        sha256: what its repository says of it, or None.
+        revision: the commit that the file belongs to, or empty.
+        sha256: the hash that its repository states, or None.
     """
 
     path: Path
@@ -48,93 +48,93 @@ class Found:
 
 
 def place(source: str) -> Place | None:
-    """What a name of that form means; None if it is of another."""
+    """Parse `owner/name[@revision][/file]`; return None for a text of another form."""
     match = FORM.fullmatch(source)
     return Place(*match.groups()) if match else None
 
 
 def patch_on_hub(source: object) -> Place | None:
-    """The place on the hub that `source` names, if it is a text that names one and nothing here.
+    """Return the place on the hub that `source` names, or None where it is a local path.
 
-    What lies here goes first: a file, or any path into a folder that is here.
+    Local paths come first: an existing file, or any path into an existing folder.
     """
     if not isinstance(source, str) or source.startswith((".", "~")) or Path(source).exists():
         return None
-    found = place(source)
-    if found is None or Path(found.name.split("/")[0]).is_dir():
+    parsed = place(source)
+    if parsed is None or Path(parsed.name.split("/")[0]).is_dir():
         return None
-    if found.file is None and found.revision is None and source.endswith((SUFFIX, *PICKLES)):
+    if parsed.file is None and parsed.revision is None and source.endswith((SUFFIX, *PICKLES)):
         return None
-    return found
+    return parsed
 
 
-def located(source: str | os.PathLike[str]) -> Found:
-    """Where a patch lies: at a path here, or in the hub's cache, fetched there if need be.
+def located(source: str | os.PathLike[str]) -> LocalFile:
+    """Return the local path of a patch, fetching it into the hub's cache if necessary.
 
     Raises:
-        ErasureError: as `find_patch`. A path that is not here is not looked into.
+        ErasureError: as `find_patch`. A local path that does not exist is returned as it is.
     """
     if patch_on_hub(source) is None:
-        return Found(Path(source))
+        return LocalFile(Path(source))
     try:
         return find_patch(os.fspath(source))
     except ErasureError as fault:
-        raise ErasureError(f"{source}: no such file here, and as a name on the hub: {fault}") from None
+        raise ErasureError(f"{source}: there is no such local file, and on the hub: {fault}") from None
 
 
-def find_patch(source: str) -> Found:
-    """The file of the patch at `owner/name[@revision][/file.safetensors]`, fetched into the hub's cache if need be.
+def find_patch(source: str) -> LocalFile:
+    """Return the patch file at `owner/name[@revision][/file.safetensors]`, fetching it into the hub's cache.
 
-    Without a file it is the one that the repository's erasure.json names, or the one safetensors file there is.
+    Where the name has no file, it is the one that the repository's erasure.json names, or its only safetensors file.
 
     Raises:
-        ErasureError: another form of name, no such repository or file, pickles, no access, no network.
+        ErasureError: a name of another form, no such repository or file, a pickle, no access, or no network.
     """
     import huggingface_hub as hub
 
-    given = place(source)
-    if given is None:
+    parsed = place(source)
+    if parsed is None:
         raise ErasureError(
-            f"{source!r} is nothing here, and on the hub it would be owner/name, owner/name/file{SUFFIX} "
+            f"{source!r} is no local file; a name on the hub is owner/name, owner/name/file{SUFFIX} "
             "or owner/name@revision"
         )
-    refuse_pickles(source, given.file)
-    hint = "" if given.file else f"; name its file as well, owner/name/file{SUFFIX}, to have it from the cache"
-    with plainly(source, "repository", given.name, given.file, given.revision, AWAY + hint):
-        config, revision, away = _config(hub, given)
-        file = given.file or config.get("file")
+    refuse_pickles(source, parsed.file)
+    hint = "" if parsed.file else f"; name its file as well, owner/name/file{SUFFIX}, to have it from the cache"
+    with plainly(source, "repository", parsed.name, parsed.file, parsed.revision, AWAY + hint):
+        config, revision, away = _config(hub, parsed)
+        file = parsed.file or config.get("file")
         if file is None:
-            file = only(source, hub.list_repo_files(given.name, revision=revision))
-        path = Path(hub.hf_hub_download(given.name, file, revision=revision, local_files_only=away))
+            file = only(source, hub.list_repo_files(parsed.name, revision=revision))
+        path = Path(hub.hf_hub_download(parsed.name, file, revision=revision, local_files_only=away))
     sha256 = config.get("sha256") if config.get("file") == file else None
-    return Found(path, given.name, commit(path), sha256)
+    return LocalFile(path, parsed.name, commit(path), sha256)
 
 
-def find_in_folder(folder: Path) -> Found:
-    """The file of the patch in a folder that is laid out like a repository.
+def find_in_folder(folder: Path) -> LocalFile:
+    """Return the patch file in a folder that is laid out like a repository.
 
     Raises:
-        ErasureError: no patch, several, pickles.
+        ErasureError: the folder holds no patch, several patches, or a pickle.
     """
     config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     file = config.get("file") or only(str(folder), sorted(one.name for one in folder.iterdir()))
-    return Found(folder / file, sha256=config.get("sha256"))
+    return LocalFile(folder / file, sha256=config.get("sha256"))
 
 
-def _config(hub: Any, given: Place) -> tuple[dict[str, str], str | None, bool]:
+def _config(hub: Any, parsed: Place) -> tuple[dict[str, str], str | None, bool]:
     """The repository's erasure.json, the revision it was read at, and whether the hub is out of reach.
 
     The patch is then taken from the same revision; and a hub that is out of reach is not asked again.
     """
     try:
-        path = Path(hub.hf_hub_download(given.name, CONFIG, revision=given.revision))
+        path = Path(hub.hf_hub_download(parsed.name, CONFIG, revision=parsed.revision))
     except hub.errors.LocalEntryNotFoundError:
-        if given.file is None:
+        if parsed.file is None:
             raise
-        return {}, given.revision, True
+        return {}, parsed.revision, True
     except hub.errors.EntryNotFoundError:
-        return {}, given.revision, False
-    return _read(path), commit(path) or given.revision, False
+        return {}, parsed.revision, False
+    return _read(path), commit(path) or parsed.revision, False
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -151,10 +151,10 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def only(source: str, files: list[str], suffixes: tuple[str, ...] = (SUFFIX,)) -> str:
-    """The one file with such a suffix.
+    """Return the only file with one of the suffixes.
 
     Raises:
-        ErasureError: there are none or several.
+        ErasureError: there is no such file, or there are several.
     """
     able = [file for file in files if file.lower().endswith(suffixes)]
     if len(able) == 1:
@@ -171,7 +171,7 @@ def refuse_pickles(source: str, *files: str | None) -> None:
 
 
 def commit(path: Path) -> str:
-    """The commit that a file in the hub's cache is of; empty elsewhere."""
+    """Return the commit that a file in the hub's cache belongs to; empty for any other file."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
@@ -180,7 +180,7 @@ def commit(path: Path) -> str:
 def plainly(
     source: str, noun: str, name: str, file: str | None = None, revision: str | None = None, away: str = AWAY
 ) -> Iterator[None]:
-    """Turn the faults of huggingface_hub inside the block into ErasureErrors.
+    """Turn the errors of huggingface_hub inside the block into ErasureErrors.
 
     Args:
         source: as the user wrote it.

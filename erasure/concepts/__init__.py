@@ -1,1 +1,1 @@
-"""What is erased: concepts, the words near them and how near. Knows no checkpoint."""
+"""What is erased: concepts, the words near them, and their similarity. Nothing here knows a checkpoint."""

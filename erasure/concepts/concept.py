@@ -1,4 +1,4 @@
-"""What is erased: a concept's names, the anchor it gives way to, the neighbours to keep."""
+"""A concept to erase: its names, the anchor that replaces it, and the neighbours to keep."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LONGEST = 200  # characters; CLIP reads 77 tokens and cuts the rest off silently
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept to erase.
+    """A concept to erase, with everything that a method needs to know about it.
 
     Args:
-        name: what users write, such as "Van Gogh" or "cat".
-        aliases: other names that are erased with it.
+        name: the name that users write in prompts, such as "Van Gogh" or "cat".
+        aliases: other names that are erased along with it.
         anchor: what its prompts should show instead; None leaves the choice to the method.
-        keep: neighbours that must stay as they are.
+        keep: neighbours that must not change.
         kind: object, style, identity (a person or character) or content (nudity, weapons).
     """
 
@@ -53,11 +53,11 @@ class Concept:
             raise ErasureError(f"the anchor {self.anchor!r} is the concept itself: erasing would change nothing")
         for name in self.keep:
             if name.lower().strip() in lower:
-                raise ErasureError(f"{name!r} is to be erased and to be kept: take it out of one of the lists")
+                raise ErasureError(f"{name!r} is both to be erased and to be kept: remove it from one of the lists")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name and its aliases."""
+        """Return the name followed by its aliases."""
         return (self.name, *self.aliases)
 
     @classmethod
@@ -85,49 +85,49 @@ class Concept:
                 raise unknown("concept field", key, allowed)
         if "name" not in value:
             raise ErasureError("a concept needs a name")
-        given = cls(**value)
+        concept = cls(**value)
         if vocabulary is None:
-            return given
-        members = tuple(name for name in vocabulary.content(given.name) if name not in given.keep)
-        known: dict[str, Any] = {"kind": vocabulary.kind(given.name), "aliases": members}
-        return replace(given, **{key: one for key, one in known.items() if key not in value})
+            return concept
+        members = tuple(name for name in vocabulary.content(concept.name) if name not in concept.keep)
+        known: dict[str, Any] = {"kind": vocabulary.kind(concept.name), "aliases": members}
+        return replace(concept, **{key: one for key, one in known.items() if key not in value})
 
     @classmethod
     def list_of(cls, value: Any, vocabulary: Vocabulary | None = None) -> list[Concept]:
-        """Make concepts from one or a list of what `of` takes.
+        """Make concepts from one value, or a list of values, that `of` accepts.
 
         Raises:
-            ErasureError: none, more than MOST, one twice, or one that another is to keep.
+            ErasureError: an empty list, more than MOST concepts, a name given twice, or one that another concept keeps.
         """
         several = isinstance(value, Sequence) and not isinstance(value, str)
-        found = [cls.of(one, vocabulary) for one in (value if several else [value])]
-        if not found:
-            raise ErasureError("no concept is given: name at least one")
-        if len(found) > MOST:
+        concepts = [cls.of(one, vocabulary) for one in (value if several else [value])]
+        if not concepts:
+            raise ErasureError("no concept was given: name at least one")
+        if len(concepts) > MOST:
             raise ErasureError(
-                f"{len(found)} concepts at once: at most {MOST} are erased in one run. "
+                f"{len(concepts)} concepts at once: at most {MOST} are erased in one run. "
                 "Erase them in several runs: patches stack"
             )
         owner: dict[str, Concept] = {}
-        for one in found:
+        for one in concepts:
             for name in one.names:
                 if owner.setdefault(name.lower().strip(), one) is not one:
-                    raise ErasureError(f"{name!r} stands in two of the concepts: name it once")
-        for one in found:
+                    raise ErasureError(f"{name!r} is named in two of the concepts: name it once")
+        for one in concepts:
             for name in one.keep:
                 if name.lower().strip() in owner:
-                    raise ErasureError(f"{name!r} is to be erased and to be kept: take it out of one of the lists")
-        return found
+                    raise ErasureError(f"{name!r} is both to be erased and to be kept: remove it from one of the lists")
+        return concepts
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for the patch's header; `Concept.of` reads it back."""
+        """Return plain data for the patch's header; `Concept.of` reads it back."""
         return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
 
     def prompt_pairs(self) -> list[tuple[str, str]]:
-        """Pairs (prompt that shows the concept, the same prompt without it).
+        """Return pairs (prompt that shows the concept, the same prompt without it).
 
-        An object leaves the empty prompt (or the anchor). A style is said of CARRIERS too, "a dog in ink style"
-        against "a dog": away from the EMPTY prompt, the dog would be erased with the style.
+        For an object, the second is the empty prompt or the anchor. A style is also paired on CARRIERS, "a dog in ink
+        style" with "a dog": pushed away from the empty prompt, the dog would be erased along with the style.
         """
         instead = self.anchor or ""
         if self.kind != "style":

@@ -1,4 +1,4 @@
-"""How near two texts are to a text encoder: at the end token (for neighbours), or as SPM's gate measures it."""
+"""Similarity of texts by a text encoder: at the end token, for neighbours, or over all tokens, for SPM's gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from erasure.errors import ErasureError
 
 
 class Encoder(Protocol):
-    """The part of a checkpoint that texts are compared with; `erasure.Base` is one."""
+    """The part of a checkpoint that compares texts; `erasure.Base` is one."""
 
     @property
     def pipe(self) -> Any:
@@ -27,26 +27,29 @@ class Encoder(Protocol):
 
 
 def tokens(base: Encoder, text: str) -> int:
-    """Length of a text in tokens, the special ones included."""
+    """Return the number of tokens of a text, including the start and end tokens."""
     return len(base.pipe.tokenizer(text, verbose=False).input_ids)
 
 
 def ends(base: Encoder, texts: list[str]) -> Tensor:
-    """Unit states [n, width] of the text encoder at the end token of each text."""
+    """Return the text encoder's normalised states at the end token of each text [n, width]."""
     at = [tokens(base, text) - 1 for text in texts]
-    found = base.encode(texts)[torch.arange(len(texts)), torch.tensor(at)]
-    return torch.nn.functional.normalize(found.float().cpu(), dim=1)
+    states = base.encode(texts)[torch.arange(len(texts)), torch.tensor(at)]
+    return torch.nn.functional.normalize(states.float().cpu(), dim=1)
 
 
 def cosines(base: Encoder, texts: list[str], others: list[str]) -> Tensor:
-    """Cosines [n, m] of the end states of texts and others."""
+    """Return the cosine similarities of texts and others, by their end states [n, m]."""
     return ends(base, texts) @ ends(base, others).T
 
 
 def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[float]]:
-    """Similarity gamma of each prompt (rows) with each text (columns), by the pipeline's first text encoder.
+    """Return SPM's similarity gamma (arXiv 2312.16145, eq. 8) of each prompt (rows) with each text (columns).
 
-    A pipeline with two encoders (XL) is asked for the first one it has.
+    The pipeline's first text encoder is used; pipelines' `gates/text.py` states the formula.
+
+    Raises:
+        ErasureError: the pipeline has no tokenizer or no text encoder.
     """
     pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
     tokenizer, encoder = next((pair for pair in pairs if None not in pair), (None, None))

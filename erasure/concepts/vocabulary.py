@@ -13,7 +13,7 @@ from erasure.config import read_yaml
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary of one checkpoint.
+    """The vocabulary that one checkpoint was taught.
 
     Args:
         families: family -> `words` that name it and the `kind` of its members (object, identity, content).
@@ -77,15 +77,15 @@ class Vocabulary:
 
     def synonyms(self, name: str) -> list[str]:
         """List other words for an object or a style."""
-        found = [*self.entries.get(name, {}).get("synonyms", ()), *self.looks.get(name, {}).get("words", ())]
-        return [word for word in found if word != name]
+        words = [*self.entries.get(name, {}).get("synonyms", ()), *self.looks.get(name, {}).get("words", ())]
+        return [word for word in words if word != name]
 
     def by_kind(self) -> dict[str, tuple[str, ...]]:
         """Return the names of each kind: object, identity, content, style."""
-        found: dict[str, list[str]] = {"object": [], "identity": [], "content": [], "style": self.styles}
+        labels: dict[str, list[str]] = {"object": [], "identity": [], "content": [], "style": self.styles}
         for label in self.entries:
-            found[self.families[self.family(label)]["kind"]].append(label)
-        return {kind: tuple(labels) for kind, labels in found.items()}
+            labels[self.families[self.family(label)]["kind"]].append(label)
+        return {kind: tuple(names) for kind, names in labels.items()}
 
     @cached_property
     def meanings(self) -> dict[str, tuple[str, list[str]]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from erasure.errors import ErasureError
 from erasure.evaluation.report.card import card
-from erasure.hub_files import CONFIG, Found, find_in_folder, find_patch, place, plainly, refuse_pickles
+from erasure.hub_files import CONFIG, LocalFile, find_in_folder, find_patch, place, plainly, refuse_pickles
 from erasure.patch import Patch
 
 CARD, GRID = "README.md", "grid.png"
@@ -174,13 +174,13 @@ def pull(source: Source, out: Source | None = None, *, overwrite: bool = False) 
     return Pulled(target, local.repository, local.revision, patch.info())
 
 
-def _find(source: Source) -> Found:
+def _find(source: Source) -> LocalFile:
     path = Path(source)
     if path.is_dir():
         return find_in_folder(path)
     if path.is_file():
         refuse_pickles(str(path), path.name)
-        return Found(path)
+        return LocalFile(path)
     if isinstance(source, str):
         return find_patch(source)
     raise ErasureError(f"{source} does not exist")

@@ -12,7 +12,7 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.model import presets
-from erasure.model.single_file import INDEX, Found, identify, of_type, open_single_file
+from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -47,7 +47,7 @@ def resolve(model: str | os.PathLike[str]) -> str:
     return name
 
 
-def look(where: str, **options: Any) -> Found:
+def look(where: str, **options: Any) -> DetectedModel:
     """Detect the type of a model without loading it; for a hub id, one small file is fetched.
 
     Args:
@@ -70,7 +70,7 @@ def look(where: str, **options: Any) -> Found:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
         raise ErasureError(f"{where}: its {INDEX} cannot be read: {fault!r}") from None
-    return Found("folder", f"a {name}, by its {INDEX}", {INDEX: {"_class_name": name}})
+    return DetectedModel("folder", f"a {name}, by its {INDEX}", {INDEX: {"_class_name": name}})
 
 
 def hub_file(name: str, file: str, **options: Any) -> Path:

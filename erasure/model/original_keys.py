@@ -1,9 +1,8 @@
-"""Names of parameters in the original code of Stable Diffusion (CompVis, later Stability's SGM), from diffusers' names.
+"""Convert diffusers' parameter names to those of the original Stable Diffusion code (CompVis, later Stability's SGM).
 
-What single files use, and the published masks of SalUn. Weights are the same: of the UNet and of CLIP only the names
-differ. In the autoencoder's attention the original layers are 1x1 convolutions, [out, in, 1, 1]. OpenCLIP, the text
-encoder of Stable Diffusion 2 and the second one of XL, keeps query, key and value in one tensor, and its projection
-transposed.
+Single-file checkpoints and the published masks of SalUn use them. For the UNet and for CLIP only the names differ. In
+the autoencoder's attention the original layers are 1x1 convolutions [out, in, 1, 1]. OpenCLIP, the text encoder of
+Stable Diffusion 2 and the second one of XL, keeps query, key and value in one tensor, and its projection transposed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ ENDS = {
 
 
 def compvis_names(unet: Any) -> dict[str, str]:
-    """A UNet's parameter names to the original ones, without `model.diffusion_model.`: Stable Diffusion 1, 2 and XL."""
+    """Map a UNet's parameter names to the original ones, without `model.diffusion_model.` (SD 1, 2 and XL)."""
     layers = unet.config.layers_per_block
     return {name: _compvis(name, unet, layers) for name, _ in unet.named_parameters()}
 
@@ -63,7 +62,7 @@ def _inner(kind: str, parts: list[str]) -> str:
 
 
 def vae_names(vae: Any) -> dict[str, str]:
-    """An autoencoder's parameter names to the original ones, without `first_stage_model.`."""
+    """Map an autoencoder's parameter names to the original ones, without `first_stage_model.`."""
     levels = len(vae.config.block_out_channels)
     return {name: _vae(name, levels) for name, _ in vae.named_parameters()}
 
@@ -109,28 +108,28 @@ OPEN_CLIP_LAYER = {
 
 
 def vae_tensors(vae: Any) -> dict[str, Tensor]:
-    """An autoencoder's weights under the original names and in the original shapes."""
-    names, found = vae_names(vae), {}
+    """Return an autoencoder's weights under the original names and in the original shapes."""
+    names, tensors = vae_names(vae), {}
     for name, value in vae.named_parameters():
         flat = ".attentions." in name and value.dim() == 2
-        found[names[name]] = value[:, :, None, None] if flat else value
-    return found
+        tensors[names[name]] = value[:, :, None, None] if flat else value
+    return tensors
 
 
 def clip_tensors(encoder: Any) -> dict[str, Tensor]:
-    """A CLIP text encoder's weights by their own names, all of which begin with `text_model.`."""
+    """Return a CLIP text encoder's weights by their original names, all of which begin with `text_model.`."""
     return {f"text_model.{_bare(name)}": value for name, value in encoder.named_parameters()}
 
 
 def open_clip_tensors(encoder: Any) -> dict[str, Tensor]:
-    """A CLIP text encoder's weights as OpenCLIP names and packs them."""
+    """Return a CLIP text encoder's weights as OpenCLIP names and packs them."""
     own = {_bare(name): value for name, value in encoder.named_parameters()}
-    found: dict[str, Tensor] = {}
+    packed_tensors: dict[str, Tensor] = {}
     for name, value in own.items():
         if name in OPEN_CLIP:
-            found[OPEN_CLIP[name]] = value
+            packed_tensors[OPEN_CLIP[name]] = value
         elif name == "text_projection.weight":
-            found["text_projection"] = value.T
+            packed_tensors["text_projection"] = value.T
         else:
             _, _, number, layer = name.split(".", 3)
             layer, _, leaf = layer.rpartition(".")
@@ -138,10 +137,10 @@ def open_clip_tensors(encoder: Any) -> dict[str, Tensor]:
             if layer == "self_attn.q_proj":
                 start = name.removesuffix(f"q_proj.{leaf}")
                 packed = [own[f"{start}{one}_proj.{leaf}"] for one in "qkv"]
-                found[f"{block}.attn.in_proj_{leaf}"] = torch.cat([one.detach() for one in packed])
+                packed_tensors[f"{block}.attn.in_proj_{leaf}"] = torch.cat([one.detach() for one in packed])
             elif layer in OPEN_CLIP_LAYER:
-                found[f"{block}.{OPEN_CLIP_LAYER[layer]}.{leaf}"] = value
-    return found
+                packed_tensors[f"{block}.{OPEN_CLIP_LAYER[layer]}.{leaf}"] = value
+    return packed_tensors
 
 
 def _bare(name: str) -> str:

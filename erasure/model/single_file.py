@@ -1,8 +1,9 @@
-"""Single files: which Stable Diffusion one holds, told from names, shapes and header, and how it is opened offline.
+"""Single-file checkpoints: detect which Stable Diffusion a file holds, and open it without a network.
 
-diffusers reads the weights (`from_single_file`). The configurations that it would fetch from the hub are carried in
-`configs/models`, a JSON each: the files of a diffusers folder by path, and what it is `like`. A file of our own
-(formats/single_file.py) has its own configurations in its header.
+The type is detected from parameter names, shapes and the header. diffusers reads the weights (`from_single_file`). The
+configurations that it would fetch from the hub are bundled in `configs/models`, one JSON file each: the files of a
+diffusers folder by path, and the configuration that it is `like`. A file that we wrote (formats/single_file.py) has
+its configurations in its header.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TELLING, SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0
 VERSIONS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states
 INDEX = "model_index.json"
 
-OTHER = "whose network is no UNet: its modules are not known here"
+OTHER = "whose network is not a UNet and is not supported"
 # What else users have in such files: a name that begins so, and why it is not opened.
 FOREIGN = {
     **dict.fromkeys((f"{UNET}joint_blocks.", "joint_blocks."), f"Stable Diffusion 3, {OTHER}"),
@@ -39,14 +40,14 @@ FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a single file was taken for.
+class DetectedModel:
+    """The detected type of a checkpoint, with the configurations that open it.
 
     Args:
         kind: a name in `configs/models`, or `own`, or `given`.
-        about: in words, with what it was told by.
-        files: JSON files of a diffusers folder, by path.
-        pads: what fills up prompts, of the tokenizers that the files do not bring.
+        about: the type in words, and how it was detected.
+        files: the JSON files of a diffusers folder, by path.
+        pads: padding tokens of the tokenizers that the files do not include.
     """
 
     kind: str
@@ -56,44 +57,44 @@ class Found:
 
     @property
     def pipeline(self) -> str:
-        """The diffusers class."""
+        """Return the name of the diffusers pipeline class."""
         return self.files[INDEX]["_class_name"]
 
 
 def kinds() -> list[str]:
-    """The configurations that are carried."""
+    """List the names of the bundled configurations."""
     return sorted(path.stem for path in (CONFIGS / "models").glob("*.json"))
 
 
-def carried(kind: str) -> Found:
-    """A carried configuration.
+def carried(kind: str) -> DetectedModel:
+    """Return a bundled configuration by its name.
 
     Raises:
-        ErasureError: there is no such one.
+        ErasureError: there is no such configuration; the message lists them.
     """
     path = CONFIGS / "models" / f"{kind}.json"
     if kind not in kinds():
         raise unknown("model configuration", kind, kinds())
     own = json.loads(path.read_text(encoding="utf-8"))
-    base = carried(own.pop("like")) if "like" in own else Found(kind, "", {})
+    base = carried(own.pop("like")) if "like" in own else DetectedModel(kind, "", {})
     about, pads = own.pop("about"), {**base.pads, **own.pop("pads", {})}
     files = {name: dict(values) for name, values in base.files.items()}
     for name, values in own.items():
         merged = {**files.get(name, {}), **values}
         files[name] = {key: value for key, value in merged.items() if value is not None}
-    return Found(kind, about, files, pads)
+    return DetectedModel(kind, about, files, pads)
 
 
-def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> Found:
-    """What the checkpoint in a .safetensors file is; only its header and at most one small tensor are read.
+def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> DetectedModel:
+    """Detect the type of the checkpoint in a .safetensors file; only its header and one small tensor are read.
 
     Args:
         path: the file.
-        config: say what it is, a name of `kinds()`, or bring the configurations: a diffusers folder (its weights, if
-            there are any, are not read).
+        config: override the detected type: a name of `kinds()`, or a diffusers folder with the configurations, whose
+            weights are not read.
 
     Raises:
-        ErasureError: the file is damaged, or of a kind that is not known, with the reason.
+        ErasureError: the file is damaged or of an unsupported type; the message says why.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -107,36 +108,36 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith(UNET)}
             telling = file.get_tensor(TELLING).float() if TELLING in shapes else None
     except (OSError, SafetensorError) as fault:
-        raise ErasureError(f"{path}: cannot be read as safetensors, a copy that broke off? ({fault})") from None
+        raise ErasureError(f"{path}: cannot be read as safetensors; the copy may be incomplete ({fault})") from None
     try:
         kind, why = _kind(shapes, frozenset(names), header, telling)
     except ErasureError as fault:
-        raise ErasureError(f"{path}: {fault}. Nothing was loaded. Known: {', '.join(kinds())}") from None
-    found = carried(kind)
-    return Found(kind, f"{found.about}, by {why}", found.files, found.pads)
+        raise ErasureError(f"{path}: {fault}. Nothing was loaded. Supported: {', '.join(kinds())}") from None
+    detected = carried(kind)
+    return DetectedModel(kind, f"{detected.about}, by {why}", detected.files, detected.pads)
 
 
 def _kind(
     shapes: Mapping[str, tuple[int, ...]], names: frozenset[str], header: Mapping[str, str], telling: Any
 ) -> tuple[str, str]:
-    """A carried kind, and what it was told by."""
+    """Return the name of a bundled configuration, and how it was detected."""
     for start, reason in FOREIGN.items():
         if any(name.startswith(start) for name in names):
             raise ErasureError(f"this is {reason}")
     if FIRST not in shapes:
-        raise ErasureError(f"this is no Stable Diffusion checkpoint: it holds no {FIRST}")
+        raise ErasureError(f"this is not a Stable Diffusion checkpoint: it holds no {FIRST}")
     text = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     if text == 1280:
         raise ErasureError(
             "this is the refiner of Stable Diffusion XL, which only finishes pictures: erase from the base"
         )
     if text not in VERSIONS:
-        raise ErasureError(f"its UNet reads text states of width {text}; {', '.join(map(str, VERSIONS))} are known")
+        raise ErasureError(f"its UNet reads text states of width {text}; {', '.join(map(str, VERSIONS))} are supported")
     version, channels = VERSIONS[text], shapes[FIRST][1]
     why = f"text states of width {text}"
     extra = f"{UNET}label_emb.0.0.weight" in shapes
     if extra != (version == "sdxl"):
-        raise ErasureError("its UNet is told more than text (an unCLIP model, for one), or less than XL's")
+        raise ErasureError("its UNet reads more than text (an unCLIP model, for example), or less than XL's")
     if version == "sdxl" and f"{UNET}input_blocks.7.1.transformer_blocks.9.attn2.to_k.weight" not in shapes:
         raise ErasureError(
             "this is a cut-down XL with fewer transformer blocks (SSD-1B, Vega): give its diffusers folder"
@@ -148,7 +149,7 @@ def _kind(
     if channels == 9:
         return f"{version}-inpaint", f"{why} and 9 latent channels"
     if channels != 4:
-        raise ErasureError(f"its UNet takes {channels} channels (depth, upscaling or editing); 4 and 9 are known")
+        raise ErasureError(f"its UNet reads {channels} channels (depth, upscaling or editing); 4 and 9 are supported")
     if version == "sd1":
         return version, why
     if version == "sdxl":
@@ -162,14 +163,16 @@ def _kind(
         vector = said.startswith("v") if said else "768-v" in design
         return ("sd2-v" if vector else "sd2"), f"{why} and its header ({said or design})"
     if telling is None:
-        raise ErasureError("Stable Diffusion 2, of noise or of v-prediction? Say which: config='sd2' or 'sd2-v'")
+        raise ErasureError("Stable Diffusion 2, with noise or with v-prediction? Set config to 'sd2' or 'sd2-v'")
     spread = float(telling.std(correction=0))
-    told = f"{why} and the spread of {TELLING.removeprefix(UNET)}, {spread:.3f} (a rule of thumb; else give the config)"
-    return ("sd2-v" if spread > SPREAD else "sd2"), told
+    reason = (
+        f"{why} and the spread of {TELLING.removeprefix(UNET)}, {spread:.3f} (a rule of thumb; else give the config)"
+    )
+    return ("sd2-v" if spread > SPREAD else "sd2"), reason
 
 
 def _complete(version: str, names: frozenset[str]) -> None:
-    """A UNet alone draws nothing."""
+    """Refuse a file that lacks the autoencoder or a text encoder: a UNet alone cannot draw."""
     parts = {"autoencoder": "first_stage_model.", "text encoder": "cond_stage_model."}
     if version == "sdxl":
         parts |= {"text encoder": "conditioner.embedders.0.", "second text encoder": "conditioner.embedders.1."}
@@ -178,74 +181,73 @@ def _complete(version: str, names: frozenset[str]) -> None:
             raise ErasureError(f"it holds no {part} ({start}*): a whole checkpoint is needed")
 
 
-def _given(config: str | os.PathLike[str]) -> Found:
+def _given(config: str | os.PathLike[str]) -> DetectedModel:
     folder = Path(config)
     if not folder.is_dir():
-        found = carried(os.fspath(config))
-        return Found(found.kind, f"{found.about}, as given", found.files, found.pads)
+        detected = carried(os.fspath(config))
+        return DetectedModel(detected.kind, f"{detected.about}, as given", detected.files, detected.pads)
     if not (folder / INDEX).is_file():
-        raise ErasureError(f"{folder}: no configurations of a model, it holds no {INDEX}")
-    return Found("given", f"a model as configured in {folder}", read_configs(folder))
+        raise ErasureError(f"{folder} is not a diffusers folder: it holds no {INDEX}")
+    return DetectedModel("given", f"a model as configured in {folder}", read_configs(folder))
 
 
-def _own(path: Any, text: str) -> Found:
+def _own(path: Any, text: str) -> DetectedModel:
     try:
-        told = json.loads(text)
-        files = {name: dict(values) for name, values in told["files"].items()}
+        stored = json.loads(text)
+        files = {name: dict(values) for name, values in stored["files"].items()}
         if any(".." in Path(name).parts or Path(name).is_absolute() for name in files):
             raise ValueError("a path leads out of the folder")
-        return Found("own", f"{files[INDEX]['_class_name']}, by its header", files, dict(told["pads"]))
+        return DetectedModel("own", f"{files[INDEX]['_class_name']}, by its header", files, dict(stored["pads"]))
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ErasureError(f"{path}: its header's {HEADER} is damaged: {fault}") from None
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
-    """The JSON files of a diffusers folder by path, without where it came from."""
-    found = {}
+    """Read the JSON files of a diffusers folder by path, leaving out where the folder came from."""
+    files = {}
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         values = json.loads(path.read_text(encoding="utf-8"))
         if path.name.endswith(".safetensors.index.json") or not isinstance(values, dict):
             continue
         values.pop("_name_or_path", None)
-        found[path.relative_to(folder).as_posix()] = values
-    index = found.get(INDEX, {})
+        files[path.relative_to(folder).as_posix()] = values
+    index = files.get(INDEX, {})
     for part in ("safety_checker", "feature_extractor", "image_encoder"):  # not in single files
         if part in index:
             index[part] = [None, None]
-    return found
+    return files
 
 
-def open_single_file(cls: Any, path: str | os.PathLike[str], found: Found, **options: Any) -> Any:
-    """A pipeline of class `cls` from a single file, without network.
+def open_single_file(cls: Any, path: str | os.PathLike[str], detected: DetectedModel, **options: Any) -> Any:
+    """Open a single file as a pipeline of class `cls`, without a network.
 
     Raises:
-        ErasureError: weights that the configuration wants are not in the file, or do not fit.
+        ErasureError: weights that the configuration needs are missing from the file or have other shapes.
     """
     from erasure.model.clip_tokenizer import clip_tokenizer
 
     with TemporaryDirectory(prefix="erasure-config-") as folder:
-        for name, values in found.files.items():
+        for name, values in detected.files.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(values), encoding="utf-8")
-        for name, (library, _) in _modules(found.files[INDEX]).items():
-            if library == "transformers" and name.startswith("tokenizer") and not _brought(found.files, name):
-                options.setdefault(name, clip_tokenizer(found.pads.get(name, "<|endoftext|>")))
+        for name, (library, _) in _modules(detected.files[INDEX]).items():
+            if library == "transformers" and name.startswith("tokenizer") and not _brought(detected.files, name):
+                options.setdefault(name, clip_tokenizer(detected.pads.get(name, "<|endoftext|>")))
         try:
             pipe = cls.from_single_file(os.fspath(path), config=folder, local_files_only=True, **options)
         except (ValueError, RuntimeError, KeyError, OSError, TypeError) as fault:
-            raise ErasureError(f"{path}: taken for {found.about}, and cannot be read as that: {fault}") from None
+            raise ErasureError(f"{path}: Detected as {detected.about}, but cannot be read as that: {fault}") from None
     for name, part in pipe.components.items():
         missing = [key for key, value in getattr(part, "named_parameters", dict)() if value.is_meta] if part else []
         if missing:
-            raise ErasureError(
-                f"{path}: taken for {found.about}; {len(missing)} weights of {name} lack, {missing[0]} first"
-            )
+            lacking = f"{len(missing)} {name} weights are missing (first: {missing[0]})"
+            raise ErasureError(f"{path}: Detected as {detected.about}, but {lacking}")
     return pipe
 
 
 def of_type(dtype: Any) -> dict[str, Any]:
-    """The argument of diffusers' loaders for a torch dtype, which was `torch_dtype` before 0.42."""
+    """Return the keyword argument that diffusers' loaders take for a dtype; it was `torch_dtype` before 0.42."""
     import diffusers
     from packaging.version import Version
 

@@ -161,7 +161,7 @@ def test_local_files_take_precedence(cache, pipe, tmp_path):
 
 
 def test_missing_patches(cache, tmp_path):
-    with pytest.raises(ErasureError, match="no such file here.*HF_HUB_OFFLINE"):
+    with pytest.raises(ErasureError, match="no such local file.*HF_HUB_OFFLINE"):
         Patch.load("me/none")
     with pytest.raises(ErasureError, match="is not in the cache"):
         pull("me/none/x.safetensors")

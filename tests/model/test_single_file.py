@@ -138,7 +138,7 @@ def plus(**shapes):
         ("sd1", lambda _: shaped(**{f"{UNET}joint_blocks.0.x_block.mlp.fc1.weight": (1, 1)}), "Stable Diffusion 3"),
         ("sd1", lambda _: shaped(lora_unet_x=(1, 1)), "load it with --patch"),
         ("sd1", lambda _: shaped(**{"down_blocks.0.x": 1}), "diffusers folder"),
-        ("sd1", lambda _: shaped(weight=1), "no Stable Diffusion checkpoint"),
+        ("sd1", lambda _: shaped(weight=1), "not a Stable Diffusion checkpoint"),
     ],
 )
 def test_what_is_not_known_is_refused_with_the_reason(true, tmp_path, kind, change, says):
