@@ -1,4 +1,4 @@
-"""The patch: what erasing leaves. One safetensors file of low-rank factors or weight differences, with its header."""
+"""The patch, the result of an erasure: a safetensors file of low-rank factors or weight differences with a header."""
 
 from erasure.patch.fingerprint import fingerprint, same_base
 from erasure.patch.header import read_header

@@ -1,4 +1,4 @@
-"""Which weights a patch was made from: a hash over the base tensors it touches."""
+"""Fingerprints of the base weights that a patch was made from: a hash over the tensors that it touches."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def fingerprint(module: nn.Module, names: Iterable[str]) -> str:
     Raises:
         ErasureError: no names, or a name that is no parameter of `module`.
     """
-    found = {}
+    parameters = {}
     for name in names:
         parameter = find_parameter(module, name)
         if parameter is None:
             raise ErasureError(f"{type(module).__name__} has no parameter {name!r} to take a fingerprint of")
-        found[name] = parameter
-    return fingerprint_tensors(found)
+        parameters[name] = parameter
+    return fingerprint_tensors(parameters)
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """As `fingerprint`, of tensors by parameter name."""
+    """Return the `fingerprint` of tensors that are given by parameter name."""
     if not tensors:
         raise ErasureError("a fingerprint needs at least one parameter name")
     digests = [hashlib.sha256() for _ in PRECISIONS]
@@ -55,12 +55,12 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw bytes of a CPU tensor of any dtype, row-major."""
+    """Return the raw bytes of a CPU tensor of any dtype, in row-major order."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in fp32, fp16 or bf16, that is, differ by no more than a cast."""
+    """Tell whether two fingerprints agree in fp32, fp16 or bf16, that is, differ by no more than a cast."""
     if len(one) != PART * len(PRECISIONS) or len(other) != len(one):
         return one == other
     return any(one[i : i + PART] == other[i : i + PART] for i in range(0, len(one), PART))

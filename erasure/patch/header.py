@@ -41,10 +41,10 @@ ARCHITECTURES = {
 
 
 def to_json(label: str, value: Any) -> str:
-    """`value` as JSON text.
+    """Return `value` as JSON text.
 
     Raises:
-        ErasureError: not JSON: other types, NaN, infinity.
+        ErasureError: the value holds other types than JSON has, NaN or infinity.
     """
     try:
         return json.dumps(value, allow_nan=False)
@@ -53,10 +53,10 @@ def to_json(label: str, value: Any) -> str:
 
 
 def from_json(label: str, text: str, kind: type | tuple[type, ...]) -> Any:
-    """The value of a JSON text whose outermost type is `kind`.
+    """Return the value of a JSON text whose outermost type must be `kind`.
 
     Raises:
-        ErasureError: not JSON, of another type, or with NaN or infinity.
+        ErasureError: the text is not JSON, is of another type, or holds NaN or infinity.
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
@@ -78,10 +78,10 @@ def _finite(text: str) -> float:
 
 
 def check_fields(fields: dict[str, Any]) -> None:
-    """Check the types inside the JSON fields.
+    """Check the types inside the JSON fields of a header.
 
     Raises:
-        ErasureError: naming the field.
+        ErasureError: a field has the wrong type; the message names it.
     """
     if not fields["concepts"] or not all(isinstance(concept, dict) for concept in fields["concepts"]):
         raise ErasureError("concepts must be a list of at least one JSON object")
@@ -100,10 +100,10 @@ def check_fields(fields: dict[str, Any]) -> None:
 
 
 def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
-    """The `erasure.*` fields of a file's header, decoded and checked.
+    """Decode and check the `erasure.*` fields of a file's header.
 
     Raises:
-        ErasureError: another or newer format, a field missing, or of the wrong type.
+        ErasureError: another or a newer format, or a field that is missing or of the wrong type.
     """
     version = metadata.get("erasure.format", "")
     if re.fullmatch(r"[0-9]{1,9}", version) and int(version) > FORMAT:
@@ -136,13 +136,13 @@ def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header strings of a patch file, checked, without reading its tensors; `decode_header` decodes them.
+    """Read and check the header strings of a patch file, without its tensors; `decode_header` decodes them.
 
     Returns:
-        `erasure.method`, `erasure.concepts` (JSON) and so on, as they stand in the file.
+        `erasure.method`, `erasure.concepts` (JSON) and so on, exactly as the file holds them.
 
     Raises:
-        ErasureError: not a patch file, or one that is damaged or too new.
+        ErasureError: the file is not a patch, is damaged, or was written by a newer version.
     """
     layout = read_layout(located(path).path)
     refuse_plain(layout.path, layout.metadata, list(layout.entries))
@@ -170,7 +170,7 @@ def refuse_plain(path: os.PathLike[str], metadata: dict[str, str], keys: list[st
 
 
 def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
-    """What kohya, ComfyUI and A1111 read in the header of a LoRA."""
+    """Return the header fields that kohya, ComfyUI and A1111 read from a LoRA."""
     width = 2048 if two_encoders(payload) else text_width(payload)
     architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
     ranks = payload.ranks

@@ -1,7 +1,7 @@
-"""How other programs read a patch file: the one table of facts about them.
+"""How other programs read a patch file: one table of facts about them.
 
-Read in the sources of ComfyUI (comfy/lora.py) and A1111 (extensions-builtin/Lora/networks.py), tried with diffusers.
-tests/formats/test_loaders.py holds the facts against maps made from the true configurations.
+The facts come from the sources of ComfyUI (comfy/lora.py) and A1111 (extensions-builtin/Lora/networks.py), and from
+trials with diffusers. tests/formats/test_loaders.py checks them against maps made from the true configurations.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ ONE_ALPHA = ("diffusers",)
 
 
 def family(payload: LowRank | Delta) -> str:
-    """sd1, sd2 or sdxl, as far as the payload tells; sd1 where it does not."""
+    """Return the base's family, sd1, sd2 or sdxl, as far as the payload shows; sd1 where it does not."""
     return "sdxl" if two_encoders(payload) else BASES.get(text_width(payload) or 0, "sd1")
 
 
 def missed(loader: str, payload: LowRank | Delta) -> list[str]:
-    """The kohya keys of a payload for which the loader has no layer, sorted."""
+    """List the kohya keys of a payload for which the loader has no layer, sorted."""
     kind, two = family(payload), two_encoders(payload)
     keys = {
         kohya_prefix(component, name.rpartition(".")[0], two)
@@ -75,18 +75,18 @@ def missed(loader: str, payload: LowRank | Delta) -> list[str]:
 
 
 def as_it_is(patch: Patch) -> dict[str, str]:
-    """What each program makes of the patch's own file."""
+    """Say for each program whether it loads the patch's own file, and what it leaves out."""
     gated = patch.gate["kind"] != "always"
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for name, loader in LOADERS.items():
         if loader.gate:
-            found[name] = "with its gate" if gated else "yes"
+            answers[name] = "with its gate" if gated else "yes"
         elif not isinstance(patch.payload, LowRank):
-            found[name] = f"no: export --format {loader.delta}, or kohya --rank R"
+            answers[name] = f"no: export --format {loader.delta}, or kohya --rank R"
         else:
-            found[name] = "without its gate" if gated else "yes"
+            answers[name] = "without its gate" if gated else "yes"
             if lost := missed(name, patch.payload):
-                found[name] += f", but not {len(lost)} layers, the first {lost[0]}"
+                answers[name] += f", but not {len(lost)} layers, the first {lost[0]}"
             if name in ONE_ALPHA and patch.stored.get("alphas", 1) > 1:
-                found[name] = "no: it mistakes alphas that differ, as this file's do: export --format kohya"
-    return found
+                answers[name] = "no: it mistakes alphas that differ, as this file's do: export --format kohya"
+    return answers

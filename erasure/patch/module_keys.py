@@ -1,4 +1,4 @@
-"""Names of what a patch touches: components, module paths, parameter names, and their kohya keys.
+"""The names of what a patch changes: components, module paths, parameter names, and their kohya keys.
 
 transformers 4 nests a CLIP text encoder in `text_model.`, transformers 5 does not (and CLIPTextModelWithProjection
 does in both). A patch names modules without that prefix; `find_module` and `find_parameter` try both spellings.
@@ -25,17 +25,21 @@ _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
 def check_component(component: object) -> str:
-    """`component` if a patch may touch it; ErasureError otherwise."""
+    """Return `component` if patches may change it.
+
+    Raises:
+        ErasureError: patches cannot change this component.
+    """
     if not isinstance(component, str) or component not in COMPONENTS:
         raise unknown("component", component, COMPONENTS)
     return component
 
 
 def canonical(component: str, path: object) -> str:
-    """The module path or parameter name as patches write it: no `text_model.` in front.
+    """Return a module path or parameter name as patches write it, without a leading `text_model.`.
 
     Raises:
-        ErasureError: not words joined by dots.
+        ErasureError: the name is not made of words joined by dots.
     """
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ErasureError(f"{component}: {path!r} is not a module path (words joined by dots)")
@@ -43,7 +47,7 @@ def canonical(component: str, path: object) -> str:
 
 
 def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
-    """The key in front of `.lora_down.weight` that kohya, ComfyUI and A1111 use for the module at `path`.
+    """Return the key before `.lora_down.weight` that kohya, ComfyUI and A1111 use for the module at `path`.
 
     >>> kohya_prefix("text_encoder", "encoder.layers.0.mlp.fc1", two_encoders=False)
     'lora_te_text_model_encoder_layers_0_mlp_fc1'
@@ -55,7 +59,7 @@ def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
 
 
 def nested(component: str, path: str) -> str:
-    """The path of a module or parameter as published files and transformers 4 spell it: `text_model.` in front.
+    """Return a path as published files and transformers 4 write it, with a leading `text_model.`.
 
     >>> nested("text_encoder_2", "text_projection"), nested("text_encoder", "final_layer_norm")
     ('text_projection', 'text_model.final_layer_norm')
@@ -64,7 +68,7 @@ def nested(component: str, path: str) -> str:
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at `path`, seen through peft's wrapper where a user's LoRA has put one; None if there is none."""
+    """Return the submodule at `path`, looking through the wrapper of a user's LoRA (peft); None if there is none."""
     for spelling in (path, NESTED + path):
         try:
             module = root.get_submodule(spelling)
@@ -76,7 +80,7 @@ def find_module(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def find_parameter(root: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter called `name`, seen through peft's wrapper; None if there is none."""
+    """Return the parameter called `name`, looking through peft's wrapper; None if there is none."""
     path, _, leaf = name.rpartition(".")
     module = find_module(root, path) if path else root
     value = getattr(module, leaf, None) if module is not None else None

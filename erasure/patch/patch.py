@@ -1,4 +1,4 @@
-"""The Patch: tensors and header, immutable."""
+"""The patch itself: its tensors and its header, both immutable."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What erasing leaves: the change of the weights, and where it comes from.
+    """The result of an erasure: the change of the weights, and a record of how it was made.
 
     Args:
         payload: the change, `LowRank` or `Delta`.
-        method: name of the method that made it.
-        concepts: what it erases, as JSON objects (or objects with `to_json()`); `name` is the one key relied upon.
-        base: the checkpoint it was made from, as the user named it.
-        base_fingerprint: component -> `fingerprint(module, names)` over the base parameters the payload touches.
-        config: the complete config of the method.
-        gate: how strongly it acts on one prompt; `{"kind": "always"}`, or `{"kind": "text", ...}`.
-        versions: library versions.
-        seed: of the run.
-        costs: F and B counts, seconds, peak memory.
-        results: what verification measured, or None.
-        stored: of a loaded patch, the file's path, bytes, dtype and dtype_error, how many alphas it has (files of
-            ours have one), and from the hub its repository and revision; empty otherwise.
+        method: the name of the method that made it.
+        concepts: the erased concepts, as JSON objects (or objects with `to_json()`); only the key `name` is required.
+        base: the checkpoint that it was made from, as the user named it.
+        base_fingerprint: component -> `fingerprint(module, names)` of the base parameters that the payload changes.
+        config: all settings of the method.
+        gate: how strongly the patch acts on a prompt; `{"kind": "always"}`, or `{"kind": "text", ...}`.
+        versions: the versions of the libraries.
+        seed: the random seed of the run.
+        costs: F and B counts, seconds, and peak memory.
+        results: what `verify` measured, or None.
+        stored: for a loaded patch, the file's path, bytes, dtype and dtype_error, the number of different alphas
+            (ours have one), and for a patch from the hub its repository and revision; empty otherwise.
 
     Raises:
-        ErasureError: a field of the wrong type, or that cannot be written as JSON.
+        ErasureError: a field of the wrong type, or one that cannot be written as JSON.
     """
 
     payload: LowRank | Delta
@@ -85,35 +85,35 @@ class Patch:
 
     @property
     def names(self) -> list[str]:
-        """Names of the erased concepts."""
+        """Return the names of the erased concepts."""
         return [str(concept.get("name", "?")) for concept in self.concepts]
 
     @property
     def components(self) -> list[str]:
-        """The components touched, sorted."""
+        """Return the components that the patch changes, sorted."""
         return self.payload.components
 
     def deltas(self, component: str) -> dict[str, Tensor]:
-        """Parameter name -> dense fp32 change of the weight; empty for a component that is not touched.
+        """Return the dense fp32 change of each parameter, by name; empty for a component that does not change.
 
         Raises:
-            ErasureError: not a component that patches may touch.
+            ErasureError: patches cannot change this component.
         """
         check_component(component)
         return {name: self.payload.change(component, name).clone() for name in self.payload.names(component)}
 
     def scale(self, factor: float) -> Patch:
-        """The patch with every change times `factor`; results no longer hold and are dropped.
+        """Return the patch with every change multiplied by `factor`; its results no longer hold and are dropped.
 
         Raises:
-            ErasureError: `factor` is no finite number.
+            ErasureError: `factor` is not a finite number.
         """
         if not isinstance(factor, int | float) or not math.isfinite(factor):
             raise ErasureError(f"cannot scale a patch by {factor!r}")
         return dataclasses.replace(self, payload=self.payload.scaled(float(factor)), results=None, stored={})
 
     def info(self) -> dict[str, Any]:
-        """What the patch is, as plain JSON values: `bytes` are those of the file, or of the fp32 tensors in memory."""
+        """Describe the patch as plain JSON values; `bytes` is the size of the file, or of the tensors in memory."""
         tensors = self.payload.tensors()
         return {
             "method": self.method,
@@ -136,18 +136,18 @@ class Patch:
         }
 
     def save(self, path: str | os.PathLike[str], dtype: str = "fp32", overwrite: bool = True) -> Path:
-        """Write the patch, whole or not at all; folders on the way are made.
+        """Write the patch to a file, completely or not at all; missing folders are created.
 
         Args:
             path: the file, by convention `.safetensors`.
-            dtype: of the tensors: fp32, bf16 or fp16. The relative error it makes goes into the header.
-            overwrite: whether a file that is there may be replaced.
+            dtype: data type of the tensors: fp32, bf16 or fp16. Its relative error is stored in the header.
+            overwrite: whether an existing file may be replaced.
 
         Returns:
-            The path written.
+            The path of the written file.
 
         Raises:
-            ErasureError: unknown dtype, a value that overflows in it, or a path that cannot be written.
+            ErasureError: an unknown dtype, a value that overflows in it, or a path that cannot be written.
         """
         tensors, modules, shapes = encode(self.payload, dtype)
         fields: dict[str, str] = {
@@ -173,17 +173,17 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read a patch file; never a pickle, and nothing is allocated before sizes are checked.
+        """Read a patch file. Pickles are never read, and nothing is allocated before the sizes are checked.
 
         Args:
-            path: the file; or a name on the Hugging Face hub, `owner/name[@revision][/file.safetensors]`, which is
-                fetched into the hub's cache (with HF_HUB_OFFLINE set, taken from there). What lies here goes first.
+            path: the file, or a name on the Hugging Face hub, `owner/name[@revision][/file.safetensors]`, which is
+                fetched into the hub's cache (or only read from there with HF_HUB_OFFLINE). Local files come first.
 
         Raises:
-            ErasureError: naming the file and what is wrong with it.
+            ErasureError: the file is missing, damaged or not a patch; the message says which.
         """
-        found = located(path)
-        layout = read_layout(found.path)
+        source = located(path)
+        layout = read_layout(source.path)
         refuse_plain(layout.path, layout.metadata, list(layout.entries))
         try:
             fields = decode_header(layout.metadata)
@@ -191,8 +191,8 @@ class Patch:
             modules, shapes = fields.pop("modules") or {}, fields.pop("sparse") or {}
             stored = {"path": str(layout.path), "bytes": layout.size, "dtype": dtype}
             stored["dtype_error"] = fields.pop("dtype_error")
-            if found.repository:
-                stored |= {"repository": found.repository, "revision": found.revision}
+            if source.repository:
+                stored |= {"repository": source.repository, "revision": source.revision}
             tensors = layout.read()
             payload = decode(tensors, kind, dtype, modules, shapes)
             if isinstance(payload, LowRank):

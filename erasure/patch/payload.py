@@ -21,7 +21,7 @@ Layer = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Factors whose product is the change of a layer's weight: (alpha / rank) * up @ down.
+    """Low-rank factors whose product is the change of a layer's weight: (alpha / rank) * up @ down.
 
     Args:
         layers: component -> module path -> (down, up, alpha). A linear layer has down [rank, in] and up [out, rank];
@@ -29,7 +29,7 @@ class LowRank:
             the CPU; alpha is rounded to fp32, as the file holds it. Alphas that differ become one (`_one_alpha`).
 
     Raises:
-        ErasureError: no layers, unknown component, a bad path, shapes that do not agree, NaN or infinity.
+        ErasureError: no layers, an unknown component, a bad path, shapes that do not agree, NaN or infinity.
     """
 
     layers: Mapping[str, Mapping[str, Layer]]
@@ -43,36 +43,36 @@ class LowRank:
 
     @property
     def components(self) -> list[str]:
-        """The components touched, sorted."""
+        """Return the components that change, sorted."""
         return list(self.layers)
 
     @property
     def ranks(self) -> list[int]:
-        """The distinct ranks, rising."""
+        """Return the distinct ranks in rising order."""
         return sorted({down.shape[0] for layers in self.layers.values() for down, _, _ in layers.values()})
 
     @property
     def alpha(self) -> float:
-        """The one alpha of all layers."""
+        """Return the alpha that all layers share."""
         return next(alpha for table in self.layers.values() for _, _, alpha in table.values())
 
     def names(self, component: str) -> list[str]:
-        """The parameters of `component` that change, sorted."""
+        """Return the names of the parameters of `component` that change, sorted."""
         return [f"{path}.weight" for path in self.layers.get(component, {})]
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
-        """The shape of the parameter `name`."""
+        """Return the shape of the parameter `name`."""
         down, up, _ = self.layers[component][name.removesuffix(".weight")]
         return (up.shape[0], *down.shape[1:])
 
     def change(self, component: str, name: str) -> Tensor:
-        """The dense fp32 change of the parameter `name`."""
+        """Return the dense fp32 change of the parameter `name`."""
         down, up, alpha = self.layers[component][name.removesuffix(".weight")]
         product = up.flatten(1) @ down.flatten(1)
         return (product * (alpha / down.shape[0])).reshape(self.shape(component, name))
 
     def scaled(self, factor: float) -> LowRank:
-        """The same with every change times `factor`. It goes into up: A1111 reads an alpha of 0 as 'not given'."""
+        """Return the payload times `factor`, which goes into `up`, as A1111 reads an alpha of 0 as "not given"."""
         return LowRank(
             {
                 component: {path: (down, up * factor, alpha) for path, (down, up, alpha) in layers.items()}
@@ -81,12 +81,12 @@ class LowRank:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All factors, in file order."""
+        """Return all factors in the order of the file."""
         return [factor for layers in self.layers.values() for down, up, _ in layers.values() for factor in (down, up)]
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names and values: the identity of the payload."""
+        """Return the sha256 over all names and values, which identifies the payload."""
         digest = hashlib.sha256(self.kind.encode())
         for component, layers in self.layers.items():
             for path, (down, up, alpha) in layers.items():
@@ -98,13 +98,13 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Differences to be added to parameters.
+    """Dense differences that are added to parameters.
 
     Args:
-        changes: component -> parameter name -> difference, of the parameter's shape. Copied to fp32 on the CPU.
+        changes: component -> parameter name -> difference of the parameter's shape, copied to fp32 on the CPU.
 
     Raises:
-        ErasureError: no changes, unknown component, a bad name, an empty tensor, NaN or infinity.
+        ErasureError: no changes, an unknown component, a bad name, an empty tensor, NaN or infinity.
     """
 
     changes: Mapping[str, Mapping[str, Tensor]]
@@ -118,23 +118,23 @@ class Delta:
 
     @property
     def components(self) -> list[str]:
-        """The components touched, sorted."""
+        """Return the components that change, sorted."""
         return list(self.changes)
 
     def names(self, component: str) -> list[str]:
-        """The parameters of `component` that change, sorted."""
+        """Return the names of the parameters of `component` that change, sorted."""
         return list(self.changes.get(component, {}))
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
-        """The shape of the parameter `name`."""
+        """Return the shape of the parameter `name`."""
         return tuple(self.changes[component][name].shape)
 
     def change(self, component: str, name: str) -> Tensor:
-        """The fp32 change of the parameter `name`; not a copy."""
+        """Return the fp32 change of the parameter `name`, without copying it."""
         return self.changes[component][name]
 
     def scaled(self, factor: float) -> Delta:
-        """The same with every change times `factor`."""
+        """Return the payload with every change multiplied by `factor`."""
         return Delta(
             {
                 component: {name: change * factor for name, change in changes.items()}
@@ -143,12 +143,12 @@ class Delta:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All differences, in file order."""
+        """Return all differences in the order of the file."""
         return [change for changes in self.changes.values() for change in changes.values()]
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over names and values: the identity of the payload."""
+        """Return the sha256 over all names and values, which identifies the payload."""
         digest = hashlib.sha256(self.kind.encode())
         for component, changes in self.changes.items():
             for name, change in changes.items():

@@ -1,4 +1,4 @@
-"""safetensors files: a strict reader that checks sizes before it allocates, and an atomic, deterministic writer."""
+"""Read safetensors files strictly, checking sizes before anything is allocated; write them atomically."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: `begin` and `end` are byte offsets from the start of the file."""
+    """The place of one tensor in a file: `begin` and `end` are byte offsets from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checked safetensors file: path, size in bytes, header strings, and where each tensor lies."""
+    """A checked safetensors file: path, size in bytes, header strings, and the place of each tensor."""
 
     path: Path
     size: int
@@ -56,7 +56,7 @@ class Layout:
     entries: dict[str, Entry]
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors, in the dtype of the file.
+        """Read all tensors, in the data types of the file.
 
         Raises:
             ErasureError: the file changed or became unreadable since the layout was checked.
@@ -77,7 +77,7 @@ class Layout:
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading; what the system refuses becomes an ErasureError."""
+    """Open a file for reading; errors of the operating system become ErasureErrors."""
     try:
         with path.open("rb") as handle:
             yield handle
@@ -89,7 +89,7 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
     """Check the structure of a safetensors file without reading a tensor.
 
     Raises:
-        ErasureError: missing, unreadable, not safetensors, truncated, or with sizes that do not agree.
+        ErasureError: the file is missing, unreadable, truncated or not safetensors, or its sizes do not agree.
     """
     path = Path(path).expanduser()
     with reading(path) as handle:
@@ -173,12 +173,12 @@ def _contiguous(path: Path, entries: dict[str, Entry], data: int, size: int) -> 
 def write_file(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str], overwrite: bool = True
 ) -> Path:
-    """Write a safetensors file whole or not at all: a temporary file in the same folder takes the name at the end.
+    """Write a safetensors file completely or not at all, by renaming a temporary file in the same folder.
 
     Equal input gives equal bytes.
 
     Raises:
-        ErasureError: the path cannot be written, or exists and `overwrite` is off. What stood there is untouched.
+        ErasureError: the path cannot be written, or exists and `overwrite` is off; an existing file is left untouched.
     """
     path = Path(path).expanduser()
     if path.is_dir():

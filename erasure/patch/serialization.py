@@ -1,4 +1,4 @@
-"""Payload to file tensors and back: kohya keys for low-rank factors, `<component>.<parameter>` for differences."""
+"""Convert payloads to file tensors and back: low-rank factors under kohya keys, differences as component.parameter."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Shapes = dict[str, list[int]]  # key of a sparse difference -> shape
 
 
 def encode(payload: LowRank | Delta, dtype: str) -> tuple[dict[str, Tensor], Modules, Shapes]:
-    """Tensors of the file by key, and what the header must say beside them.
+    """Return the tensors of the file by key, and the header fields that describe them.
 
     Raises:
-        ErasureError: unknown dtype; a value that overflows in it; two modules with one kohya key.
+        ErasureError: an unknown dtype; a value that overflows in it; two modules with one kohya key.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -76,10 +76,10 @@ def text_width(payload: LowRank | Delta) -> int | None:
 
 
 def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:
-    """`tensor` in the dtype of the file.
+    """Cast `tensor` to the data type of the file.
 
     Raises:
-        ErasureError: a value too large for it.
+        ErasureError: a value is too large for it.
     """
     value = tensor.to(DTYPES[dtype])
     if not torch.isfinite(value).all():
@@ -89,7 +89,7 @@ def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def cast_error(payload: LowRank | Delta, dtype: str) -> float:
-    """Relative L2 error that the cast makes on all weight changes together: |cast - exact| / |exact|."""
+    """Return the relative L2 error of the cast over all weight changes together, |cast - exact| / |exact|."""
     if dtype == "fp32":
         return 0.0
     wrong = total = 0.0
@@ -113,10 +113,10 @@ def _rounded(payload: LowRank | Delta, component: str, name: str, dtype: str) ->
 
 
 def decode(tensors: dict[str, Tensor], kind: str, dtype: str, modules: Modules, shapes: Shapes) -> LowRank | Delta:
-    """The payload that `encode` wrote.
+    """Return the payload that `encode` wrote.
 
     Raises:
-        ErasureError: keys missing or unknown, dtypes other than the header's, shapes that do not agree, NaN.
+        ErasureError: missing or unknown keys, dtypes other than the header's, shapes that do not agree, NaN.
     """
     rest = dict(tensors)
     payload = _decode_low_rank(rest, dtype, modules) if kind == LowRank.kind else _decode_delta(rest, dtype, shapes)

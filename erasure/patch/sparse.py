@@ -1,4 +1,4 @@
-"""A mostly-zero tensor as a packed bit mask and the values where the mask is set."""
+"""Pack a mostly-zero tensor into a bit mask and the values where the mask is set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ MASK, VALUES = "::mask", "::values"
 
 
 def is_sparse(tensor: Tensor) -> bool:
-    """Whether under half of `tensor` is non-zero, so that mask and values take less room than the tensor."""
+    """Tell whether under half of `tensor` is non-zero, so that mask and values take less space than the tensor."""
     return 2 * int(torch.count_nonzero(tensor)) < tensor.numel()
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask uint8 [ceil(n / 8)], least significant bit first, and the non-zero values [k], both in row-major order."""
+    """Return the mask, uint8 [ceil(n / 8)] with the least significant bit first, and the non-zero values [k].
+
+    Both are in row-major order.
+    """
     flat = tensor.reshape(-1)
     nonzero = flat != 0
     mask = torch.from_numpy(numpy.packbits(nonzero.numpy(), bitorder="little"))
@@ -27,7 +30,7 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(mask: Tensor, values: Tensor, shape: list[int]) -> Tensor:
-    """The tensor of `shape` that `pack` was given; what it allocates is bounded by the mask: 8 numbers a byte.
+    """Rebuild the tensor that `pack` was given; the mask bounds what is allocated, 8 numbers for each byte.
 
     Raises:
         ErasureError: mask, values and shape do not agree.

@@ -1,8 +1,8 @@
-"""Sums of patches: scale, negate, add, subtract, merge. The header of the result says what it was made from.
+"""Arithmetic of patches: scale, negate, add, subtract, merge. The header of the result records its parents.
 
 A patch is a change D of the weights, so a sum with weights w_i is the change sum_i w_i D_i. Low-rank terms
 D_i = s_i U_i V_i (s = alpha / rank) stay low rank: [w_1 s_1 U_1, w_2 s_2 U_2, ..] times [V_1; V_2; ..], of rank
-r_1 + r_2 + .. and alpha equal to it. With differences among them the sum is a table of differences.
+r_1 + r_2 + .. and with an equal alpha. If one of them holds differences, so does the sum.
 """
 
 from __future__ import annotations
@@ -25,46 +25,46 @@ LIBRARIES = ("torch", "safetensors")
 
 
 def scale(patch: Patch, factor: float) -> Patch:
-    """The patch with every change times `factor`; -1 leads back to what was erased, and beyond.
+    """Return the patch with every change multiplied by `factor`; -1 strengthens the concept instead of erasing it.
 
     Raises:
-        ErasureError: `factor` is no finite number.
+        ErasureError: `factor` is not a finite number.
     """
     return _descend(patch.scale(factor), "scale", [(patch, factor)])
 
 
 def negate(patch: Patch) -> Patch:
-    """The patch that undoes `patch`."""
+    """Return the patch that undoes `patch`."""
     return _descend(patch.scale(-1.0), "negate", [(patch, -1.0)])
 
 
 def add(one: Patch, other: Patch, **options: Any) -> Patch:
-    """Both changes in one patch; `options` and errors are those of `merge`."""
+    """Add two patches; `options` and errors are those of `merge`."""
     return _combine("add", [(one, 1.0), (other, 1.0)], **options)
 
 
 def subtract(one: Patch, other: Patch, **options: Any) -> Patch:
-    """`one` without the change that `other` makes; `options` and errors are those of `merge`."""
+    """Subtract the change of `other` from `one`; `options` and errors are those of `merge`."""
     return _combine("subtract", [(one, 1.0), (other, -1.0)], **options)
 
 
 def merge(parts: Iterable[Part], *, base: Any = None, force: bool = False, drop_gate: bool = False) -> Patch:
-    """One patch that changes the weights by the weighted sum of all changes.
+    """Merge patches into one, which changes the weights by the weighted sum of all changes.
 
-    The same payload given twice counts once, with the sum of its weights: what cancels, cancels bit for bit.
+    A payload that is given twice counts once, with the sum of its weights, so that opposite weights cancel exactly.
 
     Args:
-        parts: (patch, weight), at least one.
-        base: the checkpoint the patches were made from (name, folder or pipeline). It is read only where patches touch
-            different layers of a component: the fingerprint of all of them together is taken from it. None: the one
-            the patches name, where that is embedded or a folder.
-        force: merge patches of different bases where all shapes agree; the result counts as made from the base that
-            is given, else from the first patch's.
-        drop_gate: let the result act on every prompt. Without it, patches with different gates are refused.
+        parts: pairs (patch, weight), at least one.
+        base: the checkpoint that the patches were made from (name, folder or pipeline). It is read only where the
+            patches change different layers of a component, for the fingerprint of all of them together. None means
+            the checkpoint that the patches name, where that is bundled or a folder.
+        force: merge patches of different bases where all shapes agree; the result counts as made from `base`, or else
+            from the first patch's base.
+        drop_gate: make the result act on every prompt. Without it, patches with different gates are refused.
 
     Raises:
-        ErasureError: no parts, a weight that is no finite number, other bases, other shapes, different gates. A latent
-            gate decides on the merged change, which is not the decision of each patch alone.
+        ErasureError: no parts, a weight that is not a finite number, different bases, shapes or gates. A latent gate
+            would decide on the merged change, which is not the decision of each patch alone.
     """
     return _combine("merge", list(parts), base, force, drop_gate)
 
@@ -111,16 +111,16 @@ def _check(parts: Any) -> None:
 
 
 def _costs(patches: Sequence[Patch]) -> dict[str, float]:
-    """What all of them together took, where each says it."""
+    """Sum the costs that all patches record."""
     keys = ("F", "B", "seconds")
     return {key: sum(one.costs[key] for one in patches) for key in keys if all(key in one.costs for one in patches)}
 
 
 def _gate(patches: Sequence[Patch]) -> dict[str, Any]:
-    """The one gate of all patches.
+    """Return the gate that all patches share.
 
     Raises:
-        ErasureError: they differ.
+        ErasureError: their gates differ.
     """
     first = _gate_of(patches[0])
     for patch in patches[1:]:

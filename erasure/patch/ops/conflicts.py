@@ -1,11 +1,11 @@
-"""Do patches get into each other's way? Their changes compared where they touch the same weights, without a picture.
+"""Find patches that interfere with each other, by comparing their changes to the same weights, without any pictures.
 
 For two patches and one component, over the parameters that both touch, with changes A and B:
 
     cosine = <A, B> / (|A| |B|)        share of A = |A|^2 over these / |A|^2 over the whole component
 
-Near 0 the patches act side by side. Well above, they pull the same way: stacked, they do twice what each does; well
-below, each undoes a part of the other.
+Near 0 the patches act independently. Well above, they pull the same way, and stacked they do twice what each does;
+well below, each undoes a part of the other.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _SQUARES: weakref.WeakKeyDictionary[LowRank | Delta, dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two patches have in common in one component.
+    """The overlap of two patches in one component.
 
     Args:
-        a, b: their names.
-        component: where.
-        layers: number of parameters that both touch.
-        cosine: of their changes there, -1 to 1; 0 where one of them is nothing.
-        share_a, share_b: part of each patch's squared change in the component that lies there, 0 to 1.
-        layer: the parameter whose products weigh most in the cosine.
+        a, b: the names of the patches.
+        component: the component that both change.
+        layers: number of parameters that both change.
+        cosine: cosine of their changes to these, -1 to 1; 0 where one of the changes is zero.
+        share_a, share_b: share of each patch's squared change in the component that lies in these parameters, 0 to 1.
+        layer: the parameter that contributes most to the cosine.
     """
 
     a: str
@@ -56,15 +56,15 @@ class Overlap:
 
     @property
     def notable(self) -> bool:
-        """Whether the cosine is clearly away from zero."""
+        """Tell whether the cosine is clearly different from zero."""
         return abs(self.cosine) >= NOTABLE
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the overlap as plain data."""
         return {**dataclasses.asdict(self), "notable": self.notable}
 
     def text(self) -> str:
-        """One sentence."""
+        """Describe the overlap in one sentence."""
         pull = "both pull the same way" if self.cosine > 0 else "each undoes a part of the other"
         verdict = f"; {pull}, most in {self.layer}" if self.notable else ""
         return (
@@ -74,12 +74,12 @@ class Overlap:
 
 
 def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
-    """Every pair of patches that touch the same weights, by component, strongest cosine first.
+    """List every pair of patches that change the same weights, by component, with the strongest cosine first.
 
-    Gates and strengths are left out: this is about the changes at full strength.
+    Gates and strengths are ignored: the changes are compared at full strength.
 
     Args:
-        patches: by name, or a list of them, which are then called by their concepts.
+        patches: patches by name, or a list of them, which are then named after their concepts.
 
     Raises:
         ErasureError: fewer than two patches, or shapes that differ: patches of different architectures.
@@ -96,20 +96,20 @@ def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
 
 
 def warn_of_overlap(name: str, patch: Patch, loaded: Mapping[str, Patch]) -> list[Overlap]:
-    """Log a warning (logger `erasure`) for each loaded patch that the new one overlaps with notably; returns those.
+    """Log a warning (logger `erasure`) for each loaded patch that the new one clearly overlaps with; return those.
 
-    Only logged, not raised: to stack patches that overlap is allowed, and may be meant.
+    It is logged and not raised, because stacking patches that overlap is allowed and may be intended.
     """
-    found = [
+    overlaps = [
         row
         for other, one in loaded.items()
         if set(one.components) & set(patch.components)
         for row in conflicts({other: one, name: patch})
         if row.notable
     ]
-    for row in found:
+    for row in overlaps:
         LOG.warning("%s. `erasure patch conflicts` and `erasure patch merge` help to choose strengths", row.text())
-    return found
+    return overlaps
 
 
 def _named(patches: Iterable[Patch]) -> dict[str, Patch]:

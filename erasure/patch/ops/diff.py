@@ -1,4 +1,4 @@
-"""The weights of a checkpoint by component and name, read one at a time; and the patch that leads to another."""
+"""Compare two checkpoints, reading one weight at a time, and return the patch that turns one into the other."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ STEMS = ("diffusion_pytorch_model", "model")  # of the files of diffusers and of
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's weights: of a diffusers folder nothing is in memory but what is asked for.
+    """The weights of a checkpoint; those of a diffusers folder are read only when they are needed.
 
     Args:
-        name: as the user gave it.
-        parts: component -> parameter name -> what reads it.
+        name: the name that the user gave.
+        parts: component -> parameter name -> a function that reads the parameter.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: Any) -> Checkpoint:
-        """The weights of a checkpoint's name, folder, file or pipeline, as they are now, patches included.
+        """Open the weights of a checkpoint (name, folder, file or pipeline) in their present state, with its patches.
 
         Raises:
-            ErasureError: there is no such model, or a folder without safetensors.
+            ErasureError: there is no such model, or its folder holds no safetensors files.
         """
         if isinstance(model, str | os.PathLike):
             name, where = os.fspath(model), Path(resolve(model))
             if where.is_dir():
-                found = {part: dict(_folder(where / part)) for part in COMPONENTS if (where / part).is_dir()}
-                return cls(name, found)
+                parts = {part: dict(_folder(where / part)) for part in COMPONENTS if (where / part).is_dir()}
+                return cls(name, parts)
             model = Base.load(name, device="cpu")
         base = Base.of(model) if not hasattr(model, "unet") else model
         pipe = getattr(base, "pipe", base)
@@ -60,22 +60,22 @@ class Checkpoint:
 
     @staticmethod
     def is_near(name: str) -> bool:
-        """Whether a checkpoint's name can be opened without loading it or asking a network."""
+        """Tell whether a checkpoint can be opened by its name without loading it and without a network."""
         return name in presets.bundled() or (bool(name) and (Path(name).expanduser() / "model_index.json").is_file())
 
     def fingerprint(self, component: str, names: Iterable[str]) -> str:
-        """As `erasure.patch.fingerprint`, of these weights.
+        """Return the `erasure.patch.fingerprint` of some of these weights.
 
         Raises:
-            ErasureError: a name that is not there.
+            ErasureError: the checkpoint has no parameter of that name.
         """
         return fingerprint_tensors({name: self.read(component, name) for name in names})
 
     def read(self, component: str, name: str) -> Tensor:
-        """One parameter, in its own dtype.
+        """Read one parameter, in its own data type.
 
         Raises:
-            ErasureError: it is not there.
+            ErasureError: the checkpoint has no such parameter.
         """
         part = self.parts.get(component)
         if part is None or name not in part:
@@ -96,25 +96,25 @@ def _folder(folder: Path) -> Iterator[tuple[str, Read]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that make up one component: whole, in shards, or the one variant there is.
+    """List the safetensors files that make up one component: a single file, shards, or the only variant.
 
     Raises:
-        ErasureError: none, or several variants and no plain one.
+        ErasureError: there are no such files, or several variants and none without a name.
     """
     for stem in STEMS:
         if (whole := folder / f"{stem}.safetensors").is_file():
             return [whole]
         if (index := folder / f"{stem}.safetensors.index.json").is_file():
             return _shards(index)
-    found = sorted(file for stem in STEMS for file in folder.glob(f"{stem}.*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found)
+    files = sorted(file for stem in STEMS for file in folder.glob(f"{stem}.*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
         raise ErasureError(
             f"{folder}: several variants and none without a name: {names}"
-            if found
+            if files
             else f"{folder} holds no safetensors; pickles are not opened. Save it again with safe_serialization=True"
         )
-    return found
+    return files
 
 
 def _shards(index: Path) -> list[Path]:
@@ -139,21 +139,21 @@ def _cpu(parameter: nn.Parameter) -> Tensor:
 def diff(
     base: Any, other: Any, concepts: Sequence[Any], *, components: Sequence[str] | None = None, method: str = "diff"
 ) -> Patch:
-    """The patch that leads from one checkpoint to another: the differences of the tensors that changed.
+    """Return the patch that turns one checkpoint into another: the differences of the tensors that changed.
 
-    Of two diffusers folders, two tensors are in memory at a time, and the changes found. Checkpoints of different
-    precision are compared in the lower one: a cast alone is no change.
+    For two diffusers folders, two tensors and the changes so far are in memory at a time. Checkpoints of different
+    precision are compared in the lower one, so that a cast alone is not a change.
 
     Args:
-        base: what it leads from: a checkpoint's name, folder or pipeline.
-        other: what it leads to; patches that are folded into a pipeline count.
-        concepts: what `other` has forgotten, for the header: names or JSON objects.
-        components: which to compare; None: all that both may have.
-        method: what made `other`, if that is known.
+        base: the checkpoint to start from: a name, folder or pipeline.
+        other: the checkpoint to arrive at; patches that are folded into a pipeline count.
+        concepts: the concepts that `other` has forgotten, for the header: names or JSON objects.
+        components: the components to compare; None means all that both can have.
+        method: the method that made `other`, if it is known.
 
     Raises:
-        ErasureError: a checkpoint that cannot be read, a component or tensor that one of them lacks, shapes that
-            differ, values that are not finite, no difference at all.
+        ErasureError: a checkpoint that cannot be read, a component or tensor that one of them lacks, different
+            shapes, values that are not finite, or no difference at all.
     """
     for component in components or ():
         if component not in COMPONENTS:

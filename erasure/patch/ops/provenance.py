@@ -1,4 +1,4 @@
-"""Where a derived patch comes from: its parents, and the base they share."""
+"""The provenance of a derived patch: its parents, and the base that they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Part = tuple[Patch, float]
 
 
 def history(operation: str, parts: Sequence[Part], **details: Any) -> dict[str, Any]:
-    """The config of a derived patch: the operation, and its parents with the settings that made them."""
+    """Return the config of a derived patch: the operation, and its parents with their own settings."""
     parents = [
         {
             "method": patch.method,
@@ -31,17 +31,18 @@ def history(operation: str, parts: Sequence[Part], **details: Any) -> dict[str, 
 
 
 def say(patch: Patch) -> str:
-    """A patch, for a message."""
+    """Name a patch for a message: its concepts and its method."""
     return f"{'+'.join(patch.names)!r} ({patch.method})"
 
 
 def fingerprints(patches: Sequence[Patch], payload: LowRank | Delta, base: Any, force: bool) -> dict[str, str]:
-    """Component -> fingerprint of the base tensors that `payload`, made from `patches`, touches.
+    """Return, by component, the fingerprint of the base tensors that `payload`, made from `patches`, changes.
 
-    Where the payload touches the very parameters that each patch touches, theirs is it; else it is taken from the base.
+    Where the payload changes exactly the parameters that each patch changes, it is theirs; otherwise it is computed
+    from the base.
 
     Raises:
-        ErasureError: the patches were made from different bases, or do not say from which.
+        ErasureError: the patches were made from different bases, or do not record their base.
     """
     prints = {}
     checkpoint: Checkpoint | None = None

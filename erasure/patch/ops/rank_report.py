@@ -1,4 +1,4 @@
-"""Size against accuracy: what each rank of a smaller patch would take and lose, as figures and as a chart."""
+"""Report the size and the error of a patch at each smaller rank, as figures and as a chart."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ WIDTH, HEIGHT, EDGE = 720, 400, 60  # of the chart, in pixels
 
 @dataclass(frozen=True)
 class Sizes:
-    """Size against accuracy.
+    """The size and the error of a patch at each rank.
 
     Args:
-        now: kind and bytes of the patch as it is (of its tensors, in `dtype`).
-        dtype: of the tensors whose bytes are counted.
-        rows: for each rank its bytes, relative error in total, and the layer that suffers most.
+        now: kind and bytes of the present patch (of its tensors, in `dtype`).
+        dtype: data type of the tensors whose bytes are counted.
+        rows: for each rank its bytes, its total relative error, and the layer with the largest error.
     """
 
     now: dict[str, Any]
@@ -32,11 +32,11 @@ class Sizes:
     rows: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the report as plain data."""
         return {"now": self.now, "dtype": self.dtype, "rows": self.rows}
 
     def text(self) -> str:
-        """A table."""
+        """Return the report as a table for people."""
         lines = [f"now: {self.now['kind']}, {self.now['bytes']:,} bytes in {self.dtype}"]
         lines.append(f"{'rank':>6} {'bytes':>14} {'of now':>7} {'error':>8}  worst layer")
         for row in self.rows:
@@ -46,10 +46,10 @@ class Sizes:
         return "\n".join(lines)
 
     def chart(self, path: str | os.PathLike[str]) -> Path:
-        """Write a PNG: relative error against bytes, each mark named by its rank; returns the path.
+        """Draw relative error against bytes as a PNG, each mark labelled with its rank, and return its path.
 
         Raises:
-            ErasureError: another suffix than .png, or a path that cannot be written.
+            ErasureError: a suffix other than .png, or a path that cannot be written.
         """
         from PIL import Image, ImageDraw
 
@@ -101,16 +101,16 @@ def _short(count: int) -> str:
 
 
 def sizes(patch: Patch, ranks: Iterable[int] | None = None, *, dtype: str = "fp32", drop: bool = False) -> Sizes:
-    """What each rank would take and lose, without making the patches.
+    """Compute the size and the error at each rank, without making the patches.
 
     Args:
-        patch: low-rank or differences.
-        ranks: which to try; None: 1, 2, 4 .. up to the full rank.
-        dtype: of the tensors whose bytes are counted.
+        patch: a low-rank patch or one of differences.
+        ranks: the ranks to report; None means 1, 2, 4 .. up to the full rank.
+        dtype: data type of the tensors whose bytes are counted.
         drop: as in `resize`.
 
     Raises:
-        ErasureError: a rank out of range, an unknown dtype, parameters that are no matrices.
+        ErasureError: a rank out of range, an unknown dtype, or parameters that are not matrices.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

@@ -1,4 +1,4 @@
-"""Smaller patches: the best change of a given rank in each layer, and what that costs in accuracy.
+"""Resize patches: find the best change of a given rank in each layer, and its loss of accuracy.
 
 With W = U S V' the change of a layer as a matrix [out, in], the nearest of rank r in the least-squares sense keeps the
 r largest singular values (Eckart and Young 1936). U comes from the eigenvectors of the smaller Gram matrix in float64,
@@ -31,13 +31,13 @@ Label = tuple[str, str]  # component, parameter name
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One layer's change, taken apart.
+    """The singular value decomposition of one layer's change.
 
     Args:
-        outer: [out, k] orthonormal columns in front of `core`, or None where `core` is the change itself.
-        core: [a, b].
-        basis: orthonormal columns of the smaller side of `core`, largest singular value first.
-        values: singular values, falling, of the length of the smaller side.
+        outer: orthonormal columns [out, k] in front of `core`, or None where `core` is the change itself.
+        core: the change, or its small core, as a matrix [a, b].
+        basis: orthonormal columns for the smaller side of `core`, with the largest singular value first.
+        values: singular values in falling order, as many as the smaller side has.
     """
 
     outer: Tensor | None
@@ -47,7 +47,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, payload: LowRank | Delta, component: str, name: str) -> Spectrum:
-        """Of one layer, in float64; of low-rank factors, by their small core."""
+        """Decompose the change of one layer in float64; low-rank factors by way of their small core."""
         outer = None
         core = payload.change(component, name).double().flatten(1)
         if isinstance(payload, LowRank):
@@ -60,17 +60,17 @@ class Spectrum:
         return cls(outer, core, basis.flip(1), values.flip(0).clamp(min=0).sqrt())
 
     def rank(self, energy: float) -> int:
-        """The smallest rank that keeps this share of the squared singular values."""
+        """Return the smallest rank that keeps this share of the squared singular values."""
         kept = self.values.square().cumsum(0)
         found = torch.searchsorted(kept, energy * kept[-1])
         return min(int(found) + 1, len(kept)) if kept[-1] else 1
 
     def lost(self, rank: int) -> float:
-        """Squared norm of what a rank leaves out."""
+        """Return the squared norm of what a rank leaves out."""
         return float(self.values[rank:].square().sum())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """down [rank, in h w] and up [out, rank], of like size row by column."""
+        """Return down [rank, in h w] and up [out, rank], balanced so that both are of similar size."""
         basis = self.basis[:, :rank]
         wide = self.core.shape[0] <= self.core.shape[1]
         down, up = (basis.T @ self.core, basis) if wide else (basis.T, self.core @ basis)
@@ -89,19 +89,19 @@ def resize(
     base: Any = None,
     force: bool = False,
 ) -> Patch:
-    """The patch with at most `rank` in each layer, or with the rank that keeps `energy` of its squared change.
+    """Return the patch with at most `rank` in each layer, or with the rank that keeps `energy` of its squared change.
 
-    The relative error |resized - patch| / |patch| of each layer and of all together goes into the header's config.
+    The relative error |resized - patch| / |patch| of each layer and of all together is stored in the header's config.
 
     Args:
-        patch: low-rank or differences; the result is low-rank, behind the same gate.
-        rank: the new rank, at most the highest that a layer has; smaller layers keep all of theirs.
-        energy: share of each layer's squared norm to keep, above 0, at most 1.
+        patch: a low-rank patch or one of differences; the result is low-rank and has the same gate.
+        rank: the new rank, at most the highest that a layer has; layers of a smaller rank keep it.
+        energy: share of each layer's squared norm to keep, above 0 and at most 1.
         drop: leave out what low-rank terms cannot change (biases, norms, embeddings); it counts as error.
         base, force: as for `merge`; the base is read only where something was left out.
 
     Raises:
-        ErasureError: both or neither of rank and energy, one out of range, or parameters that are no matrices.
+        ErasureError: both or neither of rank and energy, one out of range, or parameters that are not matrices.
     """
     if (rank is None) == (energy is None):
         raise ErasureError("give either rank or energy")
@@ -134,7 +134,7 @@ def resize(
 
 
 def full_rank(payload: LowRank | Delta, component: str, name: str) -> int:
-    """The highest rank that a layer's change can have."""
+    """Return the highest rank that the change of a layer can have."""
     shape = payload.shape(component, name)
     limit = min(shape[0], math.prod(shape[1:]))
     if isinstance(payload, LowRank):
@@ -143,16 +143,16 @@ def full_rank(payload: LowRank | Delta, component: str, name: str) -> int:
 
 
 def check_rank(rank: Any, limit: int) -> None:
-    """Raise an ErasureError at what is no rank from 1 to `limit`."""
+    """Raise an ErasureError unless `rank` is a whole number from 1 to `limit`."""
     if type(rank) is not int or not 1 <= rank <= limit:
         raise ErasureError(f"rank is a whole number from 1 to {limit}, the full rank of the patch, not {rank!r}")
 
 
 def matrices(patch: Patch, drop: bool) -> tuple[list[Label], list[Label]]:
-    """The parameters that low-rank terms can change, and the others.
+    """Split the parameters into those that low-rank terms can change and the others.
 
     Raises:
-        ErasureError: there are others and `drop` is off, or nothing else.
+        ErasureError: there are others and `drop` is off, or there are only others.
     """
     payload = patch.payload
     labels = [(component, name) for component in payload.components for name in payload.names(component)]
@@ -175,7 +175,7 @@ def _is_matrix(shape: tuple[int, ...], name: str) -> bool:
 def _errors(
     before: LowRank | Delta, after: LowRank, labels: Sequence[Label], dropped: Sequence[Label]
 ) -> tuple[float, dict[str, float]]:
-    """Relative error of all together, and by layer, of the fp32 factors as they are."""
+    """Return the relative error of the fp32 factors, of all layers together and of each."""
     errors, lost, total = {}, 0.0, 0.0
     for label in labels:
         exact = before.change(*label).double()
