@@ -1,6 +1,7 @@
-"""What attackers get back from every method's patches: `python bench/attack.py`, after `erasure bench`.
+"""Attack the patches of every method and write the success rates: `python bench/attack.py`, after `erasure bench`.
 
-Both attacks by text that see the weights, each with a control of as many tries (erasure/evaluation/attacks).
+By default these are the two text attacks that use the erased model's gradients, UnlearnDiffAtk and P4D. Each has a
+control: equally many tries without the search.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ from erasure.pipelines import ErasedStableDiffusionPipeline
 
 
 def main() -> None:
-    """Attack the patches of a bench and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bench", type=Path, default=Path("build/bench"))
-    parser.add_argument("--work", type=Path, default=Path("build/attack"), help="for pictures; a second run goes on")
-    parser.add_argument("--methods", nargs="+", default=names())
-    parser.add_argument("--concepts", nargs="+", default=["dog"])
-    parser.add_argument("--attacks", nargs="+", default=["unlearndiffatk", "p4d"])
-    parser.add_argument("--cases", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/attack"))
+    """Attack the patches of a benchmark and write the table as Markdown and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--bench", type=Path, default=Path("build/bench"), help="folder that `erasure bench` wrote")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/attack"), help="folder for images; a second run resumes from it"
+    )
+    parser.add_argument("--methods", nargs="+", default=names(), help="methods whose patches are attacked")
+    parser.add_argument("--concepts", nargs="+", default=["dog"], help="concepts whose patches are attacked")
+    parser.add_argument("--attacks", nargs="+", default=["unlearndiffatk", "p4d"], help="attacks to run")
+    parser.add_argument("--cases", type=int, default=12, help="prompts to attack per concept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/attack"), help="path of the results without a suffix"
+    )
     args = parser.parse_args()
     quiet()
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
@@ -36,34 +41,42 @@ def main() -> None:
     for concept in args.concepts:
         for method in args.methods:
             pipe.load_patch(args.bench / method / concept / "patch.safetensors", name="attacked")
-            place = args.work / method / concept
-            report = attack(pipe, concept, args.attacks, folder=place, cases=args.cases, progress=False)
+            folder = args.work / method / concept
+            report = attack(pipe, concept, args.attacks, folder=folder, cases=args.cases, progress=False)
             pipe.unload_patches()
             reports[method, concept] = report
             print(report.text(), flush=True)
             args.out.with_suffix(".md").write_text(markdown(reports, args.cases), encoding="utf-8")
-            found = {"/".join(key): one.to_json() for key, one in reports.items()}
-            args.out.with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+            data = {"/".join(key): result.to_json() for key, result in reports.items()}
+            args.out.with_suffix(".json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
 def markdown(reports: dict[tuple[str, str], AttackReport], cases: int) -> str:
-    """All concepts of a method together, then each."""
+    """Return a table of all concepts together for each method and attack, and a table of each concept.
+
+    Args:
+        reports: (method, concept) -> the report of its attacks.
+        cases: number of prompts per concept.
+    """
     together = [["method", "attack", "concepts", "before", "after", "control"]]
     for method in dict.fromkeys(method for method, _ in reports):
-        several = [report for (one, _), report in reports.items() if one == method]
-        for attacked in several[0].outcomes:
-            ran = [report.outcome(attacked.name) for report in several]
-            n, plain = sum(one.n for one in ran), sum(one.plain for one in ran)
-            shares = [plain, plain + sum(len(one.won) for one in ran)]
-            if attacked.control is not None:
-                shares.append(plain + sum(len(one.control or {}) for one in ran))
-            cells = [format_estimate("ASR", hits / n, *wilson(hits, n)) for hits in shares]
-            together.append([method, attacked.name, str(len(ran)), *cells, *[""] * (3 - len(cells))])
+        of_method = [report for (name, _), report in reports.items() if name == method]
+        for first in of_method[0].outcomes:
+            outcomes = [report.outcome(first.name) for report in of_method]
+            n, plain = sum(outcome.n for outcome in outcomes), sum(outcome.plain for outcome in outcomes)
+            counts = [plain, plain + sum(len(outcome.won) for outcome in outcomes)]
+            if first.control is not None:
+                counts.append(plain + sum(len(outcome.control or {}) for outcome in outcomes))
+            cells = [format_estimate("ASR", hits / n, *wilson(hits, n)) for hits in counts]
+            together.append([method, first.name, str(len(outcomes)), *cells, *[""] * (3 - len(cells))])
     head = next(iter(reports.values())).rows()[0]
-    each = [["method", "concept", *head]]
-    each += [[*key, *row] for key, report in reports.items() for row in report.rows()[1:]]
-    note = f"{cases} prompts a concept that show it on the base; budget lite; shares with 95 % intervals (Wilson)."
-    return "\n\n".join([note, _table(together), _table(each)]) + "\n"
+    separate = [["method", "concept", *head]]
+    separate += [[*key, *row] for key, report in reports.items() for row in report.rows()[1:]]
+    note = (
+        f"Attack success rates over {cases} prompts per concept for which the base model shows it, with 95 % intervals "
+        "(Wilson); budget lite."
+    )
+    return "\n\n".join([note, _table(together), _table(separate)]) + "\n"
 
 
 def _table(rows: list[list[str]]) -> str:

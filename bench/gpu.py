@@ -1,9 +1,11 @@
-"""What training and generation cost on a GPU: `python bench/gpu.py`, on Stable Diffusion 1's true shapes.
+"""Measure time and memory of training and generation on a GPU, with the shapes of Stable Diffusion 1.
 
-The weights are random: time and memory do not depend on them. Every method trains a few steps in the project's loop
-as it is by default, once more with gradient checkpointing, and as published (`parity=True`: no pools). Then pictures
-are drawn with patches and without. Nothing is downloaded. `--tiny` goes through the same on a small UNet, on any
-machine; only what a GPU measured is written to bench/results.
+The weights are random, since time and memory do not depend on them, and nothing is downloaded. Every method trains a
+few steps in this project's loop, with the default settings, with gradient checkpointing, and as published
+(`parity=True`: without pools of trajectories). Then images are generated with and without patches. `--tiny` does the
+same with a small UNet on any machine. Only results from a GPU are written to bench/results.
+
+    python bench/gpu.py
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from erasure.training.loop import train
 from erasure.training.run import Run
 
 CONCEPT = Concept("cat", anchor="dog")
-# The published loops: what only their preparation takes is cut, and the warm-up, which would leave the attack out.
+# Settings that shorten the published loops: less preparation, and no warm-up, which would leave out the attack.
 CUT: dict[str, dict[str, Any]] = {
     "salun": {"forget_count": 8, "retain_count": 8, "sample_steps": 2},
     "advunlearn": {"warm_up": 0},
 }
-POOLS = {"trajectories": 2, "sample_steps": 5}  # PNDM takes no fewer
+POOLS = {"trajectories": 2, "sample_steps": 5}  # PNDM needs at least 5 steps
 DRAWN = {"forget_count": 2, "retain_count": 2, "sample_steps": 2}
 ADVERSARY = {"warm_up": 0, "retain_trajectories": 2, "retain_sample_steps": 2, "attack_steps": 2}
 TINY: dict[str, dict[str, Any]] = {
@@ -48,15 +50,21 @@ TINY: dict[str, dict[str, Any]] = {
     "advunlearn": {**POOLS, **ADVERSARY, "batch_size": 2, "retain_batch_size": 2},
 }
 PROMPTS = ["cat", "a dog", "a painting of a house", "blueprint of a car"]
-TARGETS = {"folded": 1.03, "gated": 1.10}
+TARGETS = {"folded": 1.03, "gated": 1.10}  # largest allowed time, relative to no patch
 
 
 def pipeline(device: str, *, tiny: bool = False, weights: bool = True) -> Any:
-    """Stable Diffusion 1 with random weights and no autoencoder; the UNet without weights lies on `meta`."""
+    """Build Stable Diffusion 1 with random weights and without an autoencoder.
+
+    Args:
+        device: device of the networks.
+        tiny: use a small UNet and a small text encoder.
+        weights: allocate the UNet's weights; otherwise it is on the `meta` device.
+    """
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    # The configuration of runwayml/stable-diffusion-v1-5; what is not named is diffusers' default.
+    # The configuration of runwayml/stable-diffusion-v1-5; other values are the defaults of diffusers.
     shapes: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
     text: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072}
     text |= {"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77}
@@ -90,14 +98,14 @@ def pipeline(device: str, *, tiny: bool = False, weights: bool = True) -> Any:
 
 
 class Timed(Run):
-    """A run that looks at the clock and the memory after every step."""
+    """A run that records the time after every step, and the peak memory of the preparation."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(progress=False, **options)
         self.times: list[float] = []
 
     def watch(self, step: int, terms: dict[str, torch.Tensor], rate: float) -> None:
-        """Note the time; the first step's memory is that of the preparation."""
+        """Record the time; after the first step, also the peak memory so far, which includes the preparation."""
         self.times.append(now())
         if step == 1 and torch.cuda.is_available():
             self.prepared = torch.cuda.max_memory_allocated()
@@ -105,14 +113,14 @@ class Timed(Run):
 
 
 def now() -> float:
-    """Seconds, when the GPU has done what it was given."""
+    """Return the clock in seconds after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def clean() -> None:
-    """Free what the last run held."""
+    """Free the memory of the previous run and reset the peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -120,7 +128,15 @@ def clean() -> None:
 
 
 def steps_of(pipe: Any, method: str, steps: int, computing: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """Seconds of the preparation and of a step (the first left out), peak memory, and what the plan said of it."""
+    """Train a few steps and return their time and peak memory, with the peak memory that `plan` forecasts.
+
+    Args:
+        pipe: the base model.
+        method: name of the method.
+        steps: number of timed steps; one more, the first, is not timed.
+        computing: precision and other options of `Computing`.
+        settings: settings of the method.
+    """
     built = configured(method, [CONCEPT], settings)
     short = dataclasses.replace(built, iterations=steps + 1)
     gpu = pipe.device.type == "cuda"
@@ -128,12 +144,12 @@ def steps_of(pipe: Any, method: str, steps: int, computing: dict[str, Any], **se
     clean()
     base = Base.of(pipe)
     with Engine(base, Computing(**computing)) as engine:
-        run, begun = Timed(engine=engine), now()
+        run, started = Timed(engine=engine), now()
         state = train(short, base, [CONCEPT], run)
         state.adapter.remove()
     step = (run.times[-1] - run.times[0]) / steps
     row = {
-        "prepare_seconds": run.times[0] - begun - step,
+        "prepare_seconds": run.times[0] - started - step,
         "step_seconds": step,
         "iterations": built.iterations,
         "batch_size": built.batch_size,
@@ -146,7 +162,7 @@ def steps_of(pipe: Any, method: str, steps: int, computing: dict[str, Any], **se
 
 
 def fitting(*args: Any, **settings: Any) -> dict[str, Any] | None:
-    """`steps_of`, or None where the card's memory is too small: the other rows are measured all the same."""
+    """Call `steps_of`, and return None if the GPU runs out of memory, so that the other rows are still measured."""
     try:
         return steps_of(*args, **settings)
     except torch.cuda.OutOfMemoryError:
@@ -155,12 +171,20 @@ def fitting(*args: Any, **settings: Any) -> dict[str, Any] | None:
 
 
 def training(pipe: Any, method: str, steps: int, computing: dict[str, Any], small: dict[str, Any]) -> dict[str, Any]:
-    """A method in three ways."""
+    """Measure a method with the default settings, with gradient checkpointing, and as published.
+
+    Args:
+        pipe: the base model.
+        method: name of the method.
+        steps: number of timed steps.
+        computing: precision and other options of `Computing`.
+        small: settings for the tiny model; empty for the true shapes.
+    """
     lean = {**computing, "gradient_checkpointing": True}
     own = {key: value for key, value in small.items() if key not in CUT.get(method, {})} if small else {}
     published = {"parity": True, **CUT.get(method, {}), **own}
     if method == "advunlearn" and not small:
-        steps = 1  # some two thousand forwards
+        steps = 1  # one step takes about two thousand forward passes
     return {
         "ours": fitting(pipe, method, max(steps, 2), computing, **small),
         "lean": fitting(pipe, method, max(steps, 2), lean, **small),
@@ -169,67 +193,75 @@ def training(pipe: Any, method: str, steps: int, computing: dict[str, Any], smal
 
 
 def images_a_second(pipe: Any, rounds: int, sampling: int, dtype: torch.dtype) -> dict[str, float]:
-    """Latents a second: no patch, one that is folded into the weights, one whose gate differs from prompt to prompt.
+    """Return the latents generated per second without a patch, with a folded patch and with a gated patch.
 
-    The three take turns, so that a clock that changes on the way meets all of them.
+    The gate acts differently from prompt to prompt. The three take turns, so that a change of the GPU's clock rate
+    affects all of them.
+
+    Args:
+        pipe: the base model.
+        rounds: number of timed calls for each of the three; one more is not timed.
+        sampling: number of sampling steps.
+        dtype: precision of the networks.
     """
     quick: dict[str, Any] = {"iterations": 2, "trajectories": 1, "sample_steps": 2, "progress": False}
     patch = erase(pipe, CONCEPT, "spm", **quick, gate_threshold=0.0)
     patches = {"unpatched": None, "folded": dataclasses.replace(patch, gate={"kind": "always"}), "gated": patch}
     pipe.to(dtype=dtype)
     spent = dict.fromkeys(patches, 0.0)
-    for turn in range(rounds + 1):  # the first warms up
-        for name, one in patches.items():
+    for turn in range(rounds + 1):  # the first round is a warm-up
+        for name, loaded in patches.items():
             pipe.unload_patches()
-            if one is not None:
-                pipe.load_patch(one, force=True)  # cast to half precision, it is another base by its numbers
-            begun = now()
+            if loaded is not None:
+                pipe.load_patch(loaded, force=True)  # the base in half precision has another fingerprint
+            started = now()
             pipe(PROMPTS, num_inference_steps=sampling, output_type="latent")
-            spent[name] += (now() - begun) if turn else 0.0
+            spent[name] += (now() - started) if turn else 0.0
     pipe.unload_patches()
     return {name: rounds * len(PROMPTS) / seconds for name, seconds in spent.items()}
 
 
-def page(found: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def page(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
     lines = [
-        f"{found['model']} on {found['card']}, torch {found['torch']}, {found['precision']}. Random weights; seconds "
-        "of a step, peak memory (GB: 10^9 bytes), seconds of a whole run of so many steps with what comes before it.",
+        f"{results['model']} on {results['card']}, torch {results['torch']}, {results['precision']}. The weights are "
+        "random. Seconds per step; seconds per run, for all steps and the preparation; peak memory in GB (10^9 bytes), "
+        "measured and as `erasure plan` forecasts it.",
         "",
-        "| method | loop | batch | s a step | steps | s a run | peak GB | planned GB |",
+        "| method | loop | batch | s per step | steps | s per run | peak GB | forecast GB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ways = {"ours": "ours", "lean": "ours, gradient checkpointing", "published": "published"}
-    for method, rows in found["training"].items():
-        for way, row in rows.items():
+    loops = {"ours": "default", "lean": "default, gradient checkpointing", "published": "published"}
+    for method, rows in results["training"].items():
+        for loop, row in rows.items():
             if row is None:
-                lines.append(f"| {method} | {ways[way]} | out of memory | | | | | |")
+                lines.append(f"| {method} | {loops[loop]} | out of memory | | | | | |")
                 continue
             peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "not measured"
             lines.append(
-                f"| {method} | {ways[way]} | {row['batch_size']} | {row['step_seconds']:.3f} | {row['iterations']} "
+                f"| {method} | {loops[loop]} | {row['batch_size']} | {row['step_seconds']:.3f} | {row['iterations']} "
                 f"| {row['whole_seconds']:,.0f} | {peak} | {row['forecast_bytes'] / 1e9:.1f} |"
             )
-    if drawn := found.get("images"):
-        lines += ["", "| pipeline | images a second | times the unpatched | target |", "|---|---|---|---|"]
-        for name, rate in drawn.items():
+    if rates := results.get("images"):
+        lines += ["", "| pipeline | images per second | time relative to unpatched | target |", "|---|---|---|---|"]
+        for name, rate in rates.items():
             target = f"at most {TARGETS[name]:.2f}" if name in TARGETS else ""
-            lines.append(f"| {name} | {rate:.3f} | {drawn['unpatched'] / rate:.3f} | {target} |")
+            lines.append(f"| {name} | {rate:.3f} | {rates['unpatched'] / rate:.3f} | {target} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and write the table, after every method."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=names())
-    parser.add_argument("--steps", type=int, default=4, help="timed ones")
-    parser.add_argument("--rounds", type=int, default=5, help="of drawing")
-    parser.add_argument("--sampling", type=int, default=20, help="steps of the sampler")
-    parser.add_argument("--precision", help="default: bf16 on a GPU that has it")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path)
+    """Measure every method, and write the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=names(), help="methods to measure (default: all)")
+    parser.add_argument("--steps", type=int, default=4, help="timed training steps (default: 4)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each pipeline (default: 5)")
+    parser.add_argument("--sampling", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--precision", help="precision of training (default: bf16 on a GPU that supports it)")
+    parser.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet")
+    parser.add_argument("--tiny", action="store_true", help="use a small UNet")
+    parser.add_argument("--out", type=Path, help="path of the results without a suffix")
     args = parser.parse_args(argv)
     quiet()
     gpu = torch.cuda.is_available()
@@ -238,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     computing = {"precision": args.precision, "channels_last": args.channels_last, "compile": args.compile}
     pipe = pipeline("cuda" if gpu else "cpu", tiny=args.tiny)
     precision = Computing(args.precision).on(pipe.device).precision
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "model": "A tiny UNet" if args.tiny else "Stable Diffusion 1's shapes",
         "card": torch.cuda.get_device_name() if gpu else "a CPU",
         "torch": torch.__version__,
@@ -246,18 +278,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "training": {},
     }
 
-    def keep() -> None:
-        out.with_suffix(".json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        out.with_suffix(".md").write_text(page(found), encoding="utf-8")
+    def save() -> None:
+        out.with_suffix(".json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        out.with_suffix(".md").write_text(page(results), encoding="utf-8")
 
     for method in args.methods:
-        found["training"][method] = training(pipe, method, args.steps, computing, TINY[method] if args.tiny else {})
-        print(method, json.dumps(found["training"][method]), flush=True)
-        keep()
+        results["training"][method] = training(pipe, method, args.steps, computing, TINY[method] if args.tiny else {})
+        print(method, json.dumps(results["training"][method]), flush=True)
+        save()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    found["images"] = images_a_second(pipe, args.rounds, args.sampling, dtype)
-    keep()
-    print(page(found))
+    results["images"] = images_a_second(pipe, args.rounds, args.sampling, dtype)
+    save()
+    print(page(results))
 
 
 if __name__ == "__main__":

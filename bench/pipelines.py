@@ -1,8 +1,8 @@
-"""What patches cost while drawing: time of a call with a patch over the time without, on glyph.
+"""Measure the cost of patches during generation on glyph: the time of a call with a patch, relative to one without.
 
-Calls with and without a patch take turns, and the median of each is compared, so that what else the machine does falls
-on both alike. Patches are random: their size and place make the cost, not what they say. A membrane patch has rank 1
-on every layer of the transformer blocks, as the text-gated method trains it by default.
+Calls with and without a patch take turns and the medians are compared, so that other load on the machine affects both.
+The patches are random, since only their shapes and layers matter for the cost. A patch of variant `transformer` has
+rank 1 on every layer of the transformer blocks, as SPM trains it by default.
 
     python bench/pipelines.py
 """
@@ -33,7 +33,13 @@ NAMED, OTHER = "a cat", "a dog"
 
 
 def random_patch(base: Base, variant: str, gate: dict[str, Any]) -> Patch:
-    """A patch of rank 1 that moves little, on the layers of a variant."""
+    """Build a random patch of rank 1 with a small effect.
+
+    Args:
+        base: the base model.
+        variant: which layers of the UNet it changes, as `Base.targets` takes it.
+        gate: data of the gate.
+    """
     draw = torch.Generator().manual_seed(0)
     layers = {}
     for path, layer in base.targets(variant).items():
@@ -48,13 +54,16 @@ def random_patch(base: Base, variant: str, gate: dict[str, Any]) -> Patch:
 
 @contextmanager
 def deciding(present: bool) -> Iterator[None]:
-    """The latent gate with its decision made: it is made once a prompt, and costs what `erasure plan` says."""
-    with replaced.object(Decider, "present", lambda *given: present):
+    """Fix the decision of the latent gate, so that only the cost after the decision is measured.
+
+    The decision itself is made once per prompt; `erasure plan` reports its cost.
+    """
+    with replaced.object(Decider, "present", lambda *_: present):
         yield
 
 
 def cases(base: Base) -> dict[str, tuple[Patch, list[str], bool]]:
-    """Name -> patch, prompts, what the latent gate decides."""
+    """Return name of a case -> its patch, its prompts, and the decision of the latent gate."""
     text = {"kind": "text", "threshold": 0.99}
     return {
         "folded": (random_patch(base, "transformer", {"kind": "always"}), [NAMED, OTHER], False),
@@ -68,7 +77,7 @@ def cases(base: Base) -> dict[str, tuple[Patch, list[str], bool]]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Seconds of a call: of this process's CPU, which other processes disturb least, or of an accelerator's clock."""
+    """Return the seconds that a call takes: wall-clock time with a GPU, otherwise the CPU time of this process."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     start = clock()
     call()
@@ -78,7 +87,13 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(pipe: Any, case: tuple[Patch, list[str], bool], options: argparse.Namespace) -> dict[str, float]:
-    """Medians without and with the patch, and their ratio."""
+    """Return the median seconds of a call without and with the patch, and their ratio.
+
+    Args:
+        pipe: the base model.
+        case: a case as `cases` returns it.
+        options: steps, images per prompt and turns.
+    """
     patch, prompts, present = case
 
     def draw() -> None:
@@ -91,31 +106,31 @@ def measure(pipe: Any, case: tuple[Patch, list[str], bool], options: argparse.Na
             generator=noise,
         )
 
-    found: dict[bool, list[float]] = {False: [], True: []}
+    times: dict[bool, list[float]] = {False: [], True: []}
     with deciding(present):
         for turn in range(options.turns + 1):
             for loaded in (False, True) if turn % 2 else (True, False):
                 if loaded:
                     pipe.load_patch(patch, force=True)
-                took = seconds(draw)
+                elapsed = seconds(draw)
                 pipe.unload_patches()
-                if turn:  # the first of each warms up
-                    found[loaded].append(took)
-    base, with_patch = (statistics.median(found[loaded]) for loaded in (False, True))
+                if turn:  # the first turn is a warm-up
+                    times[loaded].append(elapsed)
+    base, with_patch = (statistics.median(times[loaded]) for loaded in (False, True))
     return {"base": round(base, 4), "with": round(with_patch, 4), "ratio": round(with_patch / base, 3)}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The page."""
+    """Return the results as Markdown."""
     about = result["about"]
     lines = [
-        "# What patches cost while drawing",
-        f"On glyph, {about['steps']} steps, two prompts, {about['images']} image(s) each; medians of {about['turns']} "
-        f"calls with and without in turn; {about['threads']} thread(s), {about['device']}, torch {about['torch']}; "
-        f"load {about['load before']} before and {about['load after']} after; CPU seconds where there is no "
-        "accelerator. Made by `python bench/pipelines.py`.",
+        "# Cost of patches during generation",
+        f"On glyph with {about['steps']} steps and two prompts with {about['images']} image(s) each. Median seconds of "
+        f"{about['turns']} calls with and without the patch, in turns; CPU time if there is no GPU. "
+        f"{about['threads']} thread(s), {about['device']}, torch {about['torch']}; load {about['load before']} before "
+        f"and {about['load after']} after. Made by `python bench/pipelines.py`.",
         "",
-        "| patch | seconds without | with | ratio | target |",
+        "| patch | seconds without it | seconds with it | ratio | target |",
         "|---|---|---|---|---|",
     ]
     for name, row in result["cases"].items():
@@ -125,7 +140,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
+    """Write a file under a temporary name, then rename it."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -134,10 +149,12 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     """Measure every case and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--images", type=int, default=1, help="per prompt")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps (default: 25)")
+    parser.add_argument("--images", type=int, default=1, help="images per prompt (default: 1)")
+    parser.add_argument("--turns", type=int, default=7, help="timed calls of each kind (default: 7)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
+    )
     options = parser.parse_args()
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

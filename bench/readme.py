@@ -10,9 +10,9 @@ from erasure.formats import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-SHOWN, COSTS = ("UA", "leak", "IRA", "neighbours", "CRA", "H"), ("F", "B")
-FEW = ("UA", "leak", "IRA", "CRA", "H")  # columns of README's table
-GROUPS = ("objects", "styles")  # its rows
+COLUMNS, COSTS = ("UA", "leak", "IRA", "neighbours", "CRA", "H"), ("F", "B")  # of the table in docs/results.md
+README_COLUMNS = ("UA", "leak", "IRA", "CRA", "H")
+README_GROUPS = ("objects", "styles")
 
 
 def section(name: str, number: int) -> str:
@@ -22,18 +22,20 @@ def section(name: str, number: int) -> str:
 
 def summary(table: Table) -> str:
     """Return README's table: the means over objects and over styles, with fewer columns."""
-    head, rule, *rows = table.summary(FEW, COSTS).splitlines()
-    return "\n".join([head, rule, *(row for row in rows if row.startswith(tuple(f"| {group}" for group in GROUPS)))])
+    head, rule, *rows = table.summary(README_COLUMNS, COSTS).splitlines()
+    return "\n".join(
+        [head, rule, *(row for row in rows if row.startswith(tuple(f"| {group}" for group in README_GROUPS)))]
+    )
 
 
 def pages() -> dict[str, dict[str, str]]:
-    """Return for each page the text of its blocks, by name."""
+    """Return path of a page -> name of a block -> the text of the block."""
     methods = Table.from_json(json.loads((RESULTS / "glyph.json").read_text(encoding="utf-8")))
     return {
         "README.md": {"summary": summary(methods)},
         "docs/formats.md": {"formats": matrix()},
         "docs/results.md": {
-            "methods": methods.summary(SHOWN, COSTS),
+            "methods": methods.summary(COLUMNS, COSTS),
             "attacked": section("attack", 1),
             "costs": section("costs", 1),
             "drawing": "\n\n".join([section("pipelines", 0).partition("\n")[2], section("pipelines", 1)]),
@@ -42,21 +44,21 @@ def pages() -> dict[str, dict[str, str]]:
 
 
 def filled(page: str, text: str) -> str:
-    """Return the text of a page with its blocks as the results have them.
+    """Return the text of a page with its blocks filled from the results.
 
     Args:
         page: path from the root of the repository, such as `docs/results.md`.
-        text: what the page holds now.
+        text: the current text of the page.
 
     Raises:
         ValueError: the text lacks a block.
     """
     for name, body in pages()[page].items():
-        head, opened, rest = text.partition(f"<!-- {name} -->\n")
-        _, closed, tail = rest.partition(f"<!-- /{name} -->")
-        if not opened or not closed:
+        head, opening, remainder = text.partition(f"<!-- {name} -->\n")
+        _, closing, tail = remainder.partition(f"<!-- /{name} -->")
+        if not opening or not closing:
             raise ValueError(f"{page} lacks the block {name}")
-        text = f"{head}{opened}{body}\n{closed}{tail}"
+        text = f"{head}{opening}{body}\n{closing}{tail}"
     return text
 
 

@@ -1,8 +1,8 @@
 """Compare the patches of two versions of this project, method by method: `python bench/same_patches.py REVISION`.
 
-Every method's default run on `cat` is made twice, by the code at REVISION and by the code at hand, each in a process of
-its own with one thread. A patch counts as the same where all tensors and all header fields agree bit for bit, except
-for the measured costs (seconds and peak memory).
+Every method erases `cat` with its default settings twice, with the code at REVISION and with the working tree, each
+time in a process of its own with one thread. Two patches are the same if all tensors and header fields are equal bit
+for bit, except for the measured costs (seconds and peak memory).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """List what differs between two patch files: tensors by name, then header fields with both values."""
+    """List the differences between two patch files: names of tensors, then header fields with both values."""
     (old, old_fields), (new, new_fields) = read(before), read(after)
     names = sorted(old.keys() | new.keys())
     wrong = [f"tensor {name}" for name in names if not _same(old.get(name), new.get(name))]
@@ -62,20 +62,22 @@ def differences(before: Path, after: Path) -> list[str]:
     return wrong
 
 
-def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+def _same(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
+    if old is None or new is None or old.dtype != new.dtype or old.shape != new.shape:
         return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return torch.equal(old.reshape(-1).view(torch.uint8), new.reshape(-1).view(torch.uint8))
 
 
 def main() -> int:
-    """Run both versions and print what differs; exit with 1 where anything does."""
+    """Run both versions and print the differences; return 1 if there are any, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision", help="the commit to compare with")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all five")
     parser.add_argument("--concept", default="cat", help="default: cat")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "build" / "same-patches", help="keeps both patches")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=ROOT / "build" / "same-patches", help="folder for both patches"
+    )
     args = parser.parse_args()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", args.revision], cwd=ROOT, check=True, capture_output=True, text=True
