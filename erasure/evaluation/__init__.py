@@ -1,4 +1,4 @@
-"""Evaluation: a pipeline measured over prompt sets by judges, the base beside it."""
+"""Evaluation: draw prompt sets with a pipeline and with its base, judge the images, and report metrics."""
 
 from erasure.evaluation.evaluate import evaluate
 

@@ -1,4 +1,4 @@
-"""`evaluate`: draw the prompts with the patches and without, judge, measure, report."""
+"""Measure what the patches on a pipeline erase and what they keep: draw, judge, compute metrics, write the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.evaluation.judges.judge import Judge
 
-SHOWN = 12  # pairs of each kind in the report
+SHOWN = 12  # image pairs of each kind on the report's page
 
 
 def evaluate(
@@ -53,38 +53,47 @@ def evaluate(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Report:
-    """Measure what the loaded patches erase and what they keep.
+    """Measure what the patches on a pipeline erase and what they keep.
 
-    The base row comes from the same pipeline with every patch at strength 0, from the same seeds; the strengths
-    are put back afterwards. Writes report.json, report.html, grid.png and both runs' images into `folder`; a
-    second call makes only what is missing.
+    The base is the same pipeline with every patch at strength 0, drawn from the same seeds; the strengths are restored
+    afterwards. The report (report.json, report.html, grid.png) and the images of both runs are written to `folder`. A
+    second call draws only what is missing.
 
     Args:
-        pipe: a pipeline with patches loaded (without any, base and patched row agree).
-        concept: what should be gone: labels of the prompt set, or names that the judge knows them by.
-        folder: for everything that is written.
-        prompts: a prompt set with labels, by name, file or value.
-        base_folder: where the base's images lie or go; shared by runs over the same model.
-        limit: at most this many prompts, a third of them the target's, the others spread over all labels.
-        whole: draw the prompt set as it is: nothing is repeated or left out.
-        within: measure from the weights too, without a judge (inside.py).
-        judge: default: glyph's.
-        features: whose features KID and FD are taken over, a judge or its name (`inception`: KID and FID as they are
-            published); default: the judge's own. They must lie on the machine; nothing is fetched.
-        lpips: also measure LPIPS to the base's pictures of the same seed, with this backbone (`alex`, `vgg`, `squeeze`,
-            or BACKBONE:FILE).
-        reference: a folder of pictures; KID and FD of the kept images to them, too.
+        pipe: a pipeline with patches loaded; without patches, base and patched results are equal.
+        concept: what should be erased: labels of the prompt set, or names that the judge knows.
+        folder: folder for everything that is written.
+        prompts: a prompt set with labels, or the name or file of one.
+        base_folder: folder of the base's images, which several runs over the same model can share; default: a folder
+            `base` inside `folder`.
+        limit: largest number of prompts, a third of them for the target, the others spread over all labels; None: no
+            limit.
+        whole: draw the prompt set unchanged, without repeating or leaving out any row.
+        within: add white-box metrics, computed from the weights without a judge (white_box.py).
+        judge: the judge; default: glyph's.
+        features: a judge, or the name of one, whose features KID and FD compare (`inception` for KID and FID as
+            published); default: the judge's own. Its weights must be on this machine; nothing is downloaded.
+        lpips: add LPIPS to the base's image of the same seed, with this backbone (`alex`, `vgg`, `squeeze`, or
+            BACKBONE:FILE).
+        reference: add KID and FD of the kept images to the images in this folder.
+        steps: sampling steps; default: STEPS of generate.py.
+        guidance: guidance scale of rows that set none; default: GUIDANCE of generate.py.
+        batch_size: images per batch on an accelerator.
+        progress: show the progress.
+
+    Returns:
+        The report.
 
     Raises:
-        ErasureError: a concept that the prompt set has no label for, prompts for labels that the judge lacks, a bad
-            prompt set, an unwritable folder.
+        ErasureError: the prompt set is invalid or has no label for the concept, it asks for labels that the judge
+            lacks, or the folder cannot be written.
     """
-    target_folder = Path(folder)
+    report_folder = Path(folder)
     rows = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if judge is None:
         judge = find_judge("glyph")
     target = find_target(concept, rows, judge)
-    beside = ImageDistances.load(judge, features, lpips, reference)
+    distances = ImageDistances.load(judge, features, lpips, reference)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
     options: dict[str, Any] = {
@@ -93,25 +102,28 @@ def evaluate(
         "batch_size": batch_size,
         "progress": progress,
     }
-    base_at = Path(base_folder) if base_folder else target_folder / "base"
-    patched = generate(pipe, chosen, target_folder / "patched", **options)
+    folders = {
+        "base": Path(base_folder) if base_folder else report_folder / "base",
+        "patched": report_folder / "patched",
+    }
+    patched = generate(pipe, chosen, folders["patched"], **options)
     with switched_off(pipe):
-        base = generate(pipe, chosen, base_at, **options)
+        base = generate(pipe, chosen, folders["base"], **options)
     records = {"base": base, "patched": patched}
-    details = _details(pipe, rows, chosen, options)
+    provenance = _provenance(pipe, rows, chosen, options)
 
-    def told() -> Report:
-        more = _within(pipe, concept, target, chosen, details, options) if within else {}
+    def judge_and_report() -> Report:
+        extra = _white_box_metrics(pipe, concept, target, chosen, provenance, options) if within else {}
         notes = [*renamed_labels(concept_names(concept), target), *caveats(rows, chosen, target)]
-        return _judged(beside, target, records, base_at, target_folder, details, more, notes)
+        return _report(distances, target, records, folders, report_folder, provenance, extra, notes)
 
-    # Of several processes that have drawn, one judges and writes.
-    with process_group(on_cpu(pipe)) as us:
-        return us.first(told)
+    # Several processes may have drawn the images; the first one judges them and writes the report.
+    with process_group(on_cpu(pipe)) as group:
+        return group.first(judge_and_report)
 
 
-def _details(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, Any]) -> dict[str, Any]:
-    """What was asked of which model, for the report."""
+def _provenance(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the prompts, patches and sampling settings of a run, for its report."""
     return {
         "prompts": {"name": rows.name, "sha256": rows.sha256, "used": len(chosen.rows)},
         "patches": active_patches(pipe),
@@ -122,52 +134,50 @@ def _details(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, A
     }
 
 
-def _within(
-    pipe: Any, concept: Any, target: Target, chosen: PromptSet, details: dict[str, Any], options: dict[str, Any]
+def _white_box_metrics(
+    pipe: Any, concept: Any, target: Target, chosen: PromptSet, provenance: dict[str, Any], options: dict[str, Any]
 ) -> dict[str, list[Metric]]:
-    """The metrics of inside.py, a row each for the base and the patches."""
+    """Return the white-box metrics of the base and the patched pipeline, and add their cost to the provenance."""
     from erasure.concepts.concept import Concept
     from erasure.evaluation.metrics.white_box import measure_white_box
 
-    one = concept
+    single = concept
     if not isinstance(concept, str | Concept):
         words = presets.vocabulary(name_of(pipe))
-        one = Concept.of(concept[0], words) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
-    kept = [
-        row.prompt for row in order_by_hash(list(chosen.rows)) if row.labels.get(target.domain) not in target.labels
-    ]
+        single = Concept.of(concept[0], words) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
+    others = order_by_hash([row for row in chosen.rows if row.labels.get(target.domain) not in target.labels])
     sampling = {name: options[name] for name in ("steps", "guidance", "batch_size")}
-    found = measure_white_box(pipe, one, kept, **sampling)
-    details["inside"] = {"costs": found.costs.to_json(), "folded": list(found.folded)}
-    base, patched = found.rows()
+    white_box = measure_white_box(pipe, single, [row.prompt for row in others], **sampling)
+    provenance["inside"] = {"costs": white_box.costs.to_json(), "folded": list(white_box.folded)}
+    base, patched = white_box.rows()
     return {"base": base, "patched": patched}
 
 
-def _judged(
-    beside: ImageDistances,
+def _report(
+    distances: ImageDistances,
     target: Target,
     records: dict[str, list[Record]],
-    base_at: Path,
-    folder: Path,
-    details: dict[str, Any],
-    more: dict[str, list[Metric]],
+    folders: dict[str, Path],
+    report_folder: Path,
+    provenance: dict[str, Any],
+    extra: dict[str, list[Metric]],
     notes: list[str],
 ) -> Report:
-    """Judge both runs, measure them and write the report."""
+    """Judge both runs, compute their metrics, and write the report."""
     faults: list[str] = []
-    judge = beside.judge
-    places = {"base": base_at, "patched": folder / "patched"}
-    runs = {name: judge_run(judge, places[name], rows, target, faults) for name, rows in records.items()}
-    others = beside.metrics(runs, places, target)
+    judge = distances.judge
+    runs = {name: judge_run(judge, folders[name], rows, target, faults) for name, rows in records.items()}
+    image_metrics = distances.metrics(runs, folders, target)
+    gates = gate_kinds({name: provenance["loaded"].get(name, {}) for name in provenance["patches"]})
     report = Report(
         concept=target.labels,
         domain=target.domain,
         rows={
             name: [
-                *measure(run, target, runs["base"], beside.feature_source),
+                *measure(run, target, runs["base"], distances.feature_source),
                 *member_metrics(judge, run, target),
-                *others[name],
-                *more.get(name, []),
+                *image_metrics[name],
+                *extra.get(name, []),
             ]
             for name, run in runs.items()
         },
@@ -175,34 +185,34 @@ def _judged(
         paired={head: paired_accuracy(runs, target, head) for head in judge.heads}
         | {"target": paired_erasure(runs, target)},
         provenance={
-            **details,
+            **provenance,
             "judge": {"name": judge.name, **judge.versions()},
-            "distances": beside.provenance,
+            "distances": distances.provenance,
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         },
         faults=faults,
-        missing=beside.missing,
+        missing=distances.missing,
         counts=count_detections(judge, runs, target),
         notes=notes,
-        gates=gate_activity(
-            records["patched"], target, gate_kinds({n: details["loaded"].get(n, {}) for n in details["patches"]})
-        ),
+        gates=gate_activity(records["patched"], target, gates),
     )
     report.notes.extend(judge_misses(judge, report.metric("UA", "base")))
-    shown = _show(runs["patched"], target)
-    for name in ("base", "patched"):
-        tops = {j.record.id: "not judged" if j.verdict is None else j.top_label(target.domain) for j in runs[name]}
+    shown = _shown_records(runs["patched"], target)
+    for name, run in runs.items():
+        tops = {i.record.id: "not judged" if i.verdict is None else i.top_label(target.domain) for i in run}
         report.seen[name] = {record.id: tops[record.id] for record, _ in shown}
-    write_report(report, folder, shown, base_at)
+    write_report(report, report_folder, shown, folders["base"])
     return report
 
 
-def _show(judged: list[JudgedImage], target: Target) -> list[tuple[Record, bool]]:
-    """Records to show, and whether each is a target: the target's least erased first, for those are what counts."""
+def _shown_records(images: list[JudgedImage], target: Target) -> list[tuple[Record, bool]]:
+    """Return the records to show, and whether each asks for the target; the least erased target images come first."""
 
-    def left(j: JudgedImage) -> float:
-        return 1.0 if j.verdict is None else max(j.verdict[target.domain].get(label, 0.0) for label in target.labels)
+    def remaining(image: JudgedImage) -> float:
+        if image.verdict is None:
+            return 1.0
+        return max(image.verdict[target.domain].get(label, 0.0) for label in target.labels)
 
-    hits = sorted((j for j in judged if target.matches(j.record)), key=left, reverse=True)
-    kept = [j for j in judged if not target.matches(j.record)]
-    return [*((j.record, True) for j in hits[:SHOWN]), *((j.record, False) for j in kept[:SHOWN])]
+    hits = sorted((image for image in images if target.matches(image.record)), key=remaining, reverse=True)
+    kept = [image for image in images if not target.matches(image.record)]
+    return [*((image.record, True) for image in hits[:SHOWN]), *((image.record, False) for image in kept[:SHOWN])]

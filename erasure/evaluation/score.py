@@ -1,4 +1,4 @@
-"""Judge the pictures of a run and compare two runs picture by picture."""
+"""Judge the images of a run, and compare two runs image by image."""
 
 from __future__ import annotations
 
@@ -17,91 +17,116 @@ if TYPE_CHECKING:
 
     from erasure.evaluation.judges.judge import Judge
 
-BATCH = 16  # pictures judged at once
+BATCH = 16  # images per batch
 
 
 def judge_run(
     judge: Judge, folder: Path, records: list[Record], target: Target, faults: list[str]
 ) -> list[JudgedImage]:
-    """What the judge says of every picture; a picture it cannot read or judge is kept as a failure.
+    """Judge every image of a run; an image that cannot be read or judged is returned without a verdict.
 
-    All that it said goes to `folder/scores.jsonl`, a line a picture. Only one batch of pictures is in memory.
+    All scores are written to `folder/scores.jsonl`, one line for each image. Only one batch of images is in memory.
+
+    Args:
+        judge: the judge.
+        folder: the folder of the run.
+        records: the records of the run.
+        target: what should be erased.
+        faults: list to which a message is appended for every image that could not be judged.
+
+    Returns:
+        One judged image for each record, in order.
     """
-    found: list[JudgedImage] = []
+    run: list[JudgedImage] = []
     for start in range(0, len(records), BATCH):
-        part = [(record, read_image(folder, record)) for record in records[start : start + BATCH]]
-        for record, image in part:
+        batch = [(record, read_image(folder, record)) for record in records[start : start + BATCH]]
+        for record, image in batch:
             if image is None:
                 faults.append(f"{record.id}: the image is missing or broken")
-        there = [(record, image) for record, image in part if image is not None]
-        judged = {one.record.id: one for one in _batch(judge, there, target, faults)}
-        found += [judged.get(record.id) or JudgedImage(record, None, None) for record, _ in part]
-    lines = (json.dumps({"id": j.record.id, "verdict": j.verdict, "clip": j.clip}) for j in found)
+        readable = [(record, image) for record, image in batch if image is not None]
+        judged = {image.record.id: image for image in _judge_batch(judge, readable, target, faults)}
+        run += [judged.get(record.id) or JudgedImage(record, None, None) for record, _ in batch]
+    lines = (json.dumps({"id": image.record.id, "verdict": image.verdict, "clip": image.clip}) for image in run)
     write_lines(folder / "scores.jsonl", lines)
-    return found
+    return run
 
 
-def _batch(
-    judge: Judge, part: list[tuple[Record, Image.Image]], target: Target, faults: list[str]
+def _judge_batch(
+    judge: Judge, batch: list[tuple[Record, Image.Image]], target: Target, faults: list[str]
 ) -> list[JudgedImage]:
-    """Judge pictures together; where that fails, one by one, to know which it is."""
-    if not part:
+    """Judge images together; if that fails, judge them one by one to find the one that causes the failure."""
+    if not batch:
         return []
-    images = [image for _, image in part]
-    # With the prompt of every picture, and the concept's name and its stand-in where the prompt asks for it.
-    asked = [(i, text) for i, (record, _) in enumerate(part) for text in _texts(record, target)]
+    images = [image for _, image in batch]
+    texts = [(i, text) for i, (record, _) in enumerate(batch) for text in _texts(record, target)]
     try:
-        said, features = verdicts(judge, images), judge.features(images)
-        scores = judge.clip_scores([images[i] for i, _ in asked], [text for _, text in asked])
+        judged, features = verdicts(judge, images), judge.features(images)
+        scores = judge.clip_scores([images[i] for i, _ in texts], [text for _, text in texts])
     except Exception as fault:
-        if len(part) > 1:
-            return [one for each in part for one in _batch(judge, [each], target, faults)]
-        faults.append(f"{part[0][0].id}: {judge.name} failed: {type(fault).__name__}: {fault}")
-        return [JudgedImage(part[0][0], None, None)]
-    by_row: dict[int, list[float | None]] = {}
-    for (i, _), score in zip(asked, scores, strict=True):
-        by_row.setdefault(i, []).append(score)
-    found = []
-    for i, (record, _) in enumerate(part):
-        clip, *others = by_row[i]
-        told = [score for score in others if score is not None] if None not in others else []
-        pair = (told[0], told[1]) if told else None
-        found.append(JudgedImage(record, said[i], clip, features[i], pair, tuple(told[2:])))  # type: ignore[arg-type]
-    return found
+        if len(batch) > 1:
+            return [image for single in batch for image in _judge_batch(judge, [single], target, faults)]
+        faults.append(f"{batch[0][0].id}: {judge.name} failed: {type(fault).__name__}: {fault}")
+        return [JudgedImage(batch[0][0], None, None)]
+    by_image: dict[int, list[float | None]] = {}
+    for (i, _), score in zip(texts, scores, strict=True):
+        by_image.setdefault(i, []).append(score)
+    result = []
+    for i, (record, _) in enumerate(batch):
+        clip, *others = by_image[i]
+        known = [score for score in others if score is not None] if None not in others else []
+        names = (known[0], known[1]) if known else None
+        result.append(JudgedImage(record, judged[i], clip, features[i], names, tuple(known[2:])))  # type: ignore[arg-type]
+    return result
 
 
 def _texts(record: Record, target: Target) -> list[str]:
-    """The prompt; of the concept also its name, its stand-in, and what else the row names."""
-    return [
-        record.prompt,
-        *((*target.name_texts(record), *target.noun_texts(record)) if target.matches(record) else ()),
-    ]
+    """Return the texts to score an image against: its prompt and, for target prompts, name, anchor and other nouns."""
+    if not target.matches(record):
+        return [record.prompt]
+    return [record.prompt, *target.name_texts(record), *target.noun_texts(record)]
 
 
 def paired_accuracy(runs: dict[str, list[JudgedImage]], target: Target, head: str) -> dict[str, float]:
-    """Kept prompts that one of the two rows draws right and the other does not; exact McNemar."""
+    """Count the kept prompts that only one of the two runs draws correctly, with the p-value of McNemar's exact test.
+
+    Args:
+        runs: "base" and "patched" -> judged images of the same prompts.
+        target: what should be erased.
+        head: the head of the judge that decides what is correct.
+
+    Returns:
+        `only_base`, `only_patched` and `p`.
+    """
     before = {
-        j.record.id: j.is_correct(head)
-        for j in runs["base"]
-        if not target.matches(j.record) and j.record.labels.get(head)
+        image.record.id: image.is_correct(head)
+        for image in runs["base"]
+        if not target.matches(image.record) and image.record.labels.get(head)
     }
-    return _apart(before, {j.record.id: j.is_correct(head) for j in runs["patched"] if j.record.id in before})
+    after = {image.record.id: image.is_correct(head) for image in runs["patched"] if image.record.id in before}
+    return _compare(before, after)
 
 
 def paired_erasure(runs: dict[str, list[JudgedImage]], target: Target) -> dict[str, float]:
-    """Target prompts on which only one of the two rows is without the target; exact McNemar.
+    """Count the target prompts for which only one of the two runs is free of the target, with McNemar's exact test.
 
-    As in UA, an image that could not be judged shows it.
+    As in UA, an image that could not be judged counts as showing the target.
+
+    Args:
+        runs: "base" and "patched" -> judged images of the same prompts.
+        target: what should be erased.
+
+    Returns:
+        `only_base`, `only_patched` and `p`.
     """
 
-    def without(name: str) -> dict[str, bool]:
-        rows = [j for j in runs[name] if target.matches(j.record) and j.role not in TARGET_ROLES]
-        return {j.record.id: not target.is_shown(j) for j in rows}
+    def erased(name: str) -> dict[str, bool]:
+        images = [image for image in runs[name] if target.matches(image.record) and image.role not in TARGET_ROLES]
+        return {image.record.id: not target.is_shown(image) for image in images}
 
-    return _apart(without("base"), without("patched"))
+    return _compare(erased("base"), erased("patched"))
 
 
-def _apart(before: dict[str, bool], after: dict[str, bool]) -> dict[str, float]:
-    lost = sum(before[key] and not after[key] for key in after)
-    won = sum(after[key] and not before[key] for key in after)
-    return {"only_base": lost, "only_patched": won, "p": mcnemar(lost, won)}
+def _compare(before: dict[str, bool], after: dict[str, bool]) -> dict[str, float]:
+    only_base = sum(before[key] and not after[key] for key in after)
+    only_patched = sum(after[key] and not before[key] for key in after)
+    return {"only_base": only_base, "only_patched": only_patched, "p": mcnemar(only_base, only_patched)}

@@ -1,4 +1,4 @@
-"""Choose what an evaluation draws: the labels that a concept stands for, and the prompts that are asked."""
+"""Choose what an evaluation draws: the labels that a concept stands for, and the prompts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.evaluation.judges.judge import Judge
 
-TARGET_IMAGES = 36  # of the concept: six images an object would leave an interval of half the scale
+TARGET_IMAGES = 36  # images of the target; with six, the interval would cover half of the scale
+MIN_LIMIT = 6
 
 
 def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judge) -> Target:
-    """The labels of the prompt set that a concept stands for.
+    """Return the labels of the prompt set that a concept stands for.
+
+    Args:
+        concept: a concept, or one or several names that the judge knows.
+        rows: the prompt set.
+        judge: the judge.
 
     Raises:
-        ErasureError: a name that is no label, or names of two domains.
+        ErasureError: the names belong to several heads of the judge, the prompt set has no labels for the head, or
+            none of its rows asks for the concept.
     """
     names = concept_names(concept)
     domains: dict[str, list[str]] = {}
@@ -29,21 +36,22 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
         domains.setdefault(head, []).extend(labels)
     if len(domains) != 1:
         raise ErasureError(
-            f"{', '.join(names)}: one domain at a time, not {' and '.join(domains) or 'none'}; "
+            f"{', '.join(names)}: an evaluation covers one domain at a time, not {' and '.join(domains) or 'none'}; "
             "name one of them as the concept"
         )
     domain, labels = next(iter(domains.items()))
-    there = rows.label_values(domain)
-    if not there:
+    values = rows.label_values(domain)
+    if not values:
         columns = dict.fromkeys(label for row in rows.rows for label in row.labels)
         raise ErasureError(
-            f"prompt set {rows.name!r} has no column {domain!r} that says which {domain} a prompt asks for, as "
-            f"{judge.name} judges {', '.join(judge.heads)}; its other columns: {', '.join(columns) or 'none'}. Where "
-            f"all of it asks for one: --label {domain}={labels[0]}"
+            f"prompt set {rows.name!r} has no column {domain!r} with the {domain} that each prompt asks for. "
+            f"{judge.name} judges {', '.join(judge.heads)}; the columns of labels are "
+            f"{', '.join(columns) or 'none'}. If every prompt asks for the same {domain}, add "
+            f"--label {domain}={labels[0]}"
         )
-    if not set(labels) & set(there):
+    if not set(labels) & set(values):
         raise ErasureError(
-            f"prompt set {rows.name!r} never names {', '.join(labels)}; its {domain}s: {', '.join(there)}"
+            f"prompt set {rows.name!r} has no prompt for {', '.join(labels)}; its {domain}s are {', '.join(values)}"
         )
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
@@ -51,43 +59,56 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
 
 
 def check_labels(rows: PromptSet, judge: Judge) -> None:
-    """Refuses prompts for labels that the judge lacks, for no picture of them could ever be right.
+    """Check that the judge knows every label of the prompts; no image of an unknown label could count as correct.
+
+    Args:
+        rows: the prompt set.
+        judge: the judge.
 
     Raises:
-        ErasureError: naming the labels.
+        ErasureError: the judge does not know some labels; the message names them.
     """
     for head, known in judge.heads.items():
-        strange = [label for label in rows.label_values(head) if label not in known]
-        if strange:
-            shown = ", ".join(strange[:8]) + (" ..." if len(strange) > 8 else "")
+        unknown_labels = [label for label in rows.label_values(head) if label not in known]
+        if unknown_labels:
+            shown = ", ".join(unknown_labels[:8]) + (" ..." if len(unknown_labels) > 8 else "")
             raise ErasureError(
-                f"prompt set {rows.name!r} asks for {shown}, and {judge.name} knows no such {head}: give the judge's "
-                "labels the prompts' names, or leave these rows out (--where)"
+                f"prompt set {rows.name!r} asks for {shown}, but {judge.name} has no such {head}: rename the judge's "
+                "labels to match the prompts, or leave these rows out with --where"
             )
 
 
 def concept_names(concept: Any) -> list[str]:
-    """List the names of a concept, of one name, or of several."""
+    """Return the names of a concept that is given as a `Concept`, as one name, or as a list of names."""
     return [concept] if isinstance(concept, str) else list(getattr(concept, "names", concept))
 
 
 def select_prompts(rows: PromptSet, target: Target, limit: int | None) -> PromptSet:
-    """The rows to draw: the target's, repeated with other seeds up to TARGET_IMAGES, and the others spread evenly.
+    """Choose the prompts to draw: the target's, repeated with other seeds up to TARGET_IMAGES, and a spread of others.
 
-    Deterministic: a row's place depends on its id alone, so that runs over other concepts share the base's images.
+    The choice is deterministic and depends on the ids of the rows alone, so that runs over other concepts share the
+    base's images.
+
+    Args:
+        rows: the prompt set.
+        target: what should be erased.
+        limit: largest number of prompts, of which at most a third ask for the target; None: no limit.
+
+    Raises:
+        ErasureError: the limit is below MIN_LIMIT.
     """
-    if limit is not None and limit < 6:
-        raise ErasureError(f"limit={limit}: at least 6 prompts are needed to measure anything")
-    hits = [row for row in rows.rows if row.labels.get(target.domain) in target.labels]
+    if limit is not None and limit < MIN_LIMIT:
+        raise ErasureError(f"limit={limit}: an evaluation needs at least {MIN_LIMIT} prompts")
+    target_rows = [row for row in rows.rows if row.labels.get(target.domain) in target.labels]
     others = [row for row in rows.rows if row.labels.get(target.domain) not in target.labels]
-    want = TARGET_IMAGES if limit is None else min(TARGET_IMAGES, limit // 3)
-    copies = -(-want // len(hits))
-    repeated = [reseed(row, copy) for copy in range(copies) for row in order_by_hash(hits)][
-        : max(want, len(hits) if limit is None else 0)
+    count = TARGET_IMAGES if limit is None else min(TARGET_IMAGES, limit // 3)
+    copies = -(-count // len(target_rows))
+    repeated = [reseed(row, copy) for copy in range(copies) for row in order_by_hash(target_rows)][
+        : max(count, len(target_rows) if limit is None else 0)
     ]
     by_label: dict[str, list[Prompt]] = {}
     for row in order_by_hash(others):
         by_label.setdefault(row.labels.get(target.domain, ""), []).append(row)
-    turns = [row for turn in range(len(others)) for group in by_label.values() for row in group[turn : turn + 1]]
-    kept = turns if limit is None else turns[: limit - len(repeated)]
+    alternating = [row for turn in range(len(others)) for group in by_label.values() for row in group[turn : turn + 1]]
+    kept = alternating if limit is None else alternating[: limit - len(repeated)]
     return PromptSet(rows.name, [*repeated, *kept])

@@ -1,7 +1,7 @@
-"""Suites: named recipes of what to ask, who judges and how it is drawn (`configs/suites/*.yaml`, or a file).
+"""Suites: named protocols of prompts, judge, sampling and attacks (`configs/suites/*.yaml`, or a file of the user).
 
-A suite is parts, each a prompt set or a template; together they are one prompt set that `evaluate` runs. What cannot
-be had (a file, the network, a judge's model) is said and left out; the rest runs.
+A suite consists of parts, each a prompt set or a template. Together they form one prompt set, which `evaluate` runs.
+Whatever is not available (a file, the network, a judge's model) is reported as missing, and the rest still runs.
 """
 
 from __future__ import annotations
@@ -17,37 +17,40 @@ from typing import TYPE_CHECKING, Any
 from erasure.config import CONFIGS, build, read_yaml
 from erasure.errors import ErasureError, unknown
 from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, TARGET_ROLES
+from erasure.evaluation.text_files import write_text
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
+    from erasure.evaluation.judges.judge import Judge
     from erasure.evaluation.report.report import Report
 
 FOLDER = CONFIGS / "suites"
 ROLES = ("", *TARGET_ROLES, *NEIGHBOUR_ROLES)
-HEADS = ("object", "style", "identity")  # that a suite's judge may be told the labels of
+HEADS = ("object", "style", "identity")  # heads whose labels a suite can pass on to its judge
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a suite: from a prompt set (`prompts`), or from a template.
+    """One part of a suite, whose rows come either from a prompt set (`prompts`) or from a template.
 
-    In `prompts`, `template` and `where`, {concept} is the first concept's name and {data} the folder of the user.
+    In `prompts`, `template` and `where`, {concept} stands for the name of the first concept, and {data} for the user's
+    data folder.
 
     Args:
-        prompts: name, file or hub set; "about": glyph's prompts about the concept, with their roles.
-        where: conditions on the rows.
-        labels: other name of a column -> the judge's head.
-        put: labels for every row.
-        only: concepts that the part is for; none: for all.
-        role: why the rows are asked (metrics.py), one of ROLES.
-        first: only the first so many rows; None: all.
-        limit: at most so many of those, evenly spread; None: all.
-        template: a text with the names of lists of `fill` in braces; every combination is a row.
-        fill: name of a list -> its values, which become labels where the name is a head.
-        seeds: every row of a template with each of them.
-        get: where the file can be had, for the word about what is missing.
+        prompts: name, file or hub source of a prompt set; "about": glyph's prompts about the concepts, with roles.
+        where: conditions that rows must meet.
+        labels: name of a column in the file -> head of the judge.
+        put: labels to add to every row.
+        only: concepts for which the part is used; empty: all.
+        role: role of the rows, one of ROLES (target.py).
+        first: number of rows to take from the beginning; None: all.
+        limit: largest number of those rows, chosen at regular intervals; None: all.
+        template: a text with names of `fill` in braces; every combination of their values becomes a row.
+        fill: name -> its values; names that are heads become labels.
+        seeds: seeds with which every row of a template is repeated.
+        get: where the user can get the file, for the message about a missing part.
     """
 
     prompts: str | None = None
@@ -64,76 +67,85 @@ class Part:
     get: str = ""
 
     def rows(self, name: str, concepts: Sequence[str], data: Path | None) -> list[Prompt]:
-        """The part's rows, ids beginning with its name.
+        """Return the rows of the part, whose ids begin with its name.
+
+        Args:
+            name: name of the part.
+            concepts: names of the concepts.
+            data: the user's data folder, or None.
 
         Raises:
-            ErasureError: what it needs is not there, or a malformed part.
+            ErasureError: a file or the data folder is missing, or the part is malformed.
         """
         if self.only and not set(self.only) & set(concepts):
             return []
-        words = {"concept": concepts[0], "data": "" if data is None else os.fspath(data)}
-        found: Sequence[Prompt]
-        if self.template is not None:
-            found = self._filled(words)
-        elif self.prompts == "about":
-            from erasure.prompts.concept_prompts import concept_prompts
-
-            found = concept_prompts(concepts, self.limit).rows
-        else:
-            source = _put_in(self.prompts or "", words)
-            if "{data}" in (self.prompts or "") and data is None:
-                raise ErasureError(f"{self.prompts}: no --data folder was given")
-            found = PromptSet.read(source).rows
+        values = {"concept": concepts[0], "data": "" if data is None else os.fspath(data)}
+        source_rows = self._source_rows(concepts, values, data)
         rows: Sequence[Prompt] = [
-            replace(row, id=f"{name}-{row.id}", labels=self._labels(row.labels, words)) for row in found
+            replace(row, id=f"{name}-{row.id}", labels=self._with_labels(row.labels, values)) for row in source_rows
         ]
         if self.where:
-            rows = PromptSet(name, rows).where(*(_put_in(text, words) for text in self.where)).rows
+            rows = PromptSet(name, rows).where(*(_substitute(text, values) for text in self.where)).rows
         rows = rows[: self.first]
         if self.limit is not None and len(rows) > self.limit and self.prompts != "about":
             rows = [rows[i * len(rows) // self.limit] for i in range(self.limit)]
         return list(rows)
 
-    def _labels(self, found: Mapping[str, str], words: dict[str, str]) -> dict[str, str]:
-        made = {self.labels.get(key, key): value for key, value in found.items()}
-        made |= {key: _put_in(value, words) for key, value in self.put.items()}
-        return {**made, "role": self.role} if self.role else made
+    def _source_rows(self, concepts: Sequence[str], values: dict[str, str], data: Path | None) -> Sequence[Prompt]:
+        if self.template is not None:
+            return self._template_rows(values)
+        if self.prompts == "about":
+            from erasure.prompts.concept_prompts import concept_prompts
 
-    def _filled(self, words: dict[str, str]) -> list[Prompt]:
+            return concept_prompts(concepts, self.limit).rows
+        source = _substitute(self.prompts or "", values)
+        if "{data}" in (self.prompts or "") and data is None:
+            raise ErasureError(f"{self.prompts} needs a data folder: give one with --data")
+        return PromptSet.read(source).rows
+
+    def _with_labels(self, labels: Mapping[str, str], values: dict[str, str]) -> dict[str, str]:
+        renamed = {self.labels.get(key, key): value for key, value in labels.items()}
+        renamed |= {key: _substitute(value, values) for key, value in self.put.items()}
+        return {**renamed, "role": self.role} if self.role else renamed
+
+    def _template_rows(self, values: dict[str, str]) -> list[Prompt]:
         names = list(self.fill)
         rows: list[Prompt] = []
-        for values in itertools.product(*self.fill.values()):
-            chosen = {name: _put_in(value, words) for name, value in zip(names, values, strict=True)}
-            text = _put_in(self.template or "", {**words, **chosen})
+        for combination in itertools.product(*self.fill.values()):
+            chosen = {name: _substitute(value, values) for name, value in zip(names, combination, strict=True)}
+            text = _substitute(self.template or "", {**values, **chosen})
             for seed in self.seeds:
                 rows.append(Prompt(f"{len(rows):05d}", text, int(seed), None, chosen))
         return rows
 
 
-def _put_in(text: str, words: Mapping[str, str]) -> str:
+def _substitute(text: str, values: Mapping[str, str]) -> str:
     try:
-        return text.format(**words)
+        return text.format(**values)
     except (KeyError, IndexError, ValueError) as fault:
-        raise ErasureError(f"{text!r}: {fault} cannot be filled in; known: {', '.join(words)}") from None
+        raise ErasureError(
+            f"{text!r}: cannot fill in {fault}; the allowed fields are {', '.join(f'{{{name}}}' for name in values)}"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A recipe.
+    """An evaluation protocol: which prompts are drawn, how they are sampled, who judges them, and which attacks follow.
 
     Args:
-        about: a line on what it measures.
+        about: one line on what the suite measures.
         source: the paper or project that it follows.
-        base: the checkpoint that published figures are for.
         parts: name -> part.
-        judge: as `find_judge` takes it; {data} is the folder of the user, {objects}, {styles} and {identities} are
-            what the rows name, with commas, whatever the limit.
-        steps: of sampling; None: the usual ones.
-        guidance: of sampling; None: the usual one.
-        lpips: LPIPS to the base's pictures too, with this backbone.
-        attacks: that follow.
-        cases: prompts to attack.
-        differs: how its figures differ from the published protocol's.
+        judge: a judge as `find_judge` takes it; {data} stands for the user's data folder, and {objects}, {styles} and
+            {identities} for comma-separated lists of the labels of all rows, regardless of any limit.
+        base: the checkpoint for which results are published.
+        steps: sampling steps; None: the default.
+        guidance: guidance scale; None: the default.
+        lpips: backbone for LPIPS to the base's images; None: no LPIPS.
+        attacks: names of the attacks that follow.
+        cases: number of prompts to attack.
+        differs: how the suite differs from the published protocol.
+        name: name of the suite.
     """
 
     about: str
@@ -151,39 +163,47 @@ class Suite:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str]) -> Suite:
-        """A suite by its name in the package, or from a YAML file.
+        """Read a suite of the package, or one from a YAML file.
+
+        Args:
+            source: the name of a suite in the package, or the path of a YAML file.
 
         Raises:
-            ErasureError: no such suite, an unknown or missing key, a part without prompts.
+            ErasureError: there is no such suite, a key is unknown or missing, or a part has no prompts.
         """
         text = os.fspath(source)
         path = FOLDER / f"{text}.yaml" if text in names() else Path(text)
         if not path.is_file():
-            raise ErasureError(f"{unknown('suite', text, names())}, or the path of a YAML file (none lies there)")
-        found = read_yaml(path)
-        missing = [key for key in ("about", "source", "parts") if not found.get(key)]
+            raise ErasureError(f"{unknown('suite', text, names())}; or give the path of an existing YAML file")
+        content = read_yaml(path)
+        missing = [key for key in ("about", "source", "parts") if not content.get(key)]
         if missing:
-            raise ErasureError(f"{path}: {', '.join(missing)} must be there")
-        if not isinstance(found["parts"], dict) or not all(isinstance(one, dict) for one in found["parts"].values()):
-            raise ErasureError(f"{path}: parts must be a mapping of names to mappings")
+            raise ErasureError(f"{path}: a suite needs the keys about, source and parts; missing: {', '.join(missing)}")
+        entries = content.pop("parts")
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            raise ErasureError(f"{path}: expected `parts` to map the name of each part to its settings")
         parts: dict[str, Part] = {}
         try:
-            for name, one in found.pop("parts").items():
-                parts[name] = part = build(Part, one)
+            for name, entry in entries.items():
+                parts[name] = part = build(Part, entry)
                 if (part.prompts is None) == (part.template is None):
-                    raise ErasureError(f"part {name!r} needs prompts or a template, and not both")
+                    raise ErasureError(f"part {name!r} needs either prompts or a template")
                 if part.role not in ROLES:
                     raise unknown("role", part.role, ROLES)
-            suite = build(cls, {"about": "", "source": "", "parts": {}, **found})
+            suite = build(cls, {"about": "", "source": "", "parts": {}, **content})
         except ErasureError as fault:
             raise ErasureError(f"{path}: {fault}") from None
         return replace(suite, parts=parts, name=path.stem)
 
     def rows(self, concepts: Sequence[str], data: Path | None = None) -> tuple[PromptSet, list[str]]:
-        """One prompt set of all parts, and what is missing.
+        """Return one prompt set of all parts that are available, and a message for each part that is not.
+
+        Args:
+            concepts: names of the concepts.
+            data: the user's data folder, or None.
 
         Raises:
-            ErasureError: no part can be had.
+            ErasureError: no part is available.
         """
         rows: list[Prompt] = []
         missing = []
@@ -193,13 +213,20 @@ class Suite:
             except ErasureError as fault:
                 missing.append(f"part {name}: {fault}" + (f"; {part.get}" if part.get else ""))
         if not rows:
-            raise ErasureError(f"suite {self.name}: nothing can be asked. " + ". ".join(missing))
+            raise ErasureError(f"suite {self.name}: there are no prompts. " + ". ".join(missing))
         return PromptSet(f"suite-{self.name}", rows), missing
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What a suite found; `missing` says what could not be had."""
+    """The reports of a suite, with a list of everything that was not available.
+
+    Args:
+        suite: the suite.
+        report: the evaluation, or None without a judge.
+        attacks: the attacks, or None if the suite has none.
+        missing: parts, judges and measurements that were not available, and why.
+    """
 
     suite: Suite
     report: Report | None
@@ -207,7 +234,7 @@ class SuiteResult:
     missing: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as plain data."""
         return {
             "suite": self.suite.name,
             "source": self.suite.source,
@@ -218,9 +245,9 @@ class SuiteResult:
         }
 
     def text(self) -> str:
-        """For people."""
+        """Return the result as plain text for a terminal."""
         lines = [f"suite {self.suite.name}: {self.suite.about} ({self.suite.source})"]
-        lines += [one.text() for one in (self.report, self.attacks) if one is not None]
+        lines += [report.text() for report in (self.report, self.attacks) if report is not None]
         if self.suite.differs:
             lines.append(f"differs from the published protocol: {self.suite.differs}")
         lines += [f"missing: {text}" for text in self.missing]
@@ -228,7 +255,7 @@ class SuiteResult:
 
 
 def names() -> list[str]:
-    """The suites that come with the package."""
+    """List the names of the suites that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -245,65 +272,82 @@ def run_suite(
     progress: bool = True,
     **sampling: Any,
 ) -> SuiteResult:
-    """Run a suite on a pipeline with patches; reports and suite.json go to `folder`.
+    """Run a suite on a pipeline with patches, and write its reports and suite.json.
 
-    Where the judge cannot be had, the pictures are drawn all the same, and a later run judges them.
+    If the judge is not available, the images are drawn nevertheless, and a later run judges them.
 
     Args:
         pipe: an erased pipeline with patches.
-        concept: what should be gone.
-        suite: its name, a file or itself.
-        data: the folder that {data} stands for in the suite's paths.
-        judge: another judge than the suite's.
-        limit: at most so many rows of each part.
-        measures: features, lpips, reference, as `evaluate` takes them; None: the suite's.
-        sampling: steps, guidance, batch_size; None: the suite's.
+        concept: what should be erased.
+        suite: a suite, or the name or file of one.
+        folder: folder for everything that is written.
+        data: folder that {data} stands for in the suite.
+        judge: replaces the suite's judge.
+        limit: largest number of rows of each part.
+        measures: `features`, `lpips` and `reference` for `evaluate`; None values leave the suite's setting.
+        progress: show the progress.
+        sampling: `steps`, `guidance` and `batch_size`; None values leave the suite's setting.
 
     Raises:
-        ErasureError: an unknown suite, nothing to ask, or whatever `evaluate` refuses.
+        ErasureError: the suite is unknown, none of its parts is available, or `evaluate` refuses to run.
     """
-    from erasure.evaluation.evaluate import evaluate
     from erasure.evaluation.generate import GUIDANCE, STEPS, generate
     from erasure.evaluation.judges.registry import find_judge
     from erasure.pipelines.strengths import switched_off
 
-    recipe = suite if isinstance(suite, Suite) else Suite.read(suite)
+    protocol = suite if isinstance(suite, Suite) else Suite.read(suite)
     concepts = [concept] if isinstance(concept, str) else list(concept)
-    rows, missing = recipe.rows(concepts, None if data is None else Path(data))
-    # The judge knows the labels of the whole suite: among fewer it would be right more often.
-    named = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
+    data_folder = None if data is None else Path(data)
+    rows, missing = protocol.rows(concepts, data_folder)
+    # The judge knows the labels of the whole suite. Among fewer labels it would be right more often.
+    labels = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
     if limit is not None:
-        recipe = replace(recipe, parts={name: replace(part, limit=limit) for name, part in recipe.parts.items()})
-        rows, missing = recipe.rows(concepts, None if data is None else Path(data))
+        protocol = replace(protocol, parts={name: replace(part, limit=limit) for name, part in protocol.parts.items()})
+        rows, missing = protocol.rows(concepts, data_folder)
     out = Path(folder)
-    given: dict[str, Any] = {"steps": recipe.steps, "guidance": recipe.guidance}
-    given |= {key: value for key, value in sampling.items() if value is not None}
-    report = attacked = None
-    spec = _put_in(judge or recipe.judge, {"data": os.fspath(data or "data"), **named})
+    settings: dict[str, Any] = {"steps": protocol.steps, "guidance": protocol.guidance}
+    settings |= {key: value for key, value in sampling.items() if value is not None}
+    report = attacks = None
+    spec = _substitute(judge or protocol.judge, {"data": os.fspath(data or "data"), **labels})
     try:
-        who = find_judge(spec)
+        suite_judge: Judge = find_judge(spec)
     except ErasureError as fault:
-        missing.append(f"judge {spec[:120]}: {fault}. The pictures are drawn; a run with another --judge judges them")
-        draw = {**given, "steps": given["steps"] or STEPS, "guidance": given["guidance"] or GUIDANCE}
-        generate(pipe, rows, out / "patched", progress=progress, **draw)
+        missing.append(f"judge {spec[:120]}: {fault}. The images were drawn; judge them by a run with another --judge")
+        drawing = {**settings, "steps": settings["steps"] or STEPS, "guidance": settings["guidance"] or GUIDANCE}
+        generate(pipe, rows, out / "patched", progress=progress, **drawing)
         with switched_off(pipe):
-            generate(pipe, rows, out / "base", progress=progress, **draw)
+            generate(pipe, rows, out / "base", progress=progress, **drawing)
     else:
-        more = {"lpips": recipe.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
-        options: dict[str, Any] = {"prompts": rows, "judge": who, "progress": progress, **given}
-        try:
-            report = evaluate(pipe, concepts, folder=out, whole=True, **options, **more)
-        except ErasureError as fault:  # perhaps because of what is missing
-            raise ErasureError(". Missing: ".join([str(fault), *missing])) from None
-        if recipe.attacks:
-            from erasure.evaluation.attacks.run import attack
-
-            place = out / "attacks"
-            attacked = attack(pipe, concepts, recipe.attacks, folder=place, cases=recipe.cases, **options)
-    found = SuiteResult(recipe, report, attacked, missing)
+        extra = {"lpips": protocol.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
+        options: dict[str, Any] = {"prompts": rows, "judge": suite_judge, "progress": progress, **settings}
+        report, attacks = _measure(pipe, concepts, protocol, out, options, extra, missing)
+    result = SuiteResult(protocol, report, attacks, missing)
     try:
-        (out / "suite.tmp").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
-        os.replace(out / "suite.tmp", out / "suite.json")
+        write_text(out / "suite.json", json.dumps(result.to_json(), indent=1))
     except OSError as fault:
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
-    return found
+    return result
+
+
+def _measure(
+    pipe: Any,
+    concepts: list[str],
+    suite: Suite,
+    folder: Path,
+    options: dict[str, Any],
+    extra: dict[str, Any],
+    missing: list[str],
+) -> tuple[Report, AttackReport | None]:
+    """Evaluate the suite's prompts, then run its attacks."""
+    from erasure.evaluation.evaluate import evaluate
+
+    try:
+        report = evaluate(pipe, concepts, folder=folder, whole=True, **options, **extra)
+    except ErasureError as fault:  # possibly caused by the missing parts
+        raise ErasureError(". Missing: ".join([str(fault), *missing])) from None
+    if not suite.attacks:
+        return report, None
+    from erasure.evaluation.attacks.run import attack
+
+    attacks = attack(pipe, concepts, suite.attacks, folder=folder / "attacks", cases=suite.cases, **options)
+    return report, attacks

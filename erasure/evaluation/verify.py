@@ -1,4 +1,4 @@
-"""`verify`: measure a patch, attack it, and write what was found into a copy of it and into a model card."""
+"""Verify a patch: measure it, attack it, and write the results into a copy of the patch and into a model card."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from erasure.patch import Patch
     from erasure.prompts.prompt_set import PromptSet
 
-# One attack each of those who write prompts, hold embeddings, hold weights.
+# One attack each for attackers who write prompts, who supply embeddings, and who have the weights.
 ATTACKS = ("unlearndiffatk", "inversion", "rece")
-CLOSE = 1e-6  # of equal values, intervals have no width
+TOLERANCE = 1e-6  # for comparisons with intervals that have no width
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found, and what an earlier verification of the same file had found.
+    """The results of a verification, with those of an earlier verification of the same file.
 
     Args:
-        patch: the copy with the results in its header.
-        card: the model card.
-        results: as they stand in the header.
-        earlier: those of the file that was given, or None.
+        patch: path of the copy, which has the results in its header.
+        card: path of the model card.
+        results: the results, as in the header of the copy.
+        earlier: the results in the header of the original file, or None.
     """
 
     patch: Path
@@ -43,18 +43,19 @@ class Verification:
     earlier: dict[str, Any] | None
 
     def changed(self) -> list[str]:
-        """Figures of which the earlier value lies outside the new interval; empty without earlier ones."""
-        found = []
+        """List, as sentences, the figures whose earlier value is outside the new interval."""
+        changes = []
         for group in ("metrics", "attacks"):
             for name, cell in self.results[group].items():
                 old = ((self.earlier or {}).get(group) or {}).get(name)
-                was = old.get("value") if isinstance(old, dict) else None
-                if isinstance(was, int | float) and not cell["low"] - CLOSE <= was <= cell["high"] + CLOSE:
-                    found.append(f"{name}: {format_value(name, was)} before, now {estimate_text(name, cell)}")
-        return found
+                value = old.get("value") if isinstance(old, dict) else None
+                low, high = cell["low"] - TOLERANCE, cell["high"] + TOLERANCE
+                if isinstance(value, int | float) and not low <= value <= high:
+                    changes.append(f"{name}: {format_value(name, value)} before, {estimate_text(name, cell)} now")
+        return changes
 
     def unchecked(self) -> list[str]:
-        """Figures of the earlier verification that this one did not measure: the copy does not hold them."""
+        """List the figures of the earlier verification that were not measured again; the copy does not contain them."""
         return [
             name
             for group in ("metrics", "attacks")
@@ -63,7 +64,7 @@ class Verification:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the verification as plain data."""
         return {
             "patch": str(self.patch),
             "card": str(self.card),
@@ -74,24 +75,24 @@ class Verification:
         }
 
     def text(self) -> str:
-        """For people."""
+        """Return the verification as plain text for a terminal."""
         lines = [table(self.results), ""]
         if self.earlier is not None:
             changed = self.changed()
             lines.append(
-                "differs from the file's own results:\n  " + "\n  ".join(changed)
+                "different from the results in the original file:\n  " + "\n  ".join(changed)
                 if changed
-                else "the file's own results lie within these intervals"
+                else "the results in the original file are within these intervals"
             )
             if self.unchecked():
-                lines.append(f"not measured again, and so not in the copy: {', '.join(self.unchecked())}")
-        ran = ("evaluation", *(["attacks"] if self.results["attacks"] else []))  # other pages are an earlier run's
-        pages = [str(self.card.parent / part / "report.html") for part in ran]
+                lines.append(f"not measured again, therefore not in the copy: {', '.join(self.unchecked())}")
+        parts = ("evaluation", *(["attacks"] if self.results["attacks"] else []))  # other pages are from earlier runs
+        pages = [str(self.card.parent / part / "report.html") for part in parts]
         lines += [
             CAVEAT,
             f"{self.patch}: the patch with these results",
-            f"{self.card}: its model card, with what each figure means",
-            f"{', '.join(pages)}: the pictures",
+            f"{self.card}: its model card, which explains each figure",
+            f"{', '.join(pages)}: the images",
         ]
         return "\n".join(lines)
 
@@ -111,26 +112,28 @@ def verify(
     progress: bool = True,
     **sampling: Any,
 ) -> Verification:
-    """Measure what a patch erases, keeps, and gives back under attack; nothing is written into the file itself.
+    """Measure what a patch erases, what it keeps, and what attacks recover; the patch file itself is not changed.
 
-    `folder` gets the copy of the patch with the results in its header, README.md (the model card), grid.png, and the
-    reports of both runs. A second call goes on from what is there.
+    `folder` receives a copy of the patch with the results in its header, README.md (the model card), grid.png, and the
+    reports of the evaluation and the attacks. A second call continues from existing results.
 
     Args:
-        pipe: an erased pipeline of the patch's base, without patches; it has none again at the end.
+        pipe: an erased pipeline of the patch's base, without patches; afterwards it has no patches again.
         source: the patch file.
+        folder: folder for everything that is written; not the folder of the patch.
         attacks: names of attacks; may be empty.
-        prompts: a prompt set with labels; None: glyph's prompts about the concepts.
-        limit: at most about this many prompts.
-        cases: prompts to attack.
-        budget: lite or full.
-        judge: default: glyph's.
-        force: verify on another base than the patch's, where the shapes fit.
-        sampling: steps, guidance, batch_size.
+        prompts: a prompt set with labels, or the name or file of one; None: glyph's prompts about the concepts.
+        limit: approximate largest number of prompts; None: no limit.
+        cases: number of prompts to attack.
+        budget: budget of the attacks, lite or full.
+        judge: the judge; default: glyph's.
+        force: also verify on a base other than the patch's own, if the shapes fit.
+        progress: show the progress.
+        sampling: `steps`, `guidance` and `batch_size`; None values leave the default.
 
     Raises:
-        ErasureError: a pipeline with patches, a damaged patch, a wrong base, an unwritable folder, and all that
-            `evaluate` and `attack` refuse.
+        ErasureError: the pipeline has patches, the patch is damaged or belongs to another base, the folder cannot be
+            written, or `evaluate` or `attack` refuses to run.
     """
     from erasure.evaluation.attacks.attack import check_case_count, find
     from erasure.evaluation.attacks.run import attack
@@ -142,10 +145,13 @@ def verify(
     patch = Patch.load(path)
     if pipe.get_list_patches():
         raise ErasureError(
-            f"{', '.join(pipe.get_list_patches())}: loaded already; verify takes a pipeline without patches"
+            f"verify needs a pipeline without patches, but {', '.join(pipe.get_list_patches())} is loaded: "
+            "call unload_patches() first"
         )
     if out.resolve() == path.resolve().parent:
-        raise ErasureError(f"{out} holds the patch itself: give another folder, its copy gets the same name")
+        raise ErasureError(
+            f"{out} contains the patch itself: choose another folder, because the copy has the same name"
+        )
     for name in attacks:
         find(name)
     if attacks:
@@ -156,34 +162,34 @@ def verify(
     pipe.load_patch(patch, name="verified", force=force)
     try:
         whole = {"whole": True} if prompts is None or limit is None else {"limit": limit}
-        measured = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
-        attacked = None
+        report = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
+        attack_report = None
         if attacks:
             options = {"cases": cases, "budget": budget, **shared}
-            attacked = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
+            attack_report = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
     finally:
         pipe.unload_patches()
-    results = header_results(measured, attacked)
-    results["how"]["verify"] = {"prompts": _said(prompts), "limit": limit, "cases": cases, "budget": budget}
+    results = header_results(report, attack_report)
+    results["how"]["verify"] = {"prompts": _prompts_argument(prompts), "limit": limit, "cases": cases, "budget": budget}
     return _write(patch, path.name, results, out)
 
 
 def _write(patch: Patch, name: str, results: dict[str, Any], out: Path) -> Verification:
-    """The copy with its results, the card and the picture."""
-    made = dataclasses.replace(patch, results=results, stored={})
+    """Write the copy of the patch with its results, the model card, and the grid of images."""
+    verified = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
         os.replace(out / "grid.tmp", out / "grid.png")
-        (out / "README.tmp").write_text(card(made, name, grid="grid.png"), encoding="utf-8")
+        (out / "README.tmp").write_text(card(verified, name, grid="grid.png"), encoding="utf-8")
         os.replace(out / "README.tmp", out / "README.md")
     except OSError as fault:
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
-    copy = made.save(out / name, dtype=str(patch.stored["dtype"]))
+    copy = verified.save(out / name, dtype=str(patch.stored["dtype"]))
     return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
 
 
-def _said(prompts: str | PromptSet | None) -> str | None:
-    """Prompts as a command names them: of a path, which is one machine's own, the file; None: the default ones."""
+def _prompts_argument(prompts: str | PromptSet | None) -> str | None:
+    """Return the prompts as an argument of the command; of a path, only the name of the file."""
     if prompts is None:
         return None
     if not isinstance(prompts, str):
@@ -191,28 +197,33 @@ def _said(prompts: str | PromptSet | None) -> str | None:
     return Path(prompts).name if Path(prompts).is_file() else prompts
 
 
-def header_results(measured: Report, attacked: AttackReport | None) -> dict[str, Any]:
-    """What goes into the header: every figure with n, interval and the base's value, and how it came about."""
+def header_results(report: Report, attack_report: AttackReport | None) -> dict[str, Any]:
+    """Return the results for the patch's header: every figure with n, interval and base value, and how it was measured.
+
+    Args:
+        report: the evaluation.
+        attack_report: the attacks, or None.
+    """
     metrics = {
         entry["name"]: {key: entry[key] for key in ("value", "low", "high", "n", "base", "higher_is_better", "meaning")}
-        for entry in measured.metrics()
+        for entry in report.metrics()
     }
-    found = {} if attacked is None else attacked.to_json()["attacks"]
+    outcomes = {} if attack_report is None else attack_report.to_json()["attacks"]
     return {
         "schema": SCHEMA,
-        "concept": list(measured.concept),
+        "concept": list(report.concept),
         "metrics": metrics,
         "attacks": {
             name: {
-                **one["after"],
-                "before": one["before"]["value"],
-                "control": None if one["control_after"] is None else one["control_after"]["value"],
-                "tries": one["rounds"],
-                "access": one["access"],
-                "settings": one["settings"],
+                **outcome["after"],
+                "before": outcome["before"]["value"],
+                "control": None if outcome["control_after"] is None else outcome["control_after"]["value"],
+                "tries": outcome["rounds"],
+                "access": outcome["access"],
+                "settings": outcome["settings"],
             }
-            for name, one in found.items()
+            for name, outcome in outcomes.items()
         },
-        "how": {key: measured.provenance[key] for key in measured.provenance if key not in ("patches", "loaded")},
+        "how": {key: value for key, value in report.provenance.items() if key not in ("patches", "loaded")},
         "note": CAVEAT,
     }

@@ -57,7 +57,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["evaluate", "cat", "--reference", "nowhere"], "nowhere contains 0 images"),
         (["evaluate", "cat", "--prompts", "nowhere.csv"], "or give the path of an existing CSV, JSON or text file"),
         (["evaluate", "cat", "--prompts", "."], ". is a folder, not a file"),
-        (["evaluate", "cat", "--suite", "glyph-quik"], "or the path of a YAML file (none lies there)"),
+        (["evaluate", "cat", "--suite", "glyph-quik"], "or give the path of an existing YAML file"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "nudnet"], "did you mean 'nudenet'"),
         (["evaluate", "cat", "--suite", "glyph-quick", "--judge", "any(glyph+nudnet)"], "did you mean 'nudenet'"),
         (["demo", "zebra"], "zebra"),

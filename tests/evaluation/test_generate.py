@@ -222,7 +222,7 @@ def test_what_fails_in_one_process_is_told_in_all(script, whole, tmp_path):
         said, _ = one.communicate(timeout=200)
         full, strange = said.splitlines()
         assert "x: cannot be written: No space left on device" in full
-        assert strange == "the processes hold different pipelines (scheduler differ)"
+        assert strange == "the processes have different pipelines: they differ in scheduler"
     assert [content(tmp_path / "x")[f"{row.id}.png"] for row in GLYPH.rows[::2]] == list(whole.values())[::2]
 
 
@@ -270,7 +270,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_drawn(glyph, whole, tmp_path, mo
         save(self, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(ErasureError, match="No space left on device.*What was drawn is kept"):
+    with pytest.raises(ErasureError, match="No space left on device.*Images already drawn are kept"):
         generate(glyph, GLYPH, tmp_path, steps=STEPS, progress=False)
     assert len(content(tmp_path)) == 6  # and no temporary file
     monkeypatch.setattr(Image.Image, "save", save)
@@ -355,7 +355,7 @@ def test_a_checksum_tells_bits_apart_and_not_layouts(monkeypatch):
     assert checksum(torch.nn.Conv2d(3, 4, 3).half()) != checksum(torch.nn.Conv2d(3, 4, 3).half())
     layer.weight.data[0, 0, 0, 0] = torch.nextafter(layer.weight.data[0, 0, 0, 0], torch.tensor(9.0))
     assert checksum(layer) != plain
-    monkeypatch.setattr(module, "PIECE", 7)  # in pieces, a swap of two whole pieces is noticed too
+    monkeypatch.setattr(module, "CHUNK", 7)  # in pieces, a swap of two whole pieces is noticed too
     row = torch.nn.Linear(14, 1)
     split = checksum(row)
     row.weight.data = row.weight.data.roll(7, 1)

@@ -62,7 +62,7 @@ def test_the_parts_become_one_set(small):
     assert [row.seed for row in rows.rows][:4] == [1, 2, 1, 2]
     assert rows.rows[0].labels == {"object": "cat", "style": "flat"}
     assert rows.rows[-1].labels == {"word": "church", "object": "cat", "role": "synonym"}
-    assert missing == ["part away: {data}/none.csv: no --data folder was given; the moon"]
+    assert missing == ["part away: {data}/none.csv needs a data folder: give one with --data; the moon"]
 
 
 def test_published_sizes():
@@ -92,7 +92,7 @@ def test_maces_judge_asks_as_its_script_does(monkeypatch, tmp_path):
 
     monkeypatch.setattr(judges, "factory", lambda kind: Told)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
-    with pytest.raises(ErasureError, match="knows no such object"):  # the stand-in has two of the ten
+    with pytest.raises(ErasureError, match="has no such object"):  # the stand-in has two of the ten
         run_suite(pipe, "cat", "mace-objects", folder=tmp_path, limit=1, **QUICK)
     assert given["template"] == "a photo of the {}" and len(given["labels"].split(",")) == 10
 
@@ -181,7 +181,7 @@ def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     with pytest.raises(
-        ErasureError, match=r"never names nudity.*Missing: part sexual: .*AIML-TUDA/i2p.*--label nudity"
+        ErasureError, match=r"has no prompt for nudity.*Missing: part sexual: .*AIML-TUDA/i2p.*--label nudity"
     ):
         run_suite(pipe, "nudity", "i2p", folder=tmp_path / "out", limit=2, **QUICK)
     assert not (tmp_path / "out").exists()
@@ -230,12 +230,12 @@ def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (SMALL.replace("about: a test\n", ""), "about must be there"),
+        (SMALL.replace("about: a test\n", ""), "missing: about"),
         (SMALL + "colour: red\n", "colour"),
         (SMALL.replace("role: synonym", "role: cousin"), "synonym"),
-        (SMALL.replace("    seeds:", "    prompts: x\n    seeds:"), "not both"),
-        ("about: a\nsource: b\nparts: [1]\n", "mapping"),
-        ("about: a\nsource: b\nparts: {x: {template: 'a {y}'}}\n", "nothing can be asked"),
+        (SMALL.replace("    seeds:", "    prompts: x\n    seeds:"), "either prompts or a template"),
+        ("about: a\nsource: b\nparts: [1]\n", "expected `parts` to map"),
+        ("about: a\nsource: b\nparts: {x: {template: 'a {y}'}}\n", "there are no prompts"),
         ("about: [", "YAML"),
     ],
 )

@@ -304,7 +304,7 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
         ({"settings": {"tokns": 3}}, "tokens"),
         ({"settings": {"tokens": "many"}}, "expected int"),
         ({"attacks": ["p4d", "uma"], "settings": {"tokens": 3}}, "single attack"),
-        ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "never names cat"),
+        ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "has no prompt for cat"),
     ],
 )
 def test_bad_input(pipe, tmp_path, change, said):

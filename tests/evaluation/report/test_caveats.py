@@ -53,7 +53,7 @@ def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
 
 def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
     asked = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
-    with pytest.raises(ErasureError, match="'mine' has no column 'object'.*its other columns: objekt"):
+    with pytest.raises(ErasureError, match="'mine' has no column 'object'.*columns of labels are objekt"):
         evaluate(None, "cat", prompts=asked, judge=BrightnessJudge(), folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
