@@ -60,12 +60,11 @@ def evaluate(
     second call draws only what is missing.
 
     Args:
-        pipe: a pipeline with patches loaded; without patches, base and patched results are equal.
+        pipe: a pipeline with patches; without any, base and patched results are equal.
         concept: what should be erased: labels of the prompt set, or names that the judge knows.
         folder: folder for everything that is written.
         prompts: a prompt set with labels, or the name or file of one.
-        base_folder: folder of the base's images, which several runs over the same model can share; default: a folder
-            `base` inside `folder`.
+        base_folder: folder of the base's images, which runs over the same model can share; default: `folder`/base.
         limit: largest number of prompts, a third of them for the target, the others spread over all labels; None: no
             limit.
         whole: draw the prompt set unchanged, without repeating or leaving out any row.
@@ -96,20 +95,11 @@ def evaluate(
     distances = ImageDistances.load(judge, features, lpips, reference)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
-    options: dict[str, Any] = {
-        "steps": STEPS if steps is None else steps,
-        "guidance": GUIDANCE if guidance is None else guidance,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
-    folders = {
-        "base": Path(base_folder) if base_folder else report_folder / "base",
-        "patched": report_folder / "patched",
-    }
-    patched = generate(pipe, chosen, folders["patched"], **options)
-    with switched_off(pipe):
-        base = generate(pipe, chosen, folders["base"], **options)
-    records = {"base": base, "patched": patched}
+    sampling = {"steps": STEPS if steps is None else steps, "guidance": GUIDANCE if guidance is None else guidance}
+    options: dict[str, Any] = {**sampling, "batch_size": batch_size, "progress": progress}
+    base_path = Path(base_folder) if base_folder else report_folder / "base"
+    folders = {"base": base_path, "patched": report_folder / "patched"}
+    records = _draw(pipe, chosen, folders, options)
     provenance = _provenance(pipe, rows, chosen, options)
 
     def judge_and_report() -> Report:
@@ -120,6 +110,14 @@ def evaluate(
     # Several processes may have drawn the images; the first one judges them and writes the report.
     with process_group(on_cpu(pipe)) as group:
         return group.first(judge_and_report)
+
+
+def _draw(pipe: Any, prompts: PromptSet, folders: dict[str, Path], options: dict[str, Any]) -> dict[str, list[Record]]:
+    """Draw the prompts with the patches, then with every patch at strength 0."""
+    patched = generate(pipe, prompts, folders["patched"], **options)
+    with switched_off(pipe):
+        base = generate(pipe, prompts, folders["base"], **options)
+    return {"base": base, "patched": patched}
 
 
 def _provenance(pipe: Any, rows: PromptSet, chosen: PromptSet, options: dict[str, Any]) -> dict[str, Any]:

@@ -336,8 +336,8 @@ class _Drawer:
         records = []
         for row, image, gate in list(zip(full, images, gates, strict=True))[: len(rows)]:
             digest = _save_image(image, self.folder / "images" / f"{row.id}.png")
-            facts = {"sha256": digest, "labels": dict(row.labels), "gates": dict(gate)}
-            records.append(new_record(row.id, row.prompt, row.seed, **facts))
+            labels, strengths = dict(row.labels), dict(gate)
+            records.append(new_record(row.id, row.prompt, row.seed, sha256=digest, labels=labels, gates=strengths))
             file.write(json.dumps(asdict(records[-1])) + "\n")
             file.flush()
         return records
