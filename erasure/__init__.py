@@ -1,4 +1,7 @@
-"""Erasure: make a text-to-image diffusion model forget a concept, and prove it."""
+"""Erasure: make a text-to-image diffusion model forget a concept, and prove it.
+
+The public names are imported on first use: `from erasure import erase, Patch, ErasedStableDiffusionPipeline`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from erasure.pipelines import load_patch as load_patch
     from erasure.pipelines import load_pipeline as load_pipeline
 
-_WHERE = {
+_MODULES = {
     "Base": "erasure.model.base",
     "Concept": "erasure.concepts.concept",
     "ErasedStableDiffusionImg2ImgPipeline": "erasure.pipelines",
@@ -47,14 +50,14 @@ _WHERE = {
     "pull": "erasure.formats.hub",
     "push": "erasure.formats.hub",
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use, so that `import erasure` and `erasure --help` stay quick."""
-    if name not in _WHERE:
+    """Import a public name on first use, so that `import erasure` and `erasure --help` stay fast."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'erasure' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

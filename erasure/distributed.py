@@ -1,4 +1,4 @@
-"""Processes that share one piece of work, as accelerate or torchrun launch them; a single process is a group of one."""
+"""Runs on several processes, as accelerate or torchrun start them; without a launcher, a group of one process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-DIED = "another process of this run has died; what was made is kept, and the same call goes on from there"
-PATIENCE = timedelta(days=30)  # shares end hours apart; a process that dies is noticed at once all the same
+DIED = "another process of this run has died; finished work is kept: repeat the same call to resume"
+PATIENCE = timedelta(days=30)  # processes may finish hours apart; a process that dies is noticed at once even so
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that do one call together, seen from process `index` of `count`; process 0 is the main one."""
+    """The group of processes that share one call, as one of its processes sees it.
+
+    Args:
+        index: the number of this process, from 0; process 0 is the main process.
+        count: the number of processes in the group.
+        group: the torch.distributed group for objects and CPU tensors; None for a single process.
+    """
 
     index: int = 0
     count: int = 1
@@ -30,48 +36,52 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
-        """Tell whether this is the main process, which merges and prints results."""
+        """Tell whether this is the main process, which prints messages and merges results."""
         return self.index == 0
 
     def share(self, rows: Sequence[T]) -> list[T]:
-        """Return this process's share of the rows: every `count`-th of them."""
+        """Return the rows that this process works on: every `count`-th row, starting at its index."""
         return list(rows[self.index :: self.count])
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` in every process, wait for all, and return their results in the order of the processes.
+        """Run `work` in every process, wait for all of them, and return all results.
 
-        The results are sent between the processes as Python objects: keep them plain.
+        Results travel between the processes as pickled Python objects, so they should be plain data.
+
+        Returns:
+            The result of each process, in the order of the processes.
 
         Raises:
-            ErasureError: `work` failed in one of them (raised in all, after all have ended), or a process has died.
+            ErasureError: `work` failed in a process (raised in every process, after all have finished), or a process
+                has died.
         """
         if self.count == 1:
             return [work()]
         import torch.distributed as dist
 
-        results: list[Any] = [None] * self.count
-        own: Exception | None = None
-        value: Any = None
+        answers: list[Any] = [None] * self.count
+        error: Exception | None = None
+        result: Any = None
         try:
-            value = work()
+            result = work()
         except Exception as fault:
-            own = fault
+            error = fault
             sys.stderr.write(f"process {self.index + 1} of {self.count}: {fault}\n")
-        message = None if own is None else str(own) or type(own).__name__
+        message = None if error is None else str(error) or type(error).__name__
         try:
-            dist.all_gather_object(results, (value, message), group=self.group)
+            dist.all_gather_object(answers, (result, message), group=self.group)
         except RuntimeError as fault:
-            if own is None:
+            if error is None:
                 raise ErasureError(DIED) from fault
-        if own is not None:
-            raise own
-        faults = list(dict.fromkeys(message for _, message in results if message))
+        if error is not None:
+            raise error
+        faults = list(dict.fromkeys(message for _, message in answers if message))
         if faults:
             raise ErasureError("; ".join(faults))
-        return [mine for mine, _ in results]
+        return [result for result, _ in answers]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Run `work` in the main process and return its result in every process.
+        """Run `work` in the main process only, and return its result in every process.
 
         Raises:
             ErasureError: `work` failed, or a process has died.
@@ -80,7 +90,13 @@ class ProcessGroup:
         return results[0]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenate every process's `tensor` [n, ...], all of one shape, in order [count x n, ...].
+        """Concatenate the tensors of all processes, in the order of the processes.
+
+        Args:
+            tensor: this process's tensor [n, ...]; the shape must be the same in every process.
+
+        Returns:
+            The concatenation [count x n, ...], the same in every process.
 
         Raises:
             ErasureError: a process has died.
@@ -91,12 +107,15 @@ class ProcessGroup:
         import torch.distributed as dist
 
         parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.count)]
-        with _noticing():
+        with _detecting_death():
             dist.all_gather(parts, tensor.contiguous(), group=self._group(tensor))
         return torch.cat(parts)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of every process's `tensor`; it is the same in all of them.
+        """Return the mean of the tensors of all processes, which is the same in every process.
+
+        Args:
+            tensor: this process's tensor; the shape must be the same in every process.
 
         Raises:
             ErasureError: a process has died.
@@ -106,17 +125,17 @@ class ProcessGroup:
         import torch.distributed as dist
 
         total = tensor.clone()
-        with _noticing():
+        with _detecting_death():
             dist.all_reduce(total, group=self._group(tensor))
         return total / self.count
 
     def _group(self, tensor: Tensor) -> Any:
-        """Objects and tensors of the CPU go by the patient group, those of a GPU by the launcher's own."""
+        """Return the torch.distributed group for a tensor: our own on the CPU, the launcher's (None) on a GPU."""
         return None if tensor.is_cuda else self.group
 
 
 @contextmanager
-def _noticing() -> Iterator[None]:
+def _detecting_death() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
@@ -127,25 +146,25 @@ def launched() -> bool:
     """Tell whether a launcher started this process as one of several."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
         return True
-    # A notebook's launcher sets no variable; without torch in memory nobody can have called it.
+    # A notebook launcher sets no variable. It uses torch, so without torch in memory there is none.
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def speaks() -> bool:
-    """Tell whether this process prints the results of its run, as the main or the only process."""
+    """Tell whether this process prints the results of its run: it is the main process, or the only one."""
     return not launched() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def process_group(cpu: bool) -> Iterator[ProcessGroup]:
-    """Join the group of processes that a launcher started; without a launcher, a group of one.
+    """Join the processes that a launcher started, inside the context; without a launcher, form a group of one.
 
     Args:
-        cpu: the work is done on the CPU, so accelerate does not look for accelerators.
+        cpu: whether the work is on the CPU; accelerate then does not look for accelerators.
 
     Raises:
-        ErasureError: the processes cannot reach each other, or one of them has died.
+        ErasureError: the processes cannot find each other, or one of them has died.
     """
     if not launched():
         yield ProcessGroup()
@@ -155,12 +174,12 @@ def process_group(cpu: bool) -> Iterator[ProcessGroup]:
 
     try:
         state = PartialState(cpu=cpu)
-        # The state may have been made before, for another device: torch knows how many we are.
+        # PartialState is a singleton that may have been made for another device; torch knows the number of processes.
         index, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         group = None
         if count > 1:
             state.wait_for_everyone()
-            # The default group gives up after minutes, which is shorter than the last batches of a slow neighbour.
+            # The default group times out within minutes, which is less than a slow process may need for its share.
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as fault:
         raise ErasureError(f"the processes of this run cannot find each other: {fault}") from fault

@@ -1,4 +1,4 @@
-"""The floating-point types that checkpoints and patches are stored in, by the names users give."""
+"""The floating-point types of checkpoints and patches, by the names that users give: fp32, fp16 and bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repositories on the Hugging Face hub: parse their names, find their files, and explain their errors."""
+"""Files in repositories of the Hugging Face hub: their names, their copies in the cache, and readable errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from erasure.errors import ErasureError
 
-CONFIG = "erasure.json"  # beside a patch: which file it is, its sha256, and what it holds
+CONFIG = "erasure.json"  # in each repository: the name and the sha256 of the patch file, and what the patch holds
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 NAME = r"[\w.-]+/[\w.-]+"
@@ -22,8 +22,14 @@ AWAY = "is not in the cache, and the hub is out of reach (no network, or HF_HUB_
 
 
 @dataclass(frozen=True)
-class Place:
-    """A file of a repository: `owner/name[@revision][/file]`."""
+class HubName:
+    """The parts of a name on the hub, `owner/name[@revision][/file]`.
+
+    Args:
+        name: the repository, `owner/name`.
+        revision: a branch, tag or commit; None for the default branch.
+        file: a path inside the repository; None if the name has none.
+    """
 
     name: str
     revision: str | None
@@ -32,13 +38,13 @@ class Place:
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A patch's file on this machine, and where it came from.
+    """The local path of a patch file, and the repository that it comes from.
 
     Args:
-        path: the path of the file.
-        repository: `owner/name`, or empty for a folder.
+        path: the file on this machine.
+        repository: `owner/name`, or empty for a local file or folder.
         revision: the commit that the file belongs to, or empty.
-        sha256: the hash that its repository states, or None.
+        sha256: the hash that the repository records for the file, or None.
     """
 
     path: Path
@@ -47,32 +53,34 @@ class LocalFile:
     sha256: str | None = None
 
 
-def place(source: str) -> Place | None:
-    """Parse `owner/name[@revision][/file]`; return None for a text of another form."""
+def place(source: str) -> HubName | None:
+    """Split a name of the form `owner/name[@revision][/file]` into its parts; return None for any other form."""
     match = FORM.fullmatch(source)
-    return Place(*match.groups()) if match else None
+    return HubName(*match.groups()) if match else None
 
 
-def patch_on_hub(source: object) -> Place | None:
-    """Return the place on the hub that `source` names, or None where it is a local path.
+def patch_on_hub(source: object) -> HubName | None:
+    """Return the parts of a patch's name on the hub, or None if `source` is not such a name.
 
-    Local paths come first: an existing file, or any path into an existing folder.
+    Local files take precedence: an existing path, or any path into an existing folder, is not a name on the hub.
     """
     if not isinstance(source, str) or source.startswith((".", "~")) or Path(source).exists():
         return None
-    parsed = place(source)
-    if parsed is None or Path(parsed.name.split("/")[0]).is_dir():
+    parts = place(source)
+    if parts is None or Path(parts.name.split("/")[0]).is_dir():
         return None
-    if parsed.file is None and parsed.revision is None and source.endswith((SUFFIX, *PICKLES)):
+    if parts.file is None and parts.revision is None and source.endswith((SUFFIX, *PICKLES)):
         return None
-    return parsed
+    return parts
 
 
 def located(source: str | os.PathLike[str]) -> LocalFile:
-    """Return the local path of a patch, fetching it into the hub's cache if necessary.
+    """Return the local path of a patch, downloading it to the hub's cache if its name is one on the hub.
+
+    A local path is returned whether or not it exists.
 
     Raises:
-        ErasureError: as `find_patch`. A local path that does not exist is returned as it is.
+        ErasureError: as for `find_patch`.
     """
     if patch_on_hub(source) is None:
         return LocalFile(Path(source))
@@ -83,58 +91,61 @@ def located(source: str | os.PathLike[str]) -> LocalFile:
 
 
 def find_patch(source: str) -> LocalFile:
-    """Return the patch file at `owner/name[@revision][/file.safetensors]`, fetching it into the hub's cache.
+    """Return the cached copy of a patch on the hub, downloading it unless the cache has it.
 
-    Where the name has no file, it is the one that the repository's erasure.json names, or its only safetensors file.
+    Args:
+        source: `owner/name[@revision][/file.safetensors]`. Without a file, it is the one that the repository's
+            erasure.json names, or else its only safetensors file.
 
     Raises:
-        ErasureError: a name of another form, no such repository or file, a pickle, no access, or no network.
+        ErasureError: the name is malformed, the repository or the file does not exist, the file is a pickle, access
+            is denied, or the hub cannot be reached.
     """
     import huggingface_hub as hub
 
-    parsed = place(source)
-    if parsed is None:
+    parts = place(source)
+    if parts is None:
         raise ErasureError(
-            f"{source!r} is no local file; a name on the hub is owner/name, owner/name/file{SUFFIX} "
-            "or owner/name@revision"
+            f"{source!r} is neither a local file nor a name on the hub, which would be owner/name, "
+            f"owner/name/file{SUFFIX} or owner/name@revision"
         )
-    refuse_pickles(source, parsed.file)
-    hint = "" if parsed.file else f"; name its file as well, owner/name/file{SUFFIX}, to have it from the cache"
-    with plainly(source, "repository", parsed.name, parsed.file, parsed.revision, AWAY + hint):
-        config, revision, away = _config(hub, parsed)
-        file = parsed.file or config.get("file")
+    refuse_pickles(source, parts.file)
+    hint = "" if parts.file else f"; name its file as well, owner/name/file{SUFFIX}, to read it from the cache"
+    with plainly(source, "repository", parts.name, parts.file, parts.revision, AWAY + hint):
+        config, revision, offline = _config(hub, parts)
+        file = parts.file or config.get("file")
         if file is None:
-            file = only(source, hub.list_repo_files(parsed.name, revision=revision))
-        path = Path(hub.hf_hub_download(parsed.name, file, revision=revision, local_files_only=away))
+            file = only(source, hub.list_repo_files(parts.name, revision=revision))
+        path = Path(hub.hf_hub_download(parts.name, file, revision=revision, local_files_only=offline))
     sha256 = config.get("sha256") if config.get("file") == file else None
-    return LocalFile(path, parsed.name, commit(path), sha256)
+    return LocalFile(path, parts.name, commit(path), sha256)
 
 
 def find_in_folder(folder: Path) -> LocalFile:
-    """Return the patch file in a folder that is laid out like a repository.
+    """Return the path of the patch in a local folder that is laid out like a repository.
 
     Raises:
-        ErasureError: the folder holds no patch, several patches, or a pickle.
+        ErasureError: the folder holds no patch, several, or only pickles.
     """
     config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    file = config.get("file") or only(str(folder), sorted(one.name for one in folder.iterdir()))
+    file = config.get("file") or only(str(folder), sorted(path.name for path in folder.iterdir()))
     return LocalFile(folder / file, sha256=config.get("sha256"))
 
 
-def _config(hub: Any, parsed: Place) -> tuple[dict[str, str], str | None, bool]:
-    """The repository's erasure.json, the revision it was read at, and whether the hub is out of reach.
+def _config(hub: Any, parts: HubName) -> tuple[dict[str, str], str | None, bool]:
+    """Return the repository's erasure.json, the revision that it was read at, and whether the hub is out of reach.
 
-    The patch is then taken from the same revision; and a hub that is out of reach is not asked again.
+    The patch is then read from the same revision, and only from the cache where the hub is out of reach.
     """
     try:
-        path = Path(hub.hf_hub_download(parsed.name, CONFIG, revision=parsed.revision))
+        path = Path(hub.hf_hub_download(parts.name, CONFIG, revision=parts.revision))
     except hub.errors.LocalEntryNotFoundError:
-        if parsed.file is None:
+        if parts.file is None:
             raise
-        return {}, parsed.revision, True
+        return {}, parts.revision, True
     except hub.errors.EntryNotFoundError:
-        return {}, parsed.revision, False
-    return _read(path), commit(path) or parsed.revision, False
+        return {}, parts.revision, False
+    return _read(path), commit(path) or parts.revision, False
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -142,36 +153,51 @@ def _read(path: Path) -> dict[str, str]:
         data = json.loads(path.read_text(encoding="utf-8"))
         file, sha256 = data["file"], data.get("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        raise ErasureError(f"{path}: no list of what the repository holds ({fault})") from None
+        raise ErasureError(f"{path} does not list the contents of the repository ({fault})") from None
     if not isinstance(file, str) or not file.endswith(SUFFIX) or os.path.basename(file) != file:
-        raise ErasureError(f"{path}: names {file!r}, not a {SUFFIX} file beside it")
+        raise ErasureError(f"{path} names {file!r}, which is not a {SUFFIX} file in the same folder")
     if sha256 is not None and not isinstance(sha256, str):
-        raise ErasureError(f"{path}: its sha256 is no text")
+        raise ErasureError(f"{path}: its sha256 must be a string")
     return {"file": file} | ({"sha256": sha256} if sha256 else {})
 
 
 def only(source: str, files: list[str], suffixes: tuple[str, ...] = (SUFFIX,)) -> str:
     """Return the only file with one of the suffixes.
 
+    Args:
+        source: the name of the repository or folder, for the messages.
+        files: the names of its files.
+        suffixes: the allowed suffixes, in lower case.
+
     Raises:
-        ErasureError: there is no such file, or there are several.
+        ErasureError: no file or several files have such a suffix; if there are only pickles, the message says so.
     """
-    able = [file for file in files if file.lower().endswith(suffixes)]
-    if len(able) == 1:
-        return able[0]
-    refuse_pickles(source, *([] if able else files))
-    raise ErasureError(f"{source!r}: name one file, as in {source}/file{suffixes[0]}; it has {', '.join(able) or '-'}")
+    candidates = [file for file in files if file.lower().endswith(suffixes)]
+    if len(candidates) == 1:
+        return candidates[0]
+    refuse_pickles(source, *([] if candidates else files))
+    if not candidates:
+        raise ErasureError(f"{source!r} holds no {' or '.join(suffixes)} file")
+    raise ErasureError(
+        f"{source!r} holds several files, {', '.join(candidates)}; name one file, as in {source}/{candidates[0]}"
+    )
 
 
 def refuse_pickles(source: str, *files: str | None) -> None:
-    """Raise an ErasureError at a file that can run code when it is opened."""
+    """Refuse files that can run code when they are opened.
+
+    Raises:
+        ErasureError: one of the files is a pickle, by its suffix.
+    """
     for file in files:
         if file and file.lower().endswith(PICKLES):
-            raise ErasureError(f"{source!r}: {file} is a pickle; pickles can run code and are never fetched or opened")
+            raise ErasureError(
+                f"{source!r}: {file} is a pickle; pickles can run code, so they are never downloaded or opened"
+            )
 
 
 def commit(path: Path) -> str:
-    """Return the commit that a file in the hub's cache belongs to; empty for any other file."""
+    """Return the commit of a file in the hub's cache, read from its path; empty for any other path."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
@@ -180,15 +206,18 @@ def commit(path: Path) -> str:
 def plainly(
     source: str, noun: str, name: str, file: str | None = None, revision: str | None = None, away: str = AWAY
 ) -> Iterator[None]:
-    """Turn the errors of huggingface_hub inside the block into ErasureErrors.
+    """Turn errors of huggingface_hub inside the context into ErasureErrors with readable messages.
 
     Args:
-        source: as the user wrote it.
+        source: the name as the user wrote it.
         noun: what `name` is, such as `data set`.
-        name: the repository.
-        file: the file that was asked for.
-        revision: the revision that was asked for.
-        away: what to say when the hub is out of reach.
+        name: the repository, `owner/name`.
+        file: the file that is requested, if any.
+        revision: the revision that is requested, if any.
+        away: the message, after `source`, for a hub that is out of reach.
+
+    Raises:
+        ErasureError: the repository, revision or file does not exist, access is denied, or the hub is out of reach.
     """
     from huggingface_hub import errors
 
@@ -203,14 +232,20 @@ def plainly(
     except errors.RevisionNotFoundError:
         raise ErasureError(f"{source!r}: the {noun} {name} has no revision {revision!r}") from None
     except errors.GatedRepoError:
-        raise ErasureError(f"{source!r}: accept the terms of the {noun} {name} on the hub, then log in") from None
+        raise ErasureError(
+            f"{source!r}: the {noun} {name} is gated; accept its terms on the hub, then log in (hf auth login)"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise ErasureError(f"{source!r}: no {noun} {name} on the hub, or it is private: log in") from None
+        raise ErasureError(
+            f"{source!r}: the hub has no {noun} {name}, or it is private; if so, log in (hf auth login)"
+        ) from None
     except errors.HFValidationError as fault:
         raise ErasureError(f"{source!r}: {fault}") from None
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as fault:
         if getattr(getattr(fault, "response", None), "status_code", 401) in (401, 403):
-            raise ErasureError(f"{source!r}: the hub refuses; log in with a token that may (hf auth login)") from None
+            raise ErasureError(
+                f"{source!r}: the hub denied access; log in with a token that has access (hf auth login)"
+            ) from None
         raise ErasureError(f"{source!r}: the hub did not answer: {fault}") from None
     except (OSError, errors.HTTPError) as fault:
         raise ErasureError(f"{source!r}: the hub did not answer: {fault}") from None

@@ -1,1 +1,1 @@
-"""What is erased: concepts, the words near them, and their similarity. Nothing here knows a checkpoint."""
+"""Concepts to erase, and the words that are close to them. Nothing here depends on a particular checkpoint."""

@@ -1,4 +1,4 @@
-"""A concept to erase: its names, the anchor that replaces it, and the neighbours to keep."""
+"""A concept to erase: its names, the anchor that replaces it, and the neighbours that must be kept."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from erasure.errors import ErasureError, unknown
 
 KINDS = ("object", "style", "identity", "content")
 MOST = 100  # concepts in one run
-# Subjects that carry a style: common words, so that any checkpoint has them.
+# Subjects that prompts show in a style. They are common words, so that every checkpoint knows them.
 CARRIERS = ("a dog", "a house", "a car", "a flower", "a person", "an apple")
-LONGEST = 200  # characters; CLIP reads 77 tokens and cuts the rest off silently
+LONGEST = 200  # characters in a name; CLIP reads 77 tokens and drops the rest without a warning
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept to erase, with everything that a method needs to know about it.
+    """A concept to erase, with its other names and what must not change.
 
     Args:
-        name: the name that users write in prompts, such as "Van Gogh" or "cat".
-        aliases: other names that are erased along with it.
-        anchor: what its prompts should show instead; None leaves the choice to the method.
-        keep: neighbours that must not change.
+        name: the concept as users write it in prompts, such as "Van Gogh" or "cat".
+        aliases: other names, which are erased as well.
+        anchor: what prompts with the concept should show instead; None lets the method choose.
+        keep: neighbours that must stay as they are.
         kind: object, style, identity (a person or character) or content (nudity, weapons).
+
+    Raises:
+        ErasureError: an empty or overlong name, an unknown kind, an anchor that is a name of the concept, or a name
+            that is both erased and kept.
     """
 
     name: str
@@ -35,7 +39,6 @@ class Concept:
     kind: str = "object"
 
     def __post_init__(self) -> None:
-        """Check every field; raises ErasureError."""
         object.__setattr__(self, "aliases", tuple(self.aliases))
         object.__setattr__(self, "keep", tuple(self.keep))
         for text in (self.name, *self.aliases, *self.keep, *([self.anchor] if self.anchor else [])):
@@ -43,91 +46,97 @@ class Concept:
                 raise ErasureError("a concept's name is empty: give a word or a phrase, such as 'cat' or 'Van Gogh'")
             if len(text) > LONGEST:
                 raise ErasureError(
-                    f"a concept's name has {len(text):,} characters ({text[:30]!r}...); "
-                    f"at most {LONGEST} are allowed: the text encoder would cut the rest off"
+                    f"a concept's name has {len(text):,} characters ({text[:30]!r}...), and at most {LONGEST} are "
+                    "allowed: the text encoder would not read the rest"
                 )
         if self.kind not in KINDS:
             raise unknown("kind", self.kind, KINDS)
-        lower = {name.lower().strip() for name in self.names}
-        if self.anchor and self.anchor.lower().strip() in lower:
+        names = {name.lower().strip() for name in self.names}
+        if self.anchor and self.anchor.lower().strip() in names:
             raise ErasureError(f"the anchor {self.anchor!r} is the concept itself: erasing would change nothing")
         for name in self.keep:
-            if name.lower().strip() in lower:
-                raise ErasureError(f"{name!r} is both to be erased and to be kept: remove it from one of the lists")
+            if name.lower().strip() in names:
+                raise _erased_and_kept(name)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the name followed by its aliases."""
+        """Return the name of the concept, followed by its aliases."""
         return (self.name, *self.aliases)
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | Concept, vocabulary: Vocabulary | None = None) -> Concept:
-        """Make a concept from a bare name, a mapping (a YAML entry) or a concept.
+        """Make a concept from a name, from a mapping such as a YAML entry, or from a concept.
 
         Args:
-            value: what the user gave. A `Concept` is returned as it is.
-            vocabulary: the words of the checkpoint at hand, where they are known. They give a name its kind, and a
-                content concept its members as aliases, as far as none are given and they are not to be kept.
-                Without a vocabulary a name whose kind is not given is an object.
+            value: a name, or a mapping with `name` and any other field of `Concept`. A `Concept` is returned as it is.
+            vocabulary: the words that the checkpoint was taught, if they are known. They supply the kind if the
+                mapping has none, and the members of a content concept as aliases, except those that are kept, if the
+                mapping has none. Without a vocabulary the default kind is object.
 
         Raises:
-            ErasureError: a value of another type, an unknown field, no name, or whatever `Concept` refuses.
+            ErasureError: a value of another type, an unknown field, no name, or anything that `Concept` refuses.
         """
         if isinstance(value, Concept):
             return value
         if isinstance(value, str):
             return cls.of({"name": value}, vocabulary)
         if not isinstance(value, Mapping):
-            raise ErasureError(f"a concept is a name or a mapping with a name, not {type(value).__name__}")
+            raise ErasureError(f"a concept must be a name or a mapping with a name, not {type(value).__name__}")
         allowed = [field.name for field in fields(cls)]
         for key in value:
             if key not in allowed:
                 raise unknown("concept field", key, allowed)
         if "name" not in value:
-            raise ErasureError("a concept needs a name")
+            raise ErasureError("a concept needs a name: add the field `name`")
         concept = cls(**value)
         if vocabulary is None:
             return concept
         members = tuple(name for name in vocabulary.content(concept.name) if name not in concept.keep)
-        known: dict[str, Any] = {"kind": vocabulary.kind(concept.name), "aliases": members}
-        return replace(concept, **{key: one for key, one in known.items() if key not in value})
+        defaults: dict[str, Any] = {"kind": vocabulary.kind(concept.name), "aliases": members}
+        return replace(concept, **{field: default for field, default in defaults.items() if field not in value})
 
     @classmethod
     def list_of(cls, value: Any, vocabulary: Vocabulary | None = None) -> list[Concept]:
-        """Make concepts from one value, or a list of values, that `of` accepts.
+        """Make a list of concepts to be erased together.
+
+        Args:
+            value: anything that `of` accepts, or a list of such values.
+            vocabulary: as for `of`.
 
         Raises:
-            ErasureError: an empty list, more than MOST concepts, a name given twice, or one that another concept keeps.
+            ErasureError: no concept, more than MOST, a name that occurs in two concepts, or a name that one concept
+                erases and another keeps.
         """
         several = isinstance(value, Sequence) and not isinstance(value, str)
-        concepts = [cls.of(one, vocabulary) for one in (value if several else [value])]
+        concepts = [cls.of(entry, vocabulary) for entry in (value if several else [value])]
         if not concepts:
             raise ErasureError("no concept was given: name at least one")
         if len(concepts) > MOST:
             raise ErasureError(
-                f"{len(concepts)} concepts at once: at most {MOST} are erased in one run. "
-                "Erase them in several runs: patches stack"
+                f"{len(concepts)} concepts are too many: one run erases at most {MOST}. "
+                "Erase them in several runs, and load the patches together"
             )
         owner: dict[str, Concept] = {}
-        for one in concepts:
-            for name in one.names:
-                if owner.setdefault(name.lower().strip(), one) is not one:
-                    raise ErasureError(f"{name!r} is named in two of the concepts: name it once")
-        for one in concepts:
-            for name in one.keep:
+        for concept in concepts:
+            for name in concept.names:
+                if owner.setdefault(name.lower().strip(), concept) is not concept:
+                    raise ErasureError(f"{name!r} is in two of the concepts: remove it from one of them")
+        for concept in concepts:
+            for name in concept.keep:
                 if name.lower().strip() in owner:
-                    raise ErasureError(f"{name!r} is both to be erased and to be kept: remove it from one of the lists")
+                    raise _erased_and_kept(name)
         return concepts
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for the patch's header; `Concept.of` reads it back."""
+        """Return the fields as plain data for the header of a patch; `Concept.of` reads them back."""
         return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
 
     def prompt_pairs(self) -> list[tuple[str, str]]:
-        """Return pairs (prompt that shows the concept, the same prompt without it).
+        """Return pairs of prompts: one with the concept, and the prompt that it should be drawn like.
 
-        For an object, the second is the empty prompt or the anchor. A style is also paired on CARRIERS, "a dog in ink
-        style" with "a dog": pushed away from the empty prompt, the dog would be erased along with the style.
+        For an object, the second prompt is the anchor, or empty without one. For a style there are also pairs such as
+        ("a dog in ink style", "a dog") for each of CARRIERS: guided away from the empty prompt only, the model would
+        lose the dog together with the style.
         """
         instead = self.anchor or ""
         if self.kind != "style":
@@ -137,3 +146,7 @@ class Concept:
             for carrier in CARRIERS:
                 pairs.append((f"{carrier} in {name} style", f"{carrier} in {instead}" if instead else carrier))
         return pairs
+
+
+def _erased_and_kept(name: str) -> ErasureError:
+    return ErasureError(f"{name!r} is both to be erased and to be kept: take it out of one of the lists")

@@ -1,4 +1,4 @@
-"""The words a checkpoint was taught: objects in families, styles, and other words for each."""
+"""The vocabulary of a checkpoint: the objects and styles that it was taught, with their families and synonyms."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from erasure.config import read_yaml
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The vocabulary that one checkpoint was taught.
+    """The words that one checkpoint was taught.
 
     Args:
-        families: family -> `words` that name it and the `kind` of its members (object, identity, content).
-        entries: object -> its `family` and its `synonyms`.
-        looks: style -> `words` that name it.
+        families: maps each family to the `words` that name it and the `kind` of its members (object, identity,
+            content).
+        entries: maps each object to its `family` and its `synonyms`.
+        looks: maps each style to the `words` that name it.
     """
 
     families: Mapping[str, Mapping[str, Any]]
@@ -47,19 +48,19 @@ class Vocabulary:
         return list(self.looks)
 
     def family(self, name: str) -> str:
-        """Return the family of an object."""
+        """Return the name of the family that an object belongs to."""
         return str(self.entries[name]["family"])
 
     def family_named(self, word: str) -> str | None:
-        """Return the family that a word names ("weapon", "dangerous weapon"), or None."""
+        """Return the family that a word such as "weapon" or "dangerous weapon" names, or None."""
         return next((family for family, entry in self.families.items() if word in (family, *entry["words"])), None)
 
     def members(self, family: str) -> list[str]:
-        """List the objects of a family."""
+        """List the objects that belong to a family."""
         return [name for name in self.entries if self.family(name) == family]
 
     def kind(self, name: str) -> str:
-        """Return the kind of a name: style, or the kind of its family; "object" for a name that is not known."""
+        """Return the kind of a name: "style", or the kind of its family; "object" for an unknown name."""
         if any(name in (style, *entry["words"]) for style, entry in self.looks.items()):
             return "style"
         for label, entry in self.entries.items():
@@ -69,27 +70,27 @@ class Vocabulary:
         return next(kinds, "object")
 
     def content(self, name: str) -> tuple[str, ...]:
-        """Return the members of a content concept ("weapon": dagger, bomb, ...); nothing for any other name."""
+        """Return the members of a content concept, such as dagger and bomb for "weapon"; empty for other names."""
         families = {
             family for family, entry in self.families.items() if entry["kind"] == "content" and name in entry["words"]
         }
         return tuple(label for label in self.entries if self.family(label) in families)
 
     def synonyms(self, name: str) -> list[str]:
-        """List other words for an object or a style."""
-        words = [*self.entries.get(name, {}).get("synonyms", ()), *self.looks.get(name, {}).get("words", ())]
-        return [word for word in words if word != name]
+        """List the other words for an object or a style."""
+        names = [*self.entries.get(name, {}).get("synonyms", ()), *self.looks.get(name, {}).get("words", ())]
+        return [word for word in names if word != name]
 
     def by_kind(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of each kind: object, identity, content, style."""
-        labels: dict[str, list[str]] = {"object": [], "identity": [], "content": [], "style": self.styles}
+        """Return the names of each kind, by kind: object, identity, content, style."""
+        kinds: dict[str, list[str]] = {"object": [], "identity": [], "content": [], "style": self.styles}
         for label in self.entries:
-            labels[self.families[self.family(label)]["kind"]].append(label)
-        return {kind: tuple(names) for kind, names in labels.items()}
+            kinds[self.families[self.family(label)]["kind"]].append(label)
+        return {kind: tuple(labels) for kind, labels in kinds.items()}
 
     @cached_property
     def meanings(self) -> dict[str, tuple[str, list[str]]]:
-        """Map every word to the head that judges it, "object" or "style", and the labels it stands for."""
+        """Map each word to the classifier head that judges it, "object" or "style", and the labels that it means."""
         known: dict[str, tuple[str, list[str]]] = {}
         for family, entry in self.families.items():
             known |= dict.fromkeys([family, *entry["words"]], ("object", self.members(family)))
@@ -100,5 +101,5 @@ class Vocabulary:
         return known
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """List the names that hold no word of the vocabulary: the checkpoint was never taught them."""
+        """List the names that contain no word of the vocabulary, so that the checkpoint was never taught them."""
         return [name for name in names if not any(f" {word} " in f" {name.lower().strip()} " for word in self.meanings)]

@@ -1,4 +1,4 @@
-"""Concepts from names and mappings; what they refuse."""
+"""Concepts made from names and mappings, and the values that are refused."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def test_a_bare_name_gets_the_kind_that_the_vocabulary_knows():
 def test_without_a_vocabulary_a_bare_name_is_only_a_name():
     """The core knows no bundled model: glyph's weapons and styles mean nothing on another checkpoint."""
     assert [Concept.of(name) for name in NAMES] == [Concept(name) for name in NAMES]
-    assert {one.kind for one in Concept.list_of(list(NAMES))} == {"object"}
+    assert {concept.kind for concept in Concept.list_of(list(NAMES))} == {"object"}
 
 
-def test_json_there_and_back():
+def test_json_round_trip():
     concept = Concept("Van Gogh", aliases=("Vincent",), anchor="a painting", keep=("Monet",), kind="style")
     assert Concept.of(concept.to_json()) == concept
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         ("", "empty"),
         ("   ", "empty"),
@@ -50,12 +50,12 @@ def test_json_there_and_back():
         (7, "a name or a mapping"),
     ],
 )
-def test_bad_concepts_say_what_is_wrong(entry, says):
-    with pytest.raises(ErasureError, match=says):
+def test_bad_concepts_say_what_is_wrong(entry, message):
+    with pytest.raises(ErasureError, match=message):
         Concept.of(entry)
 
 
-def test_a_content_concept_brings_what_belongs_to_it_unless_told():
+def test_a_content_concept_brings_its_members_unless_aliases_are_given():
     whole = Concept.of("weapon", GLYPH)
     assert Concept.of({"name": "weapon", "anchor": "flower"}, GLYPH).aliases == whole.aliases
     kept = Concept.of({"name": "weapon", "keep": ["dagger"]}, GLYPH)

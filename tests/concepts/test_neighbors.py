@@ -1,4 +1,4 @@
-"""Neighbours and retain prompts, found by glyph's text encoder."""
+"""Neighbours and retained words, chosen with glyph's text encoder."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def base() -> Base:
 
 def test_neighbours_are_of_the_kind_and_never_the_concept(base):
     cat, ink = Concept.of("cat", base.vocabulary), Concept.of("ink", base.vocabulary)
-    found = neighbours(base, cat, [cat])
-    assert len(found) == COUNT and "cat" not in found and not set(found) & set(styles())
+    near = neighbours(base, cat, [cat])
+    assert len(near) == COUNT and "cat" not in near and not set(near) & set(styles())
     assert set(neighbours(base, ink, [ink])) <= set(styles()) - {"ink"}
 
 
@@ -43,14 +43,14 @@ def test_joint_concepts_are_all_left_out(base):
 
 
 def test_no_concept_is_the_neighbour_of_another(base):
-    """Each of a family's words is among the next one's nearest: together none may keep the other."""
+    """Words of one family are close to each other; erased together, none may be kept for another."""
     cat = Concept.of("cat", base.vocabulary)
     names = ["cat", "guitar", *neighbours(base, cat, [cat])[:2]]
     several = Concept.list_of(names, base.vocabulary)
-    found = around(base, several)
-    assert not set(found) & set(names)
-    assert len(found) == len(set(found)) > COUNT
-    assert found[0] == neighbours(base, cat, several)[0] and found[1] == neighbours(base, several[1], several)[0]
+    near = around(base, several)
+    assert not set(near) & set(names)
+    assert len(near) == len(set(near)) > COUNT
+    assert near[0] == neighbours(base, cat, several)[0] and near[1] == neighbours(base, several[1], several)[0]
     assert around(base, [Concept.of("ink", base.vocabulary)])[0].endswith(" style")
 
 
@@ -66,7 +66,7 @@ def test_other_checkpoints_get_everyday_words():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("entries", "message"),
     [
         ([], "no concept"),
         (["cat", "cat"], "two of the concepts"),
@@ -75,6 +75,6 @@ def test_other_checkpoints_get_everyday_words():
         ([f"concept {i}" for i in range(MOST + 1)], f"at most {MOST}"),
     ],
 )
-def test_lists_that_make_no_sense(given, message):
+def test_contradictory_lists(entries, message):
     with pytest.raises(ErasureError, match=message):
-        Concept.list_of(given)
+        Concept.list_of(entries)
