@@ -1,8 +1,10 @@
-"""Configuration: dataclass defaults, then YAML presets, then a file, then key=value overrides."""
+"""Settings: their declaration, and their values from defaults, YAML presets, a file and key=value overrides."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -25,15 +27,16 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declare a field of a dataclass of settings with its default and the range it must lie in.
+    """Declare a field of a dataclass of settings with its default and the range that its values must lie in.
 
-    `check_settings` holds the values to it, and lists show it. None is always allowed where the field's type allows it.
+    `check_settings` checks the values, and `erasure list` shows the range. A field whose type allows None may always
+    be None.
 
     Args:
         default: the value where none is given.
-        at_least: smallest value allowed.
+        at_least: smallest allowed value.
         above: values must be greater than this one.
-        at_most: largest value allowed.
+        at_most: largest allowed value.
         below: values must be smaller than this one.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -41,40 +44,38 @@ def setting(
 
 
 def allowed(limits: Mapping[str, float]) -> str:
-    """Say in words which values a field's limits allow; empty where there are none.
+    """Return in words which values the limits of a field allow; empty where there are none.
 
     >>> allowed({"at_least": 1}), allowed({"above": 0, "below": 1})
     ('at least 1', 'above 0 and below 1')
     """
-    low = next((f"{text} {limits[key]:g}" for key, text in _LOW.items() if key in limits), "")
-    high = next((f"{text} {limits[key]:g}" for key, text in _HIGH.items() if key in limits), "")
     if "at_least" in limits and "at_most" in limits:
         return f"between {limits['at_least']:g} and {limits['at_most']:g}"
-    if limits.get("at_least") == 0 and not high:
-        return "0 or more"
-    return " and ".join(filter(None, (low, high)))
-
-
-_LOW = {"at_least": "at least", "above": "above"}
-_HIGH = {"at_most": "at most", "below": "below"}
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+    return " and ".join(f"{text} {limits[key]:g}" for key, text in words.items() if key in limits)
 
 
 def check_settings(settings: Any) -> None:
-    """Hold every field of a dataclass to its declared range and choices (`setting`, `Literal`).
+    """Check every field of a dataclass against its declared range (`setting`) and choices (`Literal`).
 
     Raises:
-        ErasureError: naming the field, its value and what is allowed.
+        ErasureError: every field that breaks its declaration, with its value and what is allowed.
     """
     hints = typing.get_type_hints(type(settings))
+    faults = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value is None:
             continue
         if choices := literal_choices(hints[field.name]):
             if value not in choices:
-                raise unknown(field.name, value, choices)
+                faults.append(str(unknown(field.name, value, choices)))
+        elif isinstance(value, float) and not math.isfinite(value):
+            faults.append(f"{field.name}={value}: must be a finite number")
         elif not _inside(value, field.metadata):
-            raise ErasureError(f"{field.name}={value}: expected {allowed(field.metadata)}")
+            faults.append(f"{field.name}={value}: must be {allowed(field.metadata)}")
+    if faults:
+        raise ErasureError("; ".join(faults))
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
@@ -86,59 +87,61 @@ def literal_choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union; a `Literal` in a union makes it one of typing's, any other one of Python's."""
+    """Return the members of a union (`Literal[...] | None` makes a `typing.Union`, other types do not), or the type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _inside(value: Any, limits: Mapping[str, float]) -> bool:
-    return (
-        not limits
-        or value >= limits.get("at_least", value)
-        and value <= limits.get("at_most", value)
-        and ("above" not in limits or value > limits["above"])
-        and ("below" not in limits or value < limits["below"])
-    )
+    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+    return all(test(value, limits[key]) for key, test in tests.items() if key in limits)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ErasureError: the file cannot be read, is not YAML, or is no mapping.
+        ErasureError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         raise ErasureError(f"{path}: cannot be read as YAML: {fault}") from None
-    if found is None:
+    if values is None:
         return {}
-    if not isinstance(found, dict):
-        raise ErasureError(f"{path}: expected `key: value` lines, found a {type(found).__name__}")
-    return found
+    if not isinstance(values, dict):
+        raise ErasureError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """`["lr=1e-4", "variant=u"]` to a mapping; values are read as YAML."""
-    found = {}
+    """Parse settings of the command line, such as `["lr=1e-4", "variant=u"]`; their values are read as YAML.
+
+    Raises:
+        ErasureError: an item without an equals sign or without a key, or whose value is not YAML.
+    """
+    values = {}
     for item in items:
         key, sign, value = item.partition("=")
         if not sign or not key.strip():
             raise ErasureError(f"{item!r} is not key=value")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as fault:
+            raise ErasureError(f"{item!r}: the value cannot be read as YAML: {fault}") from None
+    return values
 
 
 def preset(method: str, kind: str) -> dict[str, Any]:
-    """What `configs/methods/<method>.yaml` sets for all kinds of concept (`all`) and for this one."""
+    """Return what `configs/methods/<method>.yaml` sets for all kinds of concept (`all`) and for this kind."""
     path = CONFIGS / "methods" / f"{method}.yaml"
     if not path.is_file():
         return {}
-    found = read_yaml(path)
-    return {**(found.get("all") or {}), **(found.get(kind) or {})}
+    values = read_yaml(path)
+    return {**(values.get("all") or {}), **(values.get(kind) or {})}
 
 
 def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
-    """An instance of a dataclass from layers of values, the later ones winning.
+    """Build a dataclass from layers of values; later layers override earlier ones.
 
     Raises:
         ErasureError: naming every unknown key and every value of the wrong type.
@@ -154,7 +157,7 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
                 continue
             try:
                 merged[key] = coerce(value, hints[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 faults.append(f"{key}={value!r}: expected {readable(hints[key])}")
     if faults:
         raise ErasureError("; ".join(faults))
@@ -162,7 +165,13 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
 
 
 def coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type of a field; "1e-4" (a string to YAML) is a float, 3 is 3.0, "x" is no int."""
+    """Convert a value to the type of a field: the string "1e-4" (YAML reads it as one) to a float, 3 to 3.0.
+
+    The choices of a `Literal` are left to `check_settings`, whose message lists them.
+
+    Raises:
+        TypeError, ValueError, OverflowError: the value cannot be converted.
+    """
     options = _options(hint)
     if value is None and type(None) in options:
         return None
@@ -179,7 +188,7 @@ def coerce(value: Any, hint: Any) -> Any:
             kind = typing.get_args(option)[0]
             return tuple(kind(item) for item in value)
         if dict in (option, typing.get_origin(option)) and isinstance(value, dict):
-            return {str(key): one for key, one in value.items()}
+            return {str(key): entry for key, entry in value.items()}
     raise TypeError(value)
 
 

@@ -1,4 +1,4 @@
-"""`erase`: run a method on a checkpoint and a concept, and put the patch together."""
+"""`erase`: run a method on a checkpoint and concepts, and assemble the patch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from erasure.methods import configured
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
+    from erasure.method import Method
     from erasure.model.base import Base
     from erasure.patch import Patch
+    from erasure.training.compute import Computing
     from erasure.training.run import FitResult, Run
 
 LOG = logging.getLogger("erasure")
@@ -36,127 +39,177 @@ def erase(
     trackers: Sequence[str] = (),
     **overrides: Any,
 ) -> Patch:
-    """Erase a concept and return the patch. The model is given back as it was.
+    """Erase concepts and return the patch; the model is left as it was.
+
+    Several processes started by accelerate or torchrun work on the one run together.
 
     Args:
-        model: a pipeline, a `Base`, or a model's name.
-        concept: a name, a mapping of `Concept`'s fields, or a `Concept`; or a list of them, erased together.
-        method: file name in `erasure/methods`.
-        out: where to save the patch; the run then keeps its state in `<out>.run` and resumes after a kill.
-        config: a YAML file of settings, over the method's preset.
-        seed: of everything random in the run.
-        progress: show a bar; None does so on a terminal.
-        preview_every: draw the concept and its neighbours every so many steps, into `<out>.previews`.
+        model: a pipeline, a `Base`, or the name of a model.
+        concept: a name, a mapping of `Concept`'s fields, or a `Concept`; or a list of them, to erase together.
+        method: the name of a method, see `erasure list methods`.
+        out: where to save the patch. The run then keeps its state in `<out>.run`, and the same call resumes it.
+        config: a YAML file of settings, which override the method's preset.
+        seed: seed of everything random in the run.
+        progress: whether to show a progress bar; None: on a terminal only.
+        preview_every: draw the concept and its neighbours every so many steps, into `<out>.previews`; a closed form
+            draws the base and the result.
         trackers: log the losses with accelerate, into `<out>.logs`: tensorboard, wandb.
-        overrides: single settings, over everything else: of the method and of `Computing`.
-
-    Started by accelerate or torchrun as several processes, they do the one run together.
+        overrides: single settings of the method and of `Computing`, which override everything else.
 
     Raises:
-        ErasureError: an unknown method, setting, model or concept, an output that cannot be written, NaN.
+        ErasureError: an unknown method, setting, model or concept, an option without meaning for the method, an output
+            that cannot be written, or a loss that is NaN.
     """
-    from erasure import config as configuration
     from erasure.concepts.concept import Concept
-    from erasure.distributed import process_group
+    from erasure.config import read_yaml
     from erasure.model.base import Base
-    from erasure.training.callbacks import Previews, Trackers
-    from erasure.training.compute import Computing, Engine
-    from erasure.training.run import Run
+    from erasure.training.compute import Computing
 
-    file = configuration.read_yaml(Path(config)) if config is not None else {}
+    file = read_yaml(Path(config)) if config is not None else {}
     computing, layers = Computing.split(file, overrides)
     # Bad input is refused before the model is loaded.
-    configured(method, Concept.list_of(concept), *layers).check_watched(preview_every, trackers)
-    target = Path(out) if out is not None else None
-    if target is not None:
-        check_writable(target)
-    elif preview_every is not None or trackers:
-        raise ErasureError("previews and logs are written beside the patch: say where with `out` (-o)")
+    configured(method, Concept.list_of(concept), *layers).check_options(computing, preview_every, trackers)
+    output = Output(Path(out) if out is not None else None, preview_every, trackers)
+    output.check()
     base = Base.of(model)
     check_resident(base)
-    wanted = Concept.list_of(concept, base.vocabulary)
-    built = configured(method, wanted, *layers)
-    warn_of_strangers(base, wanted)
-    with process_group(base.device.type == "cpu") as us, Engine(base, computing, us) as engine:
-        run = Run(
-            seed=seed,
-            folder=target.with_name(f"{target.name}.run") if target else None,
-            progress=sys.stderr.isatty() if progress is None else progress,
-            engine=engine,
-            group=us,
-        )
-        settings = {"method": method, **dataclasses.asdict(built), **engine.computing.to_json()}
-        run.open({"settings": settings, "concepts": [one.to_json() for one in wanted], "base": base.name, "seed": seed})
-        if target is not None and preview_every is not None:
-            run.previews = Previews(base, wanted, target.with_name(f"{target.name}.previews"), preview_every)
-        if target is not None and trackers:
-            run.trackers = Trackers(trackers, target.with_name(f"{target.name}.logs"), settings)
+    concepts = Concept.list_of(concept, base.vocabulary)
+    chosen = configured(method, concepts, *layers)
+    warn_of_unknown_names(base, concepts)
+    return _run(chosen, base, concepts, computing, seed, sys.stderr.isatty() if progress is None else progress, output)
+
+
+def _run(
+    method: Method,
+    base: Base,
+    concepts: list[Concept],
+    computing: Computing,
+    seed: int,
+    progress: bool,
+    output: Output,
+) -> Patch:
+    """Run a method, in all processes of a launch together, and write its patch."""
+    from erasure.distributed import process_group
+    from erasure.training.compute import Engine
+    from erasure.training.run import Run
+
+    settings = {"method": method.method, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    if method.CALLS_UNET:
+        settings |= computing.on(base.device).to_json()
+    with process_group(base.device.type == "cpu") as group, Engine(base, computing, group, method.CALLS_UNET) as engine:
+        run = Run(seed, output.next_to("run"), progress, engine=engine, group=group)
+        what = [concept.to_json() for concept in concepts]
+        run.open({"settings": settings, "concepts": what, "base": base.name, "seed": seed})
+        output.watch(run, base, concepts, settings)
         try:
-            fitted = built.fit(base, wanted, run)
+            result = method.fit(base, concepts, run)
         finally:
             if run.trackers is not None:
                 run.trackers.close()
         engine.close()  # the fingerprint is taken of the base's own weights
-        patch = assemble(fitted, settings, base, wanted, run)
-        if target is not None:
-            us.first(lambda: patch.save(target))
+        patch = assemble(result, settings, base, concepts, run)
+        if output.patch is not None:
+            group.first(lambda: patch.save(output.patch))
         run.close()
     return patch
 
 
-def assemble(fitted: FitResult, settings: dict[str, Any], base: Base, concepts: list[Concept], run: Run) -> Patch:
-    """Put a patch together from what was fitted, with everything that its reader wants to know."""
+@dataclass(frozen=True)
+class Output:
+    """The files that a run writes: the patch, and next to it the state of the run, its previews and its logs.
+
+    Args:
+        patch: path of the patch; None writes nothing.
+        preview_every: steps between previews; None draws none.
+        trackers: names of the trackers that take the losses.
+    """
+
+    patch: Path | None
+    preview_every: int | None
+    trackers: Sequence[str]
+
+    def check(self) -> None:
+        """Refuse a path that cannot be written before the work is done.
+
+        Raises:
+            ErasureError: the path is a folder, or its folder cannot be created or written to; or there is no path for
+                previews and logs to be written next to.
+        """
+        if self.patch is not None:
+            check_writable(self.patch)
+        elif self.preview_every is not None or self.trackers:
+            raise ErasureError("previews and logs are written next to the patch: give its path with `out` (-o)")
+
+    def next_to(self, ending: str) -> Path | None:
+        """Return the path of a file or folder named after the patch, or None if nothing is written."""
+        return self.patch.with_name(f"{self.patch.name}.{ending}") if self.patch is not None else None
+
+    def watch(self, run: Run, base: Base, concepts: Sequence[Concept], settings: Mapping[str, Any]) -> None:
+        """Give a run its previews and trackers."""
+        from erasure.training.callbacks import Previews, Trackers
+
+        previews, logs = self.next_to("previews"), self.next_to("logs")
+        if previews is not None and self.preview_every is not None:
+            run.previews = Previews(base, concepts, previews, self.preview_every)
+        if logs is not None and self.trackers:
+            run.trackers = Trackers(self.trackers, logs, settings)
+
+
+def assemble(result: FitResult, settings: dict[str, Any], base: Base, concepts: list[Concept], run: Run) -> Patch:
+    """Return the patch: the result of a method with the header fields that describe how it was made."""
     from erasure.patch import Patch, fingerprint
 
-    payload, components = fitted.payload, {}
-    for component in payload.components:
-        components[component] = fingerprint(getattr(base.pipe, component), payload.names(component))
+    payload = result.payload
+    fingerprints = {
+        component: fingerprint(getattr(base.pipe, component), payload.names(component))
+        for component in payload.components
+    }
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")}
     return Patch(
         payload=payload,
         method=settings["method"],
         concepts=tuple(concept.to_json() for concept in concepts),
         base=base.name,
-        base_fingerprint=components,
+        base_fingerprint=fingerprints,
         config={key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()},
-        gate=fitted.gate,
+        gate=result.gate,
         versions=libraries,
         seed=run.seed,
         costs=run.costs.to_json(),
     )
 
 
-def warn_of_strangers(base: Base, concepts: Sequence[Concept]) -> None:
-    """Log a warning for names that the checkpoint's vocabulary does not hold, where the vocabulary is known."""
+def warn_of_unknown_names(base: Base, concepts: Sequence[Concept]) -> None:
+    """Log a warning for names that the checkpoint's vocabulary lacks, if the vocabulary is known."""
     words = base.vocabulary
-    if words is not None and (strange := words.unknown(name for one in concepts for name in one.names)):
-        LOG.warning("%s was never taught %s: there may be nothing to erase", base.name, ", ".join(map(repr, strange)))
+    if words is not None and (missing := words.unknown(name for concept in concepts for name in concept.names)):
+        LOG.warning("%s was never taught %s: there may be nothing to erase", base.name, ", ".join(map(repr, missing)))
 
 
 def check_resident(base: Base) -> None:
     """Refuse an offloaded UNet.
 
     Raises:
-        ErasureError: the UNet's weights do not lie where it computes.
+        ErasureError: the UNet's weights are not on the device that it computes on.
     """
     if base.device != next(base.unet.parameters()).device:
         raise ErasureError(
-            f"the UNet is offloaded: its weights do not lie on {base.device}, and what trains beside them would rest "
-            "elsewhere too. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
+            f"the UNet is offloaded: its weights are not on {base.device}, where it computes, and could not be trained "
+            "there. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
         )
 
 
 def check_writable(target: Path) -> None:
-    """Refuse an output before the work, not after it.
+    """Refuse an output that cannot be written before the work is done.
 
     Raises:
-        ErasureError: the path is a folder, or its folder cannot be made or written.
+        ErasureError: the path is a folder, or its folder cannot be created or written to.
     """
     if target.is_dir():
         raise ErasureError(f"{target} is a folder: give the patch a file name, such as {target / 'patch.safetensors'}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise ErasureError(f"{target}: its folder cannot be made: {fault.strerror or fault}") from None
+        raise ErasureError(f"{target}: its folder cannot be created: {fault.strerror or fault}") from None
     if not os.access(target.parent, os.W_OK):
-        raise ErasureError(f"{target}: its folder cannot be written")
+        raise ErasureError(f"{target}: its folder cannot be written to")

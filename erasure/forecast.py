@@ -1,4 +1,4 @@
-"""`plan`: what a run will cost, before it is started."""
+"""`plan`: forecast the cost of a run before it is started."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ __all__ = ["Forecast", "plan"]
 
 
 def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int = 1, **overrides: Any) -> Forecast:
-    """Forecast `erase(model, concept, method, **overrides)`; the model is left as it was.
+    """Forecast what `erase(model, concept, method, **overrides)` will cost; the model is left as it was.
 
     Args:
-        model: as for `erase`, or a base whose UNet lies on the `meta` device.
+        model: as for `erase`, or a base whose UNet is on the `meta` device.
         concept: as for `erase`.
-        method: the name of a method.
-        seed: of everything random in the run.
+        method: the name of a method, see `erasure list methods`.
+        seed: seed of everything random in the run.
         processes: number of processes that will share the work.
         overrides: single settings of the method and of `Computing`.
 
     Raises:
-        ErasureError: as `erase`; the UNet has no weights and the method looks at them before it starts.
+        ErasureError: as for `erase`; or the base has no weights, and the method reads them before it starts.
     """
     if processes < 1:
-        raise ErasureError(f"processes={processes}: expected at least 1")
+        raise ErasureError(f"processes={processes}: must be at least 1")
     computing, (settings,) = Computing.split(overrides)
-    configured(method, Concept.list_of(concept), settings)  # bad input is refused before the model is loaded
+    # Bad input is refused before the model is loaded.
+    configured(method, Concept.list_of(concept), settings).check_options(computing)
     base = Base.of(model)
     concepts = Concept.list_of(concept, base.vocabulary)
     return configured(method, concepts, settings).forecast(base, concepts, computing, seed, processes)

@@ -1,39 +1,47 @@
 """What a method of erasing is: its settings, and how they turn a checkpoint and concepts into the tensors of a patch.
 
 There are three kinds. A `GradientMethod` trains, in the one loop of `training/loop.py`. A `ClosedFormMethod` solves for
-new weights from texts alone. A `RuntimeMethod` leaves the weights as they are and collects what a gate or a hook needs.
+new weights from text states alone. A `RuntimeMethod` trains nothing: it collects the data with which a gated term acts
+when images are made. Each kind forecasts its own cost, and refuses the options of a run that have no meaning for it.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from erasure.concepts.concept import Concept
 from erasure.config import check_settings
+from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.model.base import Base
-from erasure.model.closed_form import Columns, Edit
-from erasure.model.diffusion import counting
+from erasure.model.closed_form import Columns, Edit, Factors, applied
+from erasure.model.conditioning import text_encoders
+from erasure.model.diffusion import Counts, counting
 from erasure.patch import LowRank
-from erasure.training.compute import Computing
-from erasure.training.dry_run import Forecast, forecast_edit, forecast_runtime, forecast_training
+from erasure.training.compute import Computing, Engine
+from erasure.training.dry_run import Forecast, forecast_runtime, forecast_training
 from erasure.training.loop import train
+from erasure.training.memory import size_of
 from erasure.training.run import FitResult, Run
 
 
 class Method(ABC):
-    """A method of erasing: a frozen dataclass whose fields are the settings, declared with `config.setting`."""
+    """A method of erasing: a frozen dataclass whose fields are its settings, declared with `config.setting`."""
 
-    method: ClassVar[str]  # the file's name, and the method's
-    PARITY: ClassVar[dict[str, Any]] = {}  # what `parity=True` sets: the published script's values
-    # Settings of which several concepts, erased together, get as much each as one alone.
+    method: ClassVar[str]  # the name that users give, which is also the file's
+    PARITY: ClassVar[dict[str, Any]] = {}  # what `parity=True` sets: the values of the published script
+    # Settings that grow with the number of concepts erased together, so that each gets as much as one alone.
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
-    WATCHED: ClassVar[bool] = False  # whether there are training steps, to log and to draw previews of
+    STOCHASTIC: ClassVar[bool] = True  # whether another seed gives another patch
+    LOGS: ClassVar[bool] = False  # whether there are training steps whose losses can be logged
+    PREVIEWS: ClassVar[bool] = False  # whether `fit` draws the run's previews
+    CALLS_UNET: ClassVar[bool] = True  # whether the settings of `Computing` have any effect
 
     def __post_init__(self) -> None:
         """Check every setting against its declared range and choices; raises ErasureError."""
@@ -41,7 +49,7 @@ class Method(ABC):
 
     @abstractmethod
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
-        """Erase the concepts and return the tensors of the patch and its gate; the base is as it was afterwards.
+        """Erase the concepts and return the tensors of the patch and its gate; leave the base as it was.
 
         Args:
             base: the checkpoint.
@@ -53,25 +61,31 @@ class Method(ABC):
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
     ) -> Forecast:
-        """Return what `fit` will cost, without running it; the base is left as it was.
+        """Return what `fit` will cost, without doing it; leave the base as it was.
 
         Raises:
-            ErasureError: the UNet has no weights and the method looks at them before it starts.
+            ErasureError: the base has no weights, and the method reads them before it starts.
         """
 
-    def check_watched(self, preview_every: int | None, trackers: Sequence[str]) -> None:
-        """Refuse previews and logs where there are no training steps to draw or log.
+    def check_options(
+        self, computing: Computing, preview_every: int | None = None, trackers: Sequence[str] = ()
+    ) -> None:
+        """Refuse options of a run that have no meaning for this kind of method; none is silently ignored.
 
         Raises:
-            ErasureError: either was asked for, and the method has no steps.
+            ErasureError: naming the options, and why they have no effect.
         """
-        if self.WATCHED or (preview_every is None and not trackers):
-            return
-        asked = [*(["previews"] if preview_every is not None else []), *(["logs"] if trackers else [])]
-        raise ErasureError(
-            f"{self.method} has no training steps, so there is nothing for {' and '.join(asked)} to show: leave "
-            "--preview-every and --log out, and draw pictures with `erasure generate --patch`. Nothing was changed"
-        )
+        faults = []
+        if trackers and not self.LOGS:
+            faults.append("it has no training steps to log (--log)")
+        if preview_every is not None and not self.PREVIEWS:
+            faults.append("it has no intermediate results to draw (--preview-every)")
+        if not self.CALLS_UNET:
+            changed = [field.name for field in fields(computing) if getattr(computing, field.name) != field.default]
+            if changed:
+                faults.append(f"it makes no UNet calls, so {', '.join(changed)} would have no effect")
+        if faults:
+            raise ErasureError(f"{self.method}: {'; '.join(faults)}. Leave the option out; nothing was changed")
 
 
 class GradientMethod(Method):
@@ -81,7 +95,8 @@ class GradientMethod(Method):
     same run; anything else that changes from step to step goes through `snapshot` and `restore`.
     """
 
-    WATCHED: ClassVar[bool] = True
+    LOGS: ClassVar[bool] = True
+    PREVIEWS: ClassVar[bool] = True
 
     iterations: int
     learning_rate: float
@@ -123,57 +138,124 @@ class GradientMethod(Method):
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
     ) -> Forecast:
-        """Go through the run with a UNet that answers at once, counting its calls; time one real call."""
+        """Go through the run with a UNet that answers at once, and count its calls; time one real call."""
         return forecast_training(self, base, concepts, computing, seed, processes)
 
 
 class ClosedFormMethod(Method):
-    """A method that solves for new weights: no loop, no seed, no UNet call, seconds.
+    """A method that solves for new weights: no training loop, no seed, no UNet call, seconds.
 
-    `columns` says which text states are edited, to what, and which are kept; the weights of every module in `variant`
-    follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change.
+    `columns` says which text states are edited, towards what, and which are kept; the weights of every module of
+    `variant` follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change. Its previews
+    are the base (step 0) and the result (step 1).
     """
+
+    STOCHASTIC: ClassVar[bool] = False
+    PREVIEWS: ClassVar[bool] = True
+    CALLS_UNET: ClassVar[bool] = False
 
     variant: str = "x-strict"
 
     @abstractmethod
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
-        """Return the text states to edit, what each should answer like instead, and those to keep."""
+        """Return the text states to edit, those that each should answer like instead, and those to keep."""
 
-    def solve(self, edit: Edit, module: nn.Module) -> tuple[Tensor, Tensor, float]:
-        """Return the change of one module's weight as factors (down [n, in], up [out, n], alpha)."""
+    def solve(self, edit: Edit, path: str, module: nn.Module) -> Factors:
+        """Return the change of one module's weight; override it where the wanted answers are not those of guides."""
         return edit.factors(module.get_parameter("weight"))
 
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
         """Solve for every module of the variant, and return the factors."""
-        begun = time.perf_counter()
-        edit = Edit(self.columns(base, concepts))
-        layers = {path: self.solve(edit, module) for path, module in base.targets(self.variant).items()}
-        run.costs.seconds += time.perf_counter() - begun
+        modules = base.targets(self.variant)
+        with counting(base.unet, run.costs):
+            edit = Edit(self.columns(base, concepts))
+            layers = {path: self.solve(edit, path, module) for path, module in modules.items()}
+        if run.previews is not None:
+            with Engine(base, Computing(precision="fp32")):
+                run.draw(0)
+                with applied(modules, layers):
+                    run.draw(1)
         return FitResult(LowRank({"unet": layers}))
 
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
     ) -> Forecast:
-        """Collect the columns, solve for one module, and multiply its seconds by the number of weights."""
-        targets = base.targets(self.variant)
-        return forecast_edit(base, targets, lambda: Edit(self.columns(base, concepts)), self.solve)
+        """Collect the columns and factorise, solve for one module, and scale its seconds to all of them.
+
+        Raises:
+            ErasureError: the text encoder has no weights.
+        """
+        modules = base.targets(self.variant)
+        if any(param.is_meta for _, encoder in text_encoders(base.pipe) for param in encoder.parameters()):
+            raise ErasureError(f"{self.method} reads the text encoder, which has no weights here: it cannot be planned")
+        counts = Counts()
+        with counting(base.unet, counts):
+            edit = Edit(self.columns(base, concepts))
+        seconds = 0.0
+        if base.device.type != "meta":
+            seconds = counts.seconds + self._seconds(edit, modules)
+        shapes = [module.get_parameter("weight").shape for module in modules.values()]
+        width = shapes[0][1]
+        return Forecast(
+            F=counts.forward,
+            B=counts.backward,
+            seconds=seconds,
+            model_bytes=_resident(base),
+            # In float64 G, its Cholesky factor and one layer; in float32 the factors of all layers.
+            training_bytes=8 * (2 * width**2 + max(map(_numbers, modules.values())))
+            + 4 * edit.rank * sum(sum(shape) for shape in shapes),
+            activation_bytes=0,
+            precision=next((name for name, dtype in DTYPES.items() if dtype == base.unet.dtype), "fp32"),
+            processes=processes,
+            modules=len(modules),
+            weights=sum(map(_numbers, modules.values())),
+        )
+
+    def _seconds(self, edit: Edit, modules: Mapping[str, nn.Module]) -> float:
+        """Time the solve for the largest module, after a first one that is not timed."""
+        path, largest = max(modules.items(), key=lambda item: _numbers(item[1]))
+        self.solve(edit, path, largest)
+        begun = time.perf_counter()
+        self.solve(edit, path, largest)
+        return (time.perf_counter() - begun) * sum(map(_numbers, modules.values())) / _numbers(largest)
 
 
 class RuntimeMethod(Method):
-    """A method that changes no weight of the model's own: it collects the data that a gate or a hook acts with."""
+    """A method that changes no weight by training or solving: it collects the data of a term that acts at run time.
+
+    The term is a low-rank one with a gate, which decides for each prompt how strongly it acts (`pipelines/gates`).
+    Patches hold nothing else so far: data that is neither low-rank factors nor weight differences has no place in the
+    file format yet.
+    """
 
     @abstractmethod
     def collect(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
-        """Return the data that the patch holds, and its gate."""
+        """Return the data that the patch holds, and its gate.
+
+        In a forecast the UNet answers with zeros: the data must be finite for those as well.
+        """
 
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
-        """Collect, counting the UNet's calls."""
+        """Collect the data, and count the UNet's calls."""
         with counting(base.unet, run.costs):
             return self.collect(base, concepts, run)
 
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
     ) -> Forecast:
-        """Go through `collect` with a UNet that answers at once, counting its calls; time one real call."""
+        """Go through `collect` with a UNet that answers at once, and count its calls; time one real call."""
         return forecast_runtime(self, base, concepts, computing, seed, processes)
+
+
+def _resident(base: Base) -> int:
+    """Return the bytes of the checkpoint in memory; text encoders are held in fp32 during a run."""
+    parts = {name: part for name, part in base.pipe.components.items() if isinstance(part, nn.Module)}
+    return sum(
+        4 * sum(p.numel() for p in part.parameters()) if name.startswith("text_encoder") else size_of(part)
+        for name, part in parts.items()
+    )
+
+
+def _numbers(module: nn.Module) -> int:
+    """Return the number of entries of a module's weight."""
+    return module.get_parameter("weight").numel()

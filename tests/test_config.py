@@ -45,11 +45,13 @@ class Ranged:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"count": 0}, "count=0: expected at least 1"),
-        ({"share": 0.0}, "share=0.0: expected above 0 and at most 1"),
+        ({"count": 0}, "count=0: must be at least 1"),
+        ({"share": 0.0}, "share=0.0: must be above 0 and at most 1"),
         ({"share": 1.5}, "at most 1"),
-        ({"rate": 1.0}, "rate=1.0: expected above 0 and below 1"),
-        ({"kind": "fancie"}, "did you mean 'fancy'"),
+        ({"rate": 1.0}, "rate=1.0: must be above 0 and below 1"),
+        ({"rate": float("nan")}, "rate=nan: must be a finite number"),
+        ({"kind": "fancie"}, "did you mean 'fancy'.*Allowed: fancy, plain"),
+        ({"count": 0, "kind": "x", "share": 2}, "count=0: .*share=2.0: .*unknown kind 'x'"),
     ],
 )
 def test_ranges_and_choices_are_declared_with_the_field(given, says):
@@ -80,6 +82,16 @@ def test_overrides_are_yaml():
     }
     with pytest.raises(ErasureError, match="key=value"):
         config.parse_overrides(["lonely"])
+    with pytest.raises(ErasureError, match=r"'a=\[1': the value cannot be read as YAML"):
+        config.parse_overrides(["a=[1"])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [("inf", "steps='inf'"), (float("inf"), "steps=inf"), (float("nan"), "nan")]
+)
+def test_what_is_no_whole_number_is_named(value, says):
+    with pytest.raises(ErasureError, match=f"{says}: expected int"):
+        config.build(Sample, {"steps": value})
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])

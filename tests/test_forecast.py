@@ -46,7 +46,7 @@ def test_a_unet_without_weights_has_counts_and_memory_but_no_seconds():
 
 
 def test_a_method_that_looks_at_the_weights_says_so():
-    with pytest.raises(ErasureError, match="without weights"):
+    with pytest.raises(ErasureError, match="this UNet has no weights, and the method reads them"):
         plan(bare(), "cat", "salun", **QUICK["salun"])
 
 

@@ -1,40 +1,42 @@
-"""Methods of erasing: one file each, found by its name. `configure` gives one its settings."""
+"""Methods of erasing: one file each, found by its name. `configured` gives a method its settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from erasure import config
-from erasure.errors import unknown
+from erasure.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
+    from erasure.method import Method
 
 GROUP = "erasure.methods"  # entry points of other packages
 
 
 def names() -> list[str]:
-    """Every method there is: the files of this folder, and other packages' entry points."""
+    """Return the names of all methods: the files of this folder, and the entry points of other packages."""
     own = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
     return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
 
 
-def find(name: str) -> type[Any]:
-    """The dataclass of a method.
+def find(name: str) -> type[Method]:
+    """Return the dataclass of a method.
 
     Raises:
-        ErasureError: no such method; the message lists them.
+        ErasureError: no such method (the message lists them), or another package's entry point that is not one.
     """
     if name not in names():
         raise unknown("method", name, names())
     for point in entry_points(group=GROUP):
         if point.name == name:
-            return point.load()
+            return _checked(name, point.load())
     module = importlib.import_module(f"{__name__}.{name}")
     return next(
         value
@@ -43,24 +45,53 @@ def find(name: str) -> type[Any]:
     )
 
 
-def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1) -> Any:
-    """A method with its settings: defaults, preset of the concept's kind, then `layers`.
+def _checked(name: str, cls: Any) -> type[Method]:
+    """Return the class behind another package's entry point.
 
-    Of `count` things erased together, each gets what the method gives one (PER_CONCEPT); what `layers` say is for all.
+    Raises:
+        ErasureError: it is not a dataclass of settings derived from `Method`, is incomplete, or has another name.
+    """
+    from erasure.method import Method
+
+    label = f"the entry point {name!r} of the group {GROUP}"
+    if not isinstance(cls, type) or not issubclass(cls, Method) or not dataclasses.is_dataclass(cls):
+        raise ErasureError(
+            f"{label} is not a method: it must be a frozen dataclass derived from GradientMethod, ClosedFormMethod or "
+            "RuntimeMethod of erasure.method"
+        )
+    if inspect.isabstract(cls):
+        raise ErasureError(f"{label}: {cls.__name__} lacks {', '.join(sorted(cls.__abstractmethods__))}")
+    if getattr(cls, "method", None) != name:
+        raise ErasureError(f"{label}: {cls.__name__}.method must be {name!r}")
+    return cls
+
+
+def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1) -> Any:
+    """Return a method with its settings: defaults, the preset of the kind of concept, then `layers`.
+
+    Args:
+        name: of the method.
+        kind: of the concepts; "mixed" where they are of several kinds.
+        layers: settings that override the preset; later layers override earlier ones.
+        count: how many things are erased together. Settings in PER_CONCEPT are multiplied by it, unless `layers` set
+            them.
+
+    Raises:
+        ErasureError: an unknown method or setting, or a value that is not allowed.
     """
     cls = find(name)
-    given = {key: value for layer in layers for key, value in layer.items()}
-    if given.get("parity"):
+    values = {key: value for layer in layers for key, value in layer.items()}
+    if values.get("parity"):
         return config.build(cls, cls.PARITY, *layers)
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     defaults |= config.preset(name, kind)
-    grown = {key: defaults[key] * count for key in getattr(cls, "PER_CONCEPT", ())} if count > 1 else {}
+    grown = {key: defaults[key] * count for key in cls.PER_CONCEPT} if count > 1 else {}
     return config.build(cls, config.preset(name, kind), grown, *layers)
 
 
 def configured(method: str, concepts: Sequence[Concept], *layers: Mapping[str, Any]) -> Any:
-    """A method with its settings for these concepts."""
-    kinds = {one.kind for one in concepts}
+    """Return a method with its settings for these concepts; see `configure`."""
+    kinds = {concept.kind for concept in concepts}
     # A content concept is as many things as it has names: a weapon is a bomb, a dagger, ...
-    count = sum(len(one.names) if one.kind == "content" else 1 for one in concepts)
+    count = sum(len(concept.names) if concept.kind == "content" else 1 for concept in concepts)
     return configure(method, kinds.pop() if len(kinds) == 1 else "mixed", *layers, count=count)

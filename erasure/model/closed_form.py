@@ -1,86 +1,156 @@
-"""Closed-form edits of linear layers: regularised least squares in float64, with the change as exact factors.
+"""Closed-form edits of linear layers: regularised least squares in float64, with the change as exact low-rank factors.
 
-For a matrix W0 [out, d] that reads text states, and columns c_e to edit, g_e to imitate and c_k to keep (UCE, Gandikota
-et al. 2024, arXiv 2308.14761):
+For a matrix W0 [out, d] that reads text states, with columns c_e to edit, the answers v_e that they should get, and
+columns c_k to keep (UCE, Gandikota et al. 2024, arXiv 2308.14761):
 
-    W = argmin  sum_e s_e || W c_e - W0 g_e ||^2  +  sum_k s_k || W c_k - W0 c_k ||^2  +  lambda || W - W0 ||^2
+    W = argmin  sum_e s_e || W c_e - v_e ||^2  +  sum_k s_k || W c_k - W0 c_k ||^2  +  lambda || W - W0 ||^2
 
-    W - W0 = [ sum_e s_e W0 (g_e - c_e) c_e^T ] G^-1       G = lambda I + sum_e s_e c_e c_e^T + sum_k s_k c_k c_k^T
+    W - W0 = [ sum_e s_e (v_e - W0 c_e) c_e^T ] G^-1       G = lambda I + sum_e s_e c_e c_e^T + sum_k s_k c_k c_k^T
 
-G does not depend on W0: it is factorised once for all layers. The change has at most as many ranks as there are edited
-columns, so that it is an exact low-rank patch.
+Mostly v_e = W0 g_e, the answer to another state g_e. G does not depend on W0: it is factorised once for all layers
+that read the same states. The rank of the change is at most the number of edited columns, so the change is an exact
+low-rank patch. The same layers are attacked in closed form (RECE, arXiv 2407.12383): see `recovered`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasure.errors import ErasureError
 
 READERS = ("attn2.to_k", "attn2.to_v")  # the layers that read text states: keys and values of cross-attention
+Factors = tuple[Tensor, Tensor, float]  # down [rank, d], up [out, rank], alpha: the change is alpha / rank * up @ down
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a closed-form edit is given: text states as rows, d numbers each.
+    """The text states that a closed-form edit changes and keeps, one a row, d numbers each.
 
     Args:
         edit: states to edit [n, d].
         guide: the states whose answers the edited ones get instead [n, d].
         keep: states whose answers stay [m, d]; m may be 0.
-        edit_weight: s_e, one number for all edited columns.
-        keep_weight: s_k, one number for all kept columns.
+        edit_weight: s_e, one number for all edited columns, or one for each [n].
+        keep_weight: s_k, one number for all kept columns, or one for each [m].
         ridge: lambda; greater values keep the weights nearer to where they were.
 
     Raises:
-        ErasureError: shapes that do not agree, nothing to edit, or a weight or ridge that is not above 0.
+        ErasureError: shapes that do not agree, nothing to edit, NaN or infinity, or a weight or ridge that is not
+            above 0.
     """
 
     edit: Tensor
     guide: Tensor
     keep: Tensor
-    edit_weight: float = 1.0
-    keep_weight: float = 1.0
+    edit_weight: float | Tensor = 1.0
+    keep_weight: float | Tensor = 1.0
     ridge: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.edit.dim() != 2 or not len(self.edit) or self.edit.shape != self.guide.shape:
+        shapes = {name: tuple(getattr(self, name).shape) for name in ("edit", "guide", "keep")}
+        if self.edit.dim() != 2 or not len(self.edit) or shapes["edit"] != shapes["guide"]:
             raise ErasureError(
-                f"a closed form needs at least one column to edit and a guide for each: got {tuple(self.edit.shape)} "
-                f"and {tuple(self.guide.shape)}"
+                "a closed form needs at least one column to edit, and a guide of the same width for each: got edit "
+                f"{shapes['edit']} and guide {shapes['guide']}"
             )
         if self.keep.dim() != 2 or self.keep.shape[1] != self.edit.shape[1]:
-            raise ErasureError(f"kept columns are {tuple(self.keep.shape)}, and edited ones {tuple(self.edit.shape)}")
-        if min(self.edit_weight, self.keep_weight, self.ridge) <= 0:
-            raise ErasureError("the weights of edited and kept columns and the ridge must be above 0")
+            raise ErasureError(f"kept columns {shapes['keep']} are not as wide as the edited ones {shapes['edit']}")
+        if not all(torch.isfinite(states).all() for states in (self.edit, self.guide, self.keep)):
+            raise ErasureError("the text states hold NaN or infinity: load the text encoder in fp32")
+        for name, count in (("edit_weight", len(self.edit)), ("keep_weight", len(self.keep)), ("ridge", None)):
+            value = torch.as_tensor(getattr(self, name))
+            if value.dim() and value.shape != (count,):
+                raise ErasureError(f"{name} has shape {tuple(value.shape)}: give one number, or {count}")
+            if not (value > 0).all() or not torch.isfinite(value).all():
+                raise ErasureError(f"{name}={getattr(self, name)}: must be finite and above 0")
 
 
 class Edit:
-    """The part of a closed-form edit that all layers share: G, factorised once, in float64 on the CPU."""
+    """The part of a closed-form edit that all layers share: G, factorised once, in float64 on the CPU.
+
+    Raises:
+        ErasureError: the ridge is too small for columns that nearly depend on each other.
+    """
 
     def __init__(self, columns: Columns) -> None:
         edit, guide, keep = (states.double().cpu() for states in (columns.edit, columns.guide, columns.keep))
+        self.columns = edit  # [n, d]
+        self.weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).cpu().expand(len(edit))  # [n]
+        kept = torch.as_tensor(columns.keep_weight, dtype=torch.float64).cpu().expand(len(keep))
+        self.guide = guide  # [n, d]
         gram = columns.ridge * torch.eye(edit.shape[1], dtype=torch.float64)
-        gram += columns.edit_weight * edit.T @ edit + columns.keep_weight * keep.T @ keep
-        self.difference = columns.edit_weight * (guide - edit)  # [n, d]
-        self.down = torch.cholesky_solve(edit.T, torch.linalg.cholesky(gram)).T.contiguous()  # c_e^T G^-1, [n, d]
+        gram += edit.T @ (self.weights[:, None] * edit) + keep.T @ (kept[:, None] * keep)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise ErasureError(
+                f"ridge={columns.ridge:g} is too small: the columns nearly depend on each other, and the system has no "
+                "stable solution in float64. Give a larger one"
+            )
+        # c_e^T G^-1 = R^T Q^T. With orthonormal rows in `down` the product in fp32 loses nothing to cancellation.
+        basis, self._mix = torch.linalg.qr(torch.cholesky_solve(edit.T, factor))
+        self._down = basis.T.contiguous()
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return the change of a matrix [out, d] as (down [n, d], up [out, n], alpha): the change is up @ down.
+    @property
+    def rank(self) -> int:
+        """Return the rank of the factors: the number of edited columns, at most d."""
+        return len(self._down)
 
-        alpha equals the rank n, so that loaders scale the product by 1.
+    def factors(self, weight: Tensor, answers: Tensor | None = None) -> Factors:
+        """Return the change of a layer's weight as low-rank factors.
+
+        Args:
+            weight: W0 [out, d], of any floating-point type on any device.
+            answers: v_e [n, out]; None: the answers to the guides, W0 g_e.
+
+        Returns:
+            down [rank, d] and up [out, rank] in float32 on the CPU, and alpha = rank, so that loaders multiply the
+            product by 1.
+
+        Raises:
+            ErasureError: the layer reads states of another width.
         """
-        up = weight.detach().double().cpu() @ self.difference.T
-        return self.down.float(), up.float(), float(len(self.down))
+        if weight.shape[1:] != self.columns.shape[1:]:
+            raise ErasureError(
+                f"a layer with {'x'.join(map(str, weight.shape))} weights does not read text states of "
+                f"{self.columns.shape[1]} numbers: only layers that do can be solved for, such as those of "
+                "variant=x-strict"
+            )
+        base = weight.detach().double().cpu()
+        if answers is None:
+            shift = (self.guide - self.columns) @ base.T
+        else:
+            shift = answers.double().cpu() - self.columns @ base.T
+        up = (self.weights[:, None] * shift).T @ self._mix.T
+        return self._down.float(), up.float(), float(self.rank)
 
 
-def readers(unet: Any) -> Tensor:
+@contextmanager
+def applied(modules: Mapping[str, nn.Module], layers: Mapping[str, Factors]) -> Iterator[None]:
+    """Add the changes of an edit to the weights of `modules`; leaving the block puts the modules' own tensors back."""
+    own = {path: module.get_parameter("weight").data for path, module in modules.items() if path in layers}
+    try:
+        for path, weight in own.items():
+            down, up, alpha = layers[path]
+            change = (up @ down) * (alpha / len(down))
+            modules[path].get_parameter("weight").data = weight + change.to(weight)
+        yield
+    finally:
+        for path, weight in own.items():
+            modules[path].get_parameter("weight").data = weight
+
+
+def readers(unet: nn.Module) -> Tensor:
     """Return the present weights of all keys and values of cross-attention, stacked [outputs, d], in float64."""
-    weights = [module.weight.detach().double() for path, module in unet.named_modules() if path.endswith(READERS)]
+    weights = [
+        module.get_parameter("weight").detach().double()
+        for path, module in unet.named_modules()
+        if path.endswith(READERS)
+    ]
     return torch.cat(weights)
 
 

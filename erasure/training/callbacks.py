@@ -1,4 +1,4 @@
-"""What a run shows while it trains: previews as pictures, losses to TensorBoard or W&B through accelerate."""
+"""What a run shows while it trains: previews as pictures, and losses in TensorBoard or W&B through accelerate."""
 
 from __future__ import annotations
 
@@ -20,42 +20,51 @@ KEPT = 2  # neighbours in a preview
 
 
 class Previews:
-    """Pictures of the concept and of neighbours, from the same seeds, as training goes on.
+    """Pictures of the concepts and of neighbours, drawn with the same seeds in the course of training.
 
-    One PNG a look, in `folder`: a column a prompt, a row a seed. The base is drawn first (step 0).
+    Each preview is one PNG in `folder`, with a column per prompt and a row per seed. The base is drawn first (step 0).
+
+    Args:
+        base: the checkpoint that is trained.
+        concepts: what is erased; the first four are drawn.
+        folder: where the pictures are written.
+        every: steps between previews.
+
+    Raises:
+        ErasureError: `every` is below 1.
     """
 
     def __init__(self, base: Base, concepts: Sequence[Concept], folder: Path, every: int) -> None:
         if every < 1:
-            raise ErasureError(f"preview every {every} steps: at least 1")
+            raise ErasureError(f"a preview every {every} steps: must be at least 1")
         self.base, self.folder, self.every = base, folder, every
-        self.prompts = [prompt_of(one.kind, one.name) for one in concepts[:4]]
+        self.prompts = [prompt_of(concept.kind, concept.name) for concept in concepts[:4]]
         self.prompts += [
             prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], list(concepts))[:KEPT]
         ]
 
     def due(self, step: int) -> bool:
-        """Whether a picture is due when `step` updates are done."""
+        """Return whether a preview is due after `step` updates."""
         return step % self.every == 0
 
     @torch.no_grad()
     def draw(self, step: int) -> Path:
-        """Draw what the model in its present state makes of the prompts."""
+        """Draw the prompts with the model in its present state, and return the path of the picture."""
         from PIL import Image
 
         pipe, own = self.base.pipe, self.base.pipe.scheduler
         pipe.scheduler = self.base.sampler("ddim")
         quiet = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
-        # The engine's UNet and text encoders speak fp32 to the autoencoder, whatever it is in.
-        back = cast(pipe.vae, None, torch.float32)
+        # The engine's UNet and text encoders give fp32 latents, whatever the autoencoder's own type.
+        restore = cast(pipe.vae, None, torch.float32)
         try:
             rows = []
             for seed in range(SEEDS):
                 noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
                 rows += pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
         finally:
-            back()
+            restore()
             pipe.scheduler = own
             pipe.set_progress_bar_config(**quiet)
         width, height = rows[0].size
@@ -71,33 +80,42 @@ class Previews:
 
 
 def available() -> dict[str, bool]:
-    """The trackers that can be asked for, and whether they are installed."""
+    """Return the known trackers, and whether each is installed."""
     from accelerate.utils import is_tensorboard_available, is_wandb_available
 
     return {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
 
 
 class Trackers:
-    """Losses, step by step, to the trackers that accelerate knows."""
+    """Trackers, through accelerate, that log the losses of every step.
+
+    Args:
+        names: of the trackers.
+        folder: where they write their files.
+        settings: of the run, which they record.
+
+    Raises:
+        ErasureError: an unknown tracker, or one that is not installed.
+    """
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]) -> None:
         from accelerate import Accelerator
 
-        there = available()
+        installed = available()
         for name in names:
-            if name not in there:
-                raise unknown("tracker", name, there)
-            if not there[name]:
+            if name not in installed:
+                raise unknown("tracker", name, installed)
+            if not installed[name]:
                 raise ErasureError(f"{name} is not installed: pip install {name}; nothing was started")
         self._accelerator = Accelerator(log_with=list(names), project_dir=str(folder))
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         self._accelerator.init_trackers("erasure", config=plain)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Values of a step."""
+        """Log the values of a step."""
         self._accelerator.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Write what is still held."""
-        for tracker in self._accelerator.trackers:  # end_training would part the processes of a launch as well
+        """Write everything that is still buffered."""
+        for tracker in self._accelerator.trackers:  # end_training would also separate the processes of a launch
             tracker.finish()

@@ -1,15 +1,15 @@
-"""Forecast a run before it is started: forwards and backwards, seconds, memory.
+"""The forecast of a run that calls the UNet: forward and backward passes, seconds, memory.
 
-The run is gone through with a UNet that answers at once (zeros, joined to the graph): every call is counted as in the
-real run, so the forecast needs no second formula of a method's cost. One real call is timed. Memory is that of the
-largest calls (`memory.py`), in the engine of the real run. A UNet on the `meta` device (a configuration without
+The run is simulated with a UNet that answers at once (with zeros that are part of the graph). Every call is counted as
+in the real run, so a method's cost is written down nowhere else. One real call is timed. Memory is that of the largest
+calls (`memory.py`), computed as the real run computes them. A UNet on the `meta` device (a configuration without
 weights) has counts and memory, but no seconds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -23,11 +23,11 @@ from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
 from erasure.training.compute import Computing, Engine, by_rows
 from erasure.training.loop import Trainable
-from erasure.training.memory import Call, peaks, size_of
+from erasure.training.memory import Call, peaks
 from erasure.training.run import FitResult, Run
 
 PROBE = 4  # samples in the timed call
-STATE = 16  # bytes a trained number: master, gradient, two Adam moments; what it was stays with the model
+STATE = 16  # bytes per trained parameter: fp32 master, gradient, two Adam moments; the base's own stay with the model
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Forecast:
     Args:
         F: forward passes, counted in samples.
         B: backward passes, counted in samples.
-        seconds: on this machine, of the UNet's calls alone (of a closed form: of all its work); 0 without weights.
-        model_bytes: the checkpoint in memory while it trains.
-        training_bytes: masters, gradients and two Adam moments of what trains.
-        activation_bytes: what the largest call that goes backward holds at most.
-        prepare_bytes: the checkpoint and the largest call without gradients, before what trains is known.
+        seconds: on this machine, of the UNet's calls alone (of a closed form: of the whole solve); 0 without weights.
+        model_bytes: the checkpoint in memory during the run.
+        training_bytes: masters, gradients and two Adam moments of what trains; of a closed form its matrices.
+        activation_bytes: what the largest call with gradients holds at most.
+        prepare_bytes: the checkpoint and the largest call without gradients, before training starts.
         precision: of the UNet.
-        processes: number of processes that share the work; memory is of each, seconds are of all together.
-        modules: number of modules that change.
-        weights: number of parameters that change in them.
+        processes: number of processes that share the work; memory is per process, seconds are of all together.
+        modules: number of modules whose weights change, or that a runtime term acts on.
+        weights: number of parameters that train, or that the runtime term has; of a closed form, of the weights that
+            it solves for.
     """
 
     F: int
@@ -62,7 +63,7 @@ class Forecast:
 
     @property
     def peak_bytes(self) -> int:
-        """Return the memory that a process needs, without what the libraries take for themselves."""
+        """Return the memory that a process needs, apart from that of the libraries themselves."""
         return max(self.prepare_bytes, self.model_bytes + self.training_bytes + self.activation_bytes)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,10 +72,13 @@ class Forecast:
 
     def text(self) -> str:
         """Return the forecast as one sentence for people."""
-        parts = (
-            f"model {_size(self.model_bytes)}, training state {_size(self.training_bytes)}, "
-            f"activations {_size(self.activation_bytes)}, while preparing {_size(self.prepare_bytes)}"
-        )
+        sizes = {
+            "model": self.model_bytes,
+            "working state": self.training_bytes,
+            "activations": self.activation_bytes,
+            "while preparing": self.prepare_bytes,
+        }
+        parts = ", ".join(f"{name} {_size(count)}" for name, count in sizes.items() if count)
         timed = f"about {self.seconds:,.1f} s here, " if self.seconds else ""
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         total = f"{_size(self.peak_bytes)} of memory{shared} in {self.precision}"
@@ -84,7 +88,7 @@ class Forecast:
 
 @dataclass
 class Walk:
-    """What a dry run met: its counts, its adapter (None where nothing trains), the largest calls of each kind."""
+    """What a simulated run did: its counts, its adapter (None if nothing trains), the largest call of each kind."""
 
     counts: Counts
     adapter: Any = None
@@ -92,15 +96,15 @@ class Walk:
     forward: Call = ((), {})
 
     def see(self, call: Call) -> None:
-        """Keep a call if it is the largest of its kind."""
+        """Keep a call if it is the largest of its kind so far."""
         kind = "backward" if torch.is_grad_enabled() else "forward"
-        known = getattr(self, kind)[0]
-        if not known or call[0][0].numel() > known[0].numel():
+        largest = getattr(self, kind)[0]
+        if not largest or call[0][0].numel() > largest[0].numel():
             setattr(self, kind, call)
 
 
 class _Elsewhere(Base):
-    """A base whose UNet has no weights: everything else is computed on the CPU."""
+    """A base whose UNet has no weights; everything else is computed on the CPU."""
 
     @property
     def device(self) -> torch.device:
@@ -108,14 +112,14 @@ class _Elsewhere(Base):
 
 
 class Gated(Trainable, Protocol):
-    """A gradient method as a forecast uses it: the loop's part, and the gate that is fitted at the end."""
+    """The part of a gradient method that a forecast uses: what the loop calls, and the gate."""
 
     def gate(self, state: Any) -> dict[str, Any]:
         """Return the gate of the patch."""
 
 
 class Collecting(Protocol):
-    """A runtime method as a forecast uses it."""
+    """The part of a runtime method that a forecast uses."""
 
     def collect(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
         """Return the data that the patch holds."""
@@ -127,7 +131,7 @@ def forecast_training(
     """Forecast a run of a gradient method; the base is left as it was.
 
     Raises:
-        ErasureError: the UNet has no weights and the method looks at them before it starts.
+        ErasureError: the UNet has no weights, and the method reads them before it starts.
     """
 
     def train(walk: Walk, base: Base) -> None:
@@ -149,55 +153,20 @@ def forecast_runtime(
     """Forecast a run of a runtime method; the base is left as it was.
 
     Raises:
-        ErasureError: the UNet has no weights and the method looks at them before it starts.
+        ErasureError: the UNet has no weights, and the method reads them before it starts.
     """
+
+    results: list[FitResult] = []
 
     def collect(_: Walk, base: Base) -> None:
-        method.collect(base, concepts, Run(seed=seed, progress=False))
+        results.append(method.collect(base, concepts, Run(seed=seed, progress=False)))
 
-    return _forecast(_walk(base, collect), base, computing, processes)
-
-
-Factors = tuple[Tensor, Tensor, float]
-
-
-def forecast_edit(
-    base: Base, targets: Mapping[str, nn.Module], prepare: Callable[[], Any], solve: Callable[[Any, nn.Module], Factors]
-) -> Forecast:
-    """Forecast a closed form: it prepares in earnest, solves for one module, and counts the rest by their weights.
-
-    Args:
-        base: the checkpoint.
-        targets: the modules to solve for, by path.
-        prepare: collects the columns and factorises.
-        solve: gives the factors of one module.
-    """
-    begun = time.perf_counter()
-    try:
-        edit = prepare()
-    except (AttributeError, NotImplementedError) as fault:
-        raise ErasureError(f"a closed form needs the checkpoint's text encoder to be planned for ({fault})") from None
-    ready = time.perf_counter()
-    numbers = {path: module.get_parameter("weight").numel() for path, module in targets.items()}
-    first = next(iter(targets.values()))
-    bare = first.get_parameter("weight").is_meta
-    spent, rank = 0.0, 0
-    if not bare:
-        begun_solve = time.perf_counter()
-        down, _, _ = solve(edit, first)
-        spent, rank = time.perf_counter() - begun_solve, len(down)
-    seconds = 0.0 if bare else ready - begun + spent * sum(numbers.values()) / next(iter(numbers.values()))
-    parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
-    shapes = [module.get_parameter("weight").shape for module in targets.values()]
-    return Forecast(
-        F=0,
-        B=0,
-        seconds=seconds,
-        model_bytes=sum(map(size_of, parts)),
-        training_bytes=8 * max(shape[1] for shape in shapes) ** 2 + 4 * rank * sum(sum(shape[:2]) for shape in shapes),
-        activation_bytes=0,
-        modules=len(targets),
-        weights=sum(numbers.values()),
+    forecast = _forecast(_walk(base, collect), base, computing, processes)
+    payload = results[0].payload
+    return replace(
+        forecast,
+        modules=sum(len(payload.names(component)) for component in payload.components),
+        weights=sum(tensor.numel() for tensor in payload.tensors()),
     )
 
 
@@ -227,7 +196,7 @@ def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> F
 
 
 def _walk(base: Base, go: Callable[[Walk, Base], None]) -> Walk:
-    """Go through a run with a UNet that answers at once, and keep its counts and its largest calls."""
+    """Simulate a run with a UNet that answers at once, and return its counts and its largest calls."""
     bare = base.device.type == "meta"
     base = _Elsewhere(base.name, base.pipe) if bare else base
     walk = Walk(Counts())
@@ -238,17 +207,17 @@ def _walk(base: Base, go: Callable[[Walk, Base], None]) -> Walk:
             if not bare or walk.adapter is not None:
                 raise
             raise ErasureError(
-                f"a UNet without weights cannot be planned for: this method looks at them first ({fault})"
+                f"this UNet has no weights, and the method reads them before it trains: it cannot be planned ({fault})"
             ) from None
     return walk
 
 
 @contextmanager
 def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
-    """The UNet answers with (all but) zeros that hang on its inputs and on what trains in it."""
+    """Let the UNet answer with (nearly) zeros whose gradients reach its inputs and what trains in it."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-    leaf = torch.zeros((), requires_grad=True)  # stands for adapters beside the weights
+    leaf = torch.zeros((), requires_grad=True)  # stands for adapters next to the weights
 
     def answer(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
         walk.see(((sample, timestep, encoder_hidden_states, *rest), named))
@@ -271,7 +240,7 @@ def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
 
 
 def _timed(base: Base, call: Call, computing: Computing) -> tuple[float, float]:
-    """Seconds a sample forward, and forward and backward."""
+    """Return the seconds per sample of a forward pass, and of a forward and backward pass."""
     index = torch.arange(PROBE) % len(call[0][0])
     rest, named = by_rows(call, len(call[0][0]), lambda value: torch.zeros_like(value)[index.to(value.device)])
     x = rest[0].requires_grad_(True)

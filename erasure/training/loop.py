@@ -1,10 +1,12 @@
 """The one training loop: steps, NaN guard, checkpoints, resume, progress, previews, trackers, counts.
 
-Several processes go through it in step (engine.py shares the UNet's work); the main one alone writes and shows.
+Several processes run it in lockstep (`compute.py` shares the UNet's work); only the main one writes files and shows
+progress.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from erasure.training.run import Run
 
 CHECKPOINT_EVERY = 25  # steps
 STATE = "state.safetensors"
+PREPARED = "prepared.json"
 
 
 class Trainable(Protocol):
@@ -60,67 +63,74 @@ class Trainable(Protocol):
 
 
 def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> Any:
-    """Run a gradient method to its end and return its state; the adapter is still on.
+    """Train with a gradient method to its last step, and return its state; its adapter is still in place.
 
     Raises:
         ErasureError: a term of the loss is NaN or infinite; the last checkpoint is kept.
     """
-    from tqdm import tqdm
-
     restored = _read(run)
-    if restored:
-        run.costs.forward, run.costs.backward = int(restored["costs"][0]), int(restored["costs"][1])
-        run.costs.seconds = float(restored["costs"][2])
+    spent = restored.get("costs", _read_prepared(run))
     if not restored:
         run.draw(0)
-    with counting(base.unet, Counts() if restored else run.costs):
+    # A resumed run reads its pools from files: what they cost was counted when they were made.
+    with counting(base.unet, run.costs if spent is None else Counts()):
         state = method.prepare(base, concepts, run)
-    adapter: Adapter = state.adapter
-    params = adapter.parameters()
+    if spent is None:
+        _write_prepared(run)
+    else:
+        run.costs.forward, run.costs.backward, run.costs.seconds = int(spent[0]), int(spent[1]), float(spent[2])
     try:
-        if run.engine is not None:
-            run.engine.settle(params, inside=adapter.component == "unet")
-        optimizer = torch.optim.AdamW(
-            params.values(),
-            lr=method.learning_rate,
-            weight_decay=method.weight_decay,
-            fused=base.device.type == "cuda" or None,  # None: torch's own choice
-        )
-        scaler = run.scaler()
-        start = _restore(restored, params, optimizer, scaler)
-        if restored:
-            method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
-        with counting(base.unet, run.costs):
-            bar = tqdm(
-                range(start, method.iterations),
-                initial=start,
-                total=method.iterations,
-                desc="erasing",
-                unit="step",
-                disable=None if run.progress and run.group.main else True,
-            )
-            clock = time.perf_counter()
-            for step in bar:
-                optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step)
-                terms = method.loss(state, step)
-                loss = torch.stack(list(terms.values())).sum()
-                if not torch.isfinite(loss):
-                    raise _diverged(terms, step, run)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                _round(params, method.weight_rounding)
-                run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
-                bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
-                if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
-                    extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
-                    extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
-                    _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)
+        _descend(method, base, state, run, restored)
     except BaseException:
-        adapter.remove()
+        state.adapter.remove()
         raise
     return state
+
+
+def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict[str, Tensor]) -> None:
+    """Take all steps, from the first or from the checkpoint `restored`."""
+    adapter: Adapter = state.adapter
+    params = adapter.parameters()
+    if run.engine is not None:
+        run.engine.settle(params, inside=adapter.component == "unet")
+    optimizer = torch.optim.AdamW(
+        params.values(),
+        lr=method.learning_rate,
+        weight_decay=method.weight_decay,
+        fused=base.device.type == "cuda" or None,  # None: torch's own choice
+    )
+    scaler = run.scaler()
+    start = _restore(restored, params, optimizer, scaler)
+    if restored:
+        method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
+    with counting(base.unet, run.costs):
+        bar = _bar(start, method.iterations, run)
+        clock = time.perf_counter()
+        for step in bar:
+            optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step)
+            terms = method.loss(state, step)
+            loss = torch.stack(list(terms.values())).sum()
+            if not torch.isfinite(loss):
+                raise _diverged(terms, step, run)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            _round(params, method.weight_rounding)
+            run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
+            bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
+            if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
+                extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
+                extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
+                _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)
+
+
+def _bar(start: int, total: int, run: Run) -> Any:
+    """Return the steps that are left, with a progress bar in the main process."""
+    from tqdm import tqdm
+
+    hidden = None if run.progress and run.group.main else True  # None: shown on a terminal only
+    return tqdm(range(start, total), initial=start, total=total, desc="erasing", unit="step", disable=hidden)
 
 
 def _diverged(terms: dict[str, Tensor], step: int, run: Run) -> ErasureError:
@@ -128,13 +138,13 @@ def _diverged(terms: dict[str, Tensor], step: int, run: Run) -> ErasureError:
     kept = f"; the last checkpoint is kept in {run.folder}" if run.folder else ""
     return ErasureError(
         f"the loss is not a number at step {step} ({figures}): no patch was written{kept}. "
-        "A lower learning_rate or fp32 mostly helps"
+        "A lower learning_rate or --precision fp32 usually helps"
     )
 
 
 @torch.no_grad()
 def _round(params: dict[str, torch.nn.Parameter], to: str) -> None:
-    """Reproduce training in half precision: what an update changes below half an ulp is lost."""
+    """Round the weights as training in half precision does: updates below half an ulp are lost."""
     if to == "bf16":
         for param in params.values():
             param.copy_(param.bfloat16().float())
@@ -154,7 +164,7 @@ def _write(
     for name, param in params.items():
         moments = optimizer.state[param]
         tensors |= {f"weight.{name}": param.data, f"first.{name}": moments["exp_avg"]}
-        # In fp16 a step that overflows is left out: Adam then has taken fewer.
+        # In fp16 a step that overflows is skipped, so Adam may have taken fewer steps than the loop.
         tensors |= {f"second.{name}": moments["exp_avg_sq"], f"taken.{name}": moments["step"]}
     temporary = path.with_suffix(".tmp")
     try:
@@ -162,6 +172,24 @@ def _write(
         os.replace(temporary, path)
     except OSError as fault:
         raise ErasureError(f"{path}: the checkpoint cannot be written: {fault.strerror or fault}") from None
+
+
+def _write_prepared(run: Run) -> None:
+    """Note what the preparation cost, for a run that is resumed before its first checkpoint."""
+    if run.folder is None or not run.group.main:
+        return
+    path = run.folder / PREPARED
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps([run.costs.forward, run.costs.backward, run.costs.seconds]))
+        os.replace(temporary, path)
+    except OSError as fault:
+        raise ErasureError(f"{path}: the costs cannot be written: {fault.strerror or fault}") from None
+
+
+def _read_prepared(run: Run) -> Any:
+    path = run.path(PREPARED)
+    return json.loads(path.read_text()) if path is not None and path.is_file() else None
 
 
 def _read(run: Run) -> dict[str, Tensor]:
@@ -176,7 +204,7 @@ def _restore(
     if not state:
         return 0
     step = int(state["step"])
-    fused = bool(optimizer.defaults.get("fused"))  # which counts its steps where the weights lie
+    fused = bool(optimizer.defaults.get("fused"))  # a fused optimizer counts its steps on the weights' device
     for name, param in params.items():
         param.copy_(state[f"weight.{name}"])
         taken = state.get(f"taken.{name}", torch.tensor(float(step)))

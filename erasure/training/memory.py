@@ -1,4 +1,4 @@
-"""Memory that a run will need: its largest calls, gone through with tensors that have shapes but no values."""
+"""The memory that a run will need: that of its largest calls, made with tensors that have shapes but no values."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computi
 
 @dataclass(frozen=True)
 class _Shape:
-    """Hold what is known of a tensor without its values."""
+    """What a forecast knows of a tensor: everything but its values."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -90,8 +90,8 @@ def _held(unet: nn.Module, call: Any) -> int:
     """Return the most bytes held at once, besides the weights, in a call of these shapes (and its backward pass)."""
 
     def bare(of: _Shape) -> Tensor:
-        made = torch.zeros(of.shape, dtype=of.dtype)
-        return made.requires_grad_(torch.is_grad_enabled() and of.trained)
+        value = torch.zeros(of.shape, dtype=of.dtype)
+        return value.requires_grad_(torch.is_grad_enabled() and of.trained)
 
     rest, named = tree_map_only(_Shape, bare, call)
     with _Tally() as tally:
@@ -102,7 +102,7 @@ def _held(unet: nn.Module, call: Any) -> int:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, and of those that are freed."""
+    """A dispatch mode that adds up the bytes of the tensors that operations make, less those that are freed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run: its seed, its folder with the state that a resumed run reads, its costs, and what watches it."""
+"""A run: its seed, its folder with the state that a resumed run reads, its costs, its previews and trackers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from erasure.training.compute import Engine
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a method learnt: the tensors of the patch, and when it acts."""
+    """The result of a method: the tensors of the patch, and the gate that decides when they act."""
 
     payload: Delta | LowRank
     gate: dict[str, Any] = field(default_factory=lambda: {"kind": "always"})
@@ -32,16 +32,17 @@ class FitResult:
 
 @dataclass
 class Run:
-    """Where a run keeps its state, and its seed.
+    """One run of a method, as the method sees it.
 
     Args:
-        seed: of everything random in the run.
-        folder: for checkpoints and pools; None keeps nothing.
-        progress: show a bar.
-        previews: draws pictures on the way; None draws none.
-        trackers: take the losses; None keeps them to the bar.
-        engine: how the UNet computes, which must be on; None: as it stands, in this process alone.
-        group: the processes that do the run together.
+        seed: seed of everything random in the run.
+        folder: where checkpoints and pools are kept; None keeps nothing.
+        progress: whether to show a progress bar.
+        previews: draws pictures during the run; None draws none.
+        trackers: take the losses; None logs nothing.
+        costs: UNet calls and seconds so far.
+        engine: how the UNet computes, already entered; None: as the base is, in this process alone.
+        group: the processes that work on the run together.
     """
 
     seed: int = 0
@@ -54,15 +55,18 @@ class Run:
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder, or check that what lies there is this very run.
+        """Create the folder, or check that it holds this same run.
+
+        Args:
+            settings: everything that decides the result, as plain data.
 
         Raises:
-            ErasureError: the folder holds a run with other settings, or cannot be written; the processes were given
-                different runs.
+            ErasureError: the folder holds a run with other settings or cannot be written to, or the processes of the
+                launch were started with different settings.
         """
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         if len(set(self.group.each(lambda: key))) > 1:
-            raise ErasureError("the processes of this launch were given different runs: they do one together")
+            raise ErasureError("the processes of this launch were given different runs; they can only do one together")
         self.group.first(lambda: self._open(key, settings))
 
     def _open(self, key: str, settings: dict[str, Any]) -> None:
@@ -74,7 +78,7 @@ class Run:
                 if json.loads(note.read_text()).get("key") != key:
                     raise ErasureError(
                         f"{self.folder} holds an unfinished run with other settings; it was left untouched. "
-                        "Give the settings it was started with, another output, or delete the folder"
+                        "Use the settings it was started with, choose another output, or delete the folder"
                     )
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,12 +86,12 @@ class Run:
             temporary.write_text(json.dumps({"key": key, **settings}, indent=1))
             os.replace(temporary, note)
         except OSError as fault:
-            raise ErasureError(f"{self.folder}: cannot be written: {fault.strerror or fault}") from None
+            raise ErasureError(f"{self.folder} cannot be written to: {fault.strerror or fault}") from None
         except json.JSONDecodeError:
-            raise ErasureError(f"{note}: unreadable; delete {self.folder} to start again") from None
+            raise ErasureError(f"{note} cannot be read; delete {self.folder} to start again") from None
 
     def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
-        """Log the losses of a step and draw its preview, in the main process; the pictures' cost is not counted."""
+        """Log the losses of a step and draw its preview if one is due, in the main process; its cost is not counted."""
         if not self.group.main:
             return
         if self.trackers is not None:
@@ -105,21 +109,21 @@ class Run:
                 self.previews.draw(step)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """What scales the loss; it does nothing but in fp16."""
+        """Return the scaler of the loss, which does something in fp16 only."""
         return self.engine.scaler() if self.engine else torch.amp.GradScaler("cpu", enabled=False)
 
     def path(self, name: str) -> Path | None:
-        """A file of the run, or None when nothing is kept.
+        """Return the path of a file of the run, or None if this process must neither read nor write it.
 
-        All processes read it if it is there, as the main one sees it; if not, only the main one is told where to write.
+        Every process gets the path if the main one sees the file; otherwise only the main one does, to write it.
         """
         if self.folder is None:
             return None
         path = self.folder / name
-        there = self.group.first(path.is_file)
-        return path if there or self.group.main else None
+        exists = self.group.first(path.is_file)
+        return path if exists or self.group.main else None
 
     def close(self) -> None:
-        """The patch is written: the state is no longer needed."""
+        """Delete the state, once the patch is written."""
         if self.folder is not None and self.group.main:
             shutil.rmtree(self.folder, ignore_errors=True)

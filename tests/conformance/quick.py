@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import torch
 
 from erasure.patch import Patch
-
-GUIDE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
-SKETCH = "last-token"  # the closed form that CONTRIBUTING.md writes from nothing
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
 SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
@@ -37,7 +29,7 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
-    "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2},
+    "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2, "ratio": 1.0},
 }
 
 
@@ -61,15 +53,6 @@ def changes(patch: Patch) -> dict[str, torch.Tensor]:
     }
 
 
-def written() -> type:
-    """The class of the closed form in CONTRIBUTING.md, in a module of its own as dataclasses want it."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    module = ModuleType("sketch")
-    sys.modules[module.__name__] = module
-    exec(compile(code, str(GUIDE), "exec", dont_inherit=True), vars(module))
-    return module.LastToken
-
-
 def small(method: str) -> dict:
-    """Settings of a quick run; the sketch's defaults are quick."""
+    """Settings of a quick run; the defaults of the sketches are quick."""
     return QUICK.get(method, {})

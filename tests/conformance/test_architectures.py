@@ -1,6 +1,6 @@
 """Every method on Stable Diffusion 2 with v-prediction and on XL: it runs, its patch loads back and changes pictures.
 
-Where a method makes no sense it refuses, with the reason. (Stable Diffusion 1: test_methods.py.)
+Where a method makes no sense it refuses, with the reason. (Stable Diffusion 1: test_all_methods.py.)
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.training.run import Run
-from tests.conformance.quick import QUICK, SKETCH
+from tests.conformance.quick import QUICK
+from tests.conformance.sketches import METHODS, SKETCHES
 from tests.tiny import tiny_pipeline
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
 REFUSED = {("advunlearn", "sdxl"): "trains the one text encoder of Stable Diffusion 1 and 2, and unknown reads two"}
-RUNS = [(method, kind) for method in sorted([*QUICK, SKETCH]) for kind in PIPELINES if (method, kind) not in REFUSED]
-SHORT: dict = {method: {**settings, "iterations": 2} for method, settings in QUICK.items()} | {SKETCH: {}}
+RUNS = [(method, kind) for method in METHODS for kind in PIPELINES if (method, kind) not in REFUSED]
+SHORT: dict = {method: {**settings, "iterations": 2} for method, settings in QUICK.items()}
+SHORT |= {method: {} for method in SKETCHES}
 SHORT["unguide"] |= {"ratio": 1.0, "decide_after": 1, "decide_steps": 3}
 
 

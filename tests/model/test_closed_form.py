@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erasure.errors import ErasureError
-from erasure.model.closed_form import Columns, Edit
+from erasure.model.closed_form import Columns, Edit, applied
 from erasure.patch import LowRank
 
 DRAW = torch.Generator().manual_seed(0)
@@ -47,12 +47,71 @@ def test_a_small_ridge_reaches_the_guide_and_a_large_weight_keeps():
     ("columns", "says"),
     [
         ((EDITED[:0], GUIDE[:0], KEPT), "at least one column"),
-        ((EDITED, GUIDE[:1], KEPT), "a guide for each"),
-        ((EDITED, GUIDE, KEPT[:, :4]), "kept columns"),
+        ((EDITED, GUIDE[:1], KEPT), "a guide of the same width for each"),
+        ((EDITED, GUIDE, KEPT[:, :4]), "not as wide as the edited ones"),
+        ((EDITED * torch.nan, GUIDE, KEPT), "NaN or infinity"),
+        ((EDITED, GUIDE, KEPT, torch.ones(3)), "edit_weight has shape .3,.: give one number, or 2"),
+        ((EDITED, GUIDE, KEPT, 1.0, torch.tensor([1.0, 1.0, 0.0])), "keep_weight=.*above 0"),
+        ((EDITED, GUIDE, KEPT, 1.0, 1.0, 0.0), "ridge=0.0: must be finite and above 0"),
     ],
 )
-def test_shapes_that_do_not_agree(columns, says):
+def test_columns_that_make_no_sense(columns, says):
     with pytest.raises(ErasureError, match=says):
         Columns(*columns)
-    with pytest.raises(ErasureError, match="above 0"):
-        Columns(EDITED, GUIDE, KEPT, ridge=0.0)
+
+
+def test_each_column_may_have_its_own_weight():
+    """A column of weight 2 is that column twice."""
+    twice = Columns(EDITED[[0, 1, 1]], GUIDE[[0, 1, 1]], KEPT[[0, 0, 1, 2]])
+    weighted = Columns(EDITED, GUIDE, KEPT, torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0, 1.0]))
+    down, up, _ = Edit(twice).factors(WEIGHT)
+    assert torch.allclose((up @ down).double(), change(weighted), atol=1e-5)
+    assert not torch.allclose((up @ down).double(), change(Columns(EDITED, GUIDE, KEPT)), atol=1e-3)
+
+
+def test_other_answers_than_those_of_guides():
+    columns = Columns(EDITED, GUIDE, KEPT)
+    down, up, _ = Edit(columns).factors(WEIGHT, answers=GUIDE @ WEIGHT.T)
+    assert torch.allclose((up @ down).double(), change(columns), atol=1e-5)
+    down, up, _ = Edit(columns).factors(WEIGHT, answers=EDITED @ WEIGHT.T)  # what it answers already
+    assert (up @ down).abs().max() < 1e-5
+
+
+def test_factors_of_nearly_equal_columns_lose_nothing_in_fp32():
+    """A name's padding is many nearly equal states: their plain factors would cancel each other."""
+    draw = torch.Generator().manual_seed(1)
+    many = EDITED[:1] + 1e-4 * torch.randn(20, 5, generator=draw)
+    columns = Columns(many.double(), GUIDE[:1].double().expand(20, -1), KEPT.double(), ridge=1e-8)
+    edit, weight = Edit(columns), WEIGHT.double()
+    down, up, alpha = edit.factors(weight)
+    assert edit.rank == alpha == 5 and down.shape == (5, 5)  # never above the width
+    gram = columns.ridge * torch.eye(5, dtype=torch.float64) + many.double().T @ many.double()
+    gram += KEPT.double().T @ KEPT.double()
+    exact = torch.linalg.solve(gram, ((columns.guide - columns.edit) @ weight.T).T.matmul(many.double()).T).T
+    assert ((up @ down).double() - exact).norm() < 1e-6 * exact.norm()
+    plain = torch.linalg.solve(gram, many.double().T).T.float()
+    shift = ((columns.guide - columns.edit) @ weight.T).T.float()
+    assert ((shift @ plain).double() - exact).norm() > 1e-6 * exact.norm()
+
+
+def test_a_ridge_that_float64_cannot_hold_is_refused():
+    many = Columns(EDITED[:1].expand(3, -1) * 1e9, GUIDE[:1].expand(3, -1), KEPT[:0], ridge=1e-12)
+    with pytest.raises(ErasureError, match="ridge=1e-12 is too small"):
+        Edit(many)
+
+
+def test_layers_of_another_width_are_refused():
+    with pytest.raises(ErasureError, match="a layer with 7x4 weights does not read text states of 5 numbers"):
+        Edit(Columns(EDITED, GUIDE, KEPT)).factors(WEIGHT[:, :4])
+
+
+def test_an_edit_is_applied_for_a_while():
+    module = torch.nn.Linear(5, 7)
+    own = module.weight.data
+    values, factors = own.clone(), Edit(Columns(EDITED, GUIDE, KEPT)).factors(own)
+    with pytest.raises(KeyError), applied({"mid": module, "other": torch.nn.Linear(2, 2)}, {"mid": factors}):
+        assert torch.allclose(module.weight, values + factors[1] @ factors[0])
+        assert not torch.equal(module.weight, values)
+        raise KeyError
+    assert module.weight.data is own or torch.equal(module.weight, values)
+    assert module.weight.data_ptr() == own.data_ptr()

@@ -42,7 +42,7 @@ def test_a_tracker_that_is_not_known_or_not_there_is_told(tmp_path):
 
 @pytest.mark.parametrize("wish", [{"trackers": ["tensorboard"]}, {"preview_every": 2}])
 def test_previews_and_logs_need_a_place(wish):
-    with pytest.raises(ErasureError, match="beside the patch"):
+    with pytest.raises(ErasureError, match="next to the patch"):
         erase(tiny_pipeline(), "cat", "esd", **wish, **QUICK)
 
 

@@ -57,7 +57,7 @@ def test_two_processes_learn_what_one_learns(method, folder, found):
 
 def test_an_interrupted_launch_goes_on_together_or_alone(folder, found):
     straight = Patch.load(folder / "esd.safetensors")
-    assert found[0]["left"] == ["pool.safetensors", "run.json", "state.safetensors"]
+    assert found[0]["left"] == ["pool.safetensors", "prepared.json", "run.json", "state.safetensors"]
     assert same(changes(straight), changes(Patch.load(folder / "resumed.safetensors")))
     assert (folder / "alone.safetensors.run").is_dir() and not (folder / "resumed.safetensors.run").exists()
     alone = erase(tiny_pipeline(), "cat", "esd", out=folder / "alone.safetensors", progress=False, **ODD["esd"])
