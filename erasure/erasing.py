@@ -108,8 +108,8 @@ def _run(
                 run.trackers.close()
         engine.close()  # the fingerprint is taken of the base's own weights
         patch = assemble(result, settings, base, concepts, run)
-        if output.patch is not None:
-            group.first(lambda: patch.save(output.patch))
+        if (target := output.patch) is not None:
+            group.first(lambda: patch.save(target))
         run.close()
     return patch
 

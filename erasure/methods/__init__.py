@@ -37,12 +37,11 @@ def find(name: str) -> type[Method]:
     for point in entry_points(group=GROUP):
         if point.name == name:
             return _checked(name, point.load())
-    module = importlib.import_module(f"{__name__}.{name}")
-    return next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and dataclasses.is_dataclass(value) and getattr(value, "method", None) == name
-    )
+    values = vars(importlib.import_module(f"{__name__}.{name}")).values()
+    classes: list[type[Any]] = [
+        value for value in values if isinstance(value, type) and dataclasses.is_dataclass(value)
+    ]
+    return next(cls for cls in classes if getattr(cls, "method", None) == name)
 
 
 def _checked(name: str, cls: Any) -> type[Method]:
