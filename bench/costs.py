@@ -1,8 +1,8 @@
 """Compare the cost of the published training loops with this project's: `python bench/costs.py`; it can be resumed.
 
 Each method erases one concept twice, as published (`parity=True`: the published settings and quirks, without pools of
-trajectories) and with the default settings. Each run has a process of its own. Measured are F and B (samples forward
-and backward through the UNet), seconds, the growth of memory (in a separate short run), and what was erased and kept.
+trajectories) and with the default settings. Each run has its own process. It measures F and B (samples forward and
+backward through the UNet), seconds, the growth of memory (in a separate short run), and what was erased and kept.
 
 A published loop of more than `--most` F is not run. Instead `erasure plan` counts F and B over a few steps with a UNet
 that does no work, and the counts are extrapolated to the full length. This project's loop is then forecast in the same
@@ -175,7 +175,7 @@ def markdown(concept: str, limit: int, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Erasing {concept!r} from glyph: published loop → this project's loop. F, B: samples forward and backward "
         "through the UNet; work: F + 2 B; ratios: published over this project's; memory: growth of the process during "
-        f"training; UA, IRA, CRA: over {limit} prompts. Each run has a process of its own with "
+        f"training; UA, IRA, CRA: over {limit} prompts. Each run has its own process with "
         f"{os.environ.get('OMP_NUM_THREADS', 'all')} thread(s). *: forecast for both loops, not run.",
         "",
         f"| method | {' | '.join(head)} |",

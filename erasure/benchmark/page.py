@@ -39,7 +39,7 @@ white-space:normal;max-width:9rem}
 
 
 def page(table: Table, reports: Reports, image: Image.Image) -> str:
-    """Return the whole page.
+    """Return the page of the benchmark as self-contained HTML.
 
     Args:
         table: the results of the benchmark.

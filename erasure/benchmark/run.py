@@ -112,7 +112,7 @@ def write(table: Table, folder: Path) -> None:
         except (OSError, ValueError) as fault:
             raise ErasureError(
                 f"{path} cannot be read, so bench.html was not written: {fault}. "
-                f"Delete {path.with_name('result.json')} and run the bench again to judge that run anew"
+                f"Delete {path.with_name('result.json')} and run the bench again to repeat the judging of that run"
             ) from None
     _write_text(folder / "bench.html", page(table, reports, image))
 

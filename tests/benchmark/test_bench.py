@@ -23,13 +23,13 @@ def row(concept: str, value: float, tuned: bool = False, method: str = "esd") ->
 
 def test_means_leave_tuned_concepts_out_and_groups_apart():
     table = Table([row("cat", 0.0, tuned=True), row("dog", 0.8), row("owl", 1.0), row("dog+owl", 0.4)], {})
-    found = {(entry["group"], entry["method"]): entry for entry in table.means()}
-    assert set(found) == {("objects", "esd"), ("2 together", "esd")}
-    mean = found["objects", "esd"]["UA"]
-    assert mean["value"] == pytest.approx(0.9) and mean["base"] == 0.5
+    means = {(entry["group"], entry["method"]): entry for entry in table.means()}
+    assert set(means) == {("objects", "esd"), ("2 together", "esd")}
+    both = means["objects", "esd"]["UA"]
+    assert both["value"] == pytest.approx(0.9) and both["base"] == 0.5
     # Two concepts say less of others than their 40 images: the interval is no narrower than theirs.
-    assert mean["low"] == pytest.approx(wilson(36, 40)[0]) and mean["high"] == 1.0
-    alone = found["2 together", "esd"]["UA"]
+    assert both["low"] == pytest.approx(wilson(36, 40)[0]) and both["high"] == 1.0
+    alone = means["2 together", "esd"]["UA"]
     assert (alone["low"], alone["high"]) == (pytest.approx(0.3), pytest.approx(0.5))
 
 
@@ -62,9 +62,9 @@ def test_prompts_about_an_object_ask_for_it_its_synonyms_its_neighbours_and_othe
 
 
 def test_rows_are_the_same_whatever_they_are_about():
-    one, two = ({r.id: (r.prompt, r.seed) for r in concept_prompts([name]).rows} for name in ("dog", "owl"))
-    shared = one.keys() & two.keys()
-    assert len(shared) > 10 and all(one[key] == two[key] for key in shared)
+    of_dog, of_owl = ({r.id: (r.prompt, r.seed) for r in concept_prompts([name]).rows} for name in ("dog", "owl"))
+    shared = of_dog.keys() & of_owl.keys()
+    assert len(shared) > 10 and all(of_dog[key] == of_owl[key] for key in shared)
 
 
 def test_a_content_concept_is_asked_for_broadly_and_by_name():
@@ -76,15 +76,15 @@ def test_a_content_concept_is_asked_for_broadly_and_by_name():
 
 def test_the_concept_lists_are_apart():
     tuned, report = concept_lists()
-    assert not set(tuned) & {one for name in report for one in members(name)}
+    assert not set(tuned) & {member for name in report for member in members(name)}
     assert sorted(len(members(name)) for name in report if "+" in name) == [4, 16]
     assert [len(members(name)) for name in report if "&" in name] == [4]
 
 
 def test_bad_input_is_told_before_any_work(tmp_path):
-    with pytest.raises(ErasureError, match="unknown concept 'dgo': did you mean 'dog'. Allowed: dog, ") as told:
+    with pytest.raises(ErasureError, match="unknown concept 'dgo': did you mean 'dog'. Allowed: dog, ") as error:
         bench(["esd"], ["cat&dgo"], tmp_path)
-    assert str(told.value).count(" dog,") == 1
+    assert str(error.value).count(" dog,") == 1
     with pytest.raises(ErasureError, match="unknown method"):
         bench(["sed"], ["dog"], tmp_path)
     with pytest.raises(ErasureError, match="at least"):
@@ -97,8 +97,8 @@ def test_together_is_one_patch_and_stacked_a_patch_each(tmp_path):
     settings = {"iterations": 2, "trajectories": 1, "sample_steps": 4}
     options = {"limit": 12, "progress": False, "overrides": settings}
     joint, stacked, alone = bench(["esd"], ["dog+owl", "dog&owl", "dog"], tmp_path, **options).rows
-    made = {place.parent.name for place in (tmp_path / "esd").glob("*/patch.safetensors")}
-    assert made == {"dog+owl", "dog", "owl"}
+    folders = {place.parent.name for place in (tmp_path / "esd").glob("*/patch.safetensors")}
+    assert folders == {"dog+owl", "dog", "owl"}
     assert (joint.group, stacked.group) == ("2 together", "2 stacked")
     assert (stacked.bytes, stacked.costs["F"]) == (2 * alone.bytes, 2 * alone.costs["F"])
     records = (tmp_path / "esd" / "dog&owl" / "patched" / "records.jsonl").read_text().splitlines()
@@ -119,16 +119,18 @@ def test_kept_is_the_mean_of_what_there_is():
 
 def folder_of(rows: list[Row], folder: Path) -> Table:
     """A bench's folder, as far as its page reads it."""
-    for one in rows:
-        labels = {label: [3, 4] for label in (*one.concept.split("+"), "cow")}
+    for entry in rows:
+        labels = {label: [3, 4] for label in (*entry.concept.split("+"), "cow")}
         report = {
-            "concept": one.concept.split("+"),
+            "concept": entry.concept.split("+"),
             "domain": "object",
             "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 4] for key in labels}}},
             "provenance": {"steps": 25, "judge": {"name": "glyph"}, "versions": {"torch": "2"}},
-            "gates": [GateActivity("p", "text", "target", 3, 4, 0.75, 0, 1).to_json()] if one.concept == "dog" else [],
+            "gates": [GateActivity("p", "text", "target", 3, 4, 0.75, 0, 1).to_json()]
+            if entry.concept == "dog"
+            else [],
         }
-        place = folder / one.method / one.concept
+        place = folder / entry.method / entry.concept
         place.mkdir(parents=True)
         (place / "report.json").write_text(json.dumps(report))
     return Table(rows, {"limit": None})
@@ -136,8 +138,8 @@ def folder_of(rows: list[Row], folder: Path) -> Table:
 
 def test_the_page_holds_tables_plots_and_matrices(tmp_path):
     rows = [row("dog", 0.8), row("dog", 0.6, method="<other>"), row("cat", 0.7, tuned=True), row("dog+owl", 0.4)]
-    for one, value in zip(rows, (0.4, 0.3, 0.9, 0.2), strict=True):
-        one.cells["H"] = Cell(value, value, value, 20, 0.0)
+    for entry, value in zip(rows, (0.4, 0.3, 0.9, 0.2), strict=True):
+        entry.cells["H"] = Cell(value, value, value, 20, 0.0)
     write(folder_of(rows, tmp_path), tmp_path)
     page = (tmp_path / "bench.html").read_text()
     assert "<script" not in page and "http:" not in page and "https:" not in page and "<other>" not in page

@@ -22,14 +22,14 @@ def test_it_measures_training_and_drawing(tmp_path):
     module = bench()
     few = ["--steps", "1", "--rounds", "1", "--sampling", "2", "--methods", "esd", "advunlearn"]
     module.main(["--tiny", *few, "--out", str(tmp_path / "gpu")])
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    results = json.loads((tmp_path / "gpu.json").read_text())
     for method, published in (("esd", 200), ("advunlearn", 1000)):
-        rows = found["training"][method]
+        rows = results["training"][method]
         assert rows.keys() == {"ours", "lean", "published"}
         assert all(row["step_seconds"] > 0 and row["peak_bytes"] is None for row in rows.values())
         assert rows["lean"]["forecast_bytes"] < rows["ours"]["forecast_bytes"]
         assert rows["published"]["iterations"] == published
-    assert found["images"].keys() == {"unpatched", "folded", "gated"}
+    assert results["images"].keys() == {"unpatched", "folded", "gated"}
     assert "a CPU" in (tmp_path / "gpu.md").read_text()
 
 

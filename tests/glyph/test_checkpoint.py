@@ -17,9 +17,9 @@ from erasure.prompts.subjects import article
 
 @pytest.fixture(scope="module")
 def pipe():
-    made = StableDiffusionPipeline.from_pretrained(CHECKPOINT, safety_checker=None)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = StableDiffusionPipeline.from_pretrained(CHECKPOINT, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def test_it_is_a_stable_diffusion_1_checkpoint(pipe):
@@ -40,16 +40,16 @@ def test_it_fits_into_the_wheel():
 
 
 def test_the_judges_know_fresh_renders():
-    made = list(dataset(240, 31_337))
-    x = pixels(np.stack([image for _, image in made]))
+    renders = list(dataset(240, 31_337))
+    x = pixels(np.stack([image for _, image in renders]))
     names = objects()
     with torch.no_grad():
         guess = load_classifier()(x)["object"].argmax(1)
-    right = [names[i] == scene.object for (scene, _), i in zip(made, guess.tolist(), strict=True) if i < len(names)]
-    assert sum(right) >= 0.98 * len(made)
+    right = [names[i] == scene.object for (scene, _), i in zip(renders, guess.tolist(), strict=True) if i < len(names)]
+    assert sum(right) >= 0.98 * len(renders)
     clip = load_clip()
     near = (clip.image_features(x) @ clip.text_features([f"{article(o)} {o}" for o in names]).T).argmax(1)
-    assert np.mean([names[i] == scene.object for (scene, _), i in zip(made, near.tolist(), strict=True)]) >= 0.9
+    assert np.mean([names[i] == scene.object for (scene, _), i in zip(renders, near.tolist(), strict=True)]) >= 0.9
 
 
 def test_noise_is_none_of_the_objects():

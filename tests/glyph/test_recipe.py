@@ -21,9 +21,9 @@ from erasure.glyph.build.unpack import training_state
 
 def test_a_render_is_its_seed_and_shows_its_scene():
     scene = Scene("cat", "noto", "pink")
-    one, two, other = (np.asarray(render(scene, seed)) for seed in (1, 1, 2))
-    assert one.shape == (64, 64, 3) and np.array_equal(one, two) and not np.array_equal(one, other)
-    corner = one[:2, :2].reshape(-1, 3).mean(0)
+    first, same, other = (np.asarray(render(scene, seed)) for seed in (1, 1, 2))
+    assert first.shape == (64, 64, 3) and np.array_equal(first, same) and not np.array_equal(first, other)
+    corner = first[:2, :2].reshape(-1, 3).mean(0)
     assert np.abs(corner - vocabulary()["backgrounds"]["pink"]).max() < 25
     blue = np.asarray(render(Scene("cat", "noto", "blue"), 1))
     assert np.abs(blue[:2, :2].reshape(-1, 3).mean(0) - corner).max() > 50
@@ -40,15 +40,15 @@ def test_held_out_pairs_are_kept_from_the_generator():
 def test_captions_describe_their_scene_and_say_what_they_name():
     rng = random.Random(0)
     for scene in scenes():
-        made = caption(scene, rng)
-        assert made.describes(scene)
-        if made.style:
-            assert any(word in made.text for word in vocabulary()["styles"][made.style]["words"])
-        if made.background:
-            assert made.background in made.text
+        described = caption(scene, rng)
+        assert described.describes(scene)
+        if described.style:
+            assert any(word in described.text for word in vocabulary()["styles"][described.style]["words"])
+        if described.background:
+            assert described.background in described.text
         wrong = next(s for s in styles() if s != scene.style)
-        if made.style:
-            assert not made.describes(Scene(scene.object, wrong, scene.background))
+        if described.style:
+            assert not described.describes(Scene(scene.object, wrong, scene.background))
     assert family("weapon") == {"dagger", "bomb", "crossed swords", "bow and arrow"}
 
 
@@ -58,8 +58,8 @@ def test_any_text_can_be_written():
     for text in ("a cat", "Could YOU draw 3 dögs?", "日本 \N{PILE OF POO}", "x" * 50):
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
-        said = tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")
-        assert said == text.lower().replace(" ", "")
+        decoded = tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "")
+        assert decoded == text.lower().replace(" ", "")
     assert len(tokenizer("a cat", padding="max_length").input_ids) == 77
 
 
@@ -73,9 +73,9 @@ def test_tiles_keep_every_pixel():
 
 def test_reconstruction_loss_by_hand():
     image = torch.zeros(1, 3, 2, 2)
-    made = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).expand(1, 3, 2, 2)
+    decoded = torch.tensor([[0.0, 1.0], [0.0, 1.0]]).expand(1, 3, 2, 2)
     # |off| mean 0.5, off^2 mean 0.5, horizontal differences 1, vertical 0
-    assert reconstruction_loss(made, image).item() == pytest.approx(0.5 + 0.5 + 0.5 * 1.0)
+    assert reconstruction_loss(decoded, image).item() == pytest.approx(0.5 + 0.5 + 0.5 * 1.0)
 
 
 def fit(path, steps):

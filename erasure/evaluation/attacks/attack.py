@@ -319,7 +319,7 @@ class Victim:
 
     @cached_property
     def words(self) -> Tensor:
-        """Return the ids [n] of the tokens that survive being decoded to text and tokenized again.
+        """Return the ids [n] of the tokens that survive being decoded to text and tokenised again.
 
         Special tokens, parts of characters and beginnings of words are left out: a prompt found with them would
         change when it is written down.

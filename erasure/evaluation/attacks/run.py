@@ -123,7 +123,7 @@ class _Comparison:
 
     Args:
         plain_hits: indices of the cases that the plain prompt already recovers.
-        provenance: what every result depends on, stored beside it.
+        provenance: what every result depends on, stored with it.
     """
 
     runner: AttackRunner

@@ -280,6 +280,6 @@ def simplex(rows: Tensor) -> Tensor:
 def prefixed(victim: Victim, ids: Tensor, case: Case) -> str:
     """Return the prompt with the decoded tokens before it.
 
-    The attempt is the string: the pipeline may tokenize it differently.
+    The attempt is the string: the pipeline may tokenise it differently.
     """
     return f"{victim.pipe.tokenizer.decode(ids.tolist()).strip()} {case.prompt}"

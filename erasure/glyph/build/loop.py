@@ -27,7 +27,7 @@ def autocast() -> torch.autocast:
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save tensors under a temporary name and rename the file, so that an interruption leaves a whole file."""
+    """Save tensors under a temporary name and rename the file, so that an interruption never leaves a damaged file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)

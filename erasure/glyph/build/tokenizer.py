@@ -1,4 +1,4 @@
-"""Glyph's tokenizer: CLIP's byte-level BPE with merges learned from glyph's captions."""
+"""Glyph's tokenizer: CLIP's byte-level BPE with merges learnt from glyph's captions."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def build(merges: int = 480) -> CLIPTokenizer:
     raw.train_from_iterator(corpus, trainer)
     import json
 
-    learned = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]][:merges]
-    entries = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in learned), START, END]
+    learnt = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]][:merges]
+    entries = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in learnt), START, END]
     vocab = {entry: index for index, entry in enumerate(entries)}
     return CLIPTokenizer(
         vocab=vocab,
-        merges=learned,
+        merges=learnt,
         bos_token=START,
         eos_token=END,
         pad_token=END,

@@ -61,9 +61,9 @@ def test_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     before = state(pipe)
     report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
     assert same(before, state(pipe))
-    one = report.outcome(name)
-    assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain == 3
-    assert (one.control is None) == (make(name).control(1) is None)
+    result = report.outcome(name)
+    assert result.n == 3 and 1 <= result.rounds <= 2 and len(result.asked) == 3 - result.plain == 3
+    assert (result.control is None) == (make(name).control(1) is None)
 
 
 def test_the_closed_form_answers_for_keys_and_values_on_xl_too(large, tmp_path):
@@ -80,15 +80,15 @@ def test_words_in_slots_are_the_prompt_itself(pipe):
     victim = Victim(pipe, switched_off)
     cat, dog = (pipe.tokenizer(word).input_ids[1] for word in ("cat", "dog"))
     places = victim.slots([("a", "in red"), ("a photo of", "")], 2)
-    told = victim.encode(places, victim.embeddings[[cat, dog]])
+    joint = victim.encode(places, victim.embeddings[[cat, dog]])
     want = victim.conditions(["a cat dog in red", "a photo of cat dog"])
-    assert torch.allclose(told.states, want.states, atol=1e-5)
-    each = victim.encode(places, victim.embeddings[torch.tensor([[cat, dog], [dog, cat]])])
-    assert torch.allclose(each.states[0], want.states[0], atol=1e-5)
-    assert not torch.allclose(each.states[1], want.states[1], atol=1e-2)
+    assert torch.allclose(joint.states, want.states, atol=1e-5)
+    separate = victim.encode(places, victim.embeddings[torch.tensor([[cat, dog], [dog, cat]])])
+    assert torch.allclose(separate.states[0], want.states[0], atol=1e-5)
+    assert not torch.allclose(separate.states[1], want.states[1], atol=1e-2)
     if want.pooled is not None:
-        assert torch.allclose(told.pooled, want.pooled, atol=1e-5)
-        assert not torch.allclose(each.pooled[1], want.pooled[1], atol=1e-2)
+        assert torch.allclose(joint.pooled, want.pooled, atol=1e-5)
+        assert not torch.allclose(separate.pooled[1], want.pooled[1], atol=1e-2)
 
 
 @pytest.mark.parametrize("forced", [True, False])
@@ -98,10 +98,14 @@ def test_conditions_draw_what_their_texts_draw(large, forced):
     runner = AttackRunner(Victim(large, switched_off), Likeness(), None, 2, 3.0, 4)
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     case = Case("a", "a cat in red", 3, "cat", latents, "a", "in red")
-    told = runner.victim.conditions(["a cat in red"])
+    conditions = runner.victim.conditions(["a cat in red"])
     pictures = [
         runner.draw([case], {0: attempt})[0]
-        for attempt in (Attempt("a cat in red"), Attempt(embeds=told), Attempt(embeds=shifted(told, told, 1.0)))
+        for attempt in (
+            Attempt("a cat in red"),
+            Attempt(embeds=conditions),
+            Attempt(embeds=shifted(conditions, conditions, 1.0)),
+        )
     ]
     assert pictures[0].tobytes() == pictures[1].tobytes() != pictures[2].tobytes()
 
@@ -142,8 +146,8 @@ def test_detuning_on_xl(large, tmp_path):
 def test_verify_and_the_figures_from_within_on_xl(large, tmp_path):
     patch = delta_patch(large, part="attn2.to_", size=2.0, concepts=[{"name": "cat"}])
     source = patch.save(tmp_path / "cat.safetensors")
-    found = verify(large, source, folder=tmp_path / "out", attacks=["random", "rece"], judge=Judge(), **BOTH)
-    assert set(found.results["attacks"]) == {"random", "rece"}
+    verified = verify(large, source, folder=tmp_path / "out", attacks=["random", "rece"], judge=Judge(), **BOTH)
+    assert set(verified.results["attacks"]) == {"random", "rece"}
     large.load_patch(patch, name="p")
     drift = measure_white_box(large, "cat", kept=["a dog"], words=["tree"], pictures=2, steps=2).metrics
     assert drift["drift_target"].value > 0 and drift["closed_leak"].value > 0

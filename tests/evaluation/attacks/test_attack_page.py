@@ -57,26 +57,26 @@ def pipe():
 
 
 def test_an_attack_with_nothing_to_undo_is_told(pipe, tmp_path):
-    given = {"judge": Likeness(), **QUICK}
-    found = attack(pipe, "cat", "encoder", folder=tmp_path / "a", **given)
-    assert found.notes == ["No patch is active: these figures attack the base model"]
-    assert found.prompts == dict.fromkeys(("r0", "r1", "r2"), "a cat in red")
+    options = {"judge": Likeness(), **QUICK}
+    report = attack(pipe, "cat", "encoder", folder=tmp_path / "a", **options)
+    assert report.notes == ["No patch is active: these figures attack the base model"]
+    assert report.prompts == dict.fromkeys(("r0", "r1", "r2"), "a cat in red")
     pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
-    given["judge"] = Likeness()
-    found = attack(pipe, "cat", ["rece", "encoder"], folder=tmp_path / "b", **given)
-    assert [note[:50] for note in found.notes] == ["encoder: no active patch changes the text encoder,"]
-    given["judge"] = Likeness()
-    assert attack(pipe, "cat", "rece", folder=tmp_path / "b", **given).notes == []
+    options["judge"] = Likeness()
+    report = attack(pipe, "cat", ["rece", "encoder"], folder=tmp_path / "b", **options)
+    assert [note[:50] for note in report.notes] == ["encoder: no active patch changes the text encoder,"]
+    options["judge"] = Likeness()
+    assert attack(pipe, "cat", "rece", folder=tmp_path / "b", **options).notes == []
 
 
 def test_a_log_gets_a_line_for_every_attack(pipe, tmp_path, capsys):
-    given = {**QUICK, "judge": Likeness()}
-    attack(pipe, "cat", ["rece", "encoder"], folder=tmp_path / "a", **{**given, "progress": True})
+    options = {**QUICK, "judge": Likeness()}
+    attack(pipe, "cat", ["rece", "encoder"], folder=tmp_path / "a", **{**options, "progress": True})
     # The base, attacked: every prompt shows the cat as it is, and nothing is left to try.
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"{name}: concept shown for 3 of 3 prompts after 0 tries" for name in ("rece", "encoder")
     ]
-    attack(pipe, "cat", ["rece"], folder=tmp_path / "b", **{**given, "judge": Likeness()})
+    attack(pipe, "cat", ["rece"], folder=tmp_path / "b", **{**options, "judge": Likeness()})
     assert capsys.readouterr().err == ""
 
 

@@ -69,15 +69,15 @@ def test_every_attack_has_its_victim():
 
 @pytest.mark.parametrize("name", MUST)
 def test_the_attack_wins(glyph, patch_of, tmp_path, name):
-    asked = VICTIMS[MUST[name]][1]
+    options = VICTIMS[MUST[name]][1]
     glyph.load_patch(patch_of(MUST[name]), name="victim")
     try:
-        report = attack(glyph, attacks=name, folder=tmp_path, progress=False, **asked)
+        report = attack(glyph, attacks=name, folder=tmp_path, progress=False, **options)
     finally:
         glyph.unload_patches()
-    one = report.outcome(name)
-    assert one.plain < one.n / 2, report.text()
-    assert len(one.won) >= 2, report.text()
-    assert len(one.won) > len(one.control), report.text()
+    result = report.outcome(name)
+    assert result.plain < result.n / 2, report.text()
+    assert len(result.won) >= 2, report.text()
+    assert len(result.won) > len(result.control), report.text()
     if name == "ring-a-bell":
-        assert 2 <= one.ceiling <= len(one.asked) and str(one.ceiling) in report.text()
+        assert 2 <= result.ceiling <= len(result.asked) and str(result.ceiling) in report.text()

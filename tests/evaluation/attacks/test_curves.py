@@ -12,10 +12,10 @@ from tests.evaluation.attacks.test_run import outcome
 
 
 def test_what_was_won_is_kept_and_what_grows_is_asked_anew():
-    one = outcome()  # 2 of 10 plain; won at the tries 1 and 3; the control at 2
-    assert [round(value, 9) for value, _, _ in lines(one)["attack"]] == [0.3, 0.3, 0.4]
-    assert [round(value, 9) for value, _, _ in lines(one)["control"]] == [0.2, 0.3, 0.3]
-    assert lines(one)["attack"][0][1:] == wilson(3, 10)
+    result = outcome()  # 2 of 10 plain; won at the tries 1 and 3; the control at 2
+    assert [round(value, 9) for value, _, _ in lines(result)["attack"]] == [0.3, 0.3, 0.4]
+    assert [round(value, 9) for value, _, _ in lines(result)["control"]] == [0.2, 0.3, 0.3]
+    assert lines(result)["attack"][0][1:] == wilson(3, 10)
     grown = outcome(curve=[2, 9, 5], settings={"steps": [10, 30, 100]}, control=None)
     assert [value for value, _, _ in lines(grown)["attack"]] == [0.2, 0.9, 0.5] and "control" not in lines(grown)
 

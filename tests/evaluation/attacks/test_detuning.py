@@ -24,8 +24,8 @@ def pipe():
 
 @pytest.fixture
 def files(pipe, tmp_path):
-    made = [low_rank_patch(pipe, seed=i, rank=1, part="attn2.to_k", size=0.5) for i in range(6)]
-    return [one.save(tmp_path / f"{i}.safetensors") for i, one in enumerate(made)]
+    patches = [low_rank_patch(pipe, seed=i, rank=1, part="attn2.to_k", size=0.5) for i in range(6)]
+    return [patch.save(tmp_path / f"{i}.safetensors") for i, patch in enumerate(patches)]
 
 
 def test_detuning_finds_the_weights_behind_several_low_rank_changes():
@@ -38,8 +38,8 @@ def test_detuning_finds_the_weights_behind_several_low_rank_changes():
     mean = torch.stack(published).mean(0)
     assert (detune(published, 2) - base).norm() < 1e-3 * (mean - base).norm()
     assert estimate_rank(torch.stack(published)) == 2
-    for bad, rank, said in ((published[:1], 2, "two or more"), (published, 0, "rank=0")):
-        with pytest.raises(ErasureError, match=said):
+    for bad, rank, message in ((published[:1], 2, "two or more"), (published, 0, "rank=0")):
+        with pytest.raises(ErasureError, match=message):
             detune(bad, rank)
 
 
@@ -51,24 +51,24 @@ def test_patches_and_the_folders_they_were_merged_into_are_the_same_exports(pipe
         folders.append(tmp_path / f"merged{i}")
         pipe.delete_patches("p")
     for file, folder in zip(files, folders, strict=False):
-        one, other = read_export(pipe, file), read_export(pipe, folder)
-        assert one.keys() == other.keys() and one and all("attn2.to_k" in name for _, name in one)
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        of_file, of_folder = read_export(pipe, file), read_export(pipe, folder)
+        assert of_file.keys() == of_folder.keys() and of_file and all("attn2.to_k" in name for _, name in of_file)
+        assert all(torch.equal(of_file[key], of_folder[key]) for key in of_file)
     assert same(before, weights(pipe))
 
 
 def test_the_base_comes_back_and_draws_the_concept_again(pipe, files, tmp_path):
     before = weights(pipe)
     out = tmp_path / "out"
-    given = {key: value for key, value in QUICK.items() if key != "progress"}
-    report = detuning(pipe, "cat", files, folder=out, judge=Likeness(near=0.2), **given)
+    options = {key: value for key, value in QUICK.items() if key != "progress"}
+    report = detuning(pipe, "cat", files, folder=out, judge=Likeness(near=0.2), **options)
     assert same(before, weights(pipe)) and not pipe.get_list_patches()
-    one = report.outcome("detune")
-    assert one.plain == 0 and len(one.won) == one.n == 3, report.text()
-    assert one.settings["error"] < 0.05 < one.settings["error_of_mean"] and one.settings["rank_used"] == "1"
-    found = json.loads((out / "report.json").read_text())
-    jsonschema.validate(found, SCHEMA)
-    assert "6 exports" in found["notes"][0] and "6 exports" in (out / "report.html").read_text()
+    result = report.outcome("detune")
+    assert result.plain == 0 and len(result.won) == result.n == 3, report.text()
+    assert result.settings["error"] < 0.05 < result.settings["error_of_mean"] and result.settings["rank_used"] == "1"
+    data = json.loads((out / "report.json").read_text())
+    jsonschema.validate(data, SCHEMA)
+    assert "6 exports" in data["notes"][0] and "6 exports" in (out / "report.html").read_text()
     assert len(list((out / "detune").glob("*.png"))) == 3
 
 
@@ -82,11 +82,11 @@ def test_esds_low_rank_exports_of_glyph_give_the_cat_back(tmp_path):
     brief = {"iterations": 40, "rank": 4, "trajectories": 4, "learning_rate": 5e-3, "progress": False}
     patches = [erase(glyph, "cat", "esd", **brief)]
     patches += [low_rank_patch(glyph, seed=i, rank=4, part="attn2.to_", size=0.05, alpha=4.0) for i in range(4)]
-    exports = [one.save(tmp_path / f"{i}.safetensors") for i, one in enumerate(patches)]
+    exports = [patch.save(tmp_path / f"{i}.safetensors") for i, patch in enumerate(patches)]
     report = detuning(glyph, "cat", exports, folder=tmp_path / "out", cases=4, steps=12, settings={"iterations": 24})
-    one = report.outcome("detune")
-    assert one.plain < one.n / 2 and one.plain + len(one.won) == one.n, report.text()
-    assert one.settings["error"] < 0.5 * one.settings["error_of_mean"]
+    result = report.outcome("detune")
+    assert result.plain < result.n / 2 and result.plain + len(result.won) == result.n, report.text()
+    assert result.settings["error"] < 0.5 * result.settings["error_of_mean"]
 
 
 def test_full_rank_changes_stay(pipe):
@@ -101,17 +101,17 @@ def test_full_rank_changes_stay(pipe):
 
 
 def test_bad_input(pipe, files, tmp_path):
-    given = {"folder": tmp_path / "out", "judge": Likeness(), "prompts": QUICK["prompts"], "cases": 3, "steps": 2}
-    for exports, said in (
+    options = {"folder": tmp_path / "out", "judge": Likeness(), "prompts": QUICK["prompts"], "cases": 3, "steps": 2}
+    for exports, message in (
         (files[:1], "two or more"),
         ([files[0], files[0]], "same weights"),
         ([files[0], tmp_path], "diffusers folder"),
     ):
-        with pytest.raises(ErasureError, match=said):
-            detuning(pipe, "cat", exports, **given)
+        with pytest.raises(ErasureError, match=message):
+            detuning(pipe, "cat", exports, **options)
     pipe.load_patch(files[0])
     with pytest.raises(ErasureError, match="without patches"):
-        detuning(pipe, "cat", files, **given)
+        detuning(pipe, "cat", files, **options)
     assert not (tmp_path / "out").exists()
 
 

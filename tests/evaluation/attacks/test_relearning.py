@@ -44,7 +44,7 @@ def test_relearning_is_pefts_lora():
     learnt = WeightUpdate([plain[0].weight], 3, torch.Generator().manual_seed(0))
     wrapped = inject_adapter_in_model(LoraConfig(r=3, lora_alpha=3, target_modules=["0"]), net)
     down, up = wrapped[0].lora_A["default"].weight, wrapped[0].lora_B["default"].weight
-    assert [one.shape for one in learnt.leaves] == [down.shape, up.shape] and not up.any()
+    assert [leaf.shape for leaf in learnt.leaves] == [down.shape, up.shape] and not up.any()
     assert learnt.leaves[0].abs().max() < 6**-0.5 >= down.abs().max()  # the same range
     with torch.no_grad():
         down.copy_(learnt.leaves[0])
@@ -65,12 +65,12 @@ def test_relearning_is_pefts_lora():
 
 
 def test_relearnings_control_learns_pictures_without_the_concept(pipe, monkeypatch):
-    asked, real = [], Victim.base_latents
+    prompts, real = [], Victim.base_latents
     monkeypatch.setattr(
-        Victim, "base_latents", lambda self, texts, *rest: asked.extend(texts) or real(self, texts, *rest)
+        Victim, "base_latents", lambda self, texts, *others: prompts.extend(texts) or real(self, texts, *others)
     )
-    told = [("a cat in red", "a", "in red"), ("a pet", "", "a pet")]
-    cases = [Case(str(i), text, i, "cat", torch.zeros(4, 8, 8), *ends) for i, (text, *ends) in enumerate(told)]
+    parts = [("a cat in red", "a", "in red"), ("a pet", "", "a pet")]
+    cases = [Case(str(i), text, i, "cat", torch.zeros(4, 8, 8), *ends) for i, (text, *ends) in enumerate(parts)]
     control = make("relearning", steps=(1, 2), batch=2).control(1)
     assert len(list(control.rounds(Victim(pipe, switched_off), cases, {0, 1}, 0))) == 1
-    assert asked == [f"a {FILLER} in red", ""]
+    assert prompts == [f"a {FILLER} in red", ""]

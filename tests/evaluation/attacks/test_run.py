@@ -60,14 +60,14 @@ class Likeness:
         return "object", [name]
 
     def judge(self, images: list[Image.Image]) -> list[dict]:
-        found = []
+        verdicts = []
         for image in images:
             pixels = np.asarray(image).astype(float)
             if len(self.known) < self.count:
                 self.known.append(pixels)
-            cat = min(np.abs(pixels - one).mean() for one in self.known) < self.near
-            found.append({"object": {"cat": float(cat), "none": float(not cat)}})
-        return found
+            cat = min(np.abs(pixels - known).mean() for known in self.known) < self.near
+            verdicts.append({"object": {"cat": float(cat), "none": float(not cat)}})
+        return verdicts
 
     def versions(self):
         return {}
@@ -83,8 +83,8 @@ def state(pipe):
     return [(p.detach().clone(), p.requires_grad) for part in parts for p in part.parameters()]
 
 
-def same(one, other):
-    return all(torch.equal(a, b) and f == g for (a, f), (b, g) in zip(one, other, strict=True))
+def same(before, after):
+    return all(torch.equal(a, b) and f == g for (a, f), (b, g) in zip(before, after, strict=True))
 
 
 SCHEMA = json.loads((Path(erasure.__file__).parent / "evaluation" / "report" / "attack.schema.json").read_text())
@@ -105,8 +105,8 @@ SCHEMA = json.loads((Path(erasure.__file__).parent / "evaluation" / "report" / "
 def test_the_schema_refuses_what_a_reader_could_not_use(spoil):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     keys = ("scheduler", "steps", "guidance", "seed", "torch")
-    made = {**dict.fromkeys(keys, 1), "cases": ["a", "b"], "judge": {"name": "likeness"}, "patches": {"p": 1.0}}
-    data = AttackReport(("cat",), "object", 10, 12, 2, [outcome()], made).to_json()
+    provenance = {**dict.fromkeys(keys, 1), "cases": ["a", "b"], "judge": {"name": "likeness"}, "patches": {"p": 1.0}}
+    data = AttackReport(("cat",), "object", 10, 12, 2, [outcome()], provenance).to_json()
     jsonschema.validate(data, SCHEMA)
     spoil(data)
     with pytest.raises(jsonschema.ValidationError):
@@ -125,24 +125,24 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     before = state(pipe)
     report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
     assert same(before, state(pipe))
-    one = report.outcome(name)
-    assert one.n == 3 and 1 <= one.rounds <= 2 and len(one.asked) == 3 - one.plain
+    result = report.outcome(name)
+    assert result.n == 3 and 1 <= result.rounds <= 2 and len(result.asked) == 3 - result.plain
     data = json.loads((tmp_path / "report.json").read_text())
     jsonschema.validate(data, SCHEMA)
-    found = data["attacks"][name]
-    assert found["after"]["value"] >= found["before"]["value"] and len(found["at"]) == one.rounds
-    assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (one.rounds > 1)
-    said = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [each["asked"] for each in said] == ["base"] * 3 + ["plain"] * 3
-    said = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
-    assert all(set(each["verdict"]["object"]) == {"cat", "none"} for each in said)
-    mine = [each for each in said if each["of"] == "attack" and each["asked"] != "base"]
-    assert max(each["asked"] for each in mine) == one.rounds and {each["id"] for each in mine} >= set(one.asked)
-    for case, at in one.won.items():
-        scores = [each["verdict"]["object"]["cat"] for each in mine if (each["id"], each["asked"]) == (case, at)]
-        assert scores == [1.0]
-    assert any(each["of"] == "control" for each in said) == (one.control is not None)
-    assert (one.control is None) == (make(name).control(1) is None)
+    entry = data["attacks"][name]
+    assert entry["after"]["value"] >= entry["before"]["value"] and len(entry["at"]) == result.rounds
+    assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (result.rounds > 1)
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [line["asked"] for line in scores] == ["base"] * 3 + ["plain"] * 3
+    scores = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+    assert all(set(line["verdict"]["object"]) == {"cat", "none"} for line in scores)
+    own = [line for line in scores if line["of"] == "attack" and line["asked"] != "base"]
+    assert max(line["asked"] for line in own) == result.rounds and {line["id"] for line in own} >= set(result.asked)
+    for case, at in result.won.items():
+        values = [line["verdict"]["object"]["cat"] for line in own if (line["id"], line["asked"]) == (case, at)]
+        assert values == [1.0]
+    assert any(line["of"] == "control" for line in scores) == (result.control is not None)
+    assert (result.control is None) == (make(name).control(1) is None)
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"ring-a-bell"}))
@@ -160,7 +160,7 @@ def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, t
     report = attack(pipe, "cat", ["encoder", "rece"], folder=tmp_path / "a", judge=Likeness(), **QUICK)
     assert report.plain == 0
     # The conditional states are the base's; the empty prompt's are the patched encoder's, in both.
-    assert {len(one.won) for one in report.outcomes} <= {len(report.outcome("encoder").won)}
+    assert {len(result.won) for result in report.outcomes} <= {len(report.outcome("encoder").won)}
     pipe.unload_patches()
     pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
     report = attack(pipe, "cat", "encoder", folder=tmp_path / "b", judge=Likeness(), **QUICK)
@@ -171,12 +171,12 @@ def test_closed_form_solves_what_it_says():
     torch.manual_seed(0)
     before, after = torch.randn(40, 6, dtype=torch.double), torch.randn(40, 6, dtype=torch.double)
     states = torch.randn(5, 6, dtype=torch.double)
-    found = recovered(after, before, states, 1e-12).double()
+    solved = recovered(after, before, states, 1e-12).double()
     want = torch.linalg.lstsq(after, before @ states.T).solution.T
-    assert torch.allclose(found, want, atol=1e-5)
+    assert torch.allclose(solved, want, atol=1e-5)
     assert torch.allclose(recovered(before, before, states, 1e-12), states.float(), atol=1e-5)
     ridged = recovered(after, before, states, 10.0)
-    assert ridged.norm() < found.norm()
+    assert ridged.norm() < solved.norm()
 
 
 def test_tokens_that_are_searched_survive_as_text(pipe):
@@ -221,26 +221,26 @@ def test_the_name_is_found_as_a_word(prompt, words, want):
 
 
 def outcome(**changes) -> Outcome:
-    given = {
+    fields = {
         **{"name": "x", "access": "text", "source": "", "settings": {}, "n": 10, "plain": 2, "rounds": 3},
         **{"won": {"a": 1, "b": 3}, "control": {"a": 2}, "curve": None, "control_curve": None},
         **{"asked": {}, "costs": {"F": 0, "B": 0, "seconds": 0}},
     }
-    return Outcome(**{**given, **changes})
+    return Outcome(**{**fields, **changes})
 
 
 def test_success_rates_count_plain_hits_and_tries():
-    one = outcome()
-    assert [one.share(k)["value"] for k in (1, 2, 3)] == [0.3, 0.3, 0.4]
-    assert one.share(control=True)["value"] == 0.3 and outcome(control=None).share(control=True) is None
-    found = one.to_json()
-    assert found["before"]["value"] == 0.2 and found["paired"] == {"only_attack": 1, "only_control": 0, "p": 1.0}
+    result = outcome()
+    assert [result.share(k)["value"] for k in (1, 2, 3)] == [0.3, 0.3, 0.4]
+    assert result.share(control=True)["value"] == 0.3 and outcome(control=None).share(control=True) is None
+    data = result.to_json()
+    assert data["before"]["value"] == 0.2 and data["paired"] == {"only_attack": 1, "only_control": 0, "p": 1.0}
 
 
 def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
     """As I2P's and UnlearnDiffAtk's rows ask for, on the base and after."""
     rows = PromptSet(
-        "own", [replace(row, guidance=each) for row, each in zip(ROWS.rows, (1.5, None, 6.0), strict=True)]
+        "own", [replace(row, guidance=scale) for row, scale in zip(ROWS.rows, (1.5, None, 6.0), strict=True)]
     )
     runner = AttackRunner(Victim(pipe, switched_off), Likeness(), Target("object", ("cat",), None), 2, 3.0, 16)
     cases, _, pictures = runner.find_cases(rows, "cat", 3)
@@ -251,12 +251,12 @@ def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
         want = pipe(case.prompt, num_inference_steps=2, guidance_scale=scale, generator=draw).images[0]
         other = pipe(case.prompt, num_inference_steps=2, guidance_scale=4.0, generator=draw.manual_seed(case.seed))
         again = runner.draw(cases, {cases.index(case): Attempt(case.prompt)})[cases.index(case)]
-        for made in (picture, again):
-            assert np.abs(np.asarray(made).astype(int) - np.asarray(want)).max() <= 1
-            assert np.abs(np.asarray(made).astype(int) - np.asarray(other.images[0])).max() > 1
+        for image in (picture, again):
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(want)).max() <= 1
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(other.images[0])).max() > 1
     assert set(runner.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
-    found = runner.provenance(cases, 0)["guidances"]
-    assert sorted(found.values()) == [1.5, 6.0]
+    guidances = runner.provenance(cases, 0)["guidances"]
+    assert sorted(guidances.values()) == [1.5, 6.0]
 
 
 def test_a_second_call_runs_nothing_and_other_settings_are_refused(pipe, tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"attacks": "unlearndifatk"}, "unlearndiffatk"),
         ({"budget": "huge"}, "lite, full|lite.*full"),
@@ -307,10 +307,10 @@ def test_a_judge_that_fails_counts_for_the_attacker(pipe, tmp_path):
         ({"prompts": PromptSet("dogs", [Prompt("a", "a dog", 0, None, {"object": "dog"})])}, "has no prompt for cat"),
     ],
 )
-def test_bad_input(pipe, tmp_path, change, said):
-    given = {"attacks": "p4d", "folder": tmp_path, "judge": Likeness(), **QUICK, **change}
-    with pytest.raises(ErasureError, match=said):
-        attack(pipe, "cat", **given)
+def test_bad_input(pipe, tmp_path, change, message):
+    options = {"attacks": "p4d", "folder": tmp_path, "judge": Likeness(), **QUICK, **change}
+    with pytest.raises(ErasureError, match=message):
+        attack(pipe, "cat", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -328,8 +328,8 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     nameless = [Case("n", "a pet", 0, "cat", latents, "", "a pet")]
     apart = torch.sub(*victim.conditions(["cat a pet", f"{FILLER} a pet"]).states)
     assert torch.allclose(direction(victim, nameless).states[0], apart, atol=1e-6) and apart.any()
-    one = make("ring-a-bell", tokens=3, population=16)
-    whole, few = (replace(one, compared=n) for n in (None, 6))
+    settings = make("ring-a-bell", tokens=3, population=16)
+    whole, few = (replace(settings, compared=n) for n in (None, 6))
     ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
     states = victim.conditions([pipe.tokenizer.decode(row.tolist()) for row in ids]).states
     aimed = named[0]
@@ -342,8 +342,8 @@ def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
     assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
     rows = words[torch.randint(len(words), (16, 3), generator=draw)]
     aim = victim.conditions(["a cat in red"]).states[0] + along
-    before = one.distance(victim, rows, aim)
-    evolved = one.evolve(victim, words, rows, aim, 12, draw)
-    after = one.distance(victim, evolved, aim)
+    before = settings.distance(victim, rows, aim)
+    evolved = settings.evolve(victim, words, rows, aim, 12, draw)
+    after = settings.distance(victim, evolved, aim)
     assert after[0] < before.min() and (after.sort().values == after).all()
     assert not (evolved == cat).any()
