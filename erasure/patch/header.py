@@ -6,17 +6,21 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
+
+from torch import Tensor
 
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.hub_files import located
 from erasure.patch.module_keys import COMPONENTS, DOWN
 from erasure.patch.payload import Delta, LowRank
-from erasure.patch.safetensors_io import read_layout
+from erasure.patch.safetensors_io import digest, read_layout
 from erasure.patch.serialization import text_width, two_encoders
 
 FORMAT = 1
+PREFIX = "erasure."  # of every field of our own
 KINDS = (LowRank.kind, Delta.kind)
 # Field -> type of its JSON; the fields that are plain strings stand in TEXTS.
 JSON: dict[str, type] = {
@@ -85,8 +89,8 @@ def check_fields(fields: dict[str, Any]) -> None:
     """
     if not fields["concepts"] or not all(isinstance(concept, dict) for concept in fields["concepts"]):
         raise ErasureError("concepts must be a list of at least one JSON object")
-    for component, digest in fields["base_fingerprint"].items():
-        if component not in COMPONENTS or not isinstance(digest, str):
+    for component, mark in fields["base_fingerprint"].items():
+        if component not in COMPONENTS or not isinstance(mark, str):
             raise ErasureError(f"base_fingerprint: {component!r} must be one of {', '.join(COMPONENTS)}, with a string")
     if not isinstance(fields["gate"].get("kind"), str):
         raise ErasureError('gate must hold a \'kind\', such as {"kind": "always"}')
@@ -133,6 +137,21 @@ def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
         raise ErasureError(f"the header lacks erasure.{needed}")
     check_fields(fields)
     return fields
+
+
+def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Compare a file's tensors and `erasure.*` fields with the digest in its header; older files have none.
+
+    Raises:
+        ErasureError: they differ: bytes were changed after the patch was written.
+    """
+    fields = {key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX)}
+    stated = fields.pop("digest", None)
+    if stated is not None and digest(tensors, fields) != stated:
+        raise ErasureError(
+            "its tensors or header do not match the digest in erasure.digest: the file was damaged or changed after it "
+            "was written. Fetch or make it again; nothing was loaded"
+        )
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -15,10 +15,19 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.hub_files import located
-from erasure.patch.header import FORMAT, JSON, check_fields, decode_header, loader_keys, refuse_plain, to_json
+from erasure.patch.header import (
+    FORMAT,
+    JSON,
+    check_digest,
+    check_fields,
+    decode_header,
+    loader_keys,
+    refuse_plain,
+    to_json,
+)
 from erasure.patch.module_keys import ALPHA, check_component
 from erasure.patch.payload import Delta, LowRank
-from erasure.patch.safetensors_io import read_layout, write_file
+from erasure.patch.safetensors_io import digest, read_layout, write_file
 from erasure.patch.serialization import cast_error, decode, encode
 
 ALWAYS = {"kind": "always"}
@@ -168,6 +177,7 @@ class Patch:
             metadata |= loader_keys(self.payload, f"{', '.join(self.names)} erased by {self.method}")
         else:
             fields["sparse"] = to_json("sparse", shapes)
+        fields["digest"] = digest(tensors, fields)
         metadata |= {f"erasure.{name}": text for name, text in fields.items()}
         return write_file(path, tensors, metadata, overwrite)
 
@@ -197,6 +207,7 @@ class Patch:
             payload = decode(tensors, kind, dtype, modules, shapes)
             if isinstance(payload, LowRank):
                 stored["alphas"] = len({float(value) for key, value in tensors.items() if key.endswith(ALPHA)})
+            check_digest(tensors, layout.metadata)
             return cls(payload=payload, stored=stored, **fields)
         except ErasureError as error:
             raise ErasureError(f"{layout.path}: {str(error).removeprefix(f'{layout.path}: ')}") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,18 @@ def _contiguous(path: Path, entries: dict[str, Entry], data: int, size: int) -> 
         raise ErasureError(f"{path}: truncated, {size} of {position} bytes are there")
     if position < size:
         raise ErasureError(f"{path}: {size - position} bytes stand behind the last tensor")
+
+
+def digest(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> str:
+    """Return the sha256 over tensors (names, types, shapes, values) and header fields, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor_bytes(tensor))
+    for key in sorted(fields):
+        total.update(f"{key}\0{fields[key]}\0".encode())
+    return total.hexdigest()
 
 
 def write_file(

@@ -273,3 +273,61 @@ def test_read_header_names_the_file_too(path):
     path.write_bytes(join(header, body))
     with pytest.raises(ErasureError, match=r"p\.safetensors: erasure\.gate"):
         read_header(path)
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """A file with one kind of damage: flipped bits, a zeroed or doubled stretch, two stretches swapped, a cut."""
+    body, kind = bytearray(data), draw.choice(["flip", "zero", "swap", "copy", "cut", "insert"])
+    at, length = draw.randrange(len(body)), draw.randint(1, 16)
+    other = draw.randrange(len(body) - length) if len(body) > length else 0
+    if kind == "flip":
+        for _ in range(draw.randint(1, 3)):
+            body[draw.randrange(len(body))] ^= 1 << draw.randrange(8)
+    elif kind == "zero":
+        body[at : at + length] = bytes(len(body[at : at + length]))
+    elif kind == "swap":
+        first, second = body[at : at + length], body[other : other + length]
+        if len(first) == len(second):
+            body[at : at + length], body[other : other + length] = second, first
+    elif kind == "copy":
+        body[at : at + length] = body[other : other + length][: len(body[at : at + length])]
+    elif kind == "cut":
+        del body[at:]
+    else:
+        body[at:at] = bytes(draw.randrange(256) for _ in range(length))
+    return bytes(body)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("make", [low_rank, delta])
+def test_a_thousand_damaged_files_are_refused_or_the_same_in_effect(path, make, dtype):
+    """250 damaged files of each kind; what loads all the same must be the patch that was written."""
+    make().save(path, dtype=dtype)
+    whole, data = Patch.load(path), path.read_bytes()
+    draw, loaded = random.Random(f"{make.__name__} {dtype}"), 0
+    for _ in range(250):
+        path.write_bytes(mutated(data, draw))
+        try:
+            patch = Patch.load(path)
+        except ErasureError as fault:
+            assert str(path) in str(fault)
+            continue
+        loaded += 1
+        assert patch.payload.digest == whole.payload.digest
+        fields = ("method", "base", "base_fingerprint", "gate", "config", "concepts", "seed", "results", "costs")
+        assert all(getattr(patch, name) == getattr(whole, name) for name in fields)
+    assert loaded < 25  # damage outside of what the patch means, such as in the keys for other programs
+
+
+def test_changed_values_and_changed_gates_do_not_load(path):
+    header, body = split(low_rank().save(path).read_bytes())
+    refused(path, join(header, body[:-4] + struct.pack("<f", 0.25)), "erasure.digest")
+    stronger = {**header["__metadata__"], "erasure.gate": json.dumps({"kind": "text", "texts": ["cat"]})}
+    refused(path, join({**header, "__metadata__": stronger}, body), "erasure.digest")
+
+
+def test_files_from_before_the_digest_still_load(path):
+    header, body = split(low_rank().save(path).read_bytes())
+    del header["__metadata__"]["erasure.digest"]
+    path.write_bytes(join(header, body))
+    assert Patch.load(path).payload.digest == low_rank().payload.digest
