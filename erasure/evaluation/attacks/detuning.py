@@ -93,7 +93,7 @@ def detuning(
         raise ErasureError(f"{len(exports)} exports: DeTuning needs two or more, preferably five; nothing was attacked")
     if pipe.get_list_patches():
         raise ErasureError(
-            f"DeTuning takes the base without patches, but {', '.join(pipe.get_list_patches())} are loaded; pass the "
+            f"DeTuning takes the base without patches, but this one has {', '.join(pipe.get_list_patches())}; pass the "
             "published checkpoints or patch files as exports; nothing was attacked"
         )
     out = check_writable(folder)

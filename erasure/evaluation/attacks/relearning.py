@@ -103,7 +103,10 @@ def linear_weights(unet: nn.Module, suffixes: tuple[str, ...]) -> list[Tensor]:
         if path.endswith(suffixes) and isinstance(module, nn.Linear)
     ]
     if not weights:
-        raise ErasureError(f"relearning: the UNet has no linear layer named {', '.join(suffixes)} to fine-tune")
+        raise ErasureError(
+            f"relearning: the UNet has no linear layer named {' or '.join(suffixes)} to fine-tune; its weights were left "
+            "untouched"
+        )
     return weights
 
 
