@@ -1,9 +1,9 @@
 """Compare the patches of two versions of this project, method by method: `python bench/same_patches.py REVISION`.
 
 Every method erases `cat` with its default settings twice, with the code at REVISION and with the working tree, each
-time in a process of its own with one thread. Two patches are the same if all tensors and all header fields of the earlier
-version are equal bit for bit, except for the measured costs (seconds and peak memory). Header fields that only the later
-version writes are listed.
+time in a process of its own with one thread. Two patches are the same if all tensors and all header fields of the
+earlier version are equal bit for bit, except for the measured costs (seconds and peak memory). Header fields that only
+the later version writes are listed.
 """
 
 from __future__ import annotations

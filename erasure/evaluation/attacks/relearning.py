@@ -104,8 +104,8 @@ def linear_weights(unet: nn.Module, suffixes: tuple[str, ...]) -> list[Tensor]:
     ]
     if not weights:
         raise ErasureError(
-            f"relearning: the UNet has no linear layer named {' or '.join(suffixes)} to fine-tune; its weights were left "
-            "untouched"
+            f"relearning: the UNet has no linear layer named {' or '.join(suffixes)} to fine-tune; "
+            "its weights were left untouched"
         )
     return weights
 
