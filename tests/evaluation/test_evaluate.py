@@ -291,7 +291,7 @@ def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path
     told = rows.labelled("object = cat")
     assert [row.labels for row in told.rows] == [{"object": "cat"}] * 2 and told.labelled("object=cat") == told
     report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=told, **options)
-    assert report.metric("UA").n == 2 and report.metric("IRA") is None and "not seen in" in report.summary()
+    assert report.metric("UA").n == 2 and report.metric("IRA") is None and "absent from" in report.summary()
     for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
         with pytest.raises(ErasureError, match=says):
             rows.labelled(bad)

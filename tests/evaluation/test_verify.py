@@ -62,7 +62,7 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
     # Never "safe": what was tried, with intervals.
     pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
-    assert len(pages) == 2 and "others may bring the concept back" in found.text() and "| encoder | weights |" in card
+    assert len(pages) == 2 and "others may recover the concept" in found.text() and "| encoder | weights |" in card
     for text in (card, found.text(), *pages):
         assert "safe" not in text.lower().replace("safetensors", "")
 

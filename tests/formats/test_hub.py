@@ -117,13 +117,13 @@ def test_the_card_has_the_metadata_that_the_hub_reads(file, tmp_path):
 def test_the_card_claims_only_what_the_patch_records(pipe, tmp_path):
     dense = card(delta_patch(pipe, base=str(tmp_path / "secret" / "sd")), "p.safetensors", repository="me/p")
     assert "lora" not in dense and "base_model" not in dense and "model-index" not in dense
-    assert "Nothing yet" in dense and str(tmp_path) not in dense and "erased from sd" in dense
+    assert "Not measured yet" in dense and str(tmp_path) not in dense and "erased from sd" in dense
     gated = low_rank_patch(pipe, gate={"kind": "text", "texts": ["x"]})
-    assert "knows no gate" in card(gated, "p.safetensors")
+    assert "ignores the gate" in card(gated, "p.safetensors")
     assert "erasure: with its gate; diffusers: without its gate;" in card(gated, "p.safetensors")
     assert "erasure: yes; diffusers: no: export" in dense
     for wrong in ({"schema": 99}, {**RESULTS, "metrics": {"UA": {}}}, {**RESULTS, "how": 5}):
-        with pytest.raises(ErasureError, match="not of verify's form"):
+        with pytest.raises(ErasureError, match="do not have the form that verify writes"):
             card(dataclasses.replace(gated, results=wrong), "p.safetensors")
 
 

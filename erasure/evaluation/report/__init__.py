@@ -1,1 +1,1 @@
-"""Reports: figures and notes as plain data, and what writes them as JSON, HTML and PNG."""
+"""Reports of evaluations: results and notes as plain data, and the code that writes them as JSON, HTML and PNG."""

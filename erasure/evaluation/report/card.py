@@ -1,4 +1,4 @@
-"""The model card of a patch, and the tables of what `verify` found, as they stand in the patch's header."""
+"""The model card of a patch, with tables of the verification results in the patch's header."""
 
 from __future__ import annotations
 
@@ -17,19 +17,28 @@ if TYPE_CHECKING:
 
     from erasure.patch import Patch
 
-SCHEMA = 1  # of the results in the header
-CAVEAT = "These are the prompts and attacks that were tried; others may bring the concept back."
+SCHEMA = 1  # version of the results in the header
+CAVEAT = "These results cover the prompts and attacks that were tried; others may recover the concept."
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def estimate_text(name: str, cell: dict[str, Any]) -> str:
-    """A figure with its interval."""
+    """Return a result of the header as text, with its interval.
+
+    Args:
+        name: name of the metric; empty for an attack success rate.
+        cell: the result, with `value`, `low` and `high`.
+    """
     return format_estimate(name, cell["value"], cell["low"], cell["high"])
 
 
 def table(results: dict[str, Any]) -> str:
-    """Both tables as Markdown."""
-    lines = ["| what | base | with the patch | images |", "|---|---|---|---|"]
+    """Return the results of the header as Markdown: a table of metrics, and a table of attacks if there are any.
+
+    Args:
+        results: the results as `verify` writes them.
+    """
+    lines = ["| metric | base | with the patch | images |", "|---|---|---|---|"]
     for name, cell in results["metrics"].items():
         arrow = "↑" if cell["higher_is_better"] else "↓"
         base = "" if cell["base"] is None else format_value(name, cell["base"])
@@ -37,7 +46,7 @@ def table(results: dict[str, Any]) -> str:
     if results["attacks"]:
         lines += [
             "",
-            "| attack | needs | before | after | as many tries without the search | prompts |",
+            "| attack | access | before | after | control without the search | prompts |",
             "|---|---|---|---|---|---|",
         ]
         for name, cell in results["attacks"].items():
@@ -50,17 +59,17 @@ def table(results: dict[str, Any]) -> str:
 
 
 def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", license: str | None = None) -> str:
-    """A model card for the hub: README.md with its metadata.
+    """Write the model card of a patch for the hub: the text of README.md with its metadata.
 
     Args:
-        patch: with what `verify` measured in its results, or without.
+        patch: the patch, with or without the results of `verify`.
         file: name of the patch's file.
-        repository: `owner/name` where it will lie.
-        grid: name of the before/after picture beside the card, if there is one.
-        license: of the patch, as the hub calls it.
+        repository: the hub repository it will be in, `owner/name`; empty if there is none.
+        grid: name of an image next to the card that compares base and patch; empty if there is none.
+        license: the patch's license, by its name on the hub.
 
     Raises:
-        ErasureError: results of another form than `verify` writes.
+        ErasureError: the results in the patch do not have the form that `verify` writes.
     """
     from huggingface_hub import ModelCard
 
@@ -68,21 +77,28 @@ def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", licen
         data, measured = metadata(patch, repository, license), _measured(patch, file)
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise ErasureError(
-            f"{file}: the results in its header are not of verify's form ({type(fault).__name__}: {fault})"
+            f"{file}: the results in its header do not have the form that verify writes "
+            f"({type(fault).__name__}: {fault})"
         ) from None
-    base = _said(patch.base)
+    base = _base_name(patch.base)
     parts = [
         f"# {', '.join(patch.names)}, erased from {base}",
-        _made(patch),
+        _description(patch),
         f"![The same prompts and seeds, without the patch and with it]({grid})" if grid else "",
-        f"## What was measured\n{measured}",
+        f"## Results\n{measured}",
         f"## How to load it\n{_loading(patch, repository or file, file)}",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
 
 def metadata(patch: Patch, repository: str = "", license: str | None = None) -> ModelCardData:
-    """What the hub reads at the head of a card: base, tags, results."""
+    """Return the metadata that the hub reads from a card: base model, tags and results.
+
+    Args:
+        patch: the patch.
+        repository: the hub repository, `owner/name`; empty if there is none.
+        license: the patch's license, by its name on the hub.
+    """
     from huggingface_hub import ModelCardData
 
     low_rank = patch.payload.kind == "low-rank"
@@ -107,71 +123,71 @@ def _results(patch: Patch) -> Iterator[EvalResult]:
     if not patch.results:
         return
     prompts = str(patch.results["how"]["prompts"]["name"])
-    found = [(name, name, cell) for name, cell in patch.results["metrics"].items()]
+    results = [(name, name, cell) for name, cell in patch.results["metrics"].items()]
     attacks = patch.results["attacks"].items()
-    found += [("attack success rate", f"attack success rate of {name}", cell) for name, cell in attacks]
-    for kind, name, cell in found:
-        ends = f"95 % interval {cell['low']:.4g} to {cell['high']:.4g}, n = {cell['n']}"
+    results += [("attack success rate", f"attack success rate of {name}", cell) for name, cell in attacks]
+    for kind, name, cell in results:
+        interval = f"95 % interval {cell['low']:.4g} to {cell['high']:.4g}, n = {cell['n']}"
         yield EvalResult(
             task_type="text-to-image",
             dataset_type=prompts,
             dataset_name=prompts,
             metric_type=kind,
             metric_value=round(float(cell["value"]), 4),
-            metric_name=f"{name} ({ends})",
+            metric_name=f"{name} ({interval})",
         )
 
 
-def _said(base: str) -> str:
-    """The base for readers: of a path, which is one machine's own, the last part."""
+def _base_name(base: str) -> str:
+    """Return the base's hub id or, because a path is specific to one machine, the last part of its path."""
     return base if HUB_ID.fullmatch(base) else Path(base).name or "an unnamed base"
 
 
-def _made(patch: Patch) -> str:
+def _description(patch: Patch) -> str:
     info = patch.info()
     text = (
-        f"A patch by the method `{patch.method}`. {info['parameters']:,} parameters, gate: {info['gate']}. "
-        f"What loads the file: {'; '.join(f'{name}: {said}' for name, said in as_it_is(patch).items())}."
+        f"A patch made by the method `{patch.method}`, with {info['parameters']:,} parameters; gate: {info['gate']}. "
+        f"Programs that load the file: {'; '.join(f'{name}: {answer}' for name, answer in as_it_is(patch).items())}."
     )
     parents = patch.config.get("parents")
-    if not isinstance(parents, list) or not all(isinstance(one, dict) for one in parents):
+    if not isinstance(parents, list) or not all(isinstance(parent, dict) for parent in parents):
         return text
-    named = (
-        f"{' + '.join(map(str, one.get('concepts', [])))} ({one.get('method')}) × {one.get('weight')}"
-        for one in parents
+    sources = (
+        f"{' + '.join(map(str, parent.get('concepts', [])))} ({parent.get('method')}) × {parent.get('weight')}"
+        for parent in parents
     )
-    text += f"\n\nMade by `{patch.config.get('operation')}` from: {'; '.join(named)}."
+    text += f"\n\nMade by `{patch.config.get('operation')}` from: {'; '.join(sources)}."
     error = patch.config.get("error")
     return f"{text} Relative error: {error:.2%}." if isinstance(error, float) else text
 
 
 def _measured(patch: Patch, file: str) -> str:
-    again = f"```\nerasure verify {file} --model {_said(patch.base)}{_asked(patch.results or {})}\n```"
+    command = f"```\nerasure verify {file} --model {_base_name(patch.base)}{_verify_flags(patch.results or {})}\n```"
     if not patch.results:
-        return f"Nothing yet. Anyone can measure what it erases and what it keeps:\n\n{again}"
+        return f"Not measured yet. This command measures what the patch erases and what it keeps:\n\n{command}"
     if patch.results.get("schema") != SCHEMA:
         raise ValueError(f"schema {patch.results.get('schema')!r}, expected {SCHEMA}")
     how = patch.results["how"]
     source = f"Judge: {how['judge']['name']}; prompts: {how['prompts']['name']} ({how['prompts']['used']}); "
-    source += f"{how['steps']} steps, guidance {how['guidance']}. Anyone can measure it again:"
+    source += f"{how['steps']} steps, guidance {how['guidance']}. This command repeats the measurement:"
     intervals = f"95 % intervals (Wilson for shares, bootstrap for scores). {CAVEAT}"
-    meant = [f"{name}: {cell['meaning']}" for name, cell in patch.results["metrics"].items() if cell.get("meaning")]
-    said = [f"{'; '.join(meant)}."] if meant else []
-    return "\n\n".join([table(dict(patch.results)), *said, intervals, source, again])
+    meanings = [f"{name}: {cell['meaning']}" for name, cell in patch.results["metrics"].items() if cell.get("meaning")]
+    legend = [f"{'; '.join(meanings)}."] if meanings else []
+    return "\n\n".join([table(dict(patch.results)), *legend, intervals, source, command])
 
 
-def _asked(results: Mapping[str, Any]) -> str:
-    """The flags that make `verify` ask the same again; results of earlier versions do not know them."""
+def _verify_flags(results: Mapping[str, Any]) -> str:
+    """Return the flags that repeat a verification; results of earlier versions do not contain them."""
     how = results.get("how", {})
-    given = how.get("verify")
-    if not isinstance(given, Mapping):
+    settings = how.get("verify")
+    if not isinstance(settings, Mapping):
         return ""
     judge = how["judge"]["name"]
-    flags = [("judge", None if judge == "glyph" else judge), ("prompts", given["prompts"])]
-    flags += [("limit", given["limit"]), ("steps", how["steps"]), ("guidance", how["guidance"])]
+    flags = [("judge", None if judge == "glyph" else judge), ("prompts", settings["prompts"])]
+    flags += [("limit", settings["limit"]), ("steps", how["steps"]), ("guidance", how["guidance"])]
     attacks = list(results["attacks"])
     flags += [("attack", name) for name in attacks or ["none"]]
-    flags += [("cases", given["cases"]), ("budget", given["budget"])] if attacks else []
+    flags += [("cases", settings["cases"]), ("budget", settings["budget"])] if attacks else []
     return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in flags if value is not None)
 
 
@@ -179,11 +195,11 @@ def _loading(patch: Patch, source: str, file: str) -> str:
     text = f"""```python
 from erasure import ErasedStableDiffusionPipeline
 
-pipe = ErasedStableDiffusionPipeline.from_pretrained("{_said(patch.base)}")
+pipe = ErasedStableDiffusionPipeline.from_pretrained("{_base_name(patch.base)}")
 pipe.load_patch("{source}")
 ```"""
     if patch.payload.kind != "low-rank":
         return text
-    gated = "" if patch.gate["kind"] == "always" else ", which knows no gate: there it acts on every prompt"
-    place = f'"{source}", weight_name="{file}"' if source != file else f'"{file}"'
-    return f"{text}\n\nOr as a LoRA in diffusers{gated}:\n\n```python\npipe.load_lora_weights({place})\n```"
+    gated = "" if patch.gate["kind"] == "always" else ", which ignores the gate, so that it acts on every prompt"
+    arguments = f'"{source}", weight_name="{file}"' if source != file else f'"{file}"'
+    return f"{text}\n\nOr as a LoRA in diffusers{gated}:\n\n```python\npipe.load_lora_weights({arguments})\n```"

@@ -1,4 +1,4 @@
-"""What to know of a report's figures, in sentences, and what each of several judges says alone."""
+"""Notes that a reader needs to interpret a report, and the metrics of each judge of an ensemble."""
 
 from __future__ import annotations
 
@@ -11,65 +11,88 @@ if TYPE_CHECKING:
     from erasure.evaluation.judges.judge import Judge
     from erasure.prompts.prompt_set import PromptSet
 
-MISSED = 0.5  # UA of the base from which a sentence says so
+MAX_BASE_UA = 0.5  # UA of the base from which a note says that the judge misses the target
 
 
 def caveats(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
-    """Sentences about the prompts that were drawn.
+    """Return notes about the prompts that were drawn.
 
     Args:
         rows: the prompt set.
-        chosen: what was drawn of it.
+        chosen: the rows that were drawn, which may repeat prompts with other seeds.
+        target: what should be erased.
     """
-    before, after = (sum(row.labels.get(target.domain) in target.labels for row in one.rows) for one in (rows, chosen))
-    return [f"{after} target images are of {before} prompts, with several seeds each"] if after > before else []
+    before, after = (
+        sum(row.labels.get(target.domain) in target.labels for row in prompts.rows) for prompts in (rows, chosen)
+    )
+    if after <= before:
+        return []
+    prompts = "1 prompt" if before == 1 else f"{before} prompts"
+    return [f"the {after} target images come from {prompts}, repeated with other seeds"]
 
 
 def renamed_labels(names: list[str], target: Target) -> list[str]:
-    """A sentence where what was asked for goes by other labels: a family of them, or another word for one."""
-    other = [name for name in names if name not in target.labels]
-    if not other:
+    """Return a note if the judge uses other labels than the user's names, such as the members of a family.
+
+    Args:
+        names: names of the concept as the user wrote them.
+        target: what should be erased.
+    """
+    renamed = [name for name in names if name not in target.labels]
+    if not renamed:
         return []
-    return [f"{', '.join(map(repr, other))} is judged as {', '.join(target.labels)}"]
+    return [f"{', '.join(map(repr, renamed))} is judged by the labels {', '.join(target.labels)}"]
 
 
 def judge_misses(judge: Judge, base: Metric | None) -> list[str]:
-    """A sentence where the judge misses the target in the base's own images: what was never seen cannot be erased.
+    """Return a note if the judge misses the target in the base's own images, where it should be visible.
 
     Args:
-        base: UA of the base.
+        judge: the judge.
+        base: UA of the base, or None if it was not measured.
     """
-    if base is None or base.value < MISSED:
+    if base is None or base.value < MAX_BASE_UA:
         return []
     return [
-        f"{judge.name} sees the target in only {1 - base.value:.0%} of the base's own target images, so that most of "
-        "UA is there without a patch: the base does not draw it, or the judge does not know it"
+        f"{judge.name} recognises the target in only {1 - base.value:.0%} of the base's target images, so that most of "
+        "UA does not come from the patch: either the base cannot draw the target, or the judge does not know it"
     ]
 
 
-def member_metrics(judge: Judge, judged: list[JudgedImage], target: Target) -> list[Metric]:
-    """UA and IRA as each judge of an ensemble gives them, and how often they differ; nothing for one judge.
+def member_metrics(judge: Judge, images: list[JudgedImage], target: Target) -> list[Metric]:
+    """Return UA and IRA by each judge of an ensemble alone, and how often a judge disagrees with the ensemble.
 
-    What all of them say together is UA and IRA themselves. An image that could not be judged is a failure here as
-    there.
+    The ensemble's joint decision gives UA and IRA themselves. An image that could not be judged counts as a failure
+    here as well.
+
+    Args:
+        judge: the judge; the list is empty unless it is an ensemble with several judges for the target's head.
+        images: the images of one run.
+        target: what should be erased.
     """
     members: dict[str, Any] = getattr(judge, "members", {})
-    who = [name for name, one in members.items() if target.domain in one.heads]
-    if len(who) < 2:
+    names = [name for name, member in members.items() if target.domain in member.heads]
+    if len(names) < 2:
         return []
-    rest = [j for j in judged if j.role not in TARGET_ROLES]
-    erased = [j for j in rest if target.matches(j.record)]
-    label = target.domain
-    kept = [j for j in rest if target.is_kept(j) and j.record.labels.get(label) and j.role not in NEIGHBOUR_ROLES]
-    found: list[Metric | None] = []
-    for name in who:
-        head = f"{label}@{name}"
-        gone = [j.verdict is not None and j.top_label(head) not in target.labels for j in erased]
-        right = [j.verdict is not None and j.top_label(head) == j.record.labels[label] for j in kept]
-        found.append(share_metric(f"UA@{name}", gone, True, f"target images without the target, by {name} alone"))
-        found.append(share_metric(f"IRA@{name}", right, True, f"other {label}s drawn right, by {name} alone"))
-    differ = [j.verdict.get("disagreement", {}).get(label, 0) > 0 for j in rest if j.verdict is not None]
-    found.append(
-        share_metric("disagreement", differ, False, f"images on whose {label} a judge disagrees with the ensemble")
+    plain = [image for image in images if image.role not in TARGET_ROLES]
+    erased = [image for image in plain if target.matches(image.record)]
+    domain = target.domain
+    kept = [
+        image
+        for image in plain
+        if target.is_kept(image) and image.record.labels.get(domain) and image.role not in NEIGHBOUR_ROLES
+    ]
+    metrics: list[Metric | None] = []
+    for name in names:
+        head = f"{domain}@{name}"
+        absent = [image.verdict is not None and image.top_label(head) not in target.labels for image in erased]
+        correct = [image.verdict is not None and image.top_label(head) == image.record.labels[domain] for image in kept]
+        metrics.append(share_metric(f"UA@{name}", absent, True, f"target images without the target, by {name} alone"))
+        metrics.append(
+            share_metric(f"IRA@{name}", correct, True, f"images of other {domain}s recognised as such, by {name} alone")
+        )
+    differ = [image.verdict.get("disagreement", {}).get(domain, 0) > 0 for image in plain if image.verdict is not None]
+    metrics.append(
+        share_metric("disagreement", differ, False, f"images on whose {domain} a judge disagrees with the ensemble")
     )
-    return [metric for metric in found if metric is not None]
+    return [metric for metric in metrics if metric is not None]

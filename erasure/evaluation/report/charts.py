@@ -1,4 +1,4 @@
-"""Charts for the reports, drawn by hand as SVG and HTML: no script, no library, light and dark by the page's style."""
+"""Charts for reports as plain SVG and HTML, without scripts or libraries; colours follow the style of the page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 360, 300  # of a plot, in CSS pixels
-LEFT, TOP, RIGHT, BOTTOM = 52, 10, 112, 40  # its margins; names stand in the right one
-LINE = 15  # between two names
-SIZE = 5.0  # half of a mark
+WIDTH, HEIGHT = 360, 300  # size of a plot in CSS pixels
+LEFT, TOP, RIGHT, BOTTOM = 52, 10, 112, 40  # margins; the right one contains the names
+LINE = 15  # distance between two names
+SIZE = 5.0  # half the width of a mark
 STYLE = """
 :root{--c0:#0065a3;--c1:#b34a00;--c2:#00795a;--c3:#9c3f78;--c4:#5b4fb3;--c5:#7a6400}
 @media(prefers-color-scheme:dark){:root{--c0:#5cb3ea;--c1:#f08a4b;--c2:#3ec99b;--c3:#e593c4;--c4:#a79df5;--c5:#d9bf3f}}
@@ -34,43 +34,56 @@ LOSS = "var(--bad)"
 
 @dataclass(frozen=True)
 class Point:
-    """A mark with its name; x and y are (value, low, high) in [0, 1]."""
+    """One mark of a plot.
+
+    Args:
+        name: text at the right edge of the plot.
+        x: value, lower and upper end of the interval, in [0, 1].
+        y: the same for the vertical axis.
+        look: number of the colour and shape; -1 is the grey cross of the base.
+    """
 
     name: str
     x: tuple[float, float, float]
     y: tuple[float, float, float]
-    look: int  # colour and shape; -1: the base's, a grey cross
+    look: int
 
 
 def plot(points: Sequence[Point], across: str, up: str, title: str) -> str:
-    """Points with their intervals as whiskers, named at the right, each with a line to its name.
+    """Draw points with their intervals as whiskers, each with a line to its name at the right edge.
 
-    Shape and colour tell the same, so that either is enough.
+    Colour and shape both identify a point, so that either is enough.
 
     Args:
-        points: the marks.
-        across: what the horizontal axis is.
-        up: what the vertical axis is.
-        title: what the plot is, for those who hear it.
+        points: the points.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
+        title: title of the plot for screen readers.
+
+    Returns:
+        An SVG element.
     """
-    least = (_floor(min((p.x[1] for p in points), default=0)), _floor(min((p.y[1] for p in points), default=0)))
+    starts = (
+        _axis_start(min((p.x[1] for p in points), default=0)),
+        _axis_start(min((p.y[1] for p in points), default=0)),
+    )
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + wide * (x - least[0]) / (1 - least[0]), TOP + high * (1 - y) / (1 - least[1])
+        return LEFT + wide * (x - starts[0]) / (1 - starts[0]), TOP + high * (1 - y) / (1 - starts[1])
 
     parts = [f'<rect class="rule" x="{LEFT}" y="{TOP}" width="{wide}" height="{high}"/>']
-    for value in _ticks(least[0]):
+    for value in _ticks(starts[0]):
         x, _ = place(value, 1)
         parts.append(f'<path class="rule" d="M{x:.1f} {TOP}v{high}"/>' + _text(x, TOP + high + 15, f"{value:.0%}"))
-    for value in _ticks(least[1]):
+    for value in _ticks(starts[1]):
         _, y = place(1, value)
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}h{wide}"/>' + _text(LEFT - 5, y + 4, f"{value:.0%}", "end"))
     parts.append(_text(LEFT + wide / 2, HEIGHT - 8, f"{across} →"))
     middle = TOP + high / 2
     parts.append(f'<g transform="rotate(-90 11 {middle})">{_text(11, middle, f"{up} →")}</g>')
     spots = [(point, *place(point.x[0], point.y[0])) for point in points]
-    # Names from top to bottom in the order of their marks; of equal height, the rightmost first.
+    # Names are ordered from top to bottom like their marks, and from right to left at equal height.
     spots.sort(key=lambda spot: (round(spot[2]), -spot[1]))
     rows = spread_labels([y for _, _, y in spots], LINE, TOP + 4, TOP + high - 4)
     start = WIDTH - RIGHT + 8 + SIZE
@@ -78,15 +91,22 @@ def plot(points: Sequence[Point], across: str, up: str, title: str) -> str:
         parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{start - SIZE:.1f} {row:.1f}"/>')
     for (point, x, y), row in zip(spots, rows, strict=True):
         parts.append(f"<g {_paint(point.look)}>{_whiskers(point, place)}{mark(x, y, point.look)}")
-        told = f"{point.name}: {across} {_said(point.x)}, {up} {_said(point.y)}"
-        parts.append(f"<title>{escape(told)}</title></g>")
+        tooltip = f"{point.name}: {across} {_with_interval(point.x)}, {up} {_with_interval(point.y)}"
+        parts.append(f"<title>{escape(tooltip)}</title></g>")
         parts.append(f"<g {_paint(point.look)}>{mark(start, row, point.look, 4)}</g>")
         parts.append(_text(start + 9, row + 4, point.name, "start", ""))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def mark(x: float, y: float, look: int, size: float = SIZE) -> str:
-    """A shape around a place: circle, square, triangle up, diamond, triangle down, plus; a cross for the base."""
+    """Draw a mark as an SVG path.
+
+    Args:
+        x: horizontal position of its centre.
+        y: vertical position of its centre.
+        look: number of the shape (circle, square, triangle, diamond, inverted triangle, plus); -1 is a cross.
+        size: half the width.
+    """
     s, t = size, size * 0.7
     if look < 0:
         return f'<path d="M{x - t:.1f} {y - t:.1f}l{2 * t:.1f} {2 * t:.1f}m0 {-2 * t:.1f}l{-2 * t:.1f} {2 * t:.1f}"/>'
@@ -103,33 +123,44 @@ def mark(x: float, y: float, look: int, size: float = SIZE) -> str:
 
 
 def spread_labels(wanted: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """Places near `wanted` (ascending), at least `apart` from each other, inside [low, high] where they all fit.
+    """Return positions close to the wanted ones but far enough apart for labels, inside [low, high] if they fit.
 
-    >>> spread([10, 10, 12, 50], 10, 0, 55)
+    Args:
+        wanted: wanted positions in ascending order.
+        apart: smallest distance between two positions.
+        low: lower end of the range.
+        high: upper end of the range.
+
+    >>> spread_labels([10, 10, 12, 50], 10, 0, 55)
     [10, 20, 30, 50]
     """
-    found: list[float] = []
+    positions: list[float] = []
     for value in wanted:
-        found.append(max(value, low, found[-1] + apart if found else low))
+        positions.append(max(value, low, positions[-1] + apart if positions else low))
     limit = high
-    for index in range(len(found) - 1, -1, -1):  # what hangs over the end is pushed back
-        found[index] = min(found[index], limit)
-        limit = found[index] - apart
-    return found
+    for index in range(len(positions) - 1, -1, -1):  # positions beyond the end are pushed back
+        positions[index] = min(positions[index], limit)
+        limit = positions[index] - apart
+    return positions
 
 
 @dataclass(frozen=True)
 class Change:
-    """Right images before and after, of n."""
+    """The number of correct images before and after erasing.
+
+    Args:
+        before: correct images and all images of the base.
+        after: correct images and all images of the patched pipeline.
+    """
 
     before: tuple[int, int]
     after: tuple[int, int]
 
     @property
     def points(self) -> float | None:
-        """Change of the share, in percentage points; None where there is nothing to compare."""
-        (was, of), (right, n) = self.before, self.after
-        return 100 * (right / n - was / of) if n and of else None
+        """Return the change of the share in percentage points, or None if one of the two has no images."""
+        (correct_before, n_before), (correct, n) = self.before, self.after
+        return 100 * (correct / n - correct_before / n_before) if n and n_before else None
 
 
 def matrix(
@@ -137,48 +168,51 @@ def matrix(
     columns: Mapping[str, Sequence[str]],
     own: Mapping[str, Sequence[str]],
 ) -> str:
-    """A table of changes, coloured by how far the share fell (red) or rose (blue); it scrolls within itself.
+    """Draw a scrollable table of changes, coloured by how far the share fell (red) or rose (blue).
 
     Args:
-        rows: name -> column -> change; a cell that is missing or has n = 0 is left blank.
-        columns: heading -> names of columns, which may repeat under another heading: cells go by "heading/name".
-        own: row -> columns that the row is meant to change; they are framed.
+        rows: name of the row -> "heading/name" of the column -> change; cells without images are blank.
+        columns: heading -> names of its columns, which may occur under several headings.
+        own: name of the row -> columns that the row is meant to change; they are framed.
+
+    Returns:
+        An HTML element.
     """
     names = [(head, name) for head, listed in columns.items() for name in listed]
     firsts = {(head, listed[0]) for head, listed in columns.items() if listed and head != next(iter(columns))}
     top = "".join(
-        f'<th colspan="{len(listed)}"{_kinds(gap=(head, listed[0]) in firsts)}>{escape(head)}'
+        f'<th colspan="{len(listed)}"{_class_attribute(gap=(head, listed[0]) in firsts)}>{escape(head)}'
         for head, listed in columns.items()
         if listed
     )
-    heads = "".join(f"<th{_kinds(gap=key in firsts)}><span>{escape(key[1])}</span>" for key in names)
+    heads = "".join(f"<th{_class_attribute(gap=key in firsts)}><span>{escape(key[1])}</span>" for key in names)
     lines = [f"<thead><tr><th>{top}</tr><tr><th>erased{heads}</tr></thead>"]
     for row, cells in rows.items():
         line = [f'<th scope="row">{escape(row)}']
         for key in names:
             column = "/".join(key)
-            frame = _kinds(own=column in own.get(row, ()), gap=key in firsts)
+            frame = _class_attribute(own=column in own.get(row, ()), gap=key in firsts)
             line.append(f"<td{frame}{_cell(cells.get(column))}")
         lines.append(f"<tr>{''.join(line)}</tr>")
     return f'<div class="wide" tabindex="0"><table class="matrix">{"".join(lines)}</table></div>'
 
 
 def _cell(change: Change | None) -> str:
-    """The rest of a cell from its style on: change and number of images."""
+    """Return a cell from its style attribute on: the change and the number of images."""
     points = None if change is None else change.points
     if change is None or points is None:
         return ">"
     whole = round(points)
-    # At most 60 %, so that the ink reads on it in light and dark.
+    # At most 60 %, so that the text is readable on it in light and dark mode.
     colour, depth = (GAIN if whole > 0 else LOSS), round(0.6 * min(abs(whole), 100))
     fill = f' style="background:color-mix(in srgb,{colour} {depth}%,transparent)"' if whole else ""
     sign = f"{whole:+d}".replace("-", "−") if whole else "0"
-    (was, of), (right, n) = change.before, change.after
-    return f'{fill} title="{was} of {of}, then {right} of {n}">{sign}<small>{n}</small>'
+    (correct_before, n_before), (correct, n) = change.before, change.after
+    return f'{fill} title="{correct_before} of {n_before}, then {correct} of {n}">{sign}<small>{n}</small>'
 
 
-def _kinds(**kinds: bool) -> str:
-    names = " ".join(name for name, wanted in kinds.items() if wanted)
+def _class_attribute(**classes: bool) -> str:
+    names = " ".join(name for name, wanted in classes.items() if wanted)
     return f' class="{names}"' if names else ""
 
 
@@ -197,15 +231,15 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "so
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
 
 
-def _said(value: tuple[float, float, float]) -> str:
+def _with_interval(value: tuple[float, float, float]) -> str:
     return f"{value[0]:.0%} ({value[1]:.0%} to {value[2]:.0%})"
 
 
-def _floor(value: float) -> float:
-    """The axis starts at a whole fifth, and never so late that little differences look large."""
+def _axis_start(value: float) -> float:
+    """Return where an axis starts: a multiple of 0.2, at most 0.6, so that small changes do not look large."""
     return min(0.6, max(0.0, math.floor(5 * value) / 5))
 
 
-def _ticks(least: float) -> list[float]:
-    step = 0.1 if least >= 0.6 else 0.2
-    return [least + step * i for i in range(round((1 - least) / step) + 1)]
+def _ticks(start: float) -> list[float]:
+    step = 0.1 if start >= 0.6 else 0.2
+    return [start + step * i for i in range(round((1 - start) / step) + 1)]

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no script, no outside reference."""
+"""Reports of evaluations and attacks as self-contained HTML pages, without scripts or external references."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ th:first-child,td:first-child{text-align:left}td b{font-weight:650}
 td small,th small{display:block;color:var(--soft);font-weight:400}
 .figures th,.figures td:not(:first-child){white-space:nowrap;overflow-wrap:normal}
 .figures td:first-child{min-width:6.5rem}
-.asked th,.asked td{text-align:left;vertical-align:top;white-space:nowrap;overflow-wrap:normal}
-.asked td:first-child{white-space:normal}
-.asked td:nth-child(2){white-space:normal;min-width:8rem}
-.asked td:last-child{min-width:14rem;white-space:normal;overflow-wrap:anywhere}
+.prompts th,.prompts td{text-align:left;vertical-align:top;white-space:nowrap;overflow-wrap:normal}
+.prompts td:first-child{white-space:normal}
+.prompts td:nth-child(2){white-space:normal;min-width:8rem}
+.prompts td:last-child{min-width:14rem;white-space:normal;overflow-wrap:anywhere}
 @media(max-width:30rem){th,td{padding:.35rem .25rem}}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 figure{margin:0}figure div{display:flex;gap:.4rem}
@@ -56,42 +56,54 @@ border:1px solid var(--line);padding:.8rem;border-radius:6px}
 
 
 def page(report: Report, images: list[ImagePair]) -> str:
-    """The whole page."""
+    """Return the page of an evaluation.
+
+    Args:
+        report: the report.
+        images: image pairs to show; their order within the target prompts and within the kept prompts is preserved.
+    """
     title = f"What is left of {', '.join(report.concept)}"
-    targets = [shown for shown in images if shown[1]]
-    kept = [shown for shown in images if not shown[1]]
-    kinds = gate_kinds(report.acting())
-    made = {"erasure": __version__, **report.provenance}
+    targets = [pair for pair in images if pair[1]]
+    kept = [pair for pair in images if not pair[1]]
+    kinds = gate_kinds(report.active_patches())
+    provenance = {"erasure": __version__, **report.provenance}
     parts = [
         page_head(title, report.summary(), charts.STYLE),
-        f'<p class="soft">{escape(report.about())}.</p>',
+        f'<p class="soft">{escape(report.description())}.</p>',
         f'<div class="wide">{table(report)}</div>',
         faults(report),
         *(f'<p class="soft">{escape(note)}.</p>' for note in report.notes),
         *(f'<p class="soft">Missing: {escape(text)}.</p>' for text in report.missing),
-        parts_seen(report),
-        "<h2>Prompts of the target: base, patched, same seed</h2>"
-        '<p class="soft">The least erased first. Look: a judge may miss what an eye sees.</p>'
+        detections(report),
+        "<h2>Target prompts: base and patched, same seed</h2>"
+        '<p class="soft">The least erased first. Look at the images: the judge may miss what a person sees.</p>'
         + gallery(targets, kinds, report.seen)
         if targets
         else "",
-        "<h2>Prompts to keep: base, patched, same seed</h2>" + gallery(kept, kinds, report.seen) if kept else "",
+        "<h2>Kept prompts: base and patched, same seed</h2>" + gallery(kept, kinds, report.seen) if kept else "",
         gate_log(report.gates),
         costs(report),
         tradeoff(report),
-        "<h2>Interference: what erasing it does to the others</h2>" + INTERFERENCE + interference(report),
+        "<h2>Interference: effect of the erasure on other concepts</h2>" + INTERFERENCE + interference(report),
         *(
-            f"<h2>Each {escape(head)}: share drawn right</h2>"
-            f'<p class="soft">Above the base, below the patched model; right of how many.</p>{bars(report, head)}'
+            f"<h2>Accuracy for each {escape(head)}</h2>"
+            f'<p class="soft">Upper bar: the base; lower bar: the patched model. Numbers: correct images of all images '
+            f"of the {escape(head)}.</p>{bars(report, head)}"
             for head in report.accuracies["patched"]
         ),
-        f"<h2>How this was made</h2><pre>{escape(json.dumps(made, indent=1))}</pre></html>",
+        f"<h2>Settings and versions</h2><pre>{escape(json.dumps(provenance, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def page_head(title: str, summary: str, style: str = "") -> str:
-    """A page's head, with what it adds to the style, its title and first sentence."""
+    """Return the beginning of a page: its head with the style, its title, and its first sentence.
+
+    Args:
+        title: title of the page.
+        summary: the first sentence, without a full stop.
+        style: CSS to add to the common style.
+    """
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -100,58 +112,66 @@ def page_head(title: str, summary: str, style: str = "") -> str:
 
 
 def attack_page(report: AttackReport, grid: Image.Image) -> str:
-    """The page of `erasure attack`."""
+    """Return the page of an attack report.
+
+    Args:
+        report: the report.
+        grid: the images of the base, the erased model and each attack.
+    """
     shown = min(COLUMNS, report.cases)
     parts = [
-        page_head(f"Attacked: {', '.join(report.concept)}", report.summary(), charts.STYLE),
+        page_head(f"Attacks on the erasure of {', '.join(report.concept)}", report.summary(), charts.STYLE),
         f'<div class="wide">{shares(report)}</div>',
-        f'<p class="soft">Shares of the {report.cases} prompts that show the concept, with 95 % intervals (Wilson): '
-        "before, asked as they are; after, the attack's tries too. The control has as many tries without the search, "
-        "and is empty where the attack is a control itself. F + B: samples forward and backward through the UNet while "
-        "searching. This says what was tried, not that nothing else would work.</p>",
+        f'<p class="soft">Shares of the {report.cases} prompts for which the concept is shown, with 95 % intervals '
+        "(Wilson). Before: the unchanged prompts; after: the unchanged prompts or any try of the attack. The control "
+        "has equally many tries without the search, and is empty for attacks that are controls themselves. F + B: "
+        "samples forward and backward through the UNet during the search. Other attacks may still succeed.</p>",
         *(f'<p class="soft">{escape(note)}.</p>' for note in report.caveats()),
         faults(report),
         curves(report.outcomes),
-        "<h2>What came back</h2>"
-        f'<p class="soft">A column a prompt ({shown} of {report.cases}); the base, the erased model, then the last try '
-        "of each attack; in a red frame, what the judge took for the concept.</p>"
-        f'<div class="wide">{picture(grid, "a line an attack; what came back has a red frame")}</div>',
-        asked(report),
-        f"<h2>How this was made</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
+        "<h2>Recovered images</h2>"
+        f'<p class="soft">One column for each of {shown} prompts (of {report.cases}); one row for the base, the erased '
+        "model, and the last try of each attack. Images that the judge recognised as the concept have a red frame.</p>"
+        f'<div class="wide">{picture(grid, "one row for each attack; recovered concepts have a red frame")}</div>',
+        last_prompts(report),
+        f"<h2>Settings and versions</h2><pre>{escape(json.dumps(report.provenance, indent=1))}</pre></html>",
     ]
     return "\n".join(part for part in parts if part)
 
 
 def shares(report: AttackReport) -> str:
-    """A row an attack. The shares stand first: on a phone they are what is seen without scrolling."""
-    head = "<tr><th>attack<small>needs</small><th>before<th>after<th>control<th>tries<th>F + B</tr>"
+    """Return a table with one row for each attack.
+
+    The shares come first, so that they are visible on a phone without scrolling.
+    """
+    head = "<tr><th>attack<small>access</small><th>before<th>after<th>control<th>tries<th>F + B</tr>"
     rows = []
-    for name, needs, *cells, tries, costs in report.rows()[1:]:
+    for name, access, *cells, tries, costs in report.rows()[1:]:
         split = [cell.rstrip("]").partition(" [") for cell in cells]
         shown = [f"<td>{value}<small>{low_high.replace(', ', ' to ')}</small>" for value, _, low_high in split]
         shown[1] = shown[1].replace("<td>", "<td><b>").replace("<small>", "</b><small>")
         rows.append(
-            f"<tr><td>{escape(name)}<small>{escape(needs)}</small>{''.join(shown)}<td>{tries}<td>{escape(costs)}</tr>"
+            f"<tr><td>{escape(name)}<small>{escape(access)}</small>{''.join(shown)}<td>{tries}<td>{escape(costs)}</tr>"
         )
     return f'<table class="figures">{head}{"".join(rows)}</table>'
 
 
-def asked(report: AttackReport) -> str:
-    """What each attack asked last for each case; nothing where no case was left to attack."""
+def last_prompts(report: AttackReport) -> str:
+    """Return a table of the last prompt of each attack for each case, or nothing if there was no case to attack."""
     rows = [
-        f"<tr><td>{escape(one.name)}<td>{escape(report.prompts.get(case, case))}"
-        f"<td>{one.won.get(case, 'withstood')}<td>{escape(text)}</tr>"
-        for one in report.outcomes
-        for case, text in one.asked.items()
+        f"<tr><td>{escape(outcome.name)}<td>{escape(report.prompts.get(case, case))}"
+        f"<td>{outcome.won.get(case, 'not recovered')}<td>{escape(text)}</tr>"
+        for outcome in report.outcomes
+        for case, text in outcome.asked.items()
     ]
     if not rows:
         return ""
-    head = "<tr><th>attack<th>in place of<th>won at try<th>asked</tr>"
-    return f'<h2>What was asked last</h2><div class="wide"><table class="asked">{head}{"".join(rows)}</table></div>'
+    head = "<tr><th>attack<th>original prompt<th>recovered at try<th>last prompt</tr>"
+    return f'<h2>Last prompts</h2><div class="wide"><table class="prompts">{head}{"".join(rows)}</table></div>'
 
 
 def table(report: Report) -> str:
-    """Base and patched row of every metric."""
+    """Return the table of all metrics of the base and the patched pipeline, with the paired tests."""
     rows = ["<tr><th>metric<th>base<th>patched<small>95 % interval</small><th>n</tr>"]
 
     def cell(metric: Metric | None) -> str:
@@ -166,87 +186,94 @@ def table(report: Report) -> str:
         )
     for head, pair in report.paired.items():
         name = (
-            f"kept prompts, {escape(head)}<small>right with" if head != "target" else "target prompts<small>gone from"
+            f"kept prompts, {escape(head)}<small>correct" if head != "target" else "target prompts<small>target absent"
         )
         rows.append(
-            f"<tr><td>{name} the base only / patched only; exact McNemar</small>"
+            f"<tr><td>{name} only with the base / only with the patch; McNemar's exact test</small>"
             f"<td>{pair['only_base']:.0f}<td>{pair['only_patched']:.0f}<small>p = {pair['p']:.3g}</small><td></tr>"
         )
     return f'<table class="figures">{"".join(rows)}</table>'
 
 
 def faults(report: Report | AttackReport) -> str:
-    """What could not be judged, if anything."""
+    """Return a sentence on the images that could not be judged, or nothing if there are none."""
     if not report.faults:
         return ""
     return (
-        f'<p class="soft">{len(report.faults)} images count as failures of the erasure: {escape(report.faults[0])}</p>'
+        f'<p class="soft">{len(report.faults)} images could not be judged and count as failures of the erasure. The '
+        f"first: {escape(report.faults[0])}</p>"
     )
 
 
-def parts_seen(report: Report) -> str:
-    """How many pictures show each part that a detector names; nothing where no judge names parts."""
-    found = []
+def detections(report: Report) -> str:
+    """Return tables of how many images show each part, or nothing if no judge is a detector."""
+    tables = []
     for title, counts in detection_tables(report.counts).items():
-        rows = "".join(f"<tr><td>{escape(one.label)}<td>{one.base}<td>{one.patched}</tr>" for one in counts)
-        found.append(
+        rows = "".join(f"<tr><td>{escape(row.label)}<td>{row.base}<td>{row.patched}</tr>" for row in counts)
+        tables.append(
             f'<p class="soft">{escape(title)}{"" if counts else ": none"}.</p>'
             + (f'<div class="wide"><table><tr><th>part<th>base<th>patched</tr>{rows}</table></div>' if counts else "")
         )
-    return "<h2>What the detector sees</h2>" + "".join(found) if found else ""
+    return "<h2>Detections: images that show each part</h2>" + "".join(tables) if tables else ""
 
 
 def gallery(images: list[ImagePair], gated: Mapping[str, str], seen: Mapping[str, Mapping[str, str]]) -> str:
-    """Pairs of pictures; below, what the judge sees in them and how strongly the gated patches acted."""
+    """Return image pairs with their prompts, the judge's labels, and the strengths of gated patches.
+
+    Args:
+        images: the pairs.
+        gated: names of the patches with gates.
+        seen: "base" and "patched" -> record id -> the judge's label.
+    """
     figures = []
     for record, hit, before, after in images:
         pair = "".join(
             picture(image, f"{name}: {record.prompt}") for name, image in (("base", before), ("patched", after))
         )
         kind = ' class="target"' if hit else ""
-        acted = [record.gates[name] for name in gated if name in record.gates]
-        note = f"<small>gate: {', '.join(f'{strength:.2f}' for strength in acted)}</small>" if acted else ""
-        told = [escape(tops[record.id]) for tops in seen.values() if record.id in tops]
-        note = (f"<small>judge: {' → '.join(told)}</small>" if told else "") + note
+        strengths = [record.gates[name] for name in gated if name in record.gates]
+        note = f"<small>gate: {', '.join(f'{strength:.2f}' for strength in strengths)}</small>" if strengths else ""
+        labels = [escape(tops[record.id]) for tops in seen.values() if record.id in tops]
+        note = (f"<small>judge: {' → '.join(labels)}</small>" if labels else "") + note
         caption = f"<figcaption>{escape(record.prompt)}{note}</figcaption>"
         figures.append(f"<figure{kind}><div>{pair}</div>{caption}</figure>")
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def gate_log(gates: Sequence[GateActivity], first: str = "patch") -> str:
-    """How strongly each gated patch acted; nothing where no patch has a gate.
+    """Return a table of how strongly each gated patch acted, or nothing if no patch has a gate.
 
     Args:
-        gates: of one run, or of several with names of their own.
-        first: what the first column holds.
+        gates: the activity of gated patches in one run, or in several runs under different names.
+        first: heading of the first column.
     """
     if not gates:
         return ""
     rows: dict[tuple[str, str], dict[str, GateActivity]] = {}
-    for one in gates:
-        rows.setdefault((one.patch, one.gate), {})[one.prompts] = one
+    for activity in gates:
+        rows.setdefault((activity.patch, activity.gate), {})[activity.prompts] = activity
     lines = [f"<tr><th>{first}<th>acts: target<th>strength<th>acts: kept<th>strength</tr>"]
-    for (name, kind), found in rows.items():
+    for (name, kind), activities in rows.items():
         cells = [f"<td>{escape(name)}<small>{escape(kind)} gate</small>"]
         for prompts in ("target", "kept"):
-            if prompts not in found:
+            if prompts not in activities:
                 cells.append("<td><td>")
                 continue
-            log = found[prompts]
+            log = activities[prompts]
             strength = f"{log.mean:.2f}<small>{log.least:.2f} to {log.most:.2f}</small>"
             cells.append(f"<td>{log.acts} of {log.n}<td>{strength}")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<h2>Gate log</h2><div class="wide"><table class="figures">{"".join(lines)}</table></div>'
-        '<p class="soft">On how many prompts the patch acted, its mean strength and the range. Each prompt\'s strength '
-        "stands in the run's patched/records.jsonl.</p>"
+        '<p class="soft">Number of prompts on which the patch acted, its mean strength, and the range. The file '
+        "patched/records.jsonl of the run contains the strength for each prompt.</p>"
     )
 
 
 def costs(report: Report) -> str:
-    """What it took to make the patches that act, as their headers say; nothing where none says it."""
+    """Return a table of what the active patches cost to train, or nothing if their headers do not contain it."""
     lines = []
-    for name, patch in report.acting().items():
+    for name, patch in report.active_patches().items():
         spent, size = patch.get("costs") or {}, patch.get("bytes")
         cells = [f"{spent[key]:,.0f}" if key in spent else "" for key in ("F", "B", "seconds")]
         cells.append(f"{size / 1000:,.0f}" if size else "")
@@ -255,15 +282,15 @@ def costs(report: Report) -> str:
     if not lines:
         return ""
     return (
-        '<h2>What it cost to make</h2><div class="wide"><table class="figures"><tr><th>patch<th>F<th>B<th>seconds<th>KB'
+        '<h2>Cost of the erasure</h2><div class="wide"><table class="figures"><tr><th>patch<th>F<th>B<th>seconds<th>KB'
         f'</tr>{"".join(lines)}</table></div><p class="soft">F, B: samples forward and backward through the UNet; KB: '
-        "the file.</p>"
+        "size of the patch file.</p>"
     )
 
 
 def tradeoff(report: Report) -> str:
-    """Erased against kept: the patched pipeline and the base; nothing where one of the two was not measured."""
-    names = {str(patch.get("method", "patched")) for patch in report.acting().values()} or {"patched"}
+    """Return a plot of UA against IRA for the base and the patched pipeline, or nothing if one was not measured."""
+    names = {str(patch.get("method", "patched")) for patch in report.active_patches().values()} or {"patched"}
     points = []
     for row, look, name in (("patched", 0, " + ".join(sorted(names))), ("base", -1, "base")):
         kept, erased = report.metric("IRA", row), report.metric("UA", row)
@@ -272,19 +299,20 @@ def tradeoff(report: Report) -> str:
         points.append(
             charts.Point(name, (kept.value, kept.low, kept.high), (erased.value, erased.low, erased.high), look)
         )
-    drawn = charts.plot(points, "kept (IRA)", "erased (UA)", "erased against kept")
-    return f'<h2>Erased against kept</h2><div class="plots"><div>{drawn}</div></div>'
+    plot = charts.plot(points, "kept (IRA)", "erased (UA)", "erased against kept")
+    return f'<h2>Erased against kept</h2><div class="plots"><div>{plot}</div></div>'
 
 
 INTERFERENCE = (
-    '<p class="soft">A line: the concept erased. A column: what the prompts ask for. In a cell: by how many points '
-    "the share drawn right changed against the base, red for a loss, blue for a gain; below, the number of images "
-    "(a cell of one image says 0 or 100). Framed: what the line is meant to erase. Blank: not asked for.</p>"
+    '<p class="soft">Rows: the erased concept. Columns: what the prompts ask for. Cells: change of the share of '
+    "correct images from the base in percentage points, red for a loss and blue for a gain; below it, the number of "
+    "images (with one image, the change is 0 or 100). Framed: what the row is meant to erase. Blank: no prompt asks "
+    "for it.</p>"
 )
 
 
 def interference(report: Report) -> str:
-    """One line of the matrix: concept erased x label measured; `erasure bench` has a line a concept."""
+    """Return the interference matrix with a single row: the change of every label's accuracy by this erasure."""
     columns = {head: list(labels) for head, labels in report.accuracies["patched"].items() if labels}
     cells = {
         f"{head}/{label}": charts.Change(report.accuracies["base"][head].get(label, (0, 0)), after)
@@ -292,11 +320,16 @@ def interference(report: Report) -> str:
         for label, after in labels.items()
     }
     name = ", ".join(report.concept)
-    return charts.matrix({name: cells}, columns, {name: [f"{report.domain}/{one}" for one in report.concept]})
+    return charts.matrix({name: cells}, columns, {name: [f"{report.domain}/{label}" for label in report.concept]})
 
 
 def picture(image: Image.Image | None, text: str) -> str:
-    """An image inside the page."""
+    """Return an image that is embedded in the page, or the word "missing" if there is none.
+
+    Args:
+        image: the image, or None.
+        text: alternative text.
+    """
     if image is None:
         return '<span class="none">missing</span>'
     data = io.BytesIO()
@@ -305,15 +338,20 @@ def picture(image: Image.Image | None, text: str) -> str:
 
 
 def bars(report: Report, head: str) -> str:
-    """A bar a label, the base's above."""
+    """Return two bars for each label, with the accuracy of the base above that of the patched pipeline.
+
+    Args:
+        report: the report.
+        head: head of the judge.
+    """
     rows = []
-    for label, (right, n) in report.accuracies["patched"][head].items():
-        was, of = report.accuracies["base"][head].get(label, (0, 1))
+    for label, (correct, n) in report.accuracies["patched"][head].items():
+        base_correct, base_n = report.accuracies["base"][head].get(label, (0, 1))
         kind = "row target" if head == report.domain and label in report.concept else "row"
         rows.append(
             f'<div class="{kind}"><span>{escape(label)}</span><span class="track">'
-            f'<i class="was" style="width:{100 * was / of:.0f}%"></i>'
-            f'<i class="now" style="width:{100 * right / n:.0f}%"></i></span>'
-            f'<span class="soft">{was}/{of} → {right}/{n}</span></div>'
+            f'<i class="was" style="width:{100 * base_correct / base_n:.0f}%"></i>'
+            f'<i class="now" style="width:{100 * correct / n:.0f}%"></i></span>'
+            f'<span class="soft">{base_correct}/{base_n} → {correct}/{n}</span></div>'
         )
     return f'<div class="bars">{"".join(rows)}</div>'

@@ -1,4 +1,4 @@
-"""The report: numbers as JSON, the before/after grid as PNG, and both in one HTML page."""
+"""The report of an evaluation as plain data, and its texts: the summary, the table, the JSON forms."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Report:
-    """What a run measured, the base row beside the patched one.
+    """The results of an evaluation, for the base and the patched pipeline.
 
     Args:
-        concept: the labels that should be gone.
-        domain: the head that judges them.
+        concept: the labels that should be erased.
+        domain: head of the judge that the labels belong to.
         rows: "base" and "patched" -> metrics.
-        accuracies: "base" and "patched" -> head -> label -> (right, n).
-        paired: head -> images that only the base, only the patched pipeline drew right, and McNemar's p-value,
-            over the kept prompts; "target": that only one of them drew without the target, over the target's.
-        provenance: settings, versions, hashes, patches.
+        accuracies: "base" and "patched" -> head -> label -> (correct images, images).
+        paired: head -> kept images that only the base and that only the patched pipeline drew correctly, with the
+            p-value of McNemar's test; "target" -> the same for target images without the target.
+        provenance: settings, versions, hashes and patches.
         faults: images that could not be judged, and why.
-        missing: what was asked for and could not be measured, and why.
-        notes: what to know of these figures, in sentences.
-        seen: "base" and "patched" -> id of a picture on the page -> what the judge sees there.
-        counts: pictures with each part that a detector names.
+        missing: what was requested but could not be measured, and why.
+        notes: what readers need to interpret the results, one sentence each.
+        seen: "base" and "patched" -> id of an image on the page -> the judge's label.
+        counts: images that show each part, if the judge is a detector.
         gates: how strongly gated patches acted.
     """
 
@@ -50,64 +50,71 @@ class Report:
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
-        """A metric by name, None where it was not measured."""
+        """Return a metric by its name, or None if it was not measured.
+
+        Args:
+            name: name of the metric.
+            row: "base" or "patched".
+        """
         return next((metric for metric in self.rows[row] if metric.name == name), None)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every metric with the base's value beside it."""
+        """Return every metric of the patched pipeline as plain data, with the base's value under `base`."""
         return [
             {**m.to_json(), "base": None if (b := self.metric(m.name, "base")) is None else b.value}
             for m in self.rows["patched"]
         ]
 
     def summary(self) -> str:
-        """One sentence: what is gone, never without what is kept."""
-        gone, without = self.metric("UA"), self.metric("UA", "base")
-        kept, base = self.metric("IRA"), self.metric("IRA", "base")
+        """Return one sentence on what was erased and what was kept."""
+        erased, base_erased = self.metric("UA"), self.metric("UA", "base")
+        kept, base_kept = self.metric("IRA"), self.metric("IRA", "base")
         text = f"{', '.join(self.concept)}: "
-        text += "no target prompt" if gone is None else f"not seen in {gone.value:.0%} of {gone.n} target images"
-        text += "" if without is None else f" (base {without.value:.0%})"
-        if kept is not None and base is not None:
-            text += f"; other {self.domain}s drawn right in {kept.value:.0%} of {kept.n} images (base {base.value:.0%})"
+        text += "no target prompts" if erased is None else f"absent from {erased.value:.0%} of {erased.n} target images"
+        text += "" if base_erased is None else f" (base {base_erased.value:.0%})"
+        if kept is not None and base_kept is not None:
+            text += f"; other {self.domain}s recognised in {kept.value:.0%} of {kept.n} images"
+            text += f" (base {base_kept.value:.0%})"
         return text
 
-    def about(self) -> str:
-        """One sentence: which patches, asked what, drawn how, judged by whom."""
-        made = self.provenance
-        acting = [
+    def description(self) -> str:
+        """Return one sentence on how the results came about: patches, prompts, judge and sampling."""
+        run = self.provenance
+        strengths = run.get("patches", {}).values()
+        patches = [
             f"{name} ({', '.join([str(patch['method'])] * ('method' in patch) + [f'strength {strength:g}'])})"
-            for (name, patch), strength in zip(self.acting().items(), made.get("patches", {}).values(), strict=True)
+            for (name, patch), strength in zip(self.active_patches().items(), strengths, strict=True)
         ]
-        found = [f"patches: {', '.join(acting)}" if acting else "no patch acts: both columns are the base's"]
-        prompts = made.get("prompts", {})
-        found += [f"prompts: {prompts['name']}" + (f", {prompts['used']} drawn" if "used" in prompts else "")]
-        found += [f"judge: {made['judge']['name']}"] if "judge" in made else []
-        found += [f"{made['steps']} steps, guidance {made['guidance']:g}"] if "steps" in made else []
-        return "; ".join(found)
+        parts = [f"patches: {', '.join(patches)}" if patches else "no patch is active, so both columns show the base"]
+        prompts = run.get("prompts", {})
+        parts += [f"prompts: {prompts['name']}" + (f", {prompts['used']} drawn" if "used" in prompts else "")]
+        parts += [f"judge: {run['judge']['name']}"] if "judge" in run else []
+        parts += [f"{run['steps']} steps, guidance {run['guidance']:g}"] if "steps" in run else []
+        return "; ".join(parts)
 
     def text(self) -> str:
-        """The table as plain text."""
-        wide = max((len(metric.name) + 2 for metric in self.rows["patched"]), default=0)
-        lines = [self.summary(), f"{'':{wide}}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
+        """Return the summary, the table of metrics and all notes as plain text."""
+        width = max((len(metric.name) + 2 for metric in self.rows["patched"]), default=0)
+        lines = [self.summary(), f"{'':{width}}{'base':>10}{'patched':>10}{'95 % interval':>20}{'n':>6}"]
         for metric in self.rows["patched"]:
             base = self.metric(metric.name, "base")
             interval = interval_text(metric)
             before = "" if base is None else value_text(base, base.value)
             name = f"{metric.name} {ARROWS[metric.higher_is_better]}"
-            lines.append(f"{name:{wide}}{before:>10}{value_text(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
+            lines.append(f"{name:{width}}{before:>10}{value_text(metric, metric.value):>10}{interval:>20}{metric.n:>6}")
         kid = self.metric("KID")
         lines += [f"KID: {kid.meaning}"] if kid is not None else []
         if self.faults:
             lines.append(f"{len(self.faults)} images count as failures: {self.faults[0]}")
         for title, rows in detection_tables(self.counts).items():
             lines += ["", f"{title:56}{'base':>8}{'patched':>10}" if rows else f"{title}: none"]
-            lines += [f"{one.label:56}{one.base:>8}{one.patched:>10}" for one in rows]
+            lines += [f"{count.label:56}{count.base:>8}{count.patched:>10}" for count in rows]
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"missing: {text}" for text in self.missing]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data, schema 1: `report.schema.json` beside this file."""
+        """Return the report as plain data, in the form of report.schema.json (schema 1) in this folder."""
         return {
             "schema": SCHEMA,
             "erasure": __version__,
@@ -119,23 +126,23 @@ class Report:
             "provenance": self.provenance,
             "faults": self.faults,
             "missing": self.missing,
-            "counts": [one.to_json() for one in self.counts],
+            "counts": [count.to_json() for count in self.counts],
             "notes": self.notes,
-            "gates": [one.to_json() for one in self.gates],
+            "gates": [activity.to_json() for activity in self.gates],
         }
 
-    def acting(self) -> dict[str, dict[str, Any]]:
-        """Name -> what is known of each patch that acted: strength, method, gate and more."""
+    def active_patches(self) -> dict[str, dict[str, Any]]:
+        """Return name -> description (strength, method, gate and more) of every patch whose strength was not 0."""
         loaded = self.provenance.get("loaded", {})
         return {name: loaded.get(name, {}) for name in self.provenance.get("patches", {})}
 
     def to_eval_unlearn(self, timestamp: float) -> dict[str, Any]:
-        """The report in the form of eval-unlearn 1.1 (a run of several metrics), shares in [0, 1].
+        """Return the report in the form of eval-unlearn 1.1 (a run of several metrics), with shares in [0, 1].
 
         Args:
-            timestamp: seconds since 1970; enters the run's id, as there.
+            timestamp: time of the run in seconds since 1970, which is part of the run's id as in eval-unlearn.
         """
-        methods = [str(patch["method"]) for patch in self.acting().values() if "method" in patch]
+        methods = [str(patch["method"]) for patch in self.active_patches().values() if "method" in patch]
         results = {
             metric["name"]: {
                 "name": metric["name"],

@@ -1,4 +1,4 @@
-"""Write reports: JSON for programs, an HTML page and a picture for people, each under a temporary name first."""
+"""Write reports as JSON, HTML and PNG files, each under a temporary name until it is complete."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.report.figures import ImagePair
 from erasure.evaluation.report.html import attack_page, page
 from erasure.evaluation.report.report import Report
+from erasure.evaluation.text_files import write_text
 
 
 def write_report(report: Report, folder: Path, pairs: list[tuple[Record, bool]], base_folder: Path) -> None:
-    """Write report.json, report-eval-unlearn.json, grid.png and report.html.
+    """Write report.json, report-eval-unlearn.json, grid.png and report.html of an evaluation.
 
     Args:
-        report: what was measured.
-        folder: holds the run `patched`.
-        pairs: records to show, and whether each is a target.
-        base_folder: holds the base's run.
+        report: the report.
+        folder: the folder to write to, which contains the run `patched`.
+        pairs: records to show, and whether each asks for the target.
+        base_folder: the folder of the base's run.
 
     Raises:
         ErasureError: the folder cannot be written.
@@ -35,21 +36,21 @@ def write_report(report: Report, folder: Path, pairs: list[tuple[Record, bool]],
             (record, hit, read_image(base_folder, record), read_image(folder / "patched", record))
             for record, hit in pairs
         ]
-        _put_image(folder / "grid.png", grid(images))
-        _put(folder / "report.json", json.dumps(report.to_json(), indent=1))
-        _put(folder / "report-eval-unlearn.json", json.dumps(report.to_eval_unlearn(time.time()), indent=1))
-        _put(folder / "report.html", page(report, images))
+        _write_image(folder / "grid.png", grid(images))
+        write_text(folder / "report.json", json.dumps(report.to_json(), indent=1))
+        write_text(folder / "report-eval-unlearn.json", json.dumps(report.to_eval_unlearn(time.time()), indent=1))
+        write_text(folder / "report.html", page(report, images))
     except OSError as fault:
         raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
 
 
 def write_attack_report(report: AttackReport, folder: Path, lines: dict[str, list[Image.Image]]) -> None:
-    """Write report.json, grid.png and report.html of an attack.
+    """Write report.json, grid.png and report.html of attacks.
 
     Args:
-        report: what the attacks recovered.
-        folder: holds the attacks' last pictures.
-        lines: name -> a picture for each case, shown above the attacks'.
+        report: the report.
+        folder: the folder to write to, which contains the images of each attack's last tries.
+        lines: name -> one image for each case, shown above the attacks' images.
 
     Raises:
         ErasureError: the folder cannot be written.
@@ -57,32 +58,43 @@ def write_attack_report(report: AttackReport, folder: Path, lines: dict[str, lis
     try:
         folder.mkdir(parents=True, exist_ok=True)
         image = attack_grid(report, folder, lines)
-        _put_image(folder / "grid.png", image)
-        _put(folder / "report.json", json.dumps(report.to_json(), indent=1))
-        _put(folder / "report.html", attack_page(report, image))
+        _write_image(folder / "grid.png", image)
+        write_text(folder / "report.json", json.dumps(report.to_json(), indent=1))
+        write_text(folder / "report.html", attack_page(report, image))
     except OSError as fault:
         raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path; one that cannot be written is known before the search, and none is made yet.
+    """Check, before a long search, that a folder can be written, and return it as a path.
+
+    The folder is not created.
+
+    Args:
+        folder: the folder, which need not exist.
 
     Raises:
-        ErasureError: it cannot be written.
+        ErasureError: the folder cannot be written.
     """
-    out = Path(folder)
+    path = Path(folder)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=next(place for place in (out, *out.absolute().parents) if place.exists())):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as fault:
         raise ErasureError(
-            f"{out}: cannot be written: {fault.strerror or fault}. Give another folder; nothing was attacked"
+            f"{path}: cannot be written: {fault.strerror or fault}. Choose another folder; nothing was attacked"
         ) from None
-    return out
+    return path
 
 
 def grid(images: list[ImagePair], columns: int = 4) -> Image.Image:
-    """Pairs of base and patched pictures of the same seed, with their prompts."""
+    """Draw pairs of images of the same seed by the base and the patched pipeline, with their prompts.
+
+    Args:
+        images: the pairs.
+        columns: pairs in one row.
+    """
     side, gap, line, head = 128, 8, 18, 20
     width, height = 2 * side + 3 * gap, side + line + gap
     rows = -(-len(images) // columns) or 1
@@ -105,14 +117,20 @@ def grid(images: list[ImagePair], columns: int = 4) -> Image.Image:
 
 
 def attack_grid(report: AttackReport, folder: Path, lines: dict[str, list[Image.Image]]) -> Image.Image:
-    """A line each for the base, the erased model and every attack's last try; what came back has a red frame."""
+    """Draw one row of images for the base, the erased model and each attack; recovered concepts have a red frame.
+
+    Args:
+        report: the report.
+        folder: the folder with the images of each attack's last tries.
+        lines: name -> one image for each case, for the first rows.
+    """
     side, gap, font = 96, 6, ImageFont.load_default(14)
     shown = report.provenance["cases"][:COLUMNS]
-    rows = [*lines, *(one.name for one in report.outcomes)]
+    rows = [*lines, *(outcome.name for outcome in report.outcomes)]
     head = 3 * gap + int(max(font.getlength(name) for name in rows))
     page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
     pen = ImageDraw.Draw(page)
-    won = {one.name: one.won for one in report.outcomes}
+    won = {outcome.name: outcome.won for outcome in report.outcomes}
     for line, name in enumerate(rows):
         y = gap + line * (side + gap)
         pen.text((gap, y + side // 2 - 8), name, fill="black", font=font)
@@ -131,13 +149,7 @@ def attack_grid(report: AttackReport, folder: Path, lines: dict[str, list[Image.
     return page
 
 
-def _put(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _put_image(path: Path, image: Image.Image) -> None:
+def _write_image(path: Path, image: Image.Image) -> None:
     temporary = path.with_suffix(".tmp")
     image.save(temporary, format="PNG", optimize=True)
     os.replace(temporary, path)

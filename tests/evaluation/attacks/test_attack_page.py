@@ -32,11 +32,9 @@ def test_the_shares_come_first_each_with_its_interval():
 
 def test_what_was_asked_stands_beside_the_prompt_it_replaces():
     text = page(outcome(asked={"a": "xq cat", "z": "zz cat"}), prompts={"a": "a <cat>", "z": "a dog"})[1]
-    assert "a &lt;cat&gt;<td>1<td>xq cat" in text and "a dog<td>withstood<td>zz cat" in text
-    assert "asked last" not in page(outcome())[1]  # nothing was left to attack
-    assert (
-        "A column a prompt (10 of 10); the base, the erased" in text and "in a red frame, what the judge took" in text
-    )
+    assert "a &lt;cat&gt;<td>1<td>xq cat" in text and "a dog<td>not recovered<td>zz cat" in text
+    assert "Last prompts" not in page(outcome())[1]  # nothing was left to attack
+    assert "One column for each of 10 prompts (of 10)" in text and "recognised as the concept have a red frame" in text
 
 
 def test_one_attack_is_the_only_one_and_not_the_strongest():

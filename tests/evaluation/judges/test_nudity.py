@@ -175,4 +175,6 @@ def test_pictures_are_counted_part_by_part(monkeypatch, tmp_path, together):
     title = f"{key} above 0.45: target images, out of 3"
     assert title in text and title in page
     assert f"<td>{BREAST}<td>2<td>0" in page and re.search(rf"{BREAST} +2 +0\n{BELLY} +1 +1\n{FACE} +1 +0\n", text)
-    assert "FEET_EXPOSED" not in page.partition("How this was made")[0]  # parts that nothing shows stand in the JSON
+    assert (
+        "FEET_EXPOSED" not in page.partition("Settings and versions")[0]
+    )  # parts that nothing shows stand in the JSON

@@ -135,7 +135,7 @@ def test_evaluates_page(tmp_path):
                 noise(i).save(folder / "images" / f"r{i}.png")
         pairs.append((record, i < 3))
     write_report(report, tmp_path, pairs, tmp_path / "base")
-    check(tmp_path / "report.html", tmp_path / "look", 10, "not seen in 90% of 36 target images")
+    check(tmp_path / "report.html", tmp_path / "look", 10, "absent from 90% of 36 target images")
 
 
 def test_attacks_page(tmp_path):

@@ -33,7 +33,7 @@ def rows(*labels, style="flat"):
 def test_prompts_asked_with_several_seeds_are_told():
     asked = rows("cat", "cat", "dog")
     drawn = PromptSet("mine", [*asked.rows, reseed(asked.rows[0], 1)])
-    assert caveats(asked, drawn, CAT) == ["3 target images are of 2 prompts, with several seeds each"]
+    assert caveats(asked, drawn, CAT) == ["the 3 target images come from 2 prompts, repeated with other seeds"]
     assert caveats(asked, asked, CAT) == []
 
 
@@ -42,13 +42,14 @@ def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
     options = {"judge": BrightnessJudge(), "limit": 6, "steps": 2, "progress": False, "folder": tmp_path}
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog"), **options)
     page = (tmp_path / "report.html").read_text()
-    told = "2 target images are of 1 prompts, with several seeds each"
+    told = "the 2 target images come from 1 prompt, repeated with other seeds"
     assert told in page and f"note: {told}" in report.text()
     assert json.loads((tmp_path / "report.json").read_text())["notes"] == report.notes
-    assert report.about() == (
-        "no patch acts: both columns are the base's; prompts: mine, 3 drawn; judge: brightness; 2 steps, guidance 3"
+    assert report.description() == (
+        "no patch is active, so both columns show the base; prompts: mine, 3 drawn; judge: brightness; "
+        "2 steps, guidance 3"
     )
-    assert report.about() in page.replace("&#x27;", "'")
+    assert report.description() in page.replace("&#x27;", "'")
 
 
 def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
@@ -82,7 +83,7 @@ def test_each_judge_of_several_stands_alone():
 def test_a_family_or_another_word_is_told_with_its_labels():
     assert renamed_labels(["cat"], CAT) == []
     family = Target("object", ("dagger", "bomb"), None)
-    assert renamed_labels(["weapon", "bomb"], family) == ["'weapon' is judged as dagger, bomb"]
+    assert renamed_labels(["weapon", "bomb"], family) == ["'weapon' is judged by the labels dagger, bomb"]
 
 
 def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
@@ -91,7 +92,9 @@ def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
 
 
 def test_glyphs_judge_names_the_nearest_words_it_knows():
-    with pytest.raises(ErasureError, match="'umbrela': did you mean 'umbrella'.*another --judge may know more") as said:
+    with pytest.raises(
+        ErasureError, match="'umbrela': did you mean 'umbrella'.*choose another one with --judge"
+    ) as said:
         GlyphJudge().find("umbrela")
     assert len(str(said.value)) < 400
 
@@ -102,14 +105,14 @@ def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
 
     assert judge_misses(BrightnessJudge(), ua(0.25)) == judge_misses(BrightnessJudge(), None) == []
     assert judge_misses(BrightnessJudge(), ua(0.75))[0].startswith(
-        "brightness sees the target in only 25% of the base's own"
+        "brightness recognises the target in only 25% of the base's"
     )
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     blind = Fixed("blind", object={"cat": 0.1, "dog": 0.9})
     options = {"judge": blind, "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog", style=""), **options)
-    assert report.summary().startswith("cat: not seen in 100% of 1 target images (base 100%); other")
-    assert any("blind sees the target in only 0%" in note for note in report.notes)
+    assert report.summary().startswith("cat: absent from 100% of 1 target images (base 100%); other")
+    assert any("blind recognises the target in only 0%" in note for note in report.notes)
 
 
 def test_one_value_has_no_interval():

@@ -57,7 +57,10 @@ def test_the_report_is_what_its_schema_says(place):
     assert data["provenance"]["loaded"]["gated"]["gate"] == "text"
     assert set(data["paired"]) == {"object", "style", "target"}
     page = (place / "report.html").read_text()
-    assert "target prompts<small>gone from the base only" in page and "kept prompts, object<small>right with" in page
+    assert (
+        "target prompts<small>target absent only with the base" in page
+        and "kept prompts, object<small>correct only" in page
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_the_form_of_eval_unlearn(place):
 
 def test_the_gate_log_tells_the_gated_patch_alone(place):
     page = (place / "report.html").read_text()
-    log = page[page.index("<h2>Gate log") : page.index("<h2>What it cost")]
+    log = page[page.index("<h2>Gate log") : page.index("<h2>Cost of the erasure")]
     # cat opens the gate on all four target prompts, dog on none; strength 1.5 where it is open.
     assert "4 of 4<td>1.50" in log and "0 of 4<td>0.00" in log
     assert ">gated<" in log and "text gate" in log and "plain" not in log and ">off<" not in log
@@ -136,7 +139,7 @@ def test_the_costs_of_the_patches_that_act_are_told(place):
     assert loaded["plain"]["costs"] == {"F": 12345, "B": 67, "seconds": 8.9} and loaded["plain"]["bytes"] == size
     assert loaded["gated"]["costs"] == {} and loaded["gated"]["bytes"] is None
     page = (place / "report.html").read_text()
-    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index("What it cost") : page.index("Erased against")])
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index("Cost of the erasure") : page.index("Erased against")])
     assert rows == [f"<td>plain<td>12,345<td>67<td>9<td>{size / 1000:,.0f}"]
 
 
