@@ -301,7 +301,16 @@ class _Drawer:
     sizes: dict[float, int]
 
     def draw(self, todo: Sequence[tuple[float, Prompt]], group: ProcessGroup, progress: bool) -> list[Record]:
-        """Draw the rows of this process, each with its guidance scale, and record every image at once."""
+        """Draw the rows of this process, and record every image as soon as it is drawn.
+
+        Args:
+            todo: guidance scale and row of each image.
+            group: the processes of the run.
+            progress: show the progress.
+
+        Returns:
+            One record for each row.
+        """
         if not todo:
             return []
         # The rows of one pipeline call must share their guidance scale.

@@ -12,6 +12,10 @@ from erasure.errors import ErasureError
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it.
 
+    Args:
+        path: the file.
+        text: its content.
+
     Raises:
         OSError: the file cannot be written.
     """

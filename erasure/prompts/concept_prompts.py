@@ -56,7 +56,11 @@ def concept_prompts(names: Sequence[str], limit: int | None = None) -> PromptSet
 
 
 def glyph_words() -> Vocabulary:
-    """Return the vocabulary of glyph, the checkpoint that these prompt sets are written for."""
+    """Return the vocabulary of glyph, the checkpoint that these prompt sets are written for.
+
+    Raises:
+        ErasureError: glyph's preset names no vocabulary.
+    """
     vocabulary = presets.vocabulary("glyph")
     if vocabulary is None:
         raise ErasureError("the preset of glyph names no vocabulary")

@@ -112,7 +112,12 @@ class ClipJudge:
 
     @torch.no_grad()
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
-        """Return 100 cos of each image and its text; texts longer than CLIP's context are truncated."""
+        """Return 100 cos of each image and its text.
+
+        Args:
+            images: n images.
+            texts: n texts; those longer than CLIP's context are truncated.
+        """
         text_vectors = torch.cat([self._model.texts([text]) for text in texts]).cpu()
         return (SCALE * (self._embed_images(images) * text_vectors).sum(1)).tolist()
 

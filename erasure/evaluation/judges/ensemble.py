@@ -120,7 +120,12 @@ class EnsembleJudge:
         return {label: float(label == winner) for label in labels}
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> Sequence[float | None]:
-        """Return the CLIP scores of the first judge that has them, or None for each image."""
+        """Return the CLIP scores of the first judge that has them, or None for each image.
+
+        Args:
+            images: n images.
+            texts: n texts.
+        """
         for judge in self.members.values():
             scores = judge.clip_scores(images, texts)
             if all(score is not None for score in scores):

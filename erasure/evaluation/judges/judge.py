@@ -40,6 +40,10 @@ class Judge(Protocol):
         """Return 100 times the cosine between each image and its text, or None for each image without CLIP.
 
         The score is that of Hessel et al. (2021), without the cut at 0.
+
+        Args:
+            images: n images.
+            texts: n texts.
         """
 
     def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:

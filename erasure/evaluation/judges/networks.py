@@ -51,6 +51,10 @@ def weights_sha256(module: nn.Module) -> str:
 def loading_errors(judge: str, source: str) -> Iterator[None]:
     """Turn every exception that a library raises on loading into an error that names the judge and its source.
 
+    Args:
+        judge: name of the judge.
+        source: where its network is loaded from.
+
     Raises:
         ErasureError: anything in the block raised an exception.
     """

@@ -103,6 +103,10 @@ def harmonic_mean(name: str, shares: list[Metric]) -> Metric | None:
     The 95 % interval comes from DRAWS random draws of each share from Jeffreys' posterior, Beta(k + 1/2, n - k + 1/2)
     (Brown, Cai and DasGupta 2001, section 3.1.1). Binomial draws would not vary where a share is 0 or 1, and the
     interval would shrink to a point.
+
+    Args:
+        name: name of the result.
+        shares: the shares, each with its sample size.
     """
     if len(shares) < 2:
         return None
@@ -117,6 +121,10 @@ def harmonic_mean(name: str, shares: list[Metric]) -> Metric | None:
 
 def accuracy_by_label(images: list[JudgedImage], head: str) -> dict[str, tuple[int, int]]:
     """Count correct images for each label of a head.
+
+    Args:
+        images: the images of one run.
+        head: head of the judge.
 
     Returns:
         Label -> (correct images, images), in the order of the prompts.

@@ -58,7 +58,12 @@ def selective_alignment(images: list[JudgedImage], base: dict[str, JudgedImage])
 
 
 def clip_change(kept: list[JudgedImage], base: dict[str, JudgedImage]) -> Metric | None:
-    """Return the mean change of the CLIP score from the base image of the same seed (paired bootstrap)."""
+    """Return the mean change of the CLIP score from the base image of the same seed (paired bootstrap).
+
+    Args:
+        kept: images of prompts that should be unaffected.
+        base: record id -> the base model's image of the same prompt and seed.
+    """
     changes = []
     for image in kept:
         before = base[image.record.id].clip if image.record.id in base else None

@@ -40,7 +40,14 @@ class Metric:
 
 
 def share_metric(name: str, marks: Iterable[bool], higher_is_better: bool, meaning: str) -> Metric | None:
-    """Return the share of true marks with its Wilson interval, or None if there are no marks."""
+    """Return the share of true marks with its Wilson interval, or None if there are no marks.
+
+    Args:
+        name: name of the metric.
+        marks: one mark for each image.
+        higher_is_better: whether a larger share means a better erasure.
+        meaning: one phrase that explains the metric.
+    """
     values = list(marks)
     if not values:
         return None
@@ -79,10 +86,24 @@ def format_value(name: str, value: float, percent_decimals: int = 0) -> str:
 
 
 def format_interval(name: str, low: float, high: float, separator: str = ", ") -> str:
-    """Return both ends of an interval as text, without the percent sign."""
+    """Return both ends of an interval as text, without the percent sign.
+
+    Args:
+        name: name of the metric, which decides between share and score.
+        low: lower end.
+        high: upper end.
+        separator: text between the two ends.
+    """
     return separator.join(format_value(name, end).removesuffix("%") for end in (low, high))
 
 
 def format_estimate(name: str, value: float, low: float, high: float) -> str:
-    """Return a value and its interval as text, such as `88% [64, 97]`."""
+    """Return a value and its interval as text, such as `88% [64, 97]`.
+
+    Args:
+        name: name of the metric, which decides between share and score.
+        value: the value.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
     return f"{format_value(name, value)} [{format_interval(name, low, high)}]"

@@ -96,7 +96,7 @@ def measure_white_box(
     kept: Sequence[str],
     *,
     words: Sequence[str] | None = None,
-    pictures: int = 12,
+    images: int = 12,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 16,
@@ -113,7 +113,7 @@ def measure_white_box(
         kept: prompts that should be unaffected.
         words: other words for the concept; None: those in the checkpoint's vocabulary. Without any, the closed-form
             leak is not measured.
-        pictures: number of images for the target prompts, and again for the kept prompts. Prompts are repeated with
+        images: number of images for the target prompts, and again for the kept prompts. Prompts are repeated with
             other seeds if there are fewer; if there are more, the first ones are used.
         steps: sampling steps of the base's images; None: the default of `generate`.
         guidance: guidance scale of the base's images; None: the default of `generate`.
@@ -125,25 +125,25 @@ def measure_white_box(
     """
     if isinstance(kept, str) or not kept:
         raise ErasureError("kept: expected a list of at least one prompt that should be unaffected")
-    if pictures < 2:
-        raise ErasureError(f"pictures={pictures}: an interval needs at least 2")
+    if images < 2:
+        raise ErasureError(f"images={images}: an interval needs at least 2")
     vocabulary = presets.vocabulary(name_of(pipe))
     victim, concept, counts = Victim(pipe, switched_off), Concept.of(concept, vocabulary), Counts()
     generator = torch.Generator().manual_seed(seed)
-    pairs = _repeat(concept.prompt_pairs(), pictures)
+    pairs = _repeat(concept.prompt_pairs(), images)
     prompts, anchors = [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
-    kept_prompts = _repeat(list(kept), pictures)
+    kept_prompts = _repeat(list(kept), images)
     loaded: Any = getattr(pipe, "get_list_patches", dict)()
     with torch.no_grad(), counting(pipe.unet, counts):
         latents = victim.base_latents(
             [*prompts, *kept_prompts],
-            range(seed, seed + 2 * pictures),
+            range(seed, seed + 2 * images),
             batch_size,
             generate.STEPS if steps is None else steps,
             generate.GUIDANCE if guidance is None else guidance,
         )
-        target = compare_predictions(victim, latents[:pictures], prompts, anchors, generator, batch_size)
-        others = compare_predictions(victim, latents[pictures:], kept_prompts, None, generator, batch_size)
+        target = compare_predictions(victim, latents[:images], prompts, anchors, generator, batch_size)
+        others = compare_predictions(victim, latents[images:], kept_prompts, None, generator, batch_size)
         ratios = closed_form_leak(victim, concept, other_words(concept, vocabulary) if words is None else words)
     metrics = [
         *_drift_metrics("target", target.drift, pipe),

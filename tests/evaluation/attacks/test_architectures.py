@@ -149,5 +149,5 @@ def test_verify_and_the_figures_from_within_on_xl(large, tmp_path):
     verified = verify(large, source, folder=tmp_path / "out", attacks=["random", "rece"], judge=Judge(), **BOTH)
     assert set(verified.results["attacks"]) == {"random", "rece"}
     large.load_patch(patch, name="p")
-    drift = measure_white_box(large, "cat", kept=["a dog"], words=["tree"], pictures=2, steps=2).metrics
+    drift = measure_white_box(large, "cat", kept=["a dog"], words=["tree"], images=2, steps=2).metrics
     assert drift["drift_target"].value > 0 and drift["closed_leak"].value > 0

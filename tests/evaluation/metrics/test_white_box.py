@@ -24,7 +24,7 @@ from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
 from tests.tiny import SIDE, tiny_pipeline
 
 KEPT = ["a dog", "a tree in blue", "a car"]
-QUICK = {"pictures": 4, "steps": 2, "words": ["dog", "tree"]}
+QUICK = {"images": 4, "steps": 2, "words": ["dog", "tree"]}
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_the_bases_latents_are_the_bases(pipe):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"kept": []}, "at least one"), ({"kept": "a dog"}, "list"), ({"pictures": 1}, "at least 2")]
+    ("change", "says"), [({"kept": []}, "at least one"), ({"kept": "a dog"}, "list"), ({"images": 1}, "at least 2")]
 )
 def test_bad_input(pipe, change, says):
     with pytest.raises(ErasureError, match=says):

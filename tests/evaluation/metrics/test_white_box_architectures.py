@@ -22,7 +22,7 @@ from tests.patch.making import delta_patch, low_rank_patch, same, weights
 from tests.tiny import tiny_pipeline
 
 KEPT = ["a dog", "a tree in blue", "a car " * 30]  # the last is longer than the encoders read
-QUICK = {"pictures": 4, "steps": 2, "words": ["dog", "tree"]}
+QUICK = {"images": 4, "steps": 2, "words": ["dog", "tree"]}
 
 
 @pytest.fixture(params=["sd2-v", "sdxl"])
