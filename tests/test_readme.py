@@ -28,6 +28,7 @@ import pytest
 
 from erasure.cli.main import main
 from erasure.cli.parser import parser
+from tests.test_house import STOREYS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -263,6 +264,14 @@ def test_the_main_job_erases_and_keeps(tmp_path):
     again = demo()
     assert again["metrics"] == first["metrics"]
     assert again["seconds"] < first["seconds"] / 2
+
+
+def test_contributing_lists_the_storeys():
+    """CONTRIBUTING shows the order of tests/test_house.py, from the top."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^```text\n(.*?)^```", text, flags=re.M | re.S)
+    rows = [tuple(re.split(r" {2,}", line)[0].split(", ")) for line in listed.splitlines()]
+    assert rows[::-1] == [tuple(rooms) for rooms in STOREYS]
 
 
 def test_new_names_exist():
