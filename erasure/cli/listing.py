@@ -222,11 +222,11 @@ def run_models(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace) -> None:
     from erasure.model.loading import quiet
-    from erasure.model.meta import counts, outline
+    from erasure.model.meta import counts, load_meta
     from erasure.model.targets import TARGETS
 
     quiet()
-    base = outline(args.name)
+    base = load_meta(args.name)
     variants = counts(base)
     cells = [
         (name, row["modules"], f"{row['weights']:,}", f"{row['rank_1']:,}", TARGETS[name][0])

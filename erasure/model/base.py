@@ -25,8 +25,6 @@ from erasure.model.conditioning import (
 from erasure.model.loading import PIPELINES, best_device, look, name_of, open_pipeline, resolve
 from erasure.model.targets import TARGETS
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass
 class Base:
@@ -51,7 +49,7 @@ class Base:
 
         Args:
             model: the name of a bundled checkpoint, a diffusers folder, a `.safetensors` file or a hub id.
-            device: where to compute; None means `best_device()`.
+            device: the device to compute on; None chooses `best_device()`.
             options: arguments of diffusers' `from_pretrained`, and `config` for a single file (see
                 `single_file.identify`).
 
@@ -74,10 +72,15 @@ class Base:
 
     @classmethod
     def of(cls, value: Base | str | os.PathLike[str] | Any) -> Base:
-        """Return a base for a base, a model's name, or a diffusers pipeline, whose components it shares.
+        """Return a base from a base, from the name or path of a model, or from a diffusers pipeline.
+
+        Args:
+            value: a base is returned as it is; a name or path is loaded; a base made from a pipeline shares its
+                components, which stay where they are.
 
         Raises:
-            ErasureError: a pipeline that concepts cannot be erased from, or one with active patches.
+            ErasureError: the model cannot be loaded, concepts cannot be erased from such a pipeline, or the pipeline
+                has active patches.
         """
         if isinstance(value, Base):
             return value
@@ -87,44 +90,47 @@ class Base:
             raise ErasureError(
                 f"{type(value).__name__} is not a Stable Diffusion pipeline: it has no unet or no text_encoder"
             )
-        text_encoders(value)  # refuses what lacks one
+        text_encoders(value)  # raises an error if a tokenizer or text encoder is missing
         channels, vae = value.unet.config.in_channels, getattr(value, "vae", None)
         latents = vae.config.latent_channels if vae is not None else channels
         if channels != latents:
             raise ErasureError(
                 f"{type(value).__name__}: its UNet reads {channels} channels, {latents} of them latents (inpainting, "
-                "depth or editing). Erase from the text-to-image model of the family and load the patch here"
+                "depth or editing). Erase from the text-to-image model of the family, and load the patch into this one"
             )
-        listed = value.get_list_patches() if hasattr(value, "get_list_patches") else {}
-        if acting := [name for name, entry in listed.items() if entry["strength"]]:
+        patches = value.get_list_patches() if hasattr(value, "get_list_patches") else {}
+        if active := [name for name, entry in patches.items() if entry["strength"]]:
             raise ErasureError(
-                f"This pipeline has active patches ({', '.join(acting)}); the new erasure would depend on them. "
+                f"This pipeline has active patches ({', '.join(active)}); the new erasure would depend on them. "
                 "Unload or disable them first (unload_patches(), or set_patches({})). Nothing was changed"
             )
         return cls(name_of(value), value)
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """Return the words that this checkpoint was taught, or None where they are not known."""
+        """Return the words that this checkpoint was taught, or None if they are not known."""
         return presets.vocabulary(self.name)
 
     @property
     def unet(self) -> Any:
-        """Return the UNet; there is only one copy of it."""
+        """Return the checkpoint's UNet, of which only one copy is in memory."""
         return self.pipe.unet
 
     @property
     def scheduler(self) -> Any:
-        """Return the checkpoint's own scheduler, whose configuration all samplers are made from."""
+        """Return the checkpoint's own scheduler, from whose configuration all samplers are made."""
         return self.pipe.scheduler
 
     @property
     def device(self) -> torch.device:
-        """Return the device that the UNet computes on; an offloaded UNet keeps its weights elsewhere between calls."""
+        """Return the device that the UNet computes on, also where its weights are offloaded between calls."""
         return place(self.pipe, self.unet)
 
     def sampler(self, kind: str = "ddim") -> Any:
-        """Return a new sampler, `ddim` or `pndm`, on the checkpoint's noise schedule.
+        """Return a new sampler with the checkpoint's noise schedule.
+
+        Args:
+            kind: `ddim` or `pndm`.
 
         Raises:
             ErasureError: an unknown kind of sampler.
@@ -135,12 +141,16 @@ class Base:
         if kind not in classes:
             raise unknown("sampler", kind, classes)
         config = self.scheduler.config
-        # XL's and other users' schedulers do not clip and may not say so; DDIM would, where it is not told.
-        more = {"clip_sample": False} if kind == "ddim" and "clip_sample" not in config else {}
-        return classes[kind].from_config(config, **more)
+        # Schedulers such as XL's do not clip and have no such entry, while DDIM clips by default.
+        extra = {"clip_sample": False} if kind == "ddim" and "clip_sample" not in config else {}
+        return classes[kind].from_config(config, **extra)
 
     def latent_shape(self, scale: float | tuple[float, float] = 1.0) -> tuple[int, int, int]:
-        """Return channels, height and width of latents at `scale` times the native size (one factor, or two)."""
+        """Return the shape (channels, height, width) of latents, in latent pixels.
+
+        Args:
+            scale: factor on the native size, or two factors for height and width.
+        """
         config = self.unet.config
         size = config.sample_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -148,7 +158,9 @@ class Base:
         return config.in_channels, round(height * tall), round(width * wide)
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """Return the text encoder's states for prompts [n, tokens, width]; each prompt is encoded only once.
+        """Return the text encoder's states for prompts [n, tokens, width].
+
+        Each prompt is encoded once and then kept in memory.
 
         Raises:
             ErasureError: a prompt has more tokens than the text encoder reads.
@@ -156,7 +168,7 @@ class Base:
         return self._encoded(prompts).states
 
     def conditions(self, prompts: list[str]) -> Conditions:
-        """Return the UNet's conditions for prompts; the empty prompt gives guidance's unconditional input.
+        """Return the UNet's text conditions for n prompts; for the empty prompt, those that guidance uses.
 
         Raises:
             ErasureError: a prompt has more tokens than the text encoder reads.
@@ -170,7 +182,13 @@ class Base:
         )
 
     def predict(self, x: Tensor, t: Any, conditions: Conditions) -> Tensor:
-        """Return the UNet's output [n, c, h, w] for latents x at timesteps t: noise, v or clean latents, as trained."""
+        """Return the UNet's output [n, c, h, w], which is noise, v or clean latents, depending on the checkpoint.
+
+        Args:
+            x: latents [n, c, h, w], scaled as the sampler scales them.
+            t: timesteps, one number or [n].
+            conditions: the text conditions of the n samples.
+        """
         return predict(self.pipe, x, t, conditions)
 
     def _encoded(self, prompts: list[str]) -> Conditions:
@@ -180,7 +198,10 @@ class Base:
         return Conditions.cat([self._texts[prompt] for prompt in prompts])
 
     def targets(self, variant: str) -> dict[str, nn.Module]:
-        """Return the Linear and Conv2d modules of the UNet that a variant trains, by path.
+        """Return the Linear and Conv2d modules of the UNet that a variant trains, by their paths.
+
+        Args:
+            variant: a name in `erasure.model.targets.TARGETS`, such as `x` or `x-strict`.
 
         Raises:
             ErasureError: an unknown variant, or one that matches no module of this checkpoint.
@@ -198,9 +219,12 @@ class Base:
         return modules
 
     def still(self, paths: Iterable[str]) -> bool:
-        """Tell whether no change of these modules can move the UNet's answer to the empty prompt.
+        """Tell whether training only these modules leaves the UNet's output for the empty prompt unchanged.
 
-        On XL the empty prompt is all zeros: keys and values of cross-attention are 0 and add nothing, whatever the
-        weights.
+        On XL the states of the empty prompt are all zeros. Keys and values of cross-attention are then zero whatever
+        the weights are, so cross-attention adds nothing.
+
+        Args:
+            paths: the paths of the modules in the UNet.
         """
         return blank(self.pipe) and all("attn2" in path for path in paths)

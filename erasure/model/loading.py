@@ -1,4 +1,4 @@
-"""Find a checkpoint, detect its type, and open it as a diffusers pipeline."""
+"""Find checkpoints by name or path, detect their types, and open them as diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
-    """Return the folder, file or hub id that `model` names; `glyph` is a bundled checkpoint.
+    """Return the folder, file or hub id that a model's name or path refers to.
+
+    A hub id is returned without looking it up.
+
+    Args:
+        model: the name of a bundled checkpoint such as `glyph`, a diffusers folder, a `.safetensors` file or a hub id.
 
     Raises:
-        ErasureError: a path that does not exist, or a folder without `model_index.json`.
+        ErasureError: the path does not exist, the folder has no `model_index.json`, or the file is not `.safetensors`.
     """
     name = os.fspath(model)
     if name in presets.bundled():
@@ -33,15 +38,15 @@ def resolve(model: str | os.PathLike[str]) -> str:
         return str(path)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ErasureError(f"{name}: only .safetensors files can be loaded, not {path.suffix or 'this file'}")
+            raise ErasureError(
+                f"{name}: only .safetensors files can be loaded, not {path.suffix or 'files without a suffix'}"
+            )
         return str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.suffix == ".safetensors":
-        known, missing = (
-            ", ".join(presets.bundled()),
-            ": there is no such file" if path.suffix == ".safetensors" else "",
-        )
+        bundled = ", ".join(presets.bundled())
+        missing = ": there is no such file" if path.suffix == ".safetensors" else ""
         raise ErasureError(
-            f"unknown model {name!r}{missing}. Allowed: {known}, a diffusers folder, a .safetensors file, "
+            f"unknown model {name!r}{missing}. Allowed: {bundled}, a diffusers folder, a .safetensors file, "
             "or a hub id (owner/name)"
         )
     return name
@@ -52,46 +57,55 @@ def look(where: str, **options: Any) -> DetectedModel:
 
     Args:
         where: a folder, file or hub id, as `resolve` returns it.
-        options: arguments of `Base.load`; `revision`, `cache_dir`, `token` and `local_files_only` choose the copy of a
-            hub id.
+        options: arguments of `Base.load`. `config` overrides the type of a single file; `revision`, `cache_dir`,
+            `token` and `local_files_only` choose the copy of a hub id.
+
+    Returns:
+        The type. For a folder or hub id, only its class name is filled in.
 
     Raises:
-        ErasureError: a file of an unknown type, or a hub id that is not in the cache and cannot be reached.
+        ErasureError: the file is of an unknown type, the hub id is not in the cache and the hub cannot be reached, or
+            `config` is given for something other than a single file.
     """
     path = Path(where)
     if path.is_file():
         return identify(path, options.get("config"))
     if options.get("config") is not None:
         raise ErasureError(
-            f"{where}: `config` names the type of a single file; a diffusers folder brings its own configuration"
+            f"{where}: `config` sets the type of a single file; a diffusers folder brings its own configuration"
         )
     index = path / INDEX if path.is_dir() else hub_file(where, INDEX, **options)
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise ErasureError(f"{where}: its {INDEX} cannot be read: {fault!r}") from None
+        raise ErasureError(f"{where}: its {INDEX} cannot be read or names no pipeline class: {fault!r}") from None
     return DetectedModel("folder", f"a {name}, by its {INDEX}", {INDEX: {"_class_name": name}})
 
 
 def hub_file(name: str, file: str, **options: Any) -> Path:
-    """Return the path of one file of a hub id, from the cache or from the hub.
+    """Return the local path of one file of a hub id, downloading it unless the cache has it.
+
+    Args:
+        name: the hub id, `owner/name`.
+        file: the path of the file inside the repository.
+        options: `revision`, `cache_dir`, `token` and `local_files_only` of the hub's client; others are ignored.
 
     Raises:
-        ErasureError: the file is in neither, or the hub is switched off or out of reach.
+        ErasureError: the file is in neither place, or it is not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import constants, hf_hub_download
 
-    wanted = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    settings = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
     try:
-        return Path(hf_hub_download(name, file, **wanted))
-    except Exception as fault:  # the hub's client, and the one below it, have no common error
-        offline = constants.HF_HUB_OFFLINE or wanted.get("local_files_only")
+        return Path(hf_hub_download(name, file, **settings))
+    except Exception as fault:  # the errors of the hub's client and of its HTTP library have no common base class
+        offline = constants.HF_HUB_OFFLINE or settings.get("local_files_only")
         reason = (
-            "the hub is switched off (HF_HUB_OFFLINE)" if offline else f"the hub does not give it ({_first(fault)})"
+            "the hub is switched off (HF_HUB_OFFLINE)" if offline else f"the hub did not deliver it ({_first(fault)})"
         )
         raise ErasureError(
-            f"{name}: {reason}, and no copy is in the cache {wanted.get('cache_dir', constants.HF_HUB_CACHE)}. "
-            f"Fetch it where there is a network (hf download {name}), or give a folder or a .safetensors file"
+            f"{name}: {reason}, and no copy is in the cache {settings.get('cache_dir', constants.HF_HUB_CACHE)}. "
+            f"Download it on a machine with a network (hf download {name}), or give a folder or a .safetensors file"
         ) from None
 
 
@@ -100,7 +114,7 @@ def _first(fault: Exception) -> str:
 
 
 def quiet() -> None:
-    """Silence the progress bars and hints of diffusers and transformers, which would hide our own messages."""
+    """Silence the progress bars and hints of diffusers and transformers, which would hide our messages."""
     import diffusers
     import transformers
 
@@ -118,35 +132,36 @@ def best_device() -> torch.device:
 
 def name_of(pipe: Any) -> str:
     """Return what a pipeline was loaded from: the name of a bundled checkpoint, a folder, a hub id, or "unknown"."""
-    known = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
-    return next((name for name in presets.bundled() if known == resolve(name)), known)
+    source = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
+    return next((name for name in presets.bundled() if source == resolve(name)), source)
 
 
 def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any) -> Any:
-    """Open a checkpoint as a pipeline of a class.
+    """Load a checkpoint as a pipeline of the given class.
 
-    Stable Diffusion 1 and 2 come without a safety checker unless one is passed: it would blacken images that an
-    evaluation is to judge. Weights come as fp32 unless `dtype` (or `torch_dtype`) is passed.
+    Weights are loaded as fp32 unless `dtype` (or `torch_dtype`) is passed. Stable Diffusion 1 and 2 are loaded without
+    a safety checker unless one is passed, because it would replace images that an evaluation has to judge by black
+    ones.
 
     Args:
-        cls: a diffusers pipeline class, or one derived from it.
-        model: a bundled name, a diffusers folder, a `.safetensors` file or a hub id.
-        options: those of diffusers' `from_pretrained`; for a file, `config` names its kind (see `single_file.kinds()`)
-            or is a diffusers folder.
+        cls: a diffusers pipeline class, or a class derived from one.
+        model: the name of a bundled checkpoint, a diffusers folder, a `.safetensors` file or a hub id.
+        options: arguments of diffusers' `from_pretrained`. For a single file, `config` is its type (one of
+            `single_file.kinds()`) or a diffusers folder with its configuration.
 
     Raises:
-        ErasureError: `model` names nothing that this class can hold.
+        ErasureError: the model does not exist, cannot be loaded, or is not of a type that the class supports.
     """
     import torch
     from diffusers import DiffusionPipeline
 
     where = resolve(model)
     detected = look(where, **options)
-    # An erased class stands for the diffusers class behind it.
-    kind = next(one.__name__ for one in cls.__mro__ if one.__module__.startswith("diffusers."))
+    # The type of an erased class is that of the diffusers class from which it derives.
+    kind = next(parent.__name__ for parent in cls.__mro__ if parent.__module__.startswith("diffusers."))
     if "StableDiffusion" in kind and ("XL" in kind) != ("XL" in detected.pipeline):
         raise ErasureError(
-            f"{model}: {detected.about}; {cls.__name__} cannot hold it. erasure.load_pipeline finds the class itself"
+            f"{model}: {detected.about}; {cls.__name__} cannot hold it. erasure.load_pipeline chooses the right class"
         )
     if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in options:
         options["safety_checker"] = None

@@ -1,4 +1,4 @@
-"""Load a model without its weights, and count the modules that each variant would train in it."""
+"""Models without weights: load only the shapes of a UNet, and count what each variant would train in it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from erasure.model.targets import TARGETS
 UNET = "unet/config.json"
 
 
-def outline(model: str | os.PathLike[str], **options: Any) -> Base:
-    """Return a base whose UNet is on the `meta` device: it has shapes but no weights.
+def load_meta(model: str | os.PathLike[str], **options: Any) -> Base:
+    """Load a model without its weights: its UNet is on the `meta` device, and it has no other component.
 
     Args:
-        model: as for `Base.load`, or a bundled configuration (`single_file.kinds()`), such as sd1 or sdxl.
+        model: as for `Base.load`, or a bundled configuration such as sd1 or sdxl (see `single_file.kinds()`).
         options: as for `Base.load`.
 
     Raises:
-        ErasureError: an unknown model, or one whose network is not a UNet2DConditionModel.
+        ErasureError: the model is unknown, its configuration cannot be read, or its network is not a
+            UNet2DConditionModel.
     """
     from diffusers import UNet2DConditionModel
 
@@ -53,25 +54,27 @@ def outline(model: str | os.PathLike[str], **options: Any) -> Base:
 
 
 def counts(base: Base) -> dict[str, dict[str, int]]:
-    """Count, for each variant that matches the UNet, its modules, their parameters, and those of a rank-1 term.
+    """Count what each variant trains in a base's UNet; variants that match no module are left out.
 
-    A rank-1 term has two factors for each module: one of the input's size (for a convolution, times the kernel) and
-    one of the output's size.
+    A low-rank term of rank 1 has two factors for each module: one of the input's size (for a convolution, times the
+    size of the kernel) and one of the output's size.
 
     Returns:
-        variant -> "modules", "weights" (weights and biases) and "rank_1" (parameters of a rank-1 term).
+        For each variant, "modules" (their number), "weights" (their weights and biases) and "rank_1" (parameters of a
+        low-rank term of rank 1).
     """
     rows = {}
     for variant in TARGETS:
         try:
             modules = base.targets(variant).values()
-        except ErasureError:  # none fits
+        except ErasureError:  # the variant matches no module
             continue
         rows[variant] = {
             "modules": len(modules),
-            "weights": sum(p.numel() for one in modules for p in one.parameters(recurse=False)),
+            "weights": sum(p.numel() for module in modules for p in module.parameters(recurse=False)),
             "rank_1": sum(
-                shape[0] + math.prod(shape[1:]) for shape in (one.get_parameter("weight").shape for one in modules)
+                shape[0] + math.prod(shape[1:])
+                for shape in (module.get_parameter("weight").shape for module in modules)
             ),
         }
     return rows

@@ -1,9 +1,9 @@
-"""Single-file checkpoints: detect which Stable Diffusion a file holds, and open it without a network.
+"""Single-file checkpoints: detect which Stable Diffusion a file contains, and load it without a network.
 
 The type is detected from parameter names, shapes and the header. diffusers reads the weights (`from_single_file`). The
 configurations that it would fetch from the hub are bundled in `configs/models`, one JSON file each: the files of a
-diffusers folder by path, and the configuration that it is `like`. A file that we wrote (formats/single_file.py) has
-its configurations in its header.
+diffusers folder by path, and the configuration that it extends (`like`). A file that we wrote (formats/single_file.py)
+has its configurations in its header.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from typing import Any
 from erasure.config import CONFIGS
 from erasure.errors import ErasureError, unknown
 
-HEADER = "erasure.model"  # our own files' configurations, JSON
+HEADER = "erasure.model"  # header key of the configurations in files that we wrote, as JSON
 UNET = "model.diffusion_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
-# Stable Diffusion 2 does not say in which way it predicts. ComfyUI tells v-prediction by the spread of this bias.
+# Files of Stable Diffusion 2 do not record the prediction type. Like ComfyUI, we take a bias with a standard deviation
+# above SPREAD to mean v-prediction.
 TELLING, SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 VERSIONS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states
 INDEX = "model_index.json"
 
 OTHER = "whose network is not a UNet and is not supported"
-# What else users have in such files: a name that begins so, and why it is not opened.
+# Other things that users have in such files: how parameter names begin in them, and what the message says.
 FOREIGN = {
     **dict.fromkeys((f"{UNET}joint_blocks.", "joint_blocks."), f"Stable Diffusion 3, {OTHER}"),
     **dict.fromkeys((f"{UNET}double_blocks.", "double_blocks."), f"Flux, {OTHER}"),
-    "lora_": "a LoRA or a low-rank patch, not a model: load it with --patch onto the model that it was made for",
-    "control_model.": "a ControlNet, which draws no pictures of its own",
-    "down_blocks.": "a UNet under diffusers' names: give the whole diffusers folder that it comes from",
-    "unet.down_blocks.": "a patch or a UNet under diffusers' names: give a diffusers folder, or load it with --patch",
+    "lora_": "a LoRA or a low-rank patch, not a model: load it with --patch into the model that it was made for",
+    "control_model.": "a ControlNet, which cannot draw images by itself",
+    "down_blocks.": "a UNet with diffusers' parameter names: give the whole diffusers folder that it comes from",
+    "unet.down_blocks.": "a patch, or a UNet with diffusers' parameter names: give --patch, or a diffusers folder",
 }
 
 
@@ -44,10 +45,11 @@ class DetectedModel:
     """The detected type of a checkpoint, with the configurations that open it.
 
     Args:
-        kind: a name in `configs/models`, or `own`, or `given`.
+        kind: a name in `configs/models`; `own` for a file that we wrote, `given` for a folder that the user gave as the
+            configuration, `folder` for a diffusers folder.
         about: the type in words, and how it was detected.
         files: the JSON files of a diffusers folder, by path.
-        pads: padding tokens of the tokenizers that the files do not include.
+        pads: the padding token of each tokenizer that the files do not include.
     """
 
     kind: str
@@ -86,15 +88,17 @@ def carried(kind: str) -> DetectedModel:
 
 
 def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None) -> DetectedModel:
-    """Detect the type of the checkpoint in a .safetensors file; only its header and one small tensor are read.
+    """Detect the type of the checkpoint in a .safetensors file.
+
+    Only the header and at most one small tensor are read.
 
     Args:
         path: the file.
-        config: override the detected type: a name of `kinds()`, or a diffusers folder with the configurations, whose
+        config: overrides the detected type: one of `kinds()`, or a diffusers folder with the configuration; its
             weights are not read.
 
     Raises:
-        ErasureError: the file is damaged or of an unsupported type; the message says why.
+        ErasureError: the file is damaged or its type is not supported; the message says why.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -106,11 +110,11 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
             if HEADER in header:
                 return _own(path, header[HEADER])
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name.startswith(UNET)}
-            telling = file.get_tensor(TELLING).float() if TELLING in shapes else None
+            bias = file.get_tensor(TELLING).float() if TELLING in shapes else None
     except (OSError, SafetensorError) as fault:
         raise ErasureError(f"{path}: cannot be read as safetensors; the copy may be incomplete ({fault})") from None
     try:
-        kind, why = _kind(shapes, frozenset(names), header, telling)
+        kind, why = _kind(shapes, frozenset(names), header, bias)
     except ErasureError as fault:
         raise ErasureError(f"{path}: {fault}. Nothing was loaded. Supported: {', '.join(kinds())}") from None
     detected = carried(kind)
@@ -118,32 +122,36 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
 
 
 def _kind(
-    shapes: Mapping[str, tuple[int, ...]], names: frozenset[str], header: Mapping[str, str], telling: Any
+    shapes: Mapping[str, tuple[int, ...]], names: frozenset[str], header: Mapping[str, str], bias: Any
 ) -> tuple[str, str]:
-    """Return the name of a bundled configuration, and how it was detected."""
+    """Return the name of the matching bundled configuration, and what it was detected by."""
     for start, reason in FOREIGN.items():
         if any(name.startswith(start) for name in names):
             raise ErasureError(f"this is {reason}")
     if FIRST not in shapes:
-        raise ErasureError(f"this is not a Stable Diffusion checkpoint: it holds no {FIRST}")
-    text = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
-    if text == 1280:
+        raise ErasureError(f"this is not a Stable Diffusion checkpoint: it contains no {FIRST}")
+    width = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    if width == 1280:
         raise ErasureError(
-            "this is the refiner of Stable Diffusion XL, which only finishes pictures: erase from the base"
+            "this is the refiner of Stable Diffusion XL, which only refines images: erase from the base model"
         )
-    if text not in VERSIONS:
-        raise ErasureError(f"its UNet reads text states of width {text}; {', '.join(map(str, VERSIONS))} are supported")
-    version, channels = VERSIONS[text], shapes[FIRST][1]
-    why = f"text states of width {text}"
+    if width not in VERSIONS:
+        raise ErasureError(
+            f"its UNet reads text states of width {width}; {', '.join(map(str, VERSIONS))} are supported"
+        )
+    version, channels = VERSIONS[width], shapes[FIRST][1]
+    why = f"text states of width {width}"
     extra = f"{UNET}label_emb.0.0.weight" in shapes
     if extra != (version == "sdxl"):
         raise ErasureError("its UNet reads more than text (an unCLIP model, for example), or less than XL's")
     if version == "sdxl" and f"{UNET}input_blocks.7.1.transformer_blocks.9.attn2.to_k.weight" not in shapes:
         raise ErasureError(
-            "this is a cut-down XL with fewer transformer blocks (SSD-1B, Vega): give its diffusers folder"
+            "this is a reduced XL with fewer transformer blocks (SSD-1B, Vega): give its diffusers folder"
         )
     if "edm_mean" in names or "edm_vpred.sigma_max" in names:
-        raise ErasureError("this XL was trained on another noise schedule (EDM, as Playground 2.5)")
+        raise ErasureError(
+            "this XL was trained with another noise schedule (EDM, like Playground 2.5), which is not supported"
+        )
     if channels in (4, 9):
         _complete(version, names)
     if channels == 9:
@@ -158,27 +166,28 @@ def _kind(
         return (
             ("sdxl-v-zsnr", f"{why}, marked v_pred, ztsnr") if "ztsnr" in names else ("sdxl-v", f"{why}, marked v_pred")
         )
-    said, design = (header.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "architecture"))
-    if said or design.startswith("stable-diffusion-v2"):
-        vector = said.startswith("v") if said else "768-v" in design
-        return ("sd2-v" if vector else "sd2"), f"{why} and its header ({said or design})"
-    if telling is None:
-        raise ErasureError("Stable Diffusion 2, with noise or with v-prediction? Set config to 'sd2' or 'sd2-v'")
-    spread = float(telling.std(correction=0))
-    reason = (
-        f"{why} and the spread of {TELLING.removeprefix(UNET)}, {spread:.3f} (a rule of thumb; else give the config)"
-    )
-    return ("sd2-v" if spread > SPREAD else "sd2"), reason
+    prediction, design = (header.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "architecture"))
+    if prediction or design.startswith("stable-diffusion-v2"):
+        vector = prediction.startswith("v") if prediction else "768-v" in design
+        return ("sd2-v" if vector else "sd2"), f"{why} and its header ({prediction or design})"
+    if bias is None:
+        raise ErasureError(
+            "this Stable Diffusion 2 predicts either noise or v, and the file does not say which. Set --model-config "
+            "(config=) to sd2 or sd2-v"
+        )
+    spread = float(bias.std(correction=0))
+    guess = f"{spread:.3f} (a rule of thumb; override it with --model-config or config=)"
+    return ("sd2-v" if spread > SPREAD else "sd2"), f"{why} and the spread of {TELLING.removeprefix(UNET)}, {guess}"
 
 
 def _complete(version: str, names: frozenset[str]) -> None:
-    """Refuse a file that lacks the autoencoder or a text encoder: a UNet alone cannot draw."""
+    """Refuse a file without the autoencoder or a text encoder; a UNet alone cannot draw images."""
     parts = {"autoencoder": "first_stage_model.", "text encoder": "cond_stage_model."}
     if version == "sdxl":
         parts |= {"text encoder": "conditioner.embedders.0.", "second text encoder": "conditioner.embedders.1."}
     for part, start in parts.items():
         if not any(name.startswith(start) for name in names):
-            raise ErasureError(f"it holds no {part} ({start}*): a whole checkpoint is needed")
+            raise ErasureError(f"it contains no {part} ({start}*); a complete checkpoint is needed")
 
 
 def _given(config: str | os.PathLike[str]) -> DetectedModel:
@@ -187,7 +196,7 @@ def _given(config: str | os.PathLike[str]) -> DetectedModel:
         detected = carried(os.fspath(config))
         return DetectedModel(detected.kind, f"{detected.about}, as given", detected.files, detected.pads)
     if not (folder / INDEX).is_file():
-        raise ErasureError(f"{folder} is not a diffusers folder: it holds no {INDEX}")
+        raise ErasureError(f"{folder} is not a diffusers folder: it contains no {INDEX}")
     return DetectedModel("given", f"a model as configured in {folder}", read_configs(folder))
 
 
@@ -203,7 +212,14 @@ def _own(path: Any, text: str) -> DetectedModel:
 
 
 def read_configs(folder: Path) -> dict[str, Any]:
-    """Read the JSON files of a diffusers folder by path, leaving out where the folder came from."""
+    """Read the JSON files of a diffusers folder.
+
+    Left out are the path that the folder was loaded from, indexes of shards, and the components that single files do
+    not contain (safety checker, feature extractor, image encoder).
+
+    Returns:
+        The contents of each file, by its path in the folder.
+    """
     files = {}
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -212,14 +228,20 @@ def read_configs(folder: Path) -> dict[str, Any]:
         values.pop("_name_or_path", None)
         files[path.relative_to(folder).as_posix()] = values
     index = files.get(INDEX, {})
-    for part in ("safety_checker", "feature_extractor", "image_encoder"):  # not in single files
+    for part in ("safety_checker", "feature_extractor", "image_encoder"):
         if part in index:
             index[part] = [None, None]
     return files
 
 
 def open_single_file(cls: Any, path: str | os.PathLike[str], detected: DetectedModel, **options: Any) -> Any:
-    """Open a single file as a pipeline of class `cls`, without a network.
+    """Load a single file as a diffusers pipeline, without a network.
+
+    Args:
+        cls: the pipeline class.
+        path: the file.
+        detected: its type, as `identify` returns it.
+        options: arguments of diffusers' `from_single_file`.
 
     Raises:
         ErasureError: weights that the configuration needs are missing from the file or have other shapes.
@@ -232,12 +254,14 @@ def open_single_file(cls: Any, path: str | os.PathLike[str], detected: DetectedM
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(values), encoding="utf-8")
         for name, (library, _) in _modules(detected.files[INDEX]).items():
-            if library == "transformers" and name.startswith("tokenizer") and not _brought(detected.files, name):
+            if library == "transformers" and name.startswith("tokenizer") and not _included(detected.files, name):
                 options.setdefault(name, clip_tokenizer(detected.pads.get(name, "<|endoftext|>")))
         try:
             pipe = cls.from_single_file(os.fspath(path), config=folder, local_files_only=True, **options)
         except (ValueError, RuntimeError, KeyError, OSError, TypeError) as fault:
-            raise ErasureError(f"{path}: Detected as {detected.about}, but cannot be read as that: {fault}") from None
+            raise ErasureError(
+                f"{path}: Detected as {detected.about}, but it cannot be loaded as that: {fault}"
+            ) from None
     for name, part in pipe.components.items():
         missing = [key for key, value in getattr(part, "named_parameters", dict)() if value.is_meta] if part else []
         if missing:
@@ -247,7 +271,7 @@ def open_single_file(cls: Any, path: str | os.PathLike[str], detected: DetectedM
 
 
 def of_type(dtype: Any) -> dict[str, Any]:
-    """Return the keyword argument that diffusers' loaders take for a dtype; it was `torch_dtype` before 0.42."""
+    """Return a dtype as the keyword argument of diffusers' loaders, which was called `torch_dtype` before 0.42."""
     import diffusers
     from packaging.version import Version
 
@@ -258,5 +282,5 @@ def _modules(index: Mapping[str, Any]) -> dict[str, list[str]]:
     return {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
 
 
-def _brought(files: Mapping[str, Any], name: str) -> bool:
+def _included(files: Mapping[str, Any], name: str) -> bool:
     return any(path.startswith(f"{name}/") for path in files)

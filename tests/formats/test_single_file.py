@@ -104,7 +104,7 @@ def test_existing_files_are_kept_and_missing_weights_reported(tmp_path):
     del tensors["first_stage_model.decoder.conv_in.weight"]
     save_file(tensors, path, metadata=header)
     with pytest.raises(
-        ErasureError, match=r"1 vae weights are missing .first: decoder.conv_in.weight|cannot be read as that"
+        ErasureError, match=r"1 vae weights are missing .first: decoder.conv_in.weight|cannot be loaded as that"
     ):
         Base.load(path, device="cpu")
     folder = write_tiny(tmp_path / "xl", kind="sdxl")  # configurations of another model

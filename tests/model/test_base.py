@@ -1,4 +1,4 @@
-"""Models by name, targets by module type, prompts as embeddings."""
+"""Loading models by name, choosing modules to train, and encoding prompts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SD2 = {**SD1, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]
         (SD2, "x-strict", 32, 25.56),
     ],
 )
-def test_targets_on_the_true_architectures(config, variant, modules, millions):
+def test_targets_on_the_real_architectures(config, variant, modules, millions):
     with torch.device("meta"):
         base = Base("sd", SimpleNamespace(unet=UNet2DConditionModel(**config)))
-    found = base.targets(variant)
-    assert modules is None or len(found) == modules
-    assert round(sum(p.numel() for m in found.values() for p in m.parameters(recurse=False)) / 1e6, 2) == millions
+    targets = base.targets(variant)
+    assert modules is None or len(targets) == modules
+    assert round(sum(p.numel() for m in targets.values() for p in m.parameters(recurse=False)) / 1e6, 2) == millions
 
 
 def test_no_target_is_an_error():
@@ -53,14 +53,14 @@ def test_names_folders_and_hub_ids(tmp_path):
     folder = write_tiny(tmp_path / "tiny")
     assert resolve(folder) == str(folder)
     (tmp_path / "a.ckpt").write_bytes(b"pickle")
-    for name, says in [
+    for name, message in [
         ("glpyh", "glyph"),
         (str(tmp_path), "model_index.json"),
         (str(tmp_path / "a.ckpt"), "only .safetensors"),
         (str(tmp_path / "no" / "where"), "unknown model"),
         ("missing.safetensors", "unknown model"),
     ]:
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             resolve(name)
 
 
@@ -68,8 +68,8 @@ def test_prompts_are_encoded_once_and_never_cut():
     base = Base("tiny", tiny_pipeline())
     calls = []
     base.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
-    one = base.encode(["cat", "", "cat"])
-    assert one.shape == (3, 12, 32) and torch.equal(one[0], one[2]) and not torch.equal(one[0], one[1])
+    states = base.encode(["cat", "", "cat"])
+    assert states.shape == (3, 12, 32) and torch.equal(states[0], states[2]) and not torch.equal(states[0], states[1])
     base.encode(["cat", ""])
     assert len(calls) == 2
     with pytest.raises(ErasureError, match="tokens"):
@@ -85,7 +85,7 @@ def test_a_patched_pipeline_is_no_base():
     assert Base.of(pipe).pipe is pipe
 
 
-def test_something_else_is_no_base():
+def test_other_objects_are_no_base():
     with pytest.raises(ErasureError, match="not a Stable Diffusion pipeline"):
         Base.of(torch.nn.Linear(2, 2))
 
@@ -98,7 +98,7 @@ def test_inpainting_pipelines_are_no_base():
 
 
 def test_ddim_does_not_clip_where_the_schedule_does_not_say():
-    """XL's Euler schedule has no such entry; DDIM's own default would cut the latents at 1."""
+    """XL's Euler scheduler has no such entry, and DDIM's default would clip the latents at 1."""
     base = Base("tiny", tiny_pipeline(kind="sdxl"))
     assert "clip_sample" not in base.scheduler.config and base.sampler("ddim").config.clip_sample is False
     assert Base("tiny", tiny_pipeline()).sampler("pndm").config.prediction_type == "epsilon"

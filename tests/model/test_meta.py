@@ -1,4 +1,4 @@
-"""What methods train, counted on the true architectures without weights."""
+"""The modules and weights that variants train, counted on the real architectures without weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from erasure.errors import ErasureError
-from erasure.model.meta import counts, outline
+from erasure.model.meta import counts, load_meta
 from tests.tiny import write_tiny
 
 # Measured in the published code (ESD, SPM and UnGuide): modules, millions of weights, numbers of rank-1 terms.
@@ -29,7 +29,7 @@ TOTALS = {"sd1": 859.52, "sd2": 865.91, "sd2-v": 865.91, "sdxl": 2567.46}
 
 @pytest.fixture(scope="module")
 def bases():
-    return {kind: outline(kind) for kind in TOTALS}
+    return {kind: load_meta(kind) for kind in TOTALS}
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def counted(bases):
 
 @pytest.mark.parametrize(("kind", "variant", "modules", "millions", "rank_1"), PUBLISHED)
 def test_counts_are_the_published_ones(counted, kind, variant, modules, millions, rank_1):
-    found = counted[kind][variant]
-    assert modules in (None, found["modules"])
-    assert millions in (None, round(found["weights"] / 1e6, 2))
-    assert rank_1 in (None, found["rank_1"])
+    row = counted[kind][variant]
+    assert modules in (None, row["modules"])
+    assert millions in (None, round(row["weights"] / 1e6, 2))
+    assert rank_1 in (None, row["rank_1"])
 
 
-def test_the_unets_are_the_true_ones(bases):
+def test_the_unets_are_the_real_ones(bases):
     for kind, millions in TOTALS.items():
         assert round(sum(p.numel() for p in bases[kind].unet.parameters()) / 1e6, 2) == millions
     one, two = bases["sd2"].unet, bases["sd2-v"].unet
@@ -54,7 +54,7 @@ def test_the_unets_are_the_true_ones(bases):
 
 
 def test_where_our_variants_differ_from_the_published(bases):
-    """Named here so that nobody takes the numbers for the same.
+    """Record the differences, so that nobody assumes that the numbers agree.
 
     Old ESD's `noxattn` also trains norms and leaves out the time embedding and the last layers; ours (as the newer
     script on Stable Diffusion 1) trains Linear and Conv2d alone, these included. On XL the newer script trains only
@@ -68,23 +68,23 @@ def test_where_our_variants_differ_from_the_published(bases):
     assert round(sum(old) / 1e6, 2) == 813.50
     ours = bases["sdxl"].targets("u")
     theirs = {path for path in ours if "block" in path and "emb" not in path}
-    left = {path.split(".")[0] for path in set(ours) - theirs if not path.endswith("time_emb_proj")}
-    assert left == {"conv_in", "conv_out", "time_embedding", "add_embedding"}
+    extra = {path.split(".")[0] for path in set(ours) - theirs if not path.endswith("time_emb_proj")}
+    assert extra == {"conv_in", "conv_out", "time_embedding", "add_embedding"}
     assert sum(path.endswith("time_emb_proj") for path in ours) == 17 and len(ours) - len(theirs) == 17 + 6
 
 
 def test_no_norm_and_no_embedding_is_ever_a_target(bases):
     for base in bases.values():
-        found = base.targets("full")
-        assert all(isinstance(one, nn.Linear | nn.Conv2d) for one in found.values())
-        assert not any("norm" in path for path in found)
+        modules = base.targets("full")
+        assert all(isinstance(module, nn.Linear | nn.Conv2d) for module in modules.values())
+        assert not any("norm" in path for path in modules)
 
 
-def test_folders_files_and_what_is_none(tmp_path):
+def test_folders_and_unknown_models(tmp_path):
     folder = write_tiny(tmp_path / "tiny")
-    assert counts(outline(folder))["x"]["modules"] == 16
+    assert counts(load_meta(folder))["x"]["modules"] == 16
     (folder / "unet" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(ErasureError, match="FluxTransformer2DModel"):
-        outline(folder)
+        load_meta(folder)
     with pytest.raises(ErasureError, match="unknown model 'sd9'"):
-        outline("sd9")
+        load_meta("sd9")

@@ -1,4 +1,4 @@
-"""Single files told apart by the names and shapes of the true architectures; nothing here weighs anything."""
+"""Detection of single files by the names and shapes of the real architectures; the tensors take no memory or disk."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tests.tiny import blueprint, write_tiny
 
 @pytest.fixture(scope="module")
 def true():
-    """The true architectures without weights, and their tensors under the original names."""
+    """The real architectures without weights, and their tensors under the original names."""
     pipes = {kind: blueprint(kind) for kind in ("sd1", "sd2", "sdxl")}
     return {kind: (pipe, original_tensors(pipe)) for kind, pipe in pipes.items()}
 
 
 def hollow(path, tensors, header=None):
-    """A safetensors file of these names and shapes, fp16, all zeros: a hole in the file system."""
-    table, at = {"__metadata__": header} if header else {}, 0
+    """Write a safetensors file with these names and shapes, fp16 and all zeros, as a sparse file without data blocks."""
+    table, start = {"__metadata__": header} if header else {}, 0
     for name, value in tensors.items():
-        end = at + 2 * math.prod(value.shape)
-        table[name], at = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [at, end]}, end
+        end = start + 2 * math.prod(value.shape)
+        table[name], start = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [start, end]}, end
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + at)
+        file.truncate(8 + len(text) + start)
     return path
 
 
@@ -47,14 +47,14 @@ def shaped(**shapes):
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_true_checkpoints_are_known(true, tmp_path, kind):
-    found = identify(hollow(tmp_path / "x.safetensors", true[kind][1]))
-    assert found.kind == kind and found.pipeline == carried(kind).pipeline
-    assert f"width {found.files['unet/config.json']['cross_attention_dim']}" in found.about
+    detected = identify(hollow(tmp_path / "x.safetensors", true[kind][1]))
+    assert detected.kind == kind and detected.pipeline == carried(kind).pipeline
+    assert f"width {detected.files['unet/config.json']['cross_attention_dim']}" in detected.about
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_names_and_shapes_are_those_that_diffusers_reads(true, kind):
-    """Its converters, written apart from ours, lead every tensor back to its place."""
+    """diffusers' converters, written independently of ours, return every tensor to its own name and shape."""
     pipe, tensors = true[kind]
     assert theirs.infer_diffusers_model_type(tensors) == {"sd1": "v1", "sd2": "v2", "sdxl": "xl_base"}[kind]
     back = theirs.convert_ldm_unet_checkpoint(tensors, pipe.unet.config)
@@ -69,26 +69,26 @@ def test_names_and_shapes_are_those_that_diffusers_reads(true, kind):
     assert sizes == {"sd1": [686, 248, 196], "sd2": [686, 248, 4 + 23 * 12], "sdxl": [1680, 248, 196]}[kind]
 
 
-def test_what_a_second_version_predicts(true, tmp_path):
+def test_prediction_type_of_stable_diffusion_2(true, tmp_path):
     tensors = true["sd2"][1]
     plain = hollow(tmp_path / "a.safetensors", tensors)
     assert identify(plain).kind == "sd2" and "rule of thumb" in identify(plain).about
     spread = tmp_path / "b.safetensors"
     spread.write_bytes(b"")
     hollow(spread, {TELLING: tensors[TELLING], **tensors})
-    with open(spread, "r+b") as file:  # the telling bias stands first
+    with open(spread, "r+b") as file:  # the bias comes first in the file
         file.seek(8 + struct.unpack("<Q", file.read(8))[0])
         file.write(torch.linspace(-1, 1, tensors[TELLING].numel()).half().numpy().tobytes())
     assert identify(spread).kind == "sd2-v" and identify(spread).pads == {"tokenizer": "!"}
     files = identify(spread).files
     assert files["scheduler/scheduler_config.json"]["prediction_type"] == "v_prediction"
-    for said, kind in [
+    for header, kind in [
         ({"modelspec.prediction_type": "v"}, "sd2-v"),
         ({"modelspec.prediction_type": "epsilon"}, "sd2"),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "sd2-v"),
         ({"modelspec.architecture": "stable-diffusion-v2-512"}, "sd2"),
     ]:
-        assert identify(hollow(spread, tensors, said)).kind == kind
+        assert identify(hollow(spread, tensors, header)).kind == kind
     assert identify(plain, "sd2-v").kind == "sd2-v" and identify(plain, "sd2-v").about.endswith("as given")
     with pytest.raises(ErasureError, match="unknown model configuration 'sd2v': did you mean .*'sd2-v'"):
         identify(plain, "sd2v")
@@ -97,12 +97,13 @@ def test_what_a_second_version_predicts(true, tmp_path):
 def test_marked_xl(true, tmp_path):
     tensors, path = true["sdxl"][1], tmp_path / "x.safetensors"
     assert identify(hollow(path, {**tensors, **shaped(v_pred=0)})).kind == "sdxl-v"
-    found = identify(hollow(path, {**tensors, **shaped(v_pred=0, ztsnr=0)}))
-    assert found.kind == "sdxl-v-zsnr" and found.files["scheduler/scheduler_config.json"]["rescale_betas_zero_snr"]
+    detected = identify(hollow(path, {**tensors, **shaped(v_pred=0, ztsnr=0)}))
+    scheduler = detected.files["scheduler/scheduler_config.json"]
+    assert detected.kind == "sdxl-v-zsnr" and scheduler["rescale_betas_zero_snr"]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_inpainting_is_known_and_no_base(true, tmp_path, kind):
+def test_inpainting_is_detected_and_refused_as_a_base(true, tmp_path, kind):
     first = f"{UNET}input_blocks.0.0.weight"
     path = hollow(tmp_path / "x.safetensors", {**true[kind][1], **shaped(**{first: (320, 9, 3, 3)})})
     assert identify(path).kind == f"{kind}-inpaint" and "Inpaint" in identify(path).pipeline
@@ -124,7 +125,7 @@ def plus(**shapes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "says"),
+    ("kind", "change", "message"),
     [
         ("sdxl", refiner, "refiner"),
         ("sdxl", without(f"{UNET}input_blocks.7.1.transformer_blocks.9."), "SSD-1B"),
@@ -141,9 +142,9 @@ def plus(**shapes):
         ("sd1", lambda _: shaped(weight=1), "not a Stable Diffusion checkpoint"),
     ],
 )
-def test_what_is_not_known_is_refused_with_the_reason(true, tmp_path, kind, change, says):
+def test_unsupported_files_are_refused_with_the_reason(true, tmp_path, kind, change, message):
     path = hollow(tmp_path / "x.safetensors", change(dict(true[kind][1])))
-    with pytest.raises(ErasureError, match=f"x.safetensors: .*{says}.*Nothing was loaded"):
+    with pytest.raises(ErasureError, match=f"x.safetensors: .*{message}.*Nothing was loaded"):
         identify(path)
 
 
@@ -157,19 +158,18 @@ def test_damaged_files(tmp_path):
             identify(hollow(path, shaped(weight=1), {"erasure.model": bad}))
 
 
-def test_every_carried_configuration_is_whole():
+def test_every_bundled_configuration_is_complete():
     for kind in kinds():
-        found = carried(kind)
-        assert found.about and found.files["model_index.json"]["_class_name"].startswith("StableDiffusion")
-        for part, (library, _) in (
-            (name, value) for name, value in found.files["model_index.json"].items() if isinstance(value, list)
-        ):
+        model = carried(kind)
+        index = model.files["model_index.json"]
+        assert model.about and index["_class_name"].startswith("StableDiffusion")
+        for part, (library, _) in ((name, value) for name, value in index.items() if isinstance(value, list)):
             if library is not None and not part.startswith("tokenizer"):
-                assert any(path.startswith(f"{part}/") for path in found.files), (kind, part)
-        assert found.pads["tokenizer"] in ("!", "<|endoftext|>")
+                assert any(path.startswith(f"{part}/") for path in model.files), (kind, part)
+        assert model.pads["tokenizer"] in ("!", "<|endoftext|>")
 
 
-def test_folders_find_their_class(tmp_path):
+def test_folders_are_loaded_as_their_class(tmp_path):
     folder = write_tiny(tmp_path / "xl", kind="sdxl")
     assert look(str(folder)).pipeline == "StableDiffusionXLPipeline"
     assert type(Base.load(folder, device="cpu").pipe).__name__ == "StableDiffusionXLPipeline"
@@ -185,7 +185,7 @@ def test_folders_find_their_class(tmp_path):
         Base.load(folder)
 
 
-def test_weights_come_in_the_type_that_is_asked_for(tmp_path):
+def test_weights_are_loaded_in_the_requested_dtype(tmp_path):
     folder = write_tiny(tmp_path / "tiny")
     for options, kind in [({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)]:
         pipe = Base.load(folder, device="cpu", **options).pipe

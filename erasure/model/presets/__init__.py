@@ -1,6 +1,6 @@
-"""Presets: what is known of a checkpoint beforehand. One YAML file a checkpoint or family, found by its name.
+"""Presets: facts about checkpoints that are known in advance, one YAML file for each checkpoint or family.
 
-A preset may bring a checkpoint that ships with the package, and the vocabulary that the checkpoint was taught.
+A preset can point to a checkpoint that ships with the package, and to the vocabulary that the checkpoint was taught.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Preset:
-    """What is known of one checkpoint.
+    """The facts that are known about one checkpoint.
 
     Args:
-        name: what users call it, as in `--model NAME`.
-        about: one line for lists.
+        name: the name that users give, as in `--model NAME`.
+        about: a description in one line.
         checkpoint: a diffusers folder that ships with the package, or None.
-        words: the vocabulary file of the checkpoint, or None.
+        words: the YAML file with the checkpoint's vocabulary, or None.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Preset:
 
 
 def names() -> list[str]:
-    """List the names of all presets."""
+    """List the names of all presets, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @cache
 def find(name: str) -> Preset:
-    """Read a preset by its name.
+    """Return the preset with the given name.
 
     Raises:
         ErasureError: there is no such preset; the message lists them.
@@ -53,11 +53,11 @@ def find(name: str) -> Preset:
 
 
 def bundled() -> dict[str, Preset]:
-    """Return the presets whose checkpoint ships with the package, by name."""
+    """Return the presets whose checkpoints ship with the package, by name."""
     return {name: preset for name in names() if (preset := find(name)).checkpoint is not None}
 
 
 def vocabulary(name: str) -> Vocabulary | None:
-    """Return the vocabulary of the checkpoint that a preset is called after; None where nothing is known of it."""
+    """Return the vocabulary of the checkpoint called `name`, or None if it is not known."""
     preset = find(name) if name in names() else None
     return None if preset is None or preset.words is None else Vocabulary.read(preset.words)
