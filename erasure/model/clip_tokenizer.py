@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, made from the vocabulary that open_clip ships: single-file checkpoints bring none."""
+"""CLIP's tokenizer, built from the vocabulary that open_clip ships, because single-file checkpoints have none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 @cache
 def vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    """Return CLIP's token ids and the merges of its byte-pair encoding (Radford et al. 2021, section 2.4).
+    """Read CLIP's token ids and the merges of its byte-pair encoding (Radford et al. 2021, section 2.4).
+
+    Returns:
+        The id of each token, and the pairs of tokens that are merged, in order.
 
     Raises:
         ErasureError: open_clip's file cannot be read.
@@ -32,15 +35,18 @@ def vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     letters = list(bytes_to_unicode().values())  # in the order of their ids
     pairs = lines[1 : 1 + SIZE - 2 - 2 * len(letters)]
     merges = tuple((first, second) for first, second in (line.split() for line in pairs))
-    tokens = [*letters, *(f"{one}</w>" for one in letters), *("".join(pair) for pair in merges), START, END]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
 def clip_tokenizer(pad: str = END) -> Any:
-    """Return a CLIPTokenizer for prompts of 77 tokens.
+    """Build a CLIPTokenizer from transformers for prompts of up to 77 tokens.
 
     Args:
-        pad: the padding token: the end token for CLIP-L, `!` (id 0) for OpenCLIP's encoders.
+        pad: the padding token, which is the end token for CLIP-L and `!` (id 0) for OpenCLIP's encoders.
+
+    Raises:
+        ErasureError: open_clip's file cannot be read.
     """
     from transformers import CLIPTokenizer
 

@@ -17,20 +17,31 @@ from torch import Tensor, nn
 
 @dataclass
 class Counts:
-    """The cost of a run: F forward and B backward passes, counted in samples, which do not depend on the machine."""
+    """The cost of a run. Forward and backward passes do not depend on the machine; seconds do.
+
+    Args:
+        forward: F, samples that passed forward through the UNet.
+        backward: B, samples that passed backward through it.
+        seconds: elapsed time.
+    """
 
     forward: int = 0
     backward: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, float]:
-        """Return the costs as plain data, for headers and reports."""
+        """Return the costs as plain data with the keys F, B and seconds, for headers and reports."""
         return {"F": self.forward, "B": self.backward, "seconds": round(self.seconds, 4)}
 
 
 @contextmanager
 def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
-    """Count every sample that passes forward and backward through `unet` inside the block."""
+    """Count the samples that pass forward and backward through a UNet inside the context.
+
+    Args:
+        unet: the network to count for.
+        counts: counts to add to; None starts from zero.
+    """
     counts = counts or Counts()
 
     def back(gradient: Tensor) -> None:
@@ -51,7 +62,7 @@ def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
 
 
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(a) and sqrt(1 - a) at integer timesteps t [n], each shaped [n, 1, 1, 1]."""
+    """Return sqrt(a) and sqrt(1 - a) at integer timesteps t [n], each with the shape [n, 1, 1, 1]."""
     a = scheduler.alphas_cumprod.to(t.device, torch.float32)[t.long()].view(-1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 
@@ -63,18 +74,26 @@ def add_noise(scheduler: Any, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def to_eps(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Convert a UNet output to the noise it predicts, for epsilon-, v- and sample-prediction."""
+    """Convert the UNet's output for x_t to the noise that it predicts.
+
+    Args:
+        scheduler: the checkpoint's scheduler, for its prediction type (epsilon, v_prediction or sample) and its noise
+            schedule.
+        output: the UNet's output [n, c, h, w].
+        x: the latents x_t [n, c, h, w].
+        t: integer timesteps [n].
+    """
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return output
     signal, noise = signal_and_noise(scheduler, t)
-    if kind == "v_prediction":  # v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans & Ho 2022)
+    if kind == "v_prediction":  # v = sqrt(a) eps - sqrt(1 - a) x0 (arXiv 2202.00512)
         return signal * output + noise * x
     return (x - signal * output) / noise
 
 
 def to_x0(scheduler: Any, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Convert a UNet output to the clean latents it predicts."""
+    """Convert the UNet's output for x_t to the clean latents that it predicts; arguments as for `to_eps`."""
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return output
@@ -90,22 +109,30 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 
 def away(neutral: Tensor, concept: Tensor, eta: float) -> Tensor:
-    """Return e(n) - eta (e(c) - e(n)) [n, c, h, w], guided away from a concept (ESD, eq. 7; SPM, eq. 5)."""
+    """Return a prediction guided away from a concept, e(n) - eta (e(c) - e(n)).
+
+    This is the training target of ESD (arXiv 2303.07345, eq. 7) and SPM (arXiv 2312.16145, eq. 5).
+
+    Args:
+        neutral: e(n), the prediction for the neutral prompt [n, c, h, w].
+        concept: e(c), the prediction for the concept's prompt [n, c, h, w].
+        eta: strength of the guidance.
+    """
     return neutral - eta * (concept - neutral)
 
 
 @contextmanager
 def wide(vae: Any) -> Iterator[None]:
-    """Run an autoencoder in fp32 where its configuration asks for it (XL's), as its activations overflow fp16.
+    """Run an fp16 autoencoder in fp32 inside the context if its configuration requires it.
 
-    The weights are restored exactly when the context ends.
+    XL's does, because its activations overflow in fp16. The fp16 weights are restored exactly at the end.
     """
-    own = vae.dtype
-    narrow = own == torch.float16 and vae.config.force_upcast
+    dtype = vae.dtype
+    narrow = dtype == torch.float16 and vae.config.force_upcast
     try:
         if narrow:
             vae.to(torch.float32)
         yield
     finally:
         if narrow:
-            vae.to(own)
+            vae.to(dtype)

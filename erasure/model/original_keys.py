@@ -1,8 +1,9 @@
-"""Convert diffusers' parameter names to those of the original Stable Diffusion code (CompVis, later Stability's SGM).
+"""Parameter names of the original Stable Diffusion code (CompVis, later Stability's SGM), from diffusers' names.
 
-Single-file checkpoints and the published masks of SalUn use them. For the UNet and for CLIP only the names differ. In
-the autoencoder's attention the original layers are 1x1 convolutions [out, in, 1, 1]. OpenCLIP, the text encoder of
-Stable Diffusion 2 and the second one of XL, keeps query, key and value in one tensor, and its projection transposed.
+Single-file checkpoints and the published masks of SalUn use the original names. For the UNet and for CLIP only the
+names differ. In the autoencoder's attention the original layers are 1x1 convolutions [out, in, 1, 1]. OpenCLIP, the
+text encoder of Stable Diffusion 2 and the second text encoder of XL, stores query, key and value as one tensor, and
+its projection transposed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ ENDS = {
 
 
 def compvis_names(unet: Any) -> dict[str, str]:
-    """Map a UNet's parameter names to the original ones, without `model.diffusion_model.` (SD 1, 2 and XL)."""
+    """Map the parameter names of a UNet (Stable Diffusion 1, 2 or XL) to the original names.
+
+    The prefix `model.diffusion_model.` of single-file checkpoints is left out.
+    """
     layers = unet.config.layers_per_block
     return {name: _compvis(name, unet, layers) for name, _ in unet.named_parameters()}
 
@@ -62,7 +66,10 @@ def _inner(kind: str, parts: list[str]) -> str:
 
 
 def vae_names(vae: Any) -> dict[str, str]:
-    """Map an autoencoder's parameter names to the original ones, without `first_stage_model.`."""
+    """Map the parameter names of an autoencoder to the original names.
+
+    The prefix `first_stage_model.` of single-file checkpoints is left out.
+    """
     levels = len(vae.config.block_out_channels)
     return {name: _vae(name, levels) for name, _ in vae.named_parameters()}
 
@@ -108,7 +115,7 @@ OPEN_CLIP_LAYER = {
 
 
 def vae_tensors(vae: Any) -> dict[str, Tensor]:
-    """Return an autoencoder's weights under the original names and in the original shapes."""
+    """Return an autoencoder's weights by their original names and in their original shapes."""
     names, tensors = vae_names(vae), {}
     for name, value in vae.named_parameters():
         flat = ".attentions." in name and value.dim() == 2
@@ -123,24 +130,24 @@ def clip_tensors(encoder: Any) -> dict[str, Tensor]:
 
 def open_clip_tensors(encoder: Any) -> dict[str, Tensor]:
     """Return a CLIP text encoder's weights as OpenCLIP names and packs them."""
-    own = {_bare(name): value for name, value in encoder.named_parameters()}
-    packed_tensors: dict[str, Tensor] = {}
-    for name, value in own.items():
+    weights = {_bare(name): value for name, value in encoder.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in weights.items():
         if name in OPEN_CLIP:
-            packed_tensors[OPEN_CLIP[name]] = value
+            tensors[OPEN_CLIP[name]] = value
         elif name == "text_projection.weight":
-            packed_tensors["text_projection"] = value.T
+            tensors["text_projection"] = value.T
         else:
             _, _, number, layer = name.split(".", 3)
             layer, _, leaf = layer.rpartition(".")
             block = f"transformer.resblocks.{number}"
             if layer == "self_attn.q_proj":
                 start = name.removesuffix(f"q_proj.{leaf}")
-                packed = [own[f"{start}{one}_proj.{leaf}"] for one in "qkv"]
-                packed_tensors[f"{block}.attn.in_proj_{leaf}"] = torch.cat([one.detach() for one in packed])
+                packed = [weights[f"{start}{letter}_proj.{leaf}"].detach() for letter in "qkv"]
+                tensors[f"{block}.attn.in_proj_{leaf}"] = torch.cat(packed)
             elif layer in OPEN_CLIP_LAYER:
-                packed_tensors[f"{block}.{OPEN_CLIP_LAYER[layer]}.{leaf}"] = value
-    return packed_tensors
+                tensors[f"{block}.{OPEN_CLIP_LAYER[layer]}.{leaf}"] = value
+    return tensors
 
 
 def _bare(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Soft prompts: vectors among the token embeddings of a prompt, and the search for them.
+"""Soft prompts: trainable vectors among the token embeddings of a prompt, and the search for such vectors.
 
-AdvUnlearn trains against them, and attacks search for them.
+AdvUnlearn trains against soft prompts, and some attacks search for them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ PLACES = get_args(Place)
 
 @dataclass(frozen=True)
 class Slots:
-    """A tokenised prompt, or several, with room for k vectors.
+    """One or several tokenised prompts with positions for k vectors.
 
     Args:
-        ids: tokens [1, length], or [n, length] for several prompts, with placeholders where the vectors go.
-        at: positions of the vectors [k], or [n, k].
-        add: add the vectors to the tokens' own embeddings instead of replacing them.
+        ids: token ids [1, length], or [n, length] for n prompts, with placeholders where the vectors go.
+        at: positions of the vectors [k], or [n, k] for n prompts.
+        add: whether the vectors are added to the tokens' own embeddings instead of replacing them.
     """
 
     ids: Tensor
@@ -35,17 +35,20 @@ class Slots:
 
 
 def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool = False) -> Slots:
-    """Make room for `count` vectors before, after, in place of, or added to the tokens of `text`.
-
-    With `add` there are as many vectors as the text has tokens, whatever `count` is.
+    """Tokenise a prompt and choose the positions of the vectors in it.
 
     Args:
-        by_words: assume that the n words of the text are n tokens, as the published AdvUnlearn does: where a word has
-            several, the `count` tokens after the n-th are replaced by the vectors (for `add`: n of them), and the
-            rest stay.
+        tokenizer: the pipeline's tokenizer.
+        text: the prompt.
+        place: where the vectors go: before the text (`prefix`), after it (`suffix`), in its place (`replace`), or added
+            to the embeddings of its tokens (`add`).
+        count: number of vectors, ignored with `add`, which has one vector for each token of the text.
+        by_words: assume that the n words of the text are n tokens, as the published AdvUnlearn does. Where words have
+            more tokens, `count` tokens after the n-th are lost (n tokens with `add`), and the tokens behind them stay.
 
     Raises:
-        ErasureError: an unknown place, no room, a count below 1, or an empty text to add to.
+        ErasureError: the place is unknown, `count` is below 1, the tokenizer's length is exceeded, or there is no
+            token to add to.
     """
     if place not in PLACES:
         raise unknown("place", place, PLACES)
@@ -57,24 +60,30 @@ def slots(tokenizer: Any, text: str, place: str, count: int, *, by_words: bool =
         if not words:
             raise ErasureError("an empty prompt has no tokens to add to")
         count = len(text.split()) if by_words else len(words)
-    rest: list[int] = []
+    tail: list[int] = []
     if by_words:
         n = len(text.split())
-        words, rest = words[:n], words[n + count :]
-        if place in ("add", "replace"):  # what they free is filled with whatever stands first behind it
-            rest = [(rest or [end])[0]] * n + rest
+        words, tail = words[:n], words[n + count :]
+        if place in ("add", "replace"):  # the published code fills the n freed positions with the next token
+            tail = [(tail or [end])[0]] * n + tail
     room = [end] * count
     placed = {"prefix": room + words, "suffix": words + room, "replace": room, "add": words}
-    row = [start, *placed[place], *rest]
+    row = [start, *placed[place], *tail]
     first = 1 + (len(words) if place == "suffix" else 0)
     return _fitted(tokenizer, text, row, range(first, first + count), place == "add")
 
 
 def between(tokenizer: Any, before: str, after: str, count: int) -> Slots:
-    """Make room for `count` vectors between two pieces of text, either of which may be empty.
+    """Tokenise two pieces of text with positions for `count` vectors between them.
+
+    Args:
+        tokenizer: the pipeline's tokenizer.
+        before: the text before the vectors; may be empty.
+        after: the text after the vectors; may be empty.
+        count: number of vectors.
 
     Raises:
-        ErasureError: no room, or a count below 1.
+        ErasureError: `count` is below 1, or the tokenizer's length is exceeded.
     """
     if count < 1:
         raise ErasureError(f"{count} vectors were asked for; at least 1 is needed")
@@ -90,23 +99,32 @@ def _fitted(tokenizer: Any, text: str, row: list[int], at: range, add: bool = Fa
     length = tokenizer.model_max_length
     if len(row) + 1 > length:
         raise ErasureError(
-            f"{text[:40]!r} with {len(at)} vectors takes {len(row) + 1} tokens; there is room for {length}"
+            f"{text[:40]!r} with {len(at)} vectors takes {len(row) + 1} tokens; there is room for only {length}"
         )
     row = [*row, tokenizer.eos_token_id]
-    # Filled up as pipelines do: with the end on Stable Diffusion 1, with "!" on 2 and for XL's second encoder.
+    # Padded as pipelines do: with the end token on Stable Diffusion 1, with "!" on 2 and for XL's second encoder.
     row += [tokenizer.pad_token_id] * (length - len(row))
     return Slots(torch.tensor([row]), torch.tensor(list(at)), add)
 
 
 def join(places: Sequence[Slots]) -> Slots:
-    """Join the slots of several prompts, each with the same number of vectors, into one batch."""
-    return Slots(torch.cat([one.ids for one in places]), torch.stack([one.at for one in places]), places[0].add)
+    """Combine the slots of several prompts, which must have equally many vectors, into one batch."""
+    ids, at = [prompt.ids for prompt in places], [prompt.at for prompt in places]
+    return Slots(torch.cat(ids), torch.stack(at), places[0].add)
 
 
 def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
-    """Encode a prompt with `vectors` [k, width] or [n, k, width] in its slots; return states [n, length, width].
+    """Encode a prompt with vectors in its slots.
 
-    Gradients flow to the vectors and to the trained parameters of the encoder. None leaves the placeholders in.
+    Gradients flow to the vectors and to the trained parameters of the encoder.
+
+    Args:
+        encoder: the text encoder.
+        where: the prompt or prompts with their slots.
+        vectors: vectors [k, width], or [n, k, width] for a batch; None keeps the placeholders.
+
+    Returns:
+        Text states [n, length, width].
     """
     rows = len(where.ids) if vectors is None or vectors.dim() == 2 else len(vectors)
     ids = where.ids.to(next(encoder.parameters()).device).expand(rows, -1)
@@ -116,7 +134,13 @@ def encode(encoder: Any, where: Slots, vectors: Tensor | None) -> Tensor:
 
 @contextmanager
 def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None]:
-    """Make the encoder read `vectors` in the slots of `where` inside the context; None changes nothing."""
+    """Make a text encoder read vectors in the slots of a prompt inside the context.
+
+    Args:
+        encoder: the text encoder.
+        where: the prompt or prompts with their slots.
+        vectors: vectors [k, width] or [n, k, width]; None changes nothing.
+    """
     if vectors is None:
         yield
         return
@@ -136,12 +160,18 @@ def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None
 
 
 def spread(encoder: Any) -> float:
-    """Return the standard deviation of the token embeddings, which is the unit of a step."""
+    """Return the standard deviation of an encoder's token embeddings, in which step sizes are measured."""
     return float(encoder.get_input_embeddings().weight.detach().float().std())
 
 
 def start(encoder: Any, where: Slots, draw: torch.Generator) -> Tensor:
-    """Return initial vectors [k, width]: embeddings of random tokens, or zeros where they are to be added."""
+    """Return initial vectors [k, width] for a search: embeddings of random tokens, or zeros if they are added.
+
+    Args:
+        encoder: the text encoder.
+        where: the prompt with its slots.
+        draw: random generator on the CPU that chooses the tokens.
+    """
     table = encoder.get_input_embeddings().weight.detach().float()
     if where.add:
         return torch.zeros(len(where.at), table.shape[1], device=table.device)
@@ -158,18 +188,21 @@ def search(
     accumulate: bool = False,
     stale: bool = False,
 ) -> Tensor:
-    """Minimise `loss(vectors, step)` over the vectors with Adam; no other gradient is touched.
+    """Minimise a loss over the vectors with Adam; gradients of other tensors are not touched.
 
     Args:
-        rate: learning rate of Adam, in the embeddings' own unit.
-        sign: give Adam the gradient's sign (published as `fast_at`).
-        accumulate: never zero the gradient, as the published AdvUnlearn does. With `sign`, the direction of the first
-            step is then kept for good.
-        stale: return the vectors from before the last update, as the published code also does: one step is then no
-            attack at all.
+        loss: function of the vectors and the number of the step, from 0, that returns a scalar.
+        vectors: initial vectors [k, width] or [n, k, width]; they are not changed.
+        steps: number of steps.
+        rate: learning rate of Adam, in the units of the embeddings.
+        sign: give Adam the sign of the gradient, as the published AdvUnlearn's `fast_at` does.
+        accumulate: never set the gradient to zero, as the published AdvUnlearn does. With `sign`, every step then keeps
+            the direction of the first.
+        stale: return the vectors from before the last update, as the published AdvUnlearn does. A search of one step
+            then changes nothing.
 
     Returns:
-        The vectors found, detached [k, width] or [n, k, width].
+        The final vectors, detached, in the shape of `vectors`.
     """
     current = vectors.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([current], lr=rate)

@@ -1,8 +1,8 @@
-"""Named variants: which modules of a UNet a method trains."""
+"""Named variants: the modules of a UNet that a method trains."""
 
 from __future__ import annotations
 
-# Which modules a named variant trains, by the module's path. Only Linear and Conv2d are ever trained.
+# Variant -> its description, and the test of a module's path. Only Linear and Conv2d modules are ever trained.
 TARGETS = {
     "x": ("cross-attention: query, key, value and output", lambda path: "attn2" in path),
     "x-strict": ("cross-attention: key and value", lambda path: path.endswith(("attn2.to_k", "attn2.to_v"))),

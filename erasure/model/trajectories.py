@@ -1,8 +1,8 @@
-"""Pools of partially denoised latents, with the teacher's outputs that were computed on the way.
+"""Pools of partially denoised latents, together with the teacher's outputs that the sampler computed for them.
 
-The sampler evaluates the base at every state (x_k, t_k) for the concept and for the neutral prompt: exactly
-the pair that ESD's target needs. One trajectory of S steps therefore gives S training tuples for 2S forwards,
-whereas the published loop runs about S/2 steps for one tuple and then evaluates the pair again.
+At every state (x_k, t_k) the sampler evaluates the base model for the concept's prompt and for the neutral prompt,
+which is the pair of outputs that ESD's target needs. One trajectory of S steps therefore gives S training tuples for
+2S forward passes. The published loop runs about S/2 steps for one tuple, and then evaluates the pair again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from erasure.model.diffusion import guide
 
 @dataclass
 class TrajectoryPool:
-    """A pool of n training tuples, taken from the base's own sampling.
+    """A pool of n training tuples that were recorded while the base model sampled.
 
     Args:
-        x: latents, scaled for the UNet as the sampler scales them [n, c, h, w].
-        t: the sampler's own timesteps [n].
-        pair: the index of each tuple's prompt pair [n].
+        x: latents, scaled as the sampler scales them for the UNet [n, c, h, w].
+        t: the sampler's timesteps [n].
+        pair: the index of the prompt pair that each tuple belongs to [n].
         neutral: the base's output for the neutral prompt [n, c, h, w].
         concept: the base's output for the concept's prompt [n, c, h, w].
     """
@@ -45,30 +45,38 @@ class TrajectoryPool:
         return len(self.t)
 
     def batch(self, count: int, step: int, seed: int) -> TrajectoryPool:
-        """Return the tuples of training step `step` as a pool."""
+        """Return the tuples of one training step as a pool; arguments as for `draw`."""
         return self.take(self.draw(count, step, seed))
 
     def draw(self, count: int, step: int, seed: int) -> Tensor:
-        """Return the indices of step `step`: consecutive permutations of the pool, so that no tuple is favoured."""
-        at = torch.arange(step * count, (step + 1) * count)
-        return torch.stack([self._order(int(i) // len(self), seed)[int(i) % len(self)] for i in at])
+        """Return the indices [count] of the tuples of one training step.
+
+        Steps read one random permutation of the pool after the other, so that every tuple is used equally often.
+
+        Args:
+            count: number of tuples in a step.
+            step: the number of the step, from 0.
+            seed: seed of the permutations.
+        """
+        positions = torch.arange(step * count, (step + 1) * count)
+        return torch.stack([self._order(int(i) // len(self), seed)[int(i) % len(self)] for i in positions])
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
 
     def take(self, index: Tensor) -> TrajectoryPool:
-        """Return the tuples at `index` [b] as a pool."""
+        """Return the tuples with the indices `index` [b] as a pool."""
         return TrajectoryPool(*(value[index] for value in vars(self).values()))
 
     def save(self, path: Path) -> None:
-        """Write the pool to a file, for a resumed run to read."""
+        """Write the pool to a safetensors file, from which a resumed run reads it."""
         temporary = path.with_suffix(".tmp")
         save_file({key: value.contiguous() for key, value in vars(self).items()}, temporary)
         os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> TrajectoryPool:
-        """Read a pool that `save` wrote."""
+        """Read a pool from a file that `save` wrote."""
         return cls(**load_file(path))
 
 
@@ -86,18 +94,27 @@ def walk(
     judged: bool = True,
     skip: int = 0,
 ) -> TrajectoryPool:
-    """Sample one trajectory for each prompt pair with the UNet in its present state, recording every state.
+    """Sample one trajectory for each prompt pair with the UNet as it is, and record its states.
 
     Trajectories are guided from the empty prompt towards the concept.
 
     Args:
-        pairs: (concept prompt, neutral prompt), one for each trajectory; all run as one batch.
+        base: the checkpoint.
+        pairs: pairs (concept prompt, neutral prompt), one for each trajectory; all of them run as one batch.
         seeds: seeds of the initial noise, one for each trajectory.
-        stop: record only the state with this index and end there, as the published loops do. The index one past the
-            last timestep means the clean latents, which have no output: it needs `judged` off, and t is then 0.
-        skip: leave out so many of the first timesteps; the trajectory starts later, from the same noise (a quirk of
-            the published code).
-        judged: also record the outputs at that state; if False, `neutral` and `concept` are empty.
+        steps: number of steps of the sampler.
+        guidance: scale of classifier-free guidance.
+        sampler: as for `Base.sampler`.
+        scale: size of the latents, as for `Base.latent_shape`.
+        stop: index of the only state to record, at which sampling ends, as in the published loops; None records every
+            state. The index after the last timestep means the clean latents, with t = 0. They have no output, so
+            `judged` must then be off.
+        judged: also record the outputs at the state `stop`; if false, `neutral` and `concept` are empty.
+        skip: number of timesteps to leave out at the start. The trajectory then starts later from the same noise (a
+            quirk of the published code).
+
+    Returns:
+        A pool with one tuple for each recorded state of each trajectory.
     """
     schedule = base.sampler(sampler)
     schedule.set_timesteps(steps, device=base.device)
@@ -109,31 +126,33 @@ def walk(
         base.conditions([n for _, n in pairs]),
         base.conditions([""] * len(pairs)),
     )
-    # The neutral prompt is mostly the empty one: then two forwards a state are enough, and one where nothing is named.
+    # The neutral prompt is mostly empty, as guidance's is: two forwards are then enough, and one if both are empty.
     same = all(n == "" for _, n in pairs)
-    nothing_named = same and all(c == "" for c, _ in pairs)
-    asked = concept if nothing_named else Conditions.cat([concept, neutral] if same else [concept, neutral, empty])
+    all_empty = same and all(c == "" for c, _ in pairs)
+    conditions = concept if all_empty else Conditions.cat([concept, neutral] if same else [concept, neutral, empty])
     states: list[tuple[Tensor, ...]] = []
     n = len(pairs)
     for index, t in enumerate(schedule.timesteps[skip:]):
         scaled = schedule.scale_model_input(x, t)
         if index == stop and not judged:
-            nothing = torch.empty(n, 0)
-            states.append((scaled.float().cpu(), torch.full((n,), float(t)), torch.arange(n), nothing, nothing))
+            states.append(_state(scaled, t))
             break
-        out = base.predict(scaled.repeat(len(asked) // n, 1, 1, 1), t, asked)
+        out = base.predict(scaled.repeat(len(conditions) // n, 1, 1, 1), t, conditions)
         if stop is None or index == stop:
-            at = torch.full((n,), float(t))
-            second = out[:n] if nothing_named else out[n : 2 * n]
-            states.append((scaled.float().cpu(), at, torch.arange(n), second.float().cpu(), out[:n].float().cpu()))
+            states.append(_state(scaled, t, out[:n] if all_empty else out[n : 2 * n], out[:n]))
         if index == stop:
             break
         x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
     if not states and not judged:
-        nothing = torch.empty(n, 0)
-        states.append((x.float().cpu(), torch.zeros(n), torch.arange(n), nothing, nothing))
-    parts = [torch.cat(column) for column in zip(*states, strict=True)]
-    return TrajectoryPool(parts[0], parts[1], parts[2], parts[3], parts[4])
+        states.append(_state(x, 0.0))
+    return TrajectoryPool(*(torch.cat(column) for column in zip(*states, strict=True)))
+
+
+def _state(x: Tensor, t: Any, neutral: Tensor | None = None, concept: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return one recorded state as fields of a pool, on the CPU in fp32; missing outputs become empty."""
+    n = len(x)
+    outputs = (torch.empty(n, 0) if output is None else output.float().cpu() for output in (neutral, concept))
+    return (x.float().cpu(), torch.full((n,), float(t)), torch.arange(n), *outputs)
 
 
 def build_pool(
@@ -147,11 +166,22 @@ def build_pool(
     batch: int = 8,
     sampler: str = "ddim",
 ) -> TrajectoryPool:
-    """Build a pool of `trajectories` trajectories, dealt to the prompt pairs in turn and run in batches."""
-    dealt = [i % len(pairs) for i in range(trajectories)]
+    """Build a pool from several trajectories, which are assigned to the prompt pairs in turn.
+
+    Args:
+        base: the checkpoint.
+        pairs: pairs (concept prompt, neutral prompt).
+        trajectories: number of trajectories.
+        seed: seed from which the seeds of their initial noise are derived.
+        steps: number of steps of the sampler, and of states in a trajectory.
+        guidance: scale of classifier-free guidance.
+        batch: number of trajectories that run at a time.
+        sampler: as for `Base.sampler`.
+    """
+    assigned = [i % len(pairs) for i in range(trajectories)]
     pools = []
     for start in range(0, trajectories, batch):
-        part = dealt[start : start + batch]
+        part = assigned[start : start + batch]
         seeds = [seed * 10_007 + start + i for i in range(len(part))]
         pool = walk(base, [pairs[i] for i in part], seeds=seeds, steps=steps, guidance=guidance, sampler=sampler)
         pool.pair = torch.tensor(part)[pool.pair]
@@ -160,7 +190,14 @@ def build_pool(
 
 
 def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **options: Any) -> TrajectoryPool:
-    """Read the pool that an interrupted run left at `path`, or build it (`build_pool`) and write it there."""
+    """Read the pool that an interrupted run wrote to `path`, or build it and write it there.
+
+    Args:
+        path: the file; None builds the pool without writing it.
+        base: the checkpoint.
+        pairs: pairs (concept prompt, neutral prompt).
+        options: arguments of `build_pool`.
+    """
     if path is not None and path.is_file():
         return TrajectoryPool.load(path)
     pool = build_pool(base, pairs, **options)
@@ -172,11 +209,21 @@ def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **opt
 def late_states(
     base: Base, pairs: list[tuple[str, str]], draw: torch.Generator, *, steps: int, guidance: float
 ) -> TrajectoryPool:
-    """Return one state for each pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide sample it.
+    """Sample one state for each prompt pair as the CompVis-based scripts of ESD, AdvUnlearn and UnGuide do.
 
-    Parity modes use this. The trajectory leaves out the first timestep and stops after `steps` - k of them, or at its
-    end, with k uniform from 0; t is then drawn 39 to 58 above the latents' own, a quirk of those scripts. Outputs are
-    empty.
+    Parity modes use this. The trajectory leaves out the first timestep and stops after `steps` - k timesteps, or at its
+    end, with k uniform from 0 to `steps` - 1. A quirk of those scripts is reproduced: with 50 steps, the timestep t
+    that they draw is 39 to 58 higher than that of the latents.
+
+    Args:
+        base: the checkpoint.
+        pairs: pairs (concept prompt, neutral prompt).
+        draw: random generator for k, the seeds of the noise and t.
+        steps: number of steps of the sampler.
+        guidance: scale of classifier-free guidance.
+
+    Returns:
+        A pool with one tuple for each pair; its `neutral` and `concept` are empty (see `judge`).
     """
     k = int(torch.randint(steps, (1,), generator=draw))
     seeds = torch.randint(2**31, (len(pairs),), generator=draw).tolist()
@@ -190,14 +237,23 @@ def late_states(
 
 @torch.no_grad()
 def judge(base: Base, pool: TrajectoryPool, pairs: list[tuple[str, str]]) -> TrajectoryPool:
-    """Fill in the outputs of a pool with one state for each pair, using the UNet in its present state."""
-    asked = base.conditions([n for _, n in pairs] + [c for c, _ in pairs])
+    """Compute the outputs of a pool that has one state for each prompt pair, with the UNet as it is.
+
+    Args:
+        base: the checkpoint.
+        pool: a pool from `late_states`; its `neutral` and `concept` are set.
+        pairs: pairs (concept prompt, neutral prompt), in the order of the pool.
+
+    Returns:
+        The same pool.
+    """
+    conditions = base.conditions([n for _, n in pairs] + [c for c, _ in pairs])
     x, t = pool.x.to(base.device), pool.t.to(base.device)
-    pool.neutral, pool.concept = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), asked).float().cpu().chunk(2)
+    pool.neutral, pool.concept = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), conditions).float().cpu().chunk(2)
     return pool
 
 
-Measure = Literal["norm", "guidance"]  # of how far a patch moves a prompt
+Measure = Literal["norm", "guidance"]  # measures of how much a patch changes the output for a prompt
 MEASURES = get_args(Measure)
 
 
@@ -213,23 +269,36 @@ def shifts(
     guidance: float,
     measure: str = "norm",
 ) -> list[float]:
-    """Measure, for each seed, how far a patch moves the UNet's answer to a prompt.
+    """Measure, for each seed, how much a patch changes the UNet's output for a prompt p.
 
-    `patched` opens a context in which the UNet has the patch. x is the base's state after `after` of `steps` steps. By
-    `norm`, the distance is || e_L(x, p) - e_0(x, p) ||_2 (UnGuide, section 3.2). By `guidance`, it is how many times
-    the patch takes back the prompt's own guidance g = e_0(x, p) - e_0(x, ""),
-    - <e_L(x, p) - e_0(x, p), g> / ||g||^2: a LoRA that has learnt to move p to e_0("") - eta g has 1 + eta there, and
-    what it does to prompts whose guidance points elsewhere does not count.
+    x is the base model's state after `after` of `steps` steps, e_0 the base model's output and e_L the patched one's.
+    The measure `norm` is || e_L(x, p) - e_0(x, p) ||_2 (UnGuide, section 3.2). The measure `guidance` is the change
+    along the prompt's own guidance g = e_0(x, p) - e_0(x, ""), against it and in its units:
+    - <e_L(x, p) - e_0(x, p), g> / ||g||^2. A LoRA trained to output e_0(x, "") - eta g has 1 + eta there, and what it
+    does in other directions does not count.
 
-    The cost is 2 F for each step (1 for the empty prompt) and 2 F for each seed, or 3 by `guidance`.
+    The cost for each seed is 2 F for each step (1 F if p is empty), and then 2 F, or 3 F with `guidance`.
+
+    Args:
+        base: the checkpoint.
+        prompt: the prompt p.
+        seeds: seeds of the initial noise.
+        patched: function that returns a context in which the UNet has the patch.
+        after: number of steps after which the outputs are compared.
+        steps: number of steps of the sampler.
+        guidance: scale of classifier-free guidance while sampling x.
+        measure: `norm` or `guidance`.
+
+    Returns:
+        The measure for each seed.
     """
-    named, n = measure == "guidance", len(seeds)
-    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=named)
+    along, n = measure == "guidance", len(seeds)
+    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=along)
     x, t, conditions = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
-    before = (state.concept.to(base.device) if named else base.predict(x, t, conditions)).float()
+    before = (state.concept.to(base.device) if along else base.predict(x, t, conditions)).float()
     with patched():
-        moved = (base.predict(x, t, conditions).float() - before).flatten(1)
-    if not named:
-        return moved.norm(dim=1).tolist()
+        change = (base.predict(x, t, conditions).float() - before).flatten(1)
+    if not along:
+        return change.norm(dim=1).tolist()
     own = (before - state.neutral.to(base.device).float()).flatten(1)
-    return (-(moved * own).sum(1) / (own * own).sum(1).clamp_min(torch.finfo(own.dtype).tiny)).tolist()
+    return (-(change * own).sum(1) / (own * own).sum(1).clamp_min(torch.finfo(own.dtype).tiny)).tolist()

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, built from open_clip's file."""
+"""CLIP's tokenizer, built from open_clip's vocabulary."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def test_known_ids():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_open_clips_own(text):
-    theirs = open_clip.get_tokenizer("ViT-L-14")(text)[0].tolist()
-    assert clip_tokenizer()(text).input_ids == theirs[: theirs.index(SIZE - 1) + 1]
+    ids = open_clip.get_tokenizer("ViT-L-14")(text)[0].tolist()
+    assert clip_tokenizer()(text).input_ids == ids[: ids.index(SIZE - 1) + 1]
 
 
-def test_padding_is_the_end_or_id_0():
+def test_padding_is_the_end_token_or_id_0():
     rows = [clip_tokenizer(*pad)("a cat", padding="max_length").input_ids for pad in ((), ("!",))]
     assert rows[0] == [49406, 320, 2368, *[49407] * 74] and rows[1] == [49406, 320, 2368, 49407, *[0] * 73]

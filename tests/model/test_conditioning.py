@@ -1,4 +1,4 @@
-"""Prompts as the UNet is told them, against the pipelines' own encoding and sampling, on every architecture."""
+"""The UNet's text conditions, compared with the pipelines' own encoding and sampling, on every architecture."""
 
 from __future__ import annotations
 
@@ -19,40 +19,41 @@ def base(request) -> Base:
     return Base("tiny", tiny_pipeline(kind=request.param))
 
 
-def test_one_encoder_gives_its_last_states_and_no_more():
+def test_a_single_encoder_supplies_only_its_last_states():
     base = Base("tiny", tiny_pipeline())
-    found = base.conditions(["cat", ""])
-    assert found.pooled is None and torch.equal(found.states, base.encode(["cat", ""]))
+    conditions = base.conditions(["cat", ""])
+    assert conditions.pooled is None and torch.equal(conditions.states, base.encode(["cat", ""]))
 
 
-def test_xl_gives_what_its_pipeline_encodes():
+def test_conditions_of_xl_are_those_of_its_pipeline():
     base = Base("tiny", tiny_pipeline(kind="sdxl"))
-    found = base.conditions(["a cat", "dog"])
+    conditions = base.conditions(["a cat", "dog"])
     states, _, pooled, _ = base.pipe.encode_prompt(["a cat", "dog"], do_classifier_free_guidance=False)
-    assert found.states.shape == (2, LENGTH, WIDTH + WIDTH_2) and found.pooled.shape == (2, WIDTH_2)
-    assert torch.allclose(found.states, states, atol=1e-5) and torch.allclose(found.pooled, pooled, atol=1e-5)
+    assert conditions.states.shape == (2, LENGTH, WIDTH + WIDTH_2) and conditions.pooled.shape == (2, WIDTH_2)
+    assert torch.allclose(conditions.states, states, atol=1e-5)
+    assert torch.allclose(conditions.pooled, pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_empty_prompt_is_guidances_unconditional(zeros):
     base = Base("tiny", tiny_pipeline(kind="sdxl"))
     base.pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
-    found = base.conditions(["dog", ""])
+    conditions = base.conditions(["dog", ""])
     _, states, _, pooled = base.pipe.encode_prompt("dog", do_classifier_free_guidance=True)
-    assert torch.allclose(found.states[1], states[0], atol=1e-5)
-    assert torch.allclose(found.pooled[1], pooled[0], atol=1e-5)
+    assert torch.allclose(conditions.states[1], states[0], atol=1e-5)
+    assert torch.allclose(conditions.pooled[1], pooled[0], atol=1e-5)
     assert bool(states.any()) is not zeros
-    assert base.encode([""]).any()  # what the encoders say is never blanked
+    assert base.encode([""]).any()  # `encode` never returns zeros
 
 
-def test_xl_is_told_the_size_of_its_latents():
+def test_xl_receives_the_size_of_its_latents():
     pipe = tiny_pipeline(kind="sdxl")
-    told = sizes(pipe, torch.zeros(3, 4, 6, 8))
+    time_ids = sizes(pipe, torch.zeros(3, 4, 6, 8))
     own = pipe._get_add_time_ids((12, 16), (0, 0), (12, 16), torch.float32, text_encoder_projection_dim=WIDTH_2)
-    assert told.tolist() == own.repeat(3, 1).tolist() == [[12, 16, 0, 0, 12, 16]] * 3
+    assert time_ids.tolist() == own.repeat(3, 1).tolist() == [[12, 16, 0, 0, 12, 16]] * 3
 
 
-def test_rows_are_taken_repeated_and_joined():
+def test_conditions_are_selected_repeated_and_concatenated():
     one = Conditions(torch.randn(3, 2, 4), torch.randn(3, 5))
     two = Conditions.cat([one[torch.tensor([2, 0])], one[1:2].expand(2)])
     assert len(two) == 4
@@ -61,23 +62,23 @@ def test_rows_are_taken_repeated_and_joined():
 
 
 def test_drawn_images_are_those_of_the_pipeline(base):
-    """Encoding, guidance, prediction type and sizes at once: our loop makes the pipeline's own latents."""
-    found = drawn(base, ["a cat"], 1, seed=0, steps=3, guidance=4.0)
+    """Our sampling loop makes the pipeline's latents; this covers encoding, guidance, prediction type and sizes."""
+    latents = drawn(base, ["a cat"], 1, seed=0, steps=3, guidance=4.0)
     base.pipe.scheduler = base.sampler("ddim")
-    made = base.pipe(
+    images = base.pipe(
         "a cat",
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
-    assert torch.allclose(found.mean, made, atol=1e-4)
+    assert torch.allclose(latents.mean, images, atol=1e-4)
     base.pipe.scheduler = type(base.pipe.scheduler).from_config(base.scheduler.config, prediction_type="sample")
     other = drawn(base, ["a cat"], 1, seed=0, steps=3, guidance=4.0)
-    assert not torch.allclose(found.mean, other.mean, atol=1e-2)
+    assert not torch.allclose(latents.mean, other.mean, atol=1e-2)
 
 
-def test_walks_record_what_the_unet_says_at_their_states(base):
+def test_walks_record_the_outputs_of_the_unet_at_their_states(base):
     pool = walk(base, [("cat", "dog")], seeds=[3], steps=3, guidance=3.0)
     with torch.no_grad():
         for i in range(len(pool)):
@@ -86,8 +87,8 @@ def test_walks_record_what_the_unet_says_at_their_states(base):
             assert torch.allclose(base.predict(x, t, base.conditions(["dog"]))[0], pool.neutral[i], atol=1e-4)
 
 
-def test_v_stands_for_noise_and_clean_latents():
-    """v = sqrt(a) eps - sqrt(1 - a) x0, from known noise; and a combination whose coefficients sum to 1 stays one."""
+def test_v_is_converted_to_noise_and_clean_latents():
+    """Known noise is recovered from v = sqrt(a) eps - sqrt(1 - a) x0, and affine combinations convert linearly."""
     scheduler, draw = tiny_pipeline(kind="sd2-v").scheduler, torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(2, 4, 8, 8, generator=draw) for _ in range(2))
     t = torch.tensor([100, 900])
@@ -103,7 +104,7 @@ def test_v_stands_for_noise_and_clean_latents():
     assert torch.allclose(e - f, signal * (v - other), atol=1e-5)  # the weight between the two objectives
 
 
-def test_pipelines_that_cannot_be_asked_are_refused():
+def test_missing_encoders_and_long_prompts_are_refused():
     pipe = tiny_pipeline(kind="sdxl")
     pipe.text_encoder = None
     with pytest.raises(ErasureError, match="lacks a tokenizer or a text encoder"):

@@ -1,4 +1,4 @@
-"""Schedules and predictions against their definitions; the counts against known work."""
+"""Noise schedules and predictions against their definitions, and counts of UNet calls against known work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tiny import tiny_pipeline, tiny_unet
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_noise_and_clean_latents_come_back_from_every_kind_of_prediction(kind):
+def test_noise_and_clean_latents_are_recovered_from_every_prediction_type(kind):
     schedule = DDIMScheduler.from_config(tiny_pipeline().scheduler.config, prediction_type=kind)
     draw = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(3, 4, 8, 8, generator=draw) for _ in range(2))

@@ -28,7 +28,7 @@ def true():
 
 
 def hollow(path, tensors, header=None):
-    """Write a safetensors file with these names and shapes, fp16 and all zeros, as a sparse file without data blocks."""
+    """Write a safetensors file with these names and shapes, fp16 and all zeros, as a sparse file without data."""
     table, start = {"__metadata__": header} if header else {}, 0
     for name, value in tensors.items():
         end = start + 2 * math.prod(value.shape)

@@ -1,4 +1,4 @@
-"""Soft prompts: where the vectors stand, that gradients flow, and the search with its published quirks."""
+"""Soft prompts: positions of the vectors, gradients through the encoder, and the search with its published quirks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def pipe():
     [("prefix", 2, [1, 2]), ("suffix", 2, [4, 5]), ("replace", 2, [1, 2]), ("add", 9, [1, 2, 3])],
 )
 def test_places(pipe, place, count, at):
-    found = slots(pipe.tokenizer, "the starry cat", place, count)
-    assert found.at.tolist() == at and found.ids.shape == (1, LENGTH) and found.add == (place == "add")
+    prompt = slots(pipe.tokenizer, "the starry cat", place, count)
+    assert prompt.at.tolist() == at and prompt.ids.shape == (1, LENGTH) and prompt.add == (place == "add")
     words = pipe.tokenizer("the starry cat").input_ids[1:-1]
-    row = found.ids[0].tolist()
-    rest = [token for i, token in enumerate(row[1:6], 1) if i not in at]
-    assert rest[:3] == {"add": rest[:3], "replace": [pipe.tokenizer.eos_token_id] * 3}.get(place, words)[:3]
+    row = prompt.ids[0].tolist()
+    others = [token for i, token in enumerate(row[1:6], 1) if i not in at]
+    assert others[:3] == {"add": others[:3], "replace": [pipe.tokenizer.eos_token_id] * 3}.get(place, words)[:3]
 
 
 def test_words_of_several_tokens_are_kept_whole(pipe):
-    """The published code counts words, and would overwrite the second token of one."""
+    """The published code counts words instead of tokens, and would overwrite the second token of a word."""
     words = pipe.tokenizer("zebra").input_ids[1:-1]
     assert len(words) > 1
     assert slots(pipe.tokenizer, "zebra", "prefix", 1).ids[0, 2 : 2 + len(words)].tolist() == words
@@ -45,7 +45,7 @@ def test_words_of_several_tokens_are_kept_whole(pipe):
     ],
 )
 def test_the_published_count_of_words(place, row, at):
-    """One word of five tokens, z e b r a, taken for one token: "e" gives way to the vector, the rest moves up."""
+    """One word of five tokens, z e b r a, is assumed to be one token: the vector replaces "e", the rest moves up."""
 
     class Letters:
         model_max_length, eos_token_id, pad_token_id = LENGTH, 69, 69
@@ -53,12 +53,12 @@ def test_the_published_count_of_words(place, row, at):
         def __call__(self, text, verbose):
             return type("Tokens", (), {"input_ids": [83, *map(ord, text), 69]})
 
-    found = slots(Letters(), "zebra", place, 1, by_words=True)
-    assert [chr(token) for token in found.ids[0].tolist()] == row + ["E"] * (LENGTH - len(row))
-    assert found.at.tolist() == at
+    prompt = slots(Letters(), "zebra", place, 1, by_words=True)
+    assert [chr(token) for token in prompt.ids[0].tolist()] == row + ["E"] * (LENGTH - len(row))
+    assert prompt.at.tolist() == at
 
 
-def test_counted_by_words_is_counted_by_tokens_where_a_word_is_one(pipe):
+def test_words_of_one_token_make_both_counts_equal(pipe):
     for place in ("prefix", "suffix", "replace", "add"):
         one, two = (slots(pipe.tokenizer, "red cat", place, 2, by_words=by_words) for by_words in (True, False))
         assert torch.equal(one.ids, two.ids) and torch.equal(one.at, two.at)
@@ -68,8 +68,8 @@ def test_a_tokens_own_embedding_changes_nothing(pipe):
     encoder = pipe.text_encoder
     ids = pipe.tokenizer("red cat", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
     red = encoder.get_input_embeddings().weight[ids[0, 1]][None]
-    found = encode(encoder, slots(pipe.tokenizer, "cat", "prefix", 1), red)
-    assert torch.allclose(found, encoder(ids)[0], atol=1e-6)
+    states = encode(encoder, slots(pipe.tokenizer, "cat", "prefix", 1), red)
+    assert torch.allclose(states, encoder(ids)[0], atol=1e-6)
     zeros = torch.zeros(2, red.shape[1])
     assert torch.allclose(
         encode(encoder, slots(pipe.tokenizer, "red cat", "add", 1), zeros), encoder(ids)[0], atol=1e-6
@@ -91,25 +91,25 @@ def quadratic(vectors: torch.Tensor, step: int) -> torch.Tensor:
 
 def test_the_search_descends_and_is_adam():
     vectors = torch.zeros(1, 3)
-    found = search(quadratic, vectors, 5, 0.1)
+    final = search(quadratic, vectors, 5, 0.1)
     twin = vectors.clone().requires_grad_(True)
     adam = torch.optim.Adam([twin], lr=0.1)
     for step in range(5):
         adam.zero_grad()
         quadratic(twin, step).backward()
         adam.step()
-    assert torch.allclose(found, twin.detach()) and quadratic(found, 0) < quadratic(vectors, 0)
+    assert torch.allclose(final, twin.detach()) and quadratic(final, 0) < quadratic(vectors, 0)
     assert not vectors.any()
 
 
-def test_the_published_search_adds_gradients_up_and_is_one_step_behind():
+def test_the_published_search_accumulates_gradients_and_is_one_step_behind():
     vectors, sign = torch.zeros(1, 2), [1.0, -1.0, -1.0]
 
     def zigzag(v: torch.Tensor, step: int) -> torch.Tensor:
         return v.sum() * sign[step]
 
     once = search(zigzag, vectors, 1, 0.1, accumulate=True, stale=True)
-    assert torch.equal(once, vectors)  # one step is no attack at all
+    assert torch.equal(once, vectors)  # a search of one step changes nothing
     assert torch.allclose(search(zigzag, vectors, 2, 0.1, stale=True), search(zigzag, vectors, 1, 0.1))
     # Sums of gradients are 1, 0, -1: the second step still goes down.
     added, clean = (search(zigzag, vectors, 2, 0.1, accumulate=value) for value in (True, False))
@@ -117,7 +117,7 @@ def test_the_published_search_adds_gradients_up_and_is_one_step_behind():
 
 
 def test_the_published_sign_never_turns():
-    """fast_at: the sign is taken in place, and later gradients far below 1 cannot flip what it leaves."""
+    """fast_at takes the sign in place, and later gradients far below 1 cannot flip the accumulated sign."""
 
     def turning(v: torch.Tensor, step: int) -> torch.Tensor:
         return v.sum() * (0.01 if step == 0 else -0.01)
@@ -126,7 +126,7 @@ def test_the_published_sign_never_turns():
     published = search(turning, vectors, 9, 0.1, sign=True, accumulate=True)
     assert torch.allclose(published, torch.full((1, 2), -0.9), atol=1e-4)
     assert (search(turning, vectors, 9, 0.1, sign=True) > 0).all()
-    # The sign leaves the size out: gradients of 1 and of 0.01 step alike.
+    # The sign drops the size: gradients of 1 and of 0.01 make equal steps.
     mixed = search(lambda v, step: (v * torch.tensor([1.0, 0.01])).sum() * (1 + step), vectors, 3, 0.1, sign=True)
     assert torch.equal(mixed[0, 0], mixed[0, 1])
 
@@ -140,6 +140,6 @@ def test_the_published_sign_never_turns():
         ("", "add", 1, "no tokens"),
     ],
 )
-def test_slots_that_are_not_there(pipe, text, place, count, message):
+def test_impossible_slots(pipe, text, place, count, message):
     with pytest.raises(ErasureError, match=message):
         slots(pipe.tokenizer, text, place, count)

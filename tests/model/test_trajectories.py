@@ -1,4 +1,4 @@
-"""The pool holds the sampler's own states, and the base's outputs there."""
+"""Pools hold the sampler's own states, and the base model's outputs at these states."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_recorded_outputs_are_the_bases_at_the_recorded_states(base, neutral):
 
 
 def test_the_walk_is_the_pipelines_own_sampling(base):
-    """The last recorded state leads to the image that the pipeline makes from the same noise."""
+    """The recorded states are those through which the pipeline denoises the same noise."""
     noise = torch.randn(base.latent_shape(), generator=torch.Generator().manual_seed(7))[None]
     states = []
     base.pipe(
@@ -46,7 +46,7 @@ def test_the_walk_is_the_pipelines_own_sampling(base):
         assert torch.allclose(pool.x[step + 1], states[step][0], atol=1e-4)
 
 
-def test_every_tuple_is_met_once_an_epoch(base):
+def test_every_tuple_is_drawn_once_an_epoch(base):
     pool = build_pool(base, [("cat", ""), ("dog", "")], trajectories=4, seed=0, steps=3, guidance=3.0, batch=3)
     assert sorted(pool.pair.tolist()) == [0] * 6 + [1] * 6
     first = torch.cat([pool.draw(4, step, seed=1) for step in range(3)])
@@ -55,7 +55,7 @@ def test_every_tuple_is_met_once_an_epoch(base):
     assert sorted(second.tolist()) == list(range(12)) and first.tolist() != second.tolist()
 
 
-def test_saved_and_read(base, tmp_path):
+def test_save_and_load(base, tmp_path):
     pool = build_pool(base, [("cat", "")], trajectories=1, seed=0, steps=2, guidance=3.0)
     pool.save(tmp_path / "pool.safetensors")
     read = TrajectoryPool.load(tmp_path / "pool.safetensors")
@@ -63,23 +63,23 @@ def test_saved_and_read(base, tmp_path):
 
 
 def test_late_states_are_the_published_samplers_at_every_noise_level(base):
-    """k = 0 and 1 are its clean latents, behind the last timestep; for the others t is two to three steps too high."""
-    pairs, steps, width, met = [("cat", "")], 4, 250, set()
+    """With k = 0 and 1 it returns the clean latents, after the last timestep; else t is two to three steps too high."""
+    pairs, steps, width, drawn = [("cat", "")], 4, 250, set()
     for number in range(24):
         draw = torch.Generator().manual_seed(number)
         k = int(torch.randint(steps, (1,), generator=draw))
         seed = torch.randint(2**31, (1,), generator=draw).tolist()
         counts = Counts()
         with counting(base.unet, counts):
-            found = late_states(base, pairs, torch.Generator().manual_seed(number), steps=steps, guidance=3.0)
-        assert width * k <= found.t < width * (k + 1)
-        taken = steps - max(k, 1)  # of the three steps that are left without the first
+            late = late_states(base, pairs, torch.Generator().manual_seed(number), steps=steps, guidance=3.0)
+        assert width * k <= late.t < width * (k + 1)
+        taken = steps - max(k, 1)  # of the three steps that remain without the first
         assert counts.forward == 2 * taken
         states = walk(base, pairs, seeds=seed, steps=steps, guidance=3.0, skip=1)
         if taken < len(states):
-            assert torch.allclose(found.x[0], states.x[taken], atol=1e-5)
-            assert 2 * width - 1 <= found.t[0] - states.t[taken] <= 3 * width - 2  # 39 to 58, where width is 20
+            assert torch.allclose(late.x[0], states.x[taken], atol=1e-5)
+            assert 2 * width - 1 <= late.t[0] - states.t[taken] <= 3 * width - 2  # 39 to 58, where width is 20
         else:
-            assert not torch.allclose(found.x[0], states.x[-1], atol=1e-3)
-        met.add(k)
-    assert met == set(range(steps))
+            assert not torch.allclose(late.x[0], states.x[-1], atol=1e-3)
+        drawn.add(k)
+    assert drawn == set(range(steps))
