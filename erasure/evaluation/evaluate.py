@@ -16,6 +16,7 @@ from erasure.evaluation.metrics.gate_activity import gate_activity, gate_kinds
 from erasure.evaluation.metrics.image_distances import ImageDistances
 from erasure.evaluation.metrics.measure import measure
 from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.metrics.quality import drawn_instead
 from erasure.evaluation.metrics.target import JudgedImage, Target
 from erasure.evaluation.report.caveats import caveats, judge_misses, member_metrics, renamed_labels
 from erasure.evaluation.report.report import Report
@@ -193,6 +194,7 @@ def _report(
         counts=count_detections(judge, runs, target),
         notes=notes,
         gates=gate_activity(records["patched"], target, gates),
+        drawn=drawn_instead(runs, target),
     )
     report.notes.extend(judge_misses(judge, report.metric("UA", "base")))
     shown = _shown_records(runs["patched"], target)

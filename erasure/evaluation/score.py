@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from erasure.evaluation.generate import Record, read_image
-from erasure.evaluation.judges.judge import verdicts
+from erasure.evaluation.judges.judge import qualities, verdicts
 from erasure.evaluation.metrics.statistics import mcnemar
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 from erasure.evaluation.text_files import write_lines
@@ -46,7 +46,10 @@ def judge_run(
         readable = [(record, image) for record, image in batch if image is not None]
         judged = {image.record.id: image for image in _judge_batch(judge, readable, target, faults)}
         run += [judged.get(record.id) or JudgedImage(record, None, None) for record, _ in batch]
-    lines = (json.dumps({"id": image.record.id, "verdict": image.verdict, "clip": image.clip}) for image in run)
+    lines = (
+        json.dumps({"id": image.record.id, "verdict": image.verdict, "clip": image.clip, "quality": image.quality})
+        for image in run
+    )
     write_lines(folder / "scores.jsonl", lines)
     return run
 
@@ -60,7 +63,7 @@ def _judge_batch(
     images = [image for _, image in batch]
     texts = [(i, text) for i, (record, _) in enumerate(batch) for text in _texts(record, target)]
     try:
-        judged, features = verdicts(judge, images), judge.features(images)
+        judged, features, quality = verdicts(judge, images), judge.features(images), qualities(judge, images)
         scores = judge.clip_scores([images[i] for i, _ in texts], [text for _, text in texts])
     except Exception as fault:
         if len(batch) > 1:
@@ -75,7 +78,8 @@ def _judge_batch(
         clip, *others = by_image[i]
         known = [score for score in others if score is not None] if None not in others else []
         names = (known[0], known[1]) if known else None
-        result.append(JudgedImage(record, judged[i], clip, features[i], names, tuple(known[2:])))  # type: ignore[arg-type]
+        nouns = tuple(known[2:])
+        result.append(JudgedImage(record, judged[i], clip, features[i], names, nouns, quality[i]))  # type: ignore[arg-type]
     return result
 
 

@@ -14,7 +14,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation.judges.judge import Verdict
 from erasure.evaluation.judges.labels import unknown_label
 from erasure.glyph import JUDGES, VOCABULARY, objects, styles
-from erasure.glyph.vision import load_classifier, load_clip
+from erasure.glyph.vision import load_classifier, load_clip, load_quality
 
 BATCH = 64
 
@@ -32,6 +32,7 @@ class GlyphJudge:
         self.heads = {"object": [*objects(), "none"], "style": styles()}
         self._classifier = load_classifier()
         self._clip = load_clip()
+        self._quality = load_quality()
 
     def find(self, name: str) -> tuple[str, list[str]]:
         """Return the head and the labels that a name stands for.
@@ -80,8 +81,14 @@ class GlyphJudge:
         vectors = torch.cat(parts)
         return (vectors * vectors.shape[1] ** 0.5).numpy()
 
+    @torch.no_grad()
+    def quality(self, images: list[Image.Image]) -> list[float]:
+        """Return the probability that each image is a well-formed picture of something, by a network of its own."""
+        logits = [self._quality(_tensor(images[i : i + BATCH])) for i in range(0, len(images), BATCH)]
+        return torch.cat(logits).sigmoid().tolist()
+
     def versions(self) -> dict[str, str]:
-        """Return the SHA-256 hashes, cut to 16 digits, of the weight files of both networks."""
+        """Return the SHA-256 hashes, cut to 16 digits, of the weight files of its networks."""
         return {
             path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in sorted(JUDGES.glob("*.safetensors"))

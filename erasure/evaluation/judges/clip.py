@@ -27,6 +27,20 @@ from erasure.evaluation.judges.networks import batches, check_complete, loading_
 
 SCALE = 100.0
 OPEN_CLIP = "open_clip:"
+# Texts for picture quality: what a well-formed picture is near, and what broken ones are.
+WELL_FORMED = (
+    "a photo of something",
+    "a clear picture of an object",
+    "a drawing of something",
+    "a painting of a scene",
+)
+BROKEN = (
+    "random noise",
+    "a blurry smear of colours",
+    "a blank grey image",
+    "scrambled image tiles",
+    "a corrupted image",
+)
 
 
 class ClipJudge:
@@ -120,6 +134,13 @@ class ClipJudge:
         """
         text_vectors = torch.cat([self._model.texts([text]) for text in texts]).cpu()
         return (SCALE * (self._embed_images(images) * text_vectors).sum(1)).tolist()
+
+    @torch.no_grad()
+    def quality(self, images: list[Image.Image]) -> list[float]:
+        """Return, for each image, the probability of WELL_FORMED against BROKEN, by the softmax of 100 cos."""
+        texts = torch.cat([self._model.texts([text]) for text in (*WELL_FORMED, *BROKEN)]).cpu()
+        probabilities = (SCALE * self._embed_images(images) @ texts.T).softmax(1)
+        return probabilities[:, : len(WELL_FORMED)].sum(1).clamp(0, 1).tolist()
 
     def features(self, images: list[Image.Image]) -> np.ndarray:
         """Return the image embeddings [n, d], scaled to a root mean square of 1."""

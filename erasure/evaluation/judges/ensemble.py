@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.judges.judge import Judge, Verdict
+from erasure.evaluation.judges.judge import Judge, Verdict, qualities
 
 RULES = ("mean", "any", "all")
 
@@ -138,6 +138,14 @@ class EnsembleJudge:
             features = judge.features(images)
             if isinstance(features, np.ndarray):
                 return features
+        return [None] * len(images)
+
+    def quality(self, images: list[Image.Image]) -> Sequence[float | None]:
+        """Return the picture quality by the first judge that has it, or None for each image."""
+        for judge in self.members.values():
+            values = qualities(judge, images)
+            if all(value is not None for value in values):
+                return values
         return [None] * len(images)
 
     def versions(self) -> dict[str, str]:

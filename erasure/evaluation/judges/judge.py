@@ -49,6 +49,9 @@ class Judge(Protocol):
     def features(self, images: list[Image.Image]) -> np.ndarray | list[None]:
         """Return features [n, d] for distances between image sets, or None for each image if there are none."""
 
+    def quality(self, images: list[Image.Image]) -> Sequence[float | None]:
+        """Return the probability that each image is a well-formed picture of something, or None if it is not known."""
+
     def versions(self) -> dict[str, str]:
         """Return versions, hashes, labels and thresholds of the judge, for the report."""
 
@@ -63,6 +66,23 @@ class LabelsOnly:
     def features(self, images: list[Image.Image]) -> list[None]:
         """Return None for each image."""
         return [None] * len(images)
+
+    def quality(self, images: list[Image.Image]) -> list[None]:
+        """Return None for each image."""
+        return [None] * len(images)
+
+
+def qualities(judge: Judge, images: list[Image.Image]) -> Sequence[float | None]:
+    """Return a judge's picture quality for each image; None from judges of other packages that do not have it.
+
+    Raises:
+        ErasureError: the judge did not return one value in [0, 1], or None, for each image.
+    """
+    method = getattr(judge, "quality", None)
+    values: Sequence[float | None] = [None] * len(images) if method is None else method(images)
+    if len(values) != len(images) or any(value is not None and not 0 <= value <= 1 for value in values):
+        raise ErasureError(f"{judge.name} returned picture qualities that are not one number in [0, 1] for each image")
+    return values
 
 
 def verdicts(judge: Judge, images: list[Image.Image]) -> list[Verdict]:

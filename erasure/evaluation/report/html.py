@@ -80,6 +80,7 @@ def page(report: Report, images: list[ImagePair]) -> str:
         + gallery(targets, kinds, report.seen)
         if targets
         else "",
+        drawn(report),
         "<h2>Kept prompts: base and patched, same seed</h2>" + gallery(kept, kinds, report.seen) if kept else "",
         gate_log(report.gates),
         costs(report),
@@ -335,6 +336,29 @@ def picture(image: Image.Image | None, text: str) -> str:
     data = io.BytesIO()
     image.save(data, format="PNG", optimize=True)
     return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def drawn(report: Report) -> str:
+    """Write a bar for each label that the judge sees in the target's pictures, the base's share above."""
+    base, patched = report.drawn.get("base", {}), report.drawn.get("patched", {})
+    n, before = sum(patched.values()), sum(base.values())
+    if not n or not before:
+        return ""
+    rows = []
+    for label in dict.fromkeys([*patched, *base]):
+        was, now = base.get(label, 0), patched.get(label, 0)
+        kind = "row target" if label in report.concept else "row"
+        rows.append(
+            f'<div class="{kind}"><span>{escape(label)}</span><span class="track">'
+            f'<i class="was" style="width:{100 * was / before:.0f}%"></i>'
+            f'<i class="now" style="width:{100 * now / n:.0f}%"></i></span>'
+            f'<span class="soft">{was}/{before} → {now}/{n}</span></div>'
+        )
+    return (
+        "<h2>What the target's prompts show instead</h2>"
+        '<p class="soft">What the judge sees in them, with the base above and the patched model below. "none" is none '
+        f'of the judge\'s labels.</p><div class="bars">{"".join(rows)}</div>'
+    )
 
 
 def bars(report: Report, head: str) -> str:

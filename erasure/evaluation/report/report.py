@@ -34,6 +34,7 @@ class Report:
         seen: "base" and "patched" -> id of an image on the page -> the judge's label.
         counts: images that show each part, if the judge is a detector.
         gates: how strongly gated patches acted.
+        drawn: "base" and "patched" -> label -> target pictures in which the judge sees it (`drawn_instead`).
     """
 
     concept: tuple[str, ...]
@@ -48,6 +49,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     gates: list[GateActivity] = field(default_factory=list)
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
+    drawn: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """Return a metric by its name, or None if it was not measured.
@@ -72,6 +74,9 @@ class Report:
         text = f"{', '.join(self.concept)}: "
         text += "no target prompts" if erased is None else f"absent from {erased.value:.0%} of {erased.n} target images"
         text += "" if base_erased is None else f" (base {base_erased.value:.0%})"
+        good, base_good = self.metric("quality"), self.metric("quality", "base")
+        if good is not None and base_good is not None:
+            text += f"; {good.value:.0%} of these are well-formed pictures (base {base_good.value:.0%})"
         if kept is not None and base_kept is not None:
             text += f"; other {self.domain}s recognised in {kept.value:.0%} of {kept.n} images"
             text += f" (base {base_kept.value:.0%})"
@@ -129,6 +134,7 @@ class Report:
             "counts": [count.to_json() for count in self.counts],
             "notes": self.notes,
             "gates": [activity.to_json() for activity in self.gates],
+            "drawn": self.drawn,
         }
 
     def active_patches(self) -> dict[str, dict[str, Any]]:
