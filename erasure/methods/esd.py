@@ -1,20 +1,20 @@
 """ESD: Erased Stable Diffusion (Gandikota et al. 2023, arXiv 2303.07345).
 
-Trains the UNet so that for the concept's prompt c it predicts what the base would predict when guided away
-from the concept (eq. 7 of the paper):
+Trains the UNet so that for the concept's prompt c it predicts what the base predicts when guided away from the concept
+(eq. 7 of the paper):
 
     L = || e(x_t, c_f, t) - [ e_0(x_t, n, t) - eta (e_0(x_t, c, t) - e_0(x_t, n, t)) ] ||^2
 
-e_0 is the base, n the neutral prompt (the paper: the empty one), c_f the prompt it is erased from (mostly c).
-The newer official scripts write e_0(c) - eta' (e_0(c) - e_0(n)): the same with eta' = eta + 1. For
-v-prediction the target is taken of the raw outputs: its coefficients sum to 1.
+e_0 is the base, n the neutral prompt (in the paper the empty one), c_f the prompt that the concept is erased from
+(usually c). The newer official scripts write e_0(c) - eta' (e_0(c) - e_0(n)), which is the same with eta' = eta + 1.
+For v-prediction the target is formed of the raw outputs, because its coefficients sum to 1.
 
-Cost: a pool of T trajectories of S states takes 2TS F, each update 1F + 1B a sample. The published loop
-takes about 52F + 1B an update.
+Cost: a pool of T trajectories of S states takes 2TS F; each update takes 1F + 1B per sample. The published loop takes
+about 52F + 1B per update.
 
-Deviations from the official scripts, all undone by `parity=True` (which follows esd_sd.py): x_t, t and the
-teacher's outputs come from the sampler's own states, all of them; native resolution; fp32; batches. Styles
-are erased from a style-bearing subject towards the same subject without it.
+Deviations from the official scripts, all undone by `parity=True` (which follows esd_sd.py): x_t, t and the teacher's
+outputs come from all of the sampler's own states; native resolution; fp32; batches. A style is erased from subjects in
+that style, towards the same subjects without it.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class ESD(GradientMethod):
     """Settings of ESD.
 
     Args:
-        variant: which modules train: x, x-strict, u, full, selfattn.
-        rank: train a low-rank term of this rank instead of whole weights.
-        alpha: scale of the low-rank term times its rank; None is the rank, so scale 1.
+        variant: which modules train; see `erasure list models MODEL`.
+        rank: train a low-rank term of this rank instead of whole weights; None trains whole weights.
+        alpha: scale of the low-rank term, times its rank; None: the rank, so that the scale is 1.
         negative_guidance: eta, how far beyond the neutral prediction the concept is pushed.
-        erase_from: the prompt the concept is erased from; None is the concept's own.
-        iterations: updates.
-        batch_size: samples an update.
-        learning_rate: of Adam.
-        trajectories: base trajectories in the pool.
-        sample_steps: states a trajectory.
-        trajectory_guidance: classifier-free guidance of the trajectories.
-        sampler: of the trajectories: ddim or pndm.
-        pool: use every state of the pool; off: one fresh trajectory an update, cut at a random state.
-        resolution_scale: size of the trained images in native sizes.
-        weight_rounding: none, or bf16: weights are rounded after every update, as pure-bf16 training does.
-        parity: reproduce the official script: its defaults and its quirks.
+        erase_from: the prompt that the concept is erased from; None: the concept's own.
+        iterations: number of updates.
+        batch_size: samples per update.
+        learning_rate: Adam's learning rate.
+        trajectories: number of base trajectories in the pool.
+        sample_steps: states per trajectory.
+        trajectory_guidance: classifier-free guidance scale of the trajectories.
+        sampler: sampler of the trajectories.
+        pool: train on every state of a pool; if false, on one fresh trajectory per update, stopped at a random state.
+        resolution_scale: size of the trained images, as a multiple of the native size.
+        weight_rounding: bf16 rounds the weights after every update, as training in pure bf16 does.
+        parity: reproduce the official script, with its defaults and its quirks.
     """
 
     method: ClassVar[str] = "esd"
@@ -81,24 +81,28 @@ class ESD(GradientMethod):
     erase_from: str | None = None
     iterations: int = setting(75, at_least=1)
     batch_size: int = setting(8, at_least=1)
-    # iterations x learning_rate is 0.01 in both official scripts (1000 x 1e-5, 200 x 5e-5): the way Adam can go.
+    # iterations x learning_rate is 0.01 in both official scripts (1000 x 1e-5, 200 x 5e-5): how far Adam can move.
     learning_rate: float = setting(1.35e-4, above=0, below=1)
     trajectories: int = setting(8, at_least=1)
     sample_steps: int = setting(25, at_least=1)
     trajectory_guidance: float = 3.0
-    sampler: str = "ddim"
+    sampler: Literal["ddim", "pndm"] = "ddim"
     pool: bool = True
-    resolution_scale: float = 1.0
+    resolution_scale: float = setting(1.0, above=0)
     weight_rounding: Literal["none", "bf16"] = "none"
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
-        """Prompts and their embeddings, the pool, the adapter."""
+        """Encode the prompts, build the pool and put the adapter in place.
+
+        Raises:
+            ErasureError: parity on XL, or no module fits the variant.
+        """
         if self.parity and len(text_encoders(base.pipe)) > 1:
             raise ErasureError(
-                "parity follows esd_sd.py, which trains Stable Diffusion 1 at twice its size. The script for XL is "
-                "another; its settings are negative_guidance=0, learning_rate=2e-4, iterations=200, batch_size=1, "
-                "trajectory_guidance=2, weight_rounding=bf16: give these without parity"
+                "parity follows esd_sd.py, which trains Stable Diffusion 1 at twice its size. XL has a script of its "
+                "own, with negative_guidance=0, learning_rate=2e-4, iterations=200, batch_size=1, "
+                "trajectory_guidance=2, weight_rounding=bf16: use these settings without parity. Nothing was changed"
             )
         targets = base.targets(self.variant)
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
@@ -117,7 +121,7 @@ class ESD(GradientMethod):
             run.path("pool.safetensors"),
             base,
             pairs,
-            trajectories=max(self.trajectories, len(pairs)),  # joint erasure: at least one of each
+            trajectories=max(self.trajectories, len(pairs)),  # at least one for each prompt
             seed=run.seed,
             steps=self.sample_steps,
             guidance=self.trajectory_guidance,
@@ -125,7 +129,7 @@ class ESD(GradientMethod):
         )
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
-        """The batch of base states of a step."""
+        """Return the batch of base states for a step."""
         if state.pool is not None:
             return state.pool.batch(self.batch_size, step, state.seed)
         draw = torch.Generator().manual_seed(state.seed * 1_000_003 + step)
@@ -133,7 +137,7 @@ class ESD(GradientMethod):
         stop = int(torch.randint(self.sample_steps, (1,), generator=draw))
         seeds = torch.randint(2**15, (self.batch_size,), generator=draw).tolist()
         with state.adapter.off():
-            found = walk(
+            states = walk(
                 state.base,
                 [state.pairs[i] for i in chosen],
                 seeds=seeds,
@@ -143,20 +147,29 @@ class ESD(GradientMethod):
                 scale=self.resolution_scale,
                 stop=stop,
             )
-        found.pair = torch.tensor(chosen)
-        return found
+        states.pair = torch.tensor(chosen)
+        return states
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
-        """The objective on one batch."""
+        """Return the objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
-        made = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair])
-        wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"esd": F.mse_loss(made.float(), wanted)}
+        output = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair])
+        target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
+        return {"esd": F.mse_loss(output.float(), target)}
 
 
 @dataclass
 class State:
-    """What a run of ESD holds."""
+    """The state of a run of ESD.
+
+    Args:
+        base: the checkpoint.
+        pairs: (prompt of the concept, neutral prompt).
+        sources: conditions of the prompts that the concept is erased from, one for each pair.
+        pool: base states; None in parity mode, which draws its own.
+        adapter: what trains.
+        seed: of the run.
+    """
 
     base: Base
     pairs: list[tuple[str, str]]

@@ -1,26 +1,27 @@
 """SPM: one-dimensional adapters, semi-permeable membranes (Lyu et al. 2024, arXiv 2312.16145).
 
-A rank-1 term beside every layer of the transformer blocks learns (eq. 4 to 6 of the paper)
+A rank-1 term next to every layer of the transformer blocks learns (eq. 4 to 6 of the paper)
 
     L = || e_M(x, c) - [ e_0(x, n) - eta (e_0(x, c) - e_0(x, n)) ] ||^2 + lambda || e_M(x, a) - e_0(x, a) ||^2
 
-e_M is the model with the membranes, e_0 without, c the concept, n the neutral prompt, a an anchor: another text,
-drawn with probability proportional to 1 - |cos(a, c)| (latent anchoring). When images are made, the text gate
-scales the membranes by how near the prompt is to the concept (facilitated transport, pipelines/gates.py).
+e_M is the model with the membranes, e_0 the model without them, c the concept, n the neutral prompt, and a an anchor:
+another text, drawn with a probability proportional to 1 - |cos(a, c)| (latent anchoring). When images are generated,
+the text gate scales the membranes by the similarity of the prompt to the concept (facilitated transport,
+pipelines/gates/text.py).
 
-Cost: a pool of T trajectories of S states takes 2TS F, 4TS when it is walked anew (TS more each where a neutral prompt
-is not the empty one), and each update 3F + 2B a sample (concept, anchor, anchor's teacher). The published script takes
-52F + 10B an update, of which the maths needs 38F + 4B.
+Cost: a pool of T trajectories of S states takes 2TS F, and 4TS F whenever it is sampled again (TS F more each where a
+neutral prompt is not the empty one); each update takes 3F + 2B per sample (concept, anchor, anchor's teacher). The
+published script takes 52F + 10B per update, of which the equations need 38F + 4B.
 
-Deviations, all undone by `parity=True`: every state of a walk is used, with the sampler's own t, and the walks with the
-membranes on are made anew every `refresh` updates (published: one state of one walk an update, whose t is fed 33 to 42
-too high); anchors are texts, half of them near the concept (published: noise of the concept's length, and the empty
-prompt half of the time); native resolution; the text gate scales once (published: both factors, so gamma^2) and has a
-threshold. In parity mode the calls that the script makes and throws away (unconditional halves at guidance 1) are left
-out. On XL the published walks also rescale guidance by 0.7; these do not.
+Deviations, all undone by `parity=True`: every state of a trajectory is used, with the sampler's own t, and trajectories
+are sampled again with the membranes on every `refresh` updates (published: one state of one trajectory per update, with
+a t that is 33 to 42 too high); anchors are texts, half of them near the concept (published: noise of the concept's
+length, and the empty prompt half of the time); native resolution; the text gate scales once (published: both factors,
+so gamma^2) and has a threshold. Parity mode leaves out the calls whose results the script discards (unconditional
+halves at guidance 1). On XL the published trajectories also rescale guidance by 0.7; these do not.
 
-Concepts given together share one set of membranes, whose gate takes the nearest of their names. The paper trains a set
-each and stacks them: erase one at a time and load the patches together.
+Concepts erased together share one set of membranes, whose gate uses the most similar of their names. The paper trains a
+set for each and stacks them: to do the same, erase one at a time and load the patches together.
 """
 
 from __future__ import annotations
@@ -55,24 +56,24 @@ class SPM(GradientMethod):
     """Settings of SPM.
 
     Args:
-        variant: which layers get a membrane.
-        rank: of the membranes; 1 in the paper.
+        variant: which layers get a membrane; see `erasure list models MODEL`.
+        rank: rank of the membranes; 1 in the paper.
         negative_guidance: eta, how far beyond the neutral prediction the concept is pushed.
-        anchor_weight: lambda, weight of the anchors.
+        anchor_weight: lambda, the weight of the anchor term.
         gate_power: exponent of the gate's similarity: 1 in the paper, 2 in the published code.
-        gate_threshold: similarity below which the membranes let a prompt pass; None: halfway between 1 and the
+        gate_threshold: similarity below which the membranes do not act on a prompt; None: halfway between 1 and the
             largest similarity of a neighbour.
-        iterations: updates.
-        batch_size: samples an update.
-        learning_rate: of Adam.
-        trajectories: walks in the pool.
-        refresh: updates until the pool is walked anew with the membranes on; 0: the base's walks serve to the end.
-        sample_steps: states a trajectory.
-        trajectory_guidance: classifier-free guidance of the trajectories.
-        weight_decay: of AdamW.
-        warm_up: updates until the full learning rate; cycles: cosine restarts after it (0: constant rate).
-        cycles: see warm_up.
-        parity: reproduce the official script: its defaults and its quirks.
+        iterations: number of updates.
+        batch_size: samples per update.
+        learning_rate: Adam's learning rate.
+        trajectories: number of trajectories in the pool.
+        refresh: updates until the pool is sampled again with the membranes on; 0 keeps the base's trajectories.
+        sample_steps: states per trajectory.
+        trajectory_guidance: classifier-free guidance scale of the trajectories.
+        weight_decay: AdamW's weight decay.
+        warm_up: updates in which the learning rate rises to its full value.
+        cycles: cosine cycles of the learning rate after the warm-up; 0 keeps it constant.
+        parity: reproduce the official script, with its defaults and its quirks.
     """
 
     method: ClassVar[str] = "spm"
@@ -103,37 +104,45 @@ class SPM(GradientMethod):
     refresh: int = setting(50, at_least=0)
     sample_steps: int = setting(25, at_least=2)
     trajectory_guidance: float = 3.0
-    weight_decay: float = 0.0
+    weight_decay: float = setting(0.0, at_least=0)
     warm_up: int = setting(0, at_least=0)
     cycles: int = setting(0, at_least=0)
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
-        """Prompts, anchors, the pool, the membranes."""
+        """Choose prompts and anchors, build the pool and put the membranes in place.
+
+        Raises:
+            ErasureError: no word is left to be an anchor, or no module fits the variant.
+        """
         pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
         targets = base.targets(self.variant)
         near = around(base, concepts)
         texts = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
         if not texts:
-            raise ErasureError("no anchors: every word of the vocabulary is the concept; name neighbours with keep")
+            raise ErasureError(
+                "there are no anchors: every word of the vocabulary names the concept. Name words to keep with `keep` "
+                "(--keep); nothing was changed"
+            )
         odds = 1 - cosines(base, texts, [c for c, _ in pairs]).abs().amax(1)
         pool = None
         if not self.parity:
-            # Membranes start at zero: the base's own walks are the first with the membranes on.
-            pool = kept_pool(run.path("pool.safetensors"), base, pairs, seed=run.seed, **self._walks(pairs))
+            # Membranes start at zero, so the first trajectories with the membranes on are the base's own.
+            pool = kept_pool(run.path("pool.safetensors"), base, pairs, seed=run.seed, **self._trajectories(pairs))
         generator = torch.Generator().manual_seed(run.seed)
         adapter = LowRankTerm(base.unet, targets, rank=self.rank, alpha=float(self.rank), generator=generator)
         return State(base, concepts, pairs, [*near, ""], texts, odds, pool, adapter, run.seed)
 
-    def _walks(self, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    def _trajectories(self, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+        """Return the options of a pool."""
         return {
-            "trajectories": max(self.trajectories, len(pairs)),  # joint erasure: at least one of each
+            "trajectories": max(self.trajectories, len(pairs)),  # at least one for each prompt
             "steps": self.sample_steps,
             "guidance": self.trajectory_guidance,
         }
 
     def rate(self, step: int) -> float:
-        """Linear warm-up, then cosine with hard restarts; constant without cycles."""
+        """Return the factor of a linear warm-up, then a cosine with hard restarts; without cycles it stays 1."""
         if step < self.warm_up:
             return step / self.warm_up
         if not self.cycles:
@@ -142,7 +151,7 @@ class SPM(GradientMethod):
         return 0.5 * (1 + math.cos(math.pi * ((self.cycles * done) % 1.0)))
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
-        """Erasing and anchoring on one batch."""
+        """Return the erasing and the anchor term on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         batch = self.tuples(state, draw, step)
         sources = base.conditions([state.pairs[int(i)][0] for i in batch.pair])
@@ -151,18 +160,18 @@ class SPM(GradientMethod):
         x, t = batch.x.to(base.device), batch.t.to(base.device)
         many_x, many_t = x.repeat(share, 1, 1, 1), t.repeat(share)
         with torch.no_grad(), state.adapter.off():
-            still = base.predict(many_x, many_t, anchors).float()
-        asked = Conditions.cat([sources, anchors])
-        out = base.predict(torch.cat([x, many_x]), torch.cat([t, many_t]), asked).float()
-        made, held = out[: len(x)], out[len(x) :]
-        wanted = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
-        kept = ((held - still) ** 2).mean((1, 2, 3)) * weights.to(base.device)
-        return {"erase": F.mse_loss(made, wanted), "anchor": self.anchor_weight * kept.sum() / len(x)}
+            before = base.predict(many_x, many_t, anchors).float()
+        conditions = Conditions.cat([sources, anchors])
+        outputs = base.predict(torch.cat([x, many_x]), torch.cat([t, many_t]), conditions).float()
+        output, after = outputs[: len(x)], outputs[len(x) :]
+        target = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
+        drift = ((after - before) ** 2).mean((1, 2, 3)) * weights.to(base.device)
+        return {"erase": F.mse_loss(output, target), "anchor": self.anchor_weight * drift.sum() / len(x)}
 
     def anchors(self, state: State, sources: Conditions, draw: torch.Generator) -> tuple[Conditions, Tensor]:
-        """Embeddings of the anchors and their weights, which sum to 1 a sample.
+        """Return the conditions of the anchors, and their weights, which sum to 1 per sample.
 
-        Half of the texts are neighbours (or the empty prompt), half follow the paper's law over the vocabulary.
+        Half of the anchors are neighbours or the empty prompt, half are drawn from the vocabulary as in the paper.
         """
         n = len(sources)
         if self.parity:
@@ -179,23 +188,23 @@ class SPM(GradientMethod):
         return state.base.conditions(texts), torch.ones(n)
 
     def tuples(self, state: State, draw: torch.Generator, step: int) -> TrajectoryPool:
-        """The batch of states of a step, with the teacher's outputs; the pool is walked anew where it is due."""
+        """Return the batch of states for a step with the teacher's outputs; sample the pool again when due."""
         if state.pool is None:
             return self._published(state, draw)
         turn = step // self.refresh if self.refresh else 0
         if turn != state.turn:
             seed = state.seed + 1_000_003 * turn
-            pool = build_pool(state.base, state.pairs, seed=seed, **self._walks(state.pairs))
+            pool = build_pool(state.base, state.pairs, seed=seed, **self._trajectories(state.pairs))
             with state.adapter.off():
                 for part in torch.arange(len(pool)).split(self.batch_size):
-                    found = pool.take(part)
-                    found = judge(state.base, found, [state.pairs[int(i)] for i in found.pair])
-                    pool.neutral[part], pool.concept[part] = found.neutral, found.concept
+                    states = pool.take(part)
+                    states = judge(state.base, states, [state.pairs[int(i)] for i in states.pair])
+                    pool.neutral[part], pool.concept[part] = states.neutral, states.concept
             state.pool, state.turn = pool, turn
         return state.pool.batch(self.batch_size, step, state.seed)
 
     def _published(self, state: State, draw: torch.Generator) -> TrajectoryPool:
-        """One state of a walk with the membranes on, at a smaller size, its t relabelled."""
+        """Return states reached with the membranes on, at a smaller size, with t as the published script sets it."""
         chosen = torch.randint(len(state.pairs), (self.batch_size,), generator=draw).tolist()
         k = int(torch.randint(1, self.sample_steps, (1,), generator=draw))
         # Sides of half the native size up to one step below it, in steps of 64 pixels (8 latents).
@@ -203,7 +212,7 @@ class SPM(GradientMethod):
         sides = range(side // 2, side, max(1, min(8, side // 8)))
         height, width = (sides[int(i)] / side for i in torch.randint(len(sides), (2,), generator=draw))
         pairs = [state.pairs[i] for i in chosen]
-        found = walk(
+        states = walk(
             state.base,
             pairs,
             seeds=torch.randint(2**31, (self.batch_size,), generator=draw).tolist(),
@@ -213,25 +222,25 @@ class SPM(GradientMethod):
             stop=k,
             judged=False,
         )
-        found.t = torch.full_like(found.t, GRID - 1 - GRID * k // self.sample_steps)
-        found.pair = torch.tensor(chosen)
+        states.t = torch.full_like(states.t, GRID - 1 - GRID * k // self.sample_steps)
+        states.pair = torch.tensor(chosen)
         with state.adapter.off():
-            return judge(state.base, found, pairs)
+            return judge(state.base, states, pairs)
 
     def snapshot(self, state: State) -> dict[str, Tensor]:
-        """The pool, once it is not the first: its walks hang on weights that training has left behind."""
+        """Return the pool, unless it is the first: later ones depend on weights that training has since changed."""
         if state.pool is None or not state.turn:
             return {}
         return {"turn": torch.tensor(state.turn), **vars(state.pool)}
 
     def restore(self, state: State, tensors: dict[str, Tensor]) -> None:
-        """Put the pool back."""
+        """Restore the pool."""
         if "turn" in tensors:
             state.turn = int(tensors["turn"])
             state.pool = TrajectoryPool(**{name: value for name, value in tensors.items() if name != "turn"})
 
     def gate(self, state: State) -> dict[str, Any]:
-        """Facilitated transport towards the concepts' names."""
+        """Return the text gate (facilitated transport) of the concepts' names."""
         texts = [name for concept in state.concepts for name in concept.names]
         threshold = self.gate_threshold
         if threshold is None:
@@ -241,7 +250,7 @@ class SPM(GradientMethod):
 
 
 def alike(sources: Tensor, draw: torch.Generator) -> Tensor:
-    """Noise [2n, ...] of 0.8 to 1.2 times the length of the sources [n, ...], twice over: the published anchors."""
+    """Return the published anchors: noise [2n, ...] of 0.8 to 1.2 times the length of the sources [n, ...]."""
     noise = torch.randn((2 * len(sources), *sources.shape[1:]), generator=draw).to(sources.device, sources.dtype)
     size = (0.8 + 0.4 * torch.rand(len(noise), generator=draw)).to(noise)
     length = sources.flatten(1).norm(dim=1).repeat(2) * size
@@ -250,7 +259,20 @@ def alike(sources: Tensor, draw: torch.Generator) -> Tensor:
 
 @dataclass
 class State:
-    """What a run of SPM holds; `near` and `texts` are anchors, `odds` those of `texts`, `turn` counts the pools."""
+    """The state of a run of SPM.
+
+    Args:
+        base: the checkpoint.
+        concepts: what is erased.
+        pairs: (prompt of the concept, neutral prompt).
+        near: anchors that are neighbours of the concepts, and the empty prompt.
+        texts: anchors from the whole vocabulary.
+        odds: unnormalised probability of each of `texts`.
+        pool: states of the present trajectories; None in parity mode.
+        adapter: the membranes.
+        seed: of the run.
+        turn: how often the pool has been sampled again.
+    """
 
     base: Base
     concepts: list[Concept]

@@ -1,22 +1,23 @@
 """UnGuide: LoRA-assisted guidance (Polowczyk et al. 2025, arXiv 2508.05755).
 
-A rank-1 LoRA learns to lead the concept's prompt c beyond another one, c_ref:
+A rank-1 LoRA learns to lead the concept's prompt c beyond a reference prompt c_ref:
 
     L = || e_L(x, c) - [ e_0(x, c_ref) - eta (e_0(x, c) - e_0(x, c_ref)) ] ||^2
 
-When images are made, both networks answer and are combined, w e_0 + (1 - w) e_L. Which w is decided for each prompt
-after the first steps (pipelines/latent.py): where the LoRA moves the prompt more than it moves the empty one, the
-concept is there, and w = -1 leads away from it; elsewhere w = 1 is the base alone.
+When images are generated, the outputs of both networks are combined as w e_0 + (1 - w) e_L. The weight w is decided
+for each prompt after the first steps (pipelines/gates/latent.py): if the LoRA moves the prompt more than it moves the
+empty one, the concept is present, and w = -1 leads away from it; otherwise w = 1 gives the base alone.
 
-Cost: a pool of T trajectories of S states takes 3TS F, each update 1F + 1B a sample. The published script takes
-54F + 1B an update, and 440F to decide on a prompt (10 repeats).
+Cost: a pool of T trajectories of S states takes 3TS F; each update takes 1F + 1B per sample. The published script takes
+54F + 1B per update, and 440F to decide on a prompt (10 repeats).
 
-Deviations, undone by `parity=True`: base trajectories, all of their states, with the sampler's own t (published: a
-walk with the LoRA on, t fed 39 to 58 too high); every linear layer but those of cross-attention (published so for
-nudity; for objects keys and values of cross-attention, which on glyph move other prompts as much as the concept's); the
-gate looks later, for styles earlier and along the prompt's own guidance (pipelines/latent.py), and its limit is set by
-what the LoRA does to other prompts (published: 1); w = 1 where the concept is not there (published: 2, which leads
-other prompts away from the LoRA); a paired sequential test stops the repeats (published: all of them).
+Deviations, undone by `parity=True`: base trajectories, with all of their states and the sampler's own t (published:
+trajectories with the LoRA on, and a t that is 39 to 58 too high); all linear layers except those of cross-attention
+(published for nudity; for objects the keys and values of cross-attention, which on glyph move other prompts as much as
+the concept's); the gate decides later, for styles earlier and along the prompt's own guidance
+(pipelines/gates/latent.py), and its limit is set by what the LoRA does to other prompts (published: 1); w = 1 where the
+concept is absent (published: 2, which leads other prompts away from the LoRA); a paired sequential test stops the
+repeats early (published: all of them).
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from erasure.model.trajectories import Measure, TrajectoryPool, judge, kept_pool
 from erasure.training.adapters import LowRankTerm
 from erasure.training.run import Run
 
-OTHERS = 16  # prompts that the gate is set by
-STYLED = 6  # of the concept's own, in styles
-CALIBRATED = 3  # noises each
-LEAST = 0.05  # of its guidance: a prompt that the LoRA leaves alone never opens the gate
+OTHERS = 16  # number of other prompts that the gate is calibrated with
+STYLED = 6  # number of styles that the concept's own prompts are calibrated in
+CALIBRATED = 3  # noises per prompt
+LEAST = 0.05  # smallest ratio by guidance: a prompt that the LoRA barely moves never opens the gate
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,29 @@ class UnGuide(GradientMethod):
     """Settings of UnGuide.
 
     Args:
-        variant: which layers get a LoRA.
-        rank: of the LoRA.
-        scale: alpha; the LoRA's product is taken so many times, whatever its rank.
-        negative_guidance: eta, how far beyond c_ref.
-        iterations: updates.
-        batch_size: samples an update.
-        learning_rate: of Adam.
-        trajectories: base trajectories in the pool.
-        sample_steps: states of each.
-        trajectory_guidance: classifier-free guidance of the trajectories.
-        weight_on: w where the concept is there.
+        variant: which layers get a LoRA; see `erasure list models MODEL`.
+        rank: rank of the LoRA.
+        scale: alpha; the LoRA's product is multiplied by it, whatever the rank.
+        negative_guidance: eta, how far the concept is pushed beyond c_ref.
+        iterations: number of updates.
+        batch_size: samples per update.
+        learning_rate: Adam's learning rate.
+        trajectories: number of base trajectories in the pool.
+        sample_steps: states per trajectory.
+        trajectory_guidance: classifier-free guidance scale of the trajectories.
+        weight_on: w where the concept is present.
         weight_off: w elsewhere; the paper's is 2.
-        decide_after: steps, of `decide_steps`, until a prompt is decided on.
-        decide_steps: of the sampler that decides.
-        decide_guidance: of the sampler that decides.
-        measure: of how far the LoRA moves a prompt: norm, as published, or guidance (pipelines/latent.py).
-        ratio: how many times more than the empty prompt the LoRA must move a prompt that names the concept, or how
-            many times the prompt's own guidance it must take back; None: what tells the concept's prompts best from
-            those of its neighbours and a sample of other words.
-        repeats: noises to decide by, at most.
-        early: stop the repeats when the decision is clear.
-        parity: reproduce the official script: its defaults and its quirks.
+        decide_after: number of steps, of `decide_steps`, after which a prompt is decided on.
+        decide_steps: steps of the sampler that decides.
+        decide_guidance: guidance scale of the sampler that decides.
+        measure: how the LoRA's effect on a prompt is measured: norm, as published, or guidance
+            (pipelines/gates/latent.py).
+        ratio: how many times more than the empty prompt the LoRA must move a prompt for the gate to open, or (by
+            guidance) which share of the prompt's own guidance it must take back; None: the ratio that best separates
+            the concept's prompts from those of its neighbours and a sample of other words.
+        repeats: largest number of noises to decide by.
+        early: stop the repeats once the decision is clear.
+        parity: reproduce the official script, with its defaults and its quirks.
     """
 
     method: ClassVar[str] = "unguide"
@@ -102,8 +104,8 @@ class UnGuide(GradientMethod):
     trajectory_guidance: float = 3.0
     weight_on: float = -1.0
     weight_off: float = 1.0
-    decide_after: int = 10
-    decide_steps: int = 25
+    decide_after: int = setting(10, at_least=1)
+    decide_steps: int = setting(25, at_least=2)
     decide_guidance: float = 3.0
     measure: Measure = "norm"
     ratio: float | None = None
@@ -112,25 +114,28 @@ class UnGuide(GradientMethod):
     parity: bool = False
 
     def __post_init__(self) -> None:
-        """Check every setting, and that the decision falls before the last step; raises ErasureError."""
+        """Check every setting, and that the decision comes before the last step; raises ErasureError."""
         super().__post_init__()
-        if not 0 < self.decide_after < self.decide_steps:
-            raise ErasureError(f"decide_after={self.decide_after}: expected 1 to {self.decide_steps - 1} steps")
+        if self.decide_after >= self.decide_steps:
+            raise ErasureError(
+                f"decide_after={self.decide_after}: must be below decide_steps={self.decide_steps}, so 1 to "
+                f"{self.decide_steps - 1}"
+            )
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
-        """Prompts with what they are led to, the pool, the LoRA.
+        """Choose the prompts and their references, build the pool and put the LoRA in place.
 
         Raises:
-            ErasureError: the gate could not decide on what is to be trained.
+            ErasureError: the gate could not measure what would be trained, or no module fits the variant.
         """
         targets = base.targets(self.variant)
         if self.measure == "norm" and base.still(targets):
             raise ErasureError(
                 f"variant={self.variant}: cross-attention alone cannot move the empty prompt of {base.name}, which is "
                 "all zeros, so the gate has no unit for measure=norm and could not decide on a prompt. Set "
-                "measure=guidance, or a variant with other layers (linear). Nothing was trained"
+                "measure=guidance, or a variant with other layers, such as linear. Nothing was trained"
             )
-        pairs = [pair for one in concepts for pair in anchored(base, one, concepts).prompt_pairs()]
+        pairs = [pair for concept in concepts for pair in anchored(base, concept, concepts).prompt_pairs()]
         pool = None
         if not self.parity:
             pool = kept_pool(
@@ -155,78 +160,79 @@ class UnGuide(GradientMethod):
 
     @staticmethod
     def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
-        """OTHERS prompts that do not name the concepts: half of them words, neighbours first, half words in styles."""
+        """Return OTHERS prompts that do not name the concepts: half plain words, neighbours first, half in styles."""
         near = around(base, concepts)
-        found = retain_prompts(base, concepts, 1_000, seed=seed)
-        words = list(dict.fromkeys([*near[: OTHERS // 4], *(text for text in found if " in " not in text)]))
-        styled = [text for text in found if " in " in text]
+        texts = retain_prompts(base, concepts, 1_000, seed=seed)
+        words = list(dict.fromkeys([*near[: OTHERS // 4], *(text for text in texts if " in " not in text)]))
+        styled = [text for text in texts if " in " in text]
         return [*words[: OTHERS // 2], *styled[: OTHERS // 2]]
 
     @staticmethod
     def named(concepts: list[Concept], others: list[str]) -> list[str]:
-        """The concepts' prompts; styles stand beside objects there already, here objects in the others' styles too."""
-        looks = [text.split(" in ", 1)[1] for text in others if " in " in text][:STYLED]
-        found = [prompt for one in concepts for prompt, _ in one.prompt_pairs()]
-        found += [f"a {one.name} in {look}" for one in concepts if one.kind != "style" for look in looks]
-        return list(dict.fromkeys(found))
+        """Return the concepts' prompts: those they are erased from, and objects in the styles of the other prompts."""
+        styles = [text.split(" in ", 1)[1] for text in others if " in " in text][:STYLED]
+        prompts = [prompt for concept in concepts for prompt, _ in concept.prompt_pairs()]
+        objects = [concept for concept in concepts if concept.kind != "style"]
+        prompts += [f"a {concept.name} in {style}" for concept in objects for style in styles]
+        return list(dict.fromkeys(prompts))
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
-        """The objective on one batch."""
+        """Return the objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
-        asked = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
-        made = state.base.predict(batch.x.to(device), batch.t.to(device), asked).float()
-        wanted = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"lead": F.mse_loss(made, wanted)}
+        conditions = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
+        output = state.base.predict(batch.x.to(device), batch.t.to(device), conditions).float()
+        target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
+        return {"lead": F.mse_loss(output, target)}
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
-        """The batch of states of a step; in parity mode a walk with the LoRA on, t relabelled as published."""
+        """Return the batch of states for a step; in parity mode with the LoRA on, and the published t."""
         if state.pool is not None:
             return state.pool.batch(self.batch_size, step, state.seed)
         draw = torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         chosen = torch.randint(len(state.pairs), (self.batch_size,), generator=draw).tolist()
         pairs = [state.pairs[i] for i in chosen]
-        found = late_states(state.base, pairs, draw, steps=self.sample_steps, guidance=self.trajectory_guidance)
-        found.pair = torch.tensor(chosen)
+        states = late_states(state.base, pairs, draw, steps=self.sample_steps, guidance=self.trajectory_guidance)
+        states.pair = torch.tensor(chosen)
         with state.adapter.off():
-            return judge(state.base, found, pairs)
+            return judge(state.base, states, pairs)
 
     def gate(self, state: State) -> dict[str, Any]:
-        """The latent gate: its weights and how it decides."""
-        ways = {
+        """Return the latent gate: its weights, and how it decides."""
+        options = {
             "after": self.decide_after,
             "steps": self.decide_steps,
             "guidance": self.decide_guidance,
             "measure": self.measure,
         }
-        ratio = self.ratio if self.ratio is not None else self.calibrated(state, ways)
+        ratio = self.ratio if self.ratio is not None else self.calibrated(state, options)
         return {
             "kind": "latent",
             "on": self.weight_on,
             "off": self.weight_off,
-            **ways,
+            **options,
             "repeats": self.repeats,
             "early": self.early,
             "ratio": ratio,
         }
 
-    def calibrated(self, state: State, ways: dict[str, Any]) -> float:
-        """The cut between named and other prompts; by norm in units of the empty prompt's move, at least 1."""
+    def calibrated(self, state: State, options: dict[str, Any]) -> float:
+        """Return the ratio that separates named from other prompts; by norm it is at least 1, the empty prompt's."""
         base, seeds = state.base, range(CALIBRATED)
 
         def moved(prompt: str) -> float:
-            return sum(shifts(base, prompt, seeds, state.adapter.on, **ways)) / len(seeds)
+            return sum(shifts(base, prompt, seeds, state.adapter.on, **options)) / len(seeds)
 
         with state.adapter.off():
             unit = moved("") if self.measure == "norm" else 1.0
             named, other = ([moved(prompt) for prompt in texts] for texts in (state.named, state.others))
         if not other or unit <= 0:
             return 1.0
-        found = cut(named, other) / unit
-        return round(max(1.0 if self.measure == "norm" else LEAST, found), 3)
+        ratio = cut(named, other) / unit
+        return round(max(1.0 if self.measure == "norm" else LEAST, ratio), 3)
 
 
 def cut(above: list[float], below: list[float]) -> float:
-    """The number that parts two samples with the best balanced accuracy; of several, the middle of the widest gap."""
+    """Return the number that separates two samples with the best balanced accuracy, in the middle of the widest gap."""
     values = sorted({*above, *below})
 
     def merit(pair: tuple[float, float]) -> tuple[float, float]:
@@ -239,7 +245,17 @@ def cut(above: list[float], below: list[float]) -> float:
 
 @dataclass
 class State:
-    """What a run of UnGuide holds."""
+    """The state of a run of UnGuide.
+
+    Args:
+        base: the checkpoint.
+        pairs: (prompt of the concept, reference prompt).
+        named: prompts that name the concepts, to calibrate the gate with.
+        others: prompts that do not.
+        pool: base states; None in parity mode.
+        adapter: the LoRA.
+        seed: of the run.
+    """
 
     base: Base
     pairs: list[tuple[str, str]]

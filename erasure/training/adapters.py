@@ -1,4 +1,4 @@
-"""What trains: whole weights, or a low-rank term beside them. Off is the base, bit for bit; one UNet serves both."""
+"""What trains: whole weights, or a low-rank term next to them. Switched off, the UNet is the base, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from erasure.patch import Delta, LowRank
 
 
 class Adapter(Protocol):
-    """Trainable tensors on a component, which can be switched off and taken off."""
+    """Trainable tensors on a component of the checkpoint, which can be switched off and removed."""
 
     component: str
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trained tensors by name, fp32."""
+        """Return the trained tensors by name, in fp32."""
 
     def off(self) -> Any:
-        """Context in which the component is the base."""
+        """Return a context in which the component is the base."""
 
     def payload(self) -> Delta | LowRank:
-        """What was learnt, for a patch."""
+        """Return the trained change, for a patch."""
 
     def remove(self) -> None:
-        """Give the component back as it was."""
+        """Restore the component as it was."""
 
 
 class Weights:
-    """Train the weights and biases of modules in place, keeping the base tensors aside.
+    """The weights and biases of modules, trained in place; the base's own tensors are kept.
 
-    fp32 masters: half-precision modules are trained in fp32 and cast back at the end.
+    What trains is an fp32 copy: modules in half precision are trained in fp32, and get their own tensors back.
+
+    Args:
+        module: the component; all other parameters of it are frozen.
+        targets: the modules of it that train, by path.
+        component: the component's name in a patch.
     """
 
     def __init__(self, module: nn.Module, targets: dict[str, nn.Module], component: str = "unet") -> None:
@@ -54,24 +59,27 @@ class Weights:
                 self._params[key] = param
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trained tensors by name, fp32."""
+        """Return the trained tensors by name, in fp32."""
         return self._params
 
     def mask(self, masks: dict[str, Tensor]) -> None:
-        """Let only the marked places train: gradients elsewhere are zero, so that Adam leaves them bit for bit.
+        """Let only the marked entries train: other gradients are zero, so that Adam leaves those entries bit for bit.
+
+        Args:
+            masks: a boolean tensor of the same shape for every trained tensor, by name.
 
         Raises:
             ErasureError: a trained tensor has no mask.
         """
         for key, param in self._params.items():
             if key not in masks:
-                raise ErasureError(f"the mask says nothing of {key}")
-            marks = masks[key].to(param.device)
-            self._handles.append(param.register_hook(lambda grad, marks=marks: grad * marks))
+                raise ErasureError(f"the mask lacks {key}, which trains")
+            mask = masks[key].to(param.device)
+            self._handles.append(param.register_hook(lambda grad, mask=mask: grad * mask))
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Swap the base tensors in: no copy of the values is made."""
+        """Swap the base's tensors in, without copying any values."""
         trained = {key: param.data for key, param in self._params.items()}
         for key, param in self._params.items():
             param.data = self._base[key].to(param.dtype)
@@ -82,12 +90,12 @@ class Weights:
                 param.data = trained[key]
 
     def twin(self, module: nn.Module) -> Weights:
-        """The same, untrained, on another copy of the component."""
+        """Return the same adapter, untrained, on another copy of the component."""
         paths = dict.fromkeys(key.rpartition(".")[0] for key in self._params)
         return Weights(module, {path: module.get_submodule(path) for path in paths}, self.component)
 
     def payload(self) -> Delta:
-        """Trained minus base, fp32."""
+        """Return trained minus base weights, in fp32."""
         return Delta(
             {
                 self.component: {
@@ -97,7 +105,7 @@ class Weights:
         )
 
     def remove(self) -> None:
-        """Put the base's own tensors back."""
+        """Restore the base's own tensors."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -108,10 +116,21 @@ class Weights:
 
 
 class LowRankTerm:
-    """y = Wx + (alpha / rank) up(down(x)) on Linear and Conv2d modules (Hu et al. 2021, eq. 3).
+    """A low-rank term, y = Wx + (alpha / rank) up(down(x)), on Linear and Conv2d modules (Hu et al. 2021, eq. 3).
 
-    down starts uniform (Kaiming, a = sqrt 5) or, `normal`, as N(0, 1 / rank); up starts at zero: at step 0 the output
-    is the base's, bit for bit.
+    `up` starts at zero, so that at step 0 the output is the base's, bit for bit.
+
+    Args:
+        module: the component; all its own parameters are frozen.
+        targets: the modules of it that get a term, by path.
+        rank: rank of the terms.
+        alpha: see the equation; None: the rank.
+        generator: draws the start of `down`.
+        component: the component's name in a patch.
+        normal: start `down` as N(0, 1 / rank); otherwise uniform (Kaiming, a = sqrt 5).
+
+    Raises:
+        ErasureError: a rank below 1, a grouped convolution, or a module of another type.
     """
 
     def __init__(
@@ -126,7 +145,7 @@ class LowRankTerm:
         normal: bool = False,
     ) -> None:
         if rank < 1:
-            raise ErasureError(f"rank={rank}: a low-rank patch needs a rank of at least 1")
+            raise ErasureError(f"rank={rank}: must be at least 1")
         self.component, self.alpha, self.scale = component, float(alpha or rank), float(alpha or rank) / rank
         self._on = True
         self._params: dict[str, nn.Parameter] = {}
@@ -147,11 +166,11 @@ class LowRankTerm:
     def _shapes(target: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if isinstance(target, nn.Conv2d):
             if target.groups != 1:
-                raise ErasureError("low-rank terms on grouped convolutions are not defined")
+                raise ErasureError("a low-rank term cannot be added to a grouped convolution")
             return (rank, target.in_channels, *target.kernel_size), (target.out_channels, rank, 1, 1)
         if isinstance(target, nn.Linear):
             return (rank, target.in_features), (target.out_features, rank)
-        raise ErasureError(f"low-rank terms go on Linear and Conv2d, not on {type(target).__name__}")
+        raise ErasureError(f"a low-rank term can be added to Linear and Conv2d, not to {type(target).__name__}")
 
     def _hook(self, path: str) -> Any:
         def add(target: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -166,18 +185,18 @@ class LowRankTerm:
         return add
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trained tensors by name, fp32."""
+        """Return the trained tensors by name, in fp32."""
         return self._params
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Leave the term out."""
+        """Switch the term off."""
         with self._set(False):
             yield
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Put the term in, also inside of `off`."""
+        """Switch the term on, also inside `off`."""
         with self._set(True):
             yield
 
@@ -194,14 +213,14 @@ class LowRankTerm:
         return [key.removesuffix(".down") for key in self._params if key.endswith(".down")]
 
     def twin(self, module: nn.Module) -> LowRankTerm:
-        """The same, untrained, on another copy of the component."""
+        """Return the same adapter, untrained, on another copy of the component."""
         targets = {path: module.get_submodule(path) for path in self._paths}
         rank = len(self._params[f"{self._paths[0]}.down"])
         options: dict[str, Any] = {"rank": rank, "alpha": self.alpha, "component": self.component}
         return LowRankTerm(module, targets, generator=torch.Generator(), **options)
 
     def payload(self) -> LowRank:
-        """Factors by module path."""
+        """Return the factors by module path."""
         return LowRank(
             {
                 self.component: {
@@ -216,7 +235,7 @@ class LowRankTerm:
         )
 
     def remove(self) -> None:
-        """Take the term off."""
+        """Remove the term."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

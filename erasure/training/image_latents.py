@@ -1,4 +1,4 @@
-"""Images that a method learns from, as latents: drawn by the base itself and kept, or read from the user's folder."""
+"""Images that a method learns from, as latents: drawn by the base itself, or read from a folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass
 class Images:
-    """Latents of n images, each with the prompt that it shows.
+    """The latents of n images, each with the prompt that it shows.
 
     Args:
-        mean: of the autoencoder's posterior, scaled as the UNet takes it, [n, c, h, w].
-        std: of it; 0 for latents that the base has drawn.
+        mean: mean of the autoencoder's posterior, in the UNet's scale, [n, c, h, w].
+        std: its standard deviation; 0 for latents that the base has drawn.
         prompts: n texts.
     """
 
@@ -37,7 +37,7 @@ class Images:
         return len(self.prompts)
 
     def sample(self, index: Tensor, draw: torch.Generator) -> Tensor:
-        """Latents of the images `index` [b], drawn anew from their posteriors."""
+        """Draw latents of the images `index` [b] from their posteriors."""
         return self.mean[index] + self.std[index] * torch.randn(self.mean[index].shape, generator=draw)
 
 
@@ -53,9 +53,17 @@ def drawn(
     batch: int = 16,
     path: Path | None = None,
 ) -> Images:
-    """`count` images by the base, dealt over the prompts in turn; from `path` where an earlier run has left them.
+    """Draw images with the base, as latents: no autoencoder is needed. Costs 2F per step and image.
 
-    Costs 2 F a step and image. Latents stay latents: no autoencoder is in the way.
+    Args:
+        base: the checkpoint.
+        prompts: distributed over the images in turn.
+        count: number of images.
+        seed: seed of the noise.
+        steps: sampling steps.
+        guidance: guidance scale.
+        batch: images per call.
+        path: a file that the latents are read from if it exists, and else written to; None: neither.
     """
     texts = [prompts[i % len(prompts)] for i in range(count)]
     if path is not None and path.is_file():
@@ -67,11 +75,11 @@ def drawn(
         part = texts[start : start + batch]
         schedule.set_timesteps(steps, device=base.device)
         noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
-        x = torch.stack([torch.randn(base.latent_shape(), generator=one) for one in noise])
+        x = torch.stack([torch.randn(base.latent_shape(), generator=generator) for generator in noise])
         x = x.to(base.device, base.unet.dtype) * schedule.init_noise_sigma
-        asked = base.conditions([""] * len(part) + part)
+        conditions = base.conditions([""] * len(part) + part)
         for t in schedule.timesteps:
-            empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, asked).chunk(2)
+            empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, conditions).chunk(2)
             x = schedule.step(guide(empty, named, guidance), t, x).prev_sample
         parts.append(x.float().cpu())
     mean = torch.cat(parts)
@@ -83,19 +91,21 @@ def drawn(
 
 @torch.no_grad()
 def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") -> Images:
-    """The user's images; those in a subfolder show what it is called, the others `prompt`. The middle square is taken.
+    """Read the images of a folder, cropped to the centre, as latents.
+
+    Images in a subfolder show what the subfolder is named after, the others `prompt`.
 
     Raises:
-        ErasureError: no folder, no images in it, an image that cannot be read.
+        ErasureError: there is no such folder, it holds no images, or one of them cannot be read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     top = Path(folder)
     if not top.is_dir():
-        raise ErasureError(f"{top}: no folder of images")
+        raise ErasureError(f"{top} is not a folder: give a folder of images")
     paths = sorted(path for path in top.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise ErasureError(f"{top}: holds no images; {', '.join(SUFFIXES)} are read")
+        raise ErasureError(f"{top} holds no images; the types {', '.join(SUFFIXES)} are read")
     vae = base.pipe.vae
     _, height, width = base.latent_shape()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -112,36 +122,37 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         mean.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
         std.append(posterior.std.float().cpu() * vae.config.scaling_factor)
-        inside = path.parent.relative_to(top).parts
-        prompts.append(inside[-1] if inside else prompt)
+        folders = path.parent.relative_to(top).parts
+        prompts.append(folders[-1] if folders else prompt)
     return Images(torch.cat(mean), torch.cat(std), prompts)
 
 
 def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, str]]:
-    """The images of a folder with the concepts' prompts, and what each prompt is relabelled to.
+    """Return the images of a folder with the concepts' prompts, and the prompt that each is relabelled to.
 
-    An image lies in a subfolder that names its concept, alone or in a longer prompt; of one concept it may lie
-    anywhere. Images without a prompt of their own are dealt over the concept's names.
+    The subfolder of an image names its concept, alone or in a longer prompt; for one concept no subfolder is needed.
+    Images without a prompt of their own are distributed over the concept's names.
 
     Raises:
-        ErasureError: an image of no concept, a concept without an image.
+        ErasureError: an image belongs to none of the concepts, or a concept has no image.
     """
     texts: list[str] = []
     pseudo: dict[str, str] = {}
-    seen = dict.fromkeys((one.name for one in concepts), 0)
-    wanted = f"give each concept a subfolder of its name: {', '.join(seen)}"
+    counts = dict.fromkeys((concept.name for concept in concepts), 0)
+    advice = f"give each concept a subfolder with its name: {', '.join(counts)}"
     for prompt in images.prompts:
-        names = {one: [name.lower() for name in one.names] for one in concepts}
-        owner = next((one for one in concepts if naming(prompt, names[one])), None)
+        names = {concept: [name.lower() for name in concept.names] for concept in concepts}
+        owner = next((concept for concept in concepts if naming(prompt, names[concept])), None)
         if owner is None and len(concepts) > 1:
-            raise ErasureError(f"an image of {prompt or 'nothing'!r} among those to forget: {wanted}")
+            label = f"of {prompt!r}" if prompt else "outside any subfolder"
+            raise ErasureError(f"the images to forget include one {label}: {advice}")
         owner = owner or concepts[0]
         pairs = dict(owner.prompt_pairs())
         bare = list(pairs)[: len(owner.names)]
-        text = bare[seen[owner.name] % len(bare)] if prompt.lower() in ("", *names[owner]) else prompt
-        seen[owner.name] += 1
+        text = bare[counts[owner.name] % len(bare)] if prompt.lower() in ("", *names[owner]) else prompt
+        counts[owner.name] += 1
         texts.append(text)
         pseudo[text] = pairs.get(text, pairs[bare[0]])
-    if missing := [name for name, count in seen.items() if not count]:
-        raise ErasureError(f"no image of {', '.join(missing)} among those to forget: {wanted}")
+    if missing := [name for name, count in counts.items() if not count]:
+        raise ErasureError(f"the images to forget include no image of {', '.join(missing)}: {advice}")
     return replace(images, prompts=texts), pseudo

@@ -186,7 +186,7 @@ def test_a_folder_names_the_concepts_of_its_images():
         "ink style": "oil style",
         "a dog in ink style": "a dog in oil style",
     }
-    with pytest.raises(ErasureError, match="subfolder of its name: cat, car"):
+    with pytest.raises(ErasureError, match="subfolder with its name: cat, car"):
         label(["cat", ""], cat, car)
     with pytest.raises(ErasureError, match="no image of car"):
         label(["cat", "kitty"], cat, car)
@@ -208,7 +208,7 @@ def test_a_mask_that_lets_nothing_train_is_refused_before_anything_is_drawn(base
         ({"retain_weight": -1.0}, "retain_weight=-1"),
         ({"density": 0.0}, "density=0"),
         ({"target": "teacher"}, "current"),
-        ({"forget_images": "nowhere"}, "no folder"),
+        ({"forget_images": "nowhere"}, "nowhere is not a folder"),
         ({"mask": "nowhere.safetensors"}, "cannot be read"),
     ],
 )

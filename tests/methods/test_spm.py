@@ -206,7 +206,7 @@ def test_the_gate_names_the_concepts_and_lets_neighbours_pass():
     ("setting", "message"),
     [
         ({"rank": 0}, "rank=0"),
-        ({"anchor_weight": -1}, "0 or more"),
+        ({"anchor_weight": -1}, "anchor_weight=-1.0: must be at least 0"),
         ({"sample_steps": 1}, "at least 2"),
         ({"refresh": -1}, "refresh=-1"),
         ({"gate_threshold": 1.5}, "between 0 and 1"),

@@ -56,7 +56,7 @@ def test_a_folder_is_read_with_its_posteriors(base, tmp_path):
 
 
 def test_folders_that_hold_nothing(base, tmp_path):
-    with pytest.raises(ErasureError, match="no folder"):
+    with pytest.raises(ErasureError, match="is not a folder"):
         read_folder(base, tmp_path / "nowhere")
     with pytest.raises(ErasureError, match="holds no images"):
         read_folder(base, tmp_path)

@@ -40,7 +40,7 @@ def test_zeros_may_be_chosen_where_nothing_else_is_left():
     [
         ({"a": torch.ones(4)}, 0.0, "above 0"),
         ({"a": torch.ones(4)}, 1.5, "at most 1"),
-        ({"a": torch.ones(4)}, 0.1, "selects none"),
+        ({"a": torch.ones(4)}, 0.1, "marks none; give a larger share"),
         ({"a": torch.tensor([1.0, float("nan")])}, 0.5, "NaN"),
         ({"a": torch.zeros(4)}, 0.5, "every saliency is zero"),
     ],
@@ -98,7 +98,7 @@ def test_files_that_are_no_masks(tmp_path, capsys):
     for name, message in (
         ("evil.pt", "cannot be read"),
         ("other.pt", "no parameter of this UNet"),
-        ("shape.pt", "in the mask"),
+        ("shape.pt", "has shape .3., and .8. in this UNet"),
         ("noise.safetensors", "cannot be read"),
         ("nowhere.safetensors", "cannot be read"),
     ):
