@@ -97,7 +97,7 @@ def test_files_that_are_no_masks(tmp_path, capsys):
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     for name, message in (
         ("evil.pt", "cannot be read"),
-        ("other.pt", "no parameter of this UNet"),
+        ("other.pt", "this UNet has no parameter elsewhere.weight"),
         ("shape.pt", "has shape .3., and .8. in this UNet"),
         ("noise.safetensors", "cannot be read"),
         ("nowhere.safetensors", "cannot be read"),
