@@ -1,4 +1,4 @@
-"""The patch, the result of an erasure: a safetensors file of low-rank factors or weight differences with a header."""
+"""The patch, the result of an erasure: low-rank factors or weight differences, with a header, in a safetensors file."""
 
 from erasure.patch.fingerprint import fingerprint, same_base
 from erasure.patch.header import read_header

@@ -1,4 +1,4 @@
-"""Fingerprints of the base weights that a patch was made from: a hash over the tensors that it touches."""
+"""Fingerprints of the base weights that a patch was made from: hashes of the tensors that it changes."""
 
 from __future__ import annotations
 
@@ -12,37 +12,41 @@ from erasure.errors import ErasureError
 from erasure.patch.module_keys import NESTED, find_parameter
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-PART = 16  # hex digits a precision: 64 bits tell checkpoints apart, they do not resist forgery
+PART = 16  # hex digits for each precision; 64 bits distinguish checkpoints but do not resist forgery
 
 
 def fingerprint(module: nn.Module, names: Iterable[str]) -> str:
-    """Hash the named parameters of `module`: names, shapes and values; device and order of `names` do not matter.
+    """Hash the names, shapes and values of some parameters of a module.
 
-    The result is three sha256 digests of 16 hex digits one after the other, of the values as fp32, as fp16 and as
-    bf16. A checkpoint loaded in half precision does not have the fp32 values of the original, so plain equality of
-    fingerprints would call it another base; `same_base` accepts agreement in any one precision.
+    The device and the order of the names do not matter. A checkpoint that was loaded in half precision no longer has
+    the fp32 values of the original, so the values are hashed in three precisions, and `same_base` accepts agreement in
+    any of them.
 
     Args:
-        module: the whole component (unet or text encoder).
-        names: parameter names as in `module.named_parameters()`; `text_model.` in front is optional.
+        module: the whole component (UNet or text encoder).
+        names: parameter names as in `module.named_parameters()`, with or without a leading `text_model.`.
 
     Returns:
-        48 hexadecimal digits.
+        48 hexadecimal digits: the first 16 of the sha256 of the values as fp32, as fp16 and as bf16.
 
     Raises:
-        ErasureError: no names, or a name that is no parameter of `module`.
+        ErasureError: there are no names, or the module has no parameter of that name.
     """
     parameters = {}
     for name in names:
         parameter = find_parameter(module, name)
         if parameter is None:
-            raise ErasureError(f"{type(module).__name__} has no parameter {name!r} to take a fingerprint of")
+            raise ErasureError(f"{type(module).__name__} has no parameter {name!r}, so it cannot be fingerprinted")
         parameters[name] = parameter
     return fingerprint_tensors(parameters)
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the `fingerprint` of tensors that are given by parameter name."""
+    """Return the `fingerprint` of tensors that are given by their parameter names.
+
+    Raises:
+        ErasureError: there are no tensors.
+    """
     if not tensors:
         raise ErasureError("a fingerprint needs at least one parameter name")
     digests = [hashlib.sha256() for _ in PRECISIONS]
@@ -60,7 +64,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Tell whether two fingerprints agree in fp32, fp16 or bf16, that is, differ by no more than a cast."""
+    """Tell whether two fingerprints agree in fp32, fp16 or bf16, so that the weights differ by a cast at most."""
     if len(one) != PART * len(PRECISIONS) or len(other) != len(one):
         return one == other
     return any(one[i : i + PART] == other[i : i + PART] for i in range(0, len(one), PART))

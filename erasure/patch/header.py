@@ -1,4 +1,4 @@
-"""The header of a patch file: strings under `erasure.*`, and the modelspec and ss_ keys that LoRA loaders look for."""
+"""The header of a patch file: strings under `erasure.*`, and the modelspec and ss_ keys that LoRA loaders read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from erasure.patch.safetensors_io import digest, read_layout
 from erasure.patch.serialization import text_width, two_encoders
 
 FORMAT = 1
-PREFIX = "erasure."  # of every field of our own
+PREFIX = "erasure."  # of all header keys that Erasure reads
 KINDS = (LowRank.kind, Delta.kind)
-# Field -> type of its JSON; the fields that are plain strings stand in TEXTS.
+# Field -> type of its JSON value. TEXTS lists the fields that are plain strings.
 JSON: dict[str, type] = {
     "concepts": list,
     "base_fingerprint": dict,
@@ -45,10 +45,14 @@ ARCHITECTURES = {
 
 
 def to_json(label: str, value: Any) -> str:
-    """Return `value` as JSON text.
+    """Return a value as JSON text.
+
+    Args:
+        label: what the value is, for the message.
+        value: plain data.
 
     Raises:
-        ErasureError: the value holds other types than JSON has, NaN or infinity.
+        ErasureError: the value contains NaN, infinity, or a type that JSON does not have.
     """
     try:
         return json.dumps(value, allow_nan=False)
@@ -57,23 +61,28 @@ def to_json(label: str, value: Any) -> str:
 
 
 def from_json(label: str, text: str, kind: type | tuple[type, ...]) -> Any:
-    """Return the value of a JSON text whose outermost type must be `kind`.
+    """Return the value of a JSON text.
+
+    Args:
+        label: what the text is, for the message.
+        text: the JSON text.
+        kind: the type, or types, that the outermost value may have.
 
     Raises:
-        ErasureError: the text is not JSON, is of another type, or holds NaN or infinity.
+        ErasureError: the text is not JSON, its value has another type, or it contains NaN or infinity.
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ErasureError(f"{label} is not valid JSON ({error})") from error
     if not isinstance(value, kind):
-        wanted = "a number" if isinstance(kind, tuple) else kind.__name__
-        raise ErasureError(f"{label} is a JSON {type(value).__name__}, expected {wanted}")
+        expected = "a number" if isinstance(kind, tuple) else kind.__name__
+        raise ErasureError(f"{label} is a JSON {type(value).__name__}, expected {expected}")
     return value
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number")
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def _finite(text: str) -> float:
@@ -82,42 +91,54 @@ def _finite(text: str) -> float:
 
 
 def check_fields(fields: dict[str, Any]) -> None:
-    """Check the types inside the JSON fields of a header.
+    """Check the contents of the JSON fields of a header.
 
     Raises:
         ErasureError: a field has the wrong type; the message names it.
     """
     if not fields["concepts"] or not all(isinstance(concept, dict) for concept in fields["concepts"]):
         raise ErasureError("concepts must be a list of at least one JSON object")
-    for component, mark in fields["base_fingerprint"].items():
-        if component not in COMPONENTS or not isinstance(mark, str):
-            raise ErasureError(f"base_fingerprint: {component!r} must be one of {', '.join(COMPONENTS)}, with a string")
+    for component, fingerprint in fields["base_fingerprint"].items():
+        if component not in COMPONENTS or not isinstance(fingerprint, str):
+            raise ErasureError(
+                f"base_fingerprint must map components ({', '.join(COMPONENTS)}) to strings; "
+                f"the entry {component!r} does not"
+            )
     if not isinstance(fields["gate"].get("kind"), str):
-        raise ErasureError('gate must hold a \'kind\', such as {"kind": "always"}')
+        raise ErasureError('gate must have a \'kind\', such as {"kind": "always"}')
     for component, paths in (fields.get("modules") or {}).items():
         good = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
         if component not in COMPONENTS or not good or len(set(paths)) != len(paths):
-            raise ErasureError(f"modules: {component!r} must be a component with a list of distinct module paths")
+            raise ErasureError(
+                f"modules must map components ({', '.join(COMPONENTS)}) to lists of distinct module paths; "
+                f"the entry {component!r} does not"
+            )
     for key, shape in (fields.get("sparse") or {}).items():
         if not isinstance(shape, list) or not 0 < len(shape) <= 8 or not all(type(n) is int and n > 0 for n in shape):
-            raise ErasureError(f"sparse: {key!r} must have a shape of whole numbers above 0")
+            raise ErasureError(f"sparse: the shape of {key!r} must be a list of 1 to 8 whole numbers above 0")
 
 
 def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
     """Decode and check the `erasure.*` fields of a file's header.
 
+    Args:
+        metadata: the header strings, as `read_header` returns them.
+
+    Returns:
+        The decoded fields, by their names without `erasure.`; absent optional fields are None.
+
     Raises:
-        ErasureError: another or a newer format, or a field that is missing or of the wrong type.
+        ErasureError: the format is unknown or newer than this version, or a field is missing or of the wrong type.
     """
     version = metadata.get("erasure.format", "")
     if re.fullmatch(r"[0-9]{1,9}", version) and int(version) > FORMAT:
         raise ErasureError(
-            f"format {version} is newer than this Erasure, which reads {FORMAT}; upgrade erasure-diffusion"
+            f"patch format {version} is newer than this Erasure, which reads format {FORMAT}; upgrade erasure-diffusion"
         )
     if version != str(FORMAT):
         raise ErasureError(f"unknown patch format {version[:40]!r}, expected '{FORMAT}'")
-    wanted = [*TEXTS, "seed", "dtype_error", *(name for name in JSON if name not in OPTIONAL)]
-    missing = [f"erasure.{name}" for name in wanted if f"erasure.{name}" not in metadata]
+    required = [*TEXTS, "seed", "dtype_error", *(name for name in JSON if name not in OPTIONAL)]
+    missing = [f"erasure.{name}" for name in required if f"erasure.{name}" not in metadata]
     if missing:
         raise ErasureError(f"the header lacks {', '.join(missing)}")
     fields: dict[str, Any] = {name: metadata[f"erasure.{name}"] for name in TEXTS}
@@ -140,28 +161,37 @@ def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def check_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Compare a file's tensors and `erasure.*` fields with the digest in its header; older files have none.
+    """Compare a file's tensors and `erasure.*` fields with the digest in its header.
+
+    Files that older versions wrote have no digest and are accepted.
+
+    Args:
+        tensors: the tensors of the file by key.
+        metadata: the header strings of the file.
 
     Raises:
-        ErasureError: they differ: bytes were changed after the patch was written.
+        ErasureError: they differ, so the file was changed after it was written.
     """
     fields = {key.removeprefix(PREFIX): text for key, text in metadata.items() if key.startswith(PREFIX)}
-    stated = fields.pop("digest", None)
-    if stated is not None and digest(tensors, fields) != stated:
+    recorded = fields.pop("digest", None)
+    if recorded is not None and digest(tensors, fields) != recorded:
         raise ErasureError(
             "its tensors or header do not match the digest in erasure.digest: the file was damaged or changed after it "
-            "was written. Fetch or make it again; nothing was loaded"
+            "was written. Download or make it again; nothing was loaded"
         )
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read and check the header strings of a patch file, without its tensors; `decode_header` decodes them.
+    """Read and check the header of a patch file without reading its tensors.
+
+    Args:
+        path: the file, or a name on the hub, as for `Patch.load`.
 
     Returns:
-        `erasure.method`, `erasure.concepts` (JSON) and so on, exactly as the file holds them.
+        The header strings as they are in the file: `erasure.method`, `erasure.concepts` (JSON) and so on.
 
     Raises:
-        ErasureError: the file is not a patch, is damaged, or was written by a newer version.
+        ErasureError: the file is missing, damaged or not a patch, or it was written by a newer version.
     """
     layout = read_layout(located(path).path)
     refuse_plain(layout.path, layout.metadata, list(layout.entries))
@@ -173,23 +203,37 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def refuse_plain(path: os.PathLike[str], metadata: dict[str, str], keys: list[str]) -> None:
-    """Raise an ErasureError that says what a file without our header is instead."""
+    """Refuse a file without the header of a patch.
+
+    Args:
+        path: the file, for the message.
+        metadata: its header strings.
+        keys: the names of its tensors.
+
+    Raises:
+        ErasureError: the header lacks `erasure.format`; the message says what the file is instead.
+    """
     if "erasure.format" in metadata:
         return
     if any(key.endswith((DOWN, "lora_A.weight", "lora.down.weight")) for key in keys):
         raise ErasureError(
-            f"{path}: a plain LoRA, not a patch: its header lacks erasure.format, erasure.method, erasure.concepts, "
-            "erasure.base_fingerprint and the rest. `erasure patch import` makes a patch of it, and "
-            "pipe.load_lora_weights loads it as it is"
+            f"{path} is a plain LoRA and not a patch: its header lacks erasure.format, erasure.method, "
+            "erasure.concepts, erasure.base_fingerprint and the other fields. `erasure patch import` turns it into a "
+            "patch; pipe.load_lora_weights loads it without one"
         )
     raise ErasureError(
-        f"{path}: a safetensors file but not a patch, its header lacks erasure.format. `erasure patch import` "
-        "makes a patch of files that other programs publish"
+        f"{path} is a safetensors file but not a patch: its header lacks erasure.format. `erasure patch import` "
+        "turns files from other programs into patches"
     )
 
 
 def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
-    """Return the header fields that kohya, ComfyUI and A1111 read from a LoRA."""
+    """Return the header fields that kohya, ComfyUI and A1111 read from a LoRA.
+
+    Args:
+        payload: the low-rank payload of the file.
+        title: a title for people.
+    """
     width = 2048 if two_encoders(payload) else text_width(payload)
     architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
     ranks = payload.ranks

@@ -1,7 +1,7 @@
-"""How other programs read a patch file: one table of facts about them.
+"""What other programs can load from a patch file, as one table of facts.
 
-The facts come from the sources of ComfyUI (comfy/lora.py) and A1111 (extensions-builtin/Lora/networks.py), and from
-trials with diffusers. tests/formats/test_loaders.py checks them against maps made from the true configurations.
+The facts come from the source code of ComfyUI (comfy/lora.py) and A1111 (extensions-builtin/Lora/networks.py), and
+from tests with diffusers. tests/formats/test_loaders.py checks them against the real configurations of the models.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _LINEAR = r"(mlp_fc[12]|self_attn_(q|k|v|out)_proj)"
 
 @dataclass(frozen=True)
 class Loader:
-    """How one program reads patches.
+    """What one program can load from a patch file.
 
     Args:
-        gate: whether it runs a patch's gate; without it, the patch acts on every prompt.
-        delta: the export format in which it loads differences of whole weights.
-        misses: (family, pattern): kohya keys it has no layer for, in models of that family ("" for all).
+        gate: whether it evaluates a patch's gate. Without the gate, the patch acts on every prompt.
+        delta: the export format in which it loads weight differences.
+        misses: pairs (family, pattern) of kohya keys for which it has no layer in models of that family ("" for all).
     """
 
     gate: bool = False
@@ -38,32 +38,38 @@ LOADERS = {
     "erasure": Loader(gate=True),
     "diffusers": Loader(delta="checkpoint"),
     "ComfyUI": Loader(
-        # Of the text encoders only the linear layers, and XL's projection.
+        # It loads only the linear layers of the text encoders, and XL's projection.
         misses=(("", rf"lora_te[12]?_(?!text_model_encoder_layers_\d+_{_LINEAR}$|text_projection$).*"),),
     ),
     "A1111": Loader(
         misses=(
             ("sd1", r"lora_te_(?!text_model_encoder_layers_\d+_).*"),
-            # open_clip's encoders: their norms have other names.
+            # The norms of open_clip's encoders have other names there.
             ("sd2", rf"lora_te_(?!text_model_encoder_layers_\d+_{_LINEAR}$).*"),
             ("sdxl", rf"lora_te2_(?!text_model_encoder_layers_\d+_{_LINEAR}$).*"),
-            # Its table of upsamplers is that of Stable Diffusion 1, where this block has no attention.
+            # It uses the table of upsamplers of Stable Diffusion 1, where this block has no attention.
             ("sdxl", r"lora_unet_up_blocks_0_upsamplers_0_conv"),
         ),
     ),
 }
 
-# Loaders that give attention layers the commonest alpha of a kohya file; what we write has one, others' may not.
+# Loaders that use the most common alpha of a kohya file for all attention layers. Files that we write have only one
+# alpha; files from other programs may have several.
 ONE_ALPHA = ("diffusers",)
 
 
 def family(payload: LowRank | Delta) -> str:
-    """Return the base's family, sd1, sd2 or sdxl, as far as the payload shows; sd1 where it does not."""
+    """Return the family of the base, sd1, sd2 or sdxl; sd1 if the payload does not show it."""
     return "sdxl" if two_encoders(payload) else BASES.get(text_width(payload) or 0, "sd1")
 
 
 def missed(loader: str, payload: LowRank | Delta) -> list[str]:
-    """List the kohya keys of a payload for which the loader has no layer, sorted."""
+    """List the kohya keys of a payload for which a program has no layer, sorted.
+
+    Args:
+        loader: the program, a key of `LOADERS`.
+        payload: the payload of the patch.
+    """
     kind, two = family(payload), two_encoders(payload)
     keys = {
         kohya_prefix(component, name.rpartition(".")[0], two)
@@ -75,18 +81,22 @@ def missed(loader: str, payload: LowRank | Delta) -> list[str]:
 
 
 def as_it_is(patch: Patch) -> dict[str, str]:
-    """Say for each program whether it loads the patch's own file, and what it leaves out."""
+    """Tell for each program whether it can load the patch's own file, and what it leaves out.
+
+    Returns:
+        By the program's name, an answer that begins with "yes", "no", "with its gate" or "without its gate".
+    """
     gated = patch.gate["kind"] != "always"
     answers: dict[str, Any] = {}
     for name, loader in LOADERS.items():
         if loader.gate:
             answers[name] = "with its gate" if gated else "yes"
         elif not isinstance(patch.payload, LowRank):
-            answers[name] = f"no: export --format {loader.delta}, or kohya --rank R"
+            answers[name] = f"no: export --format {loader.delta}, or --format kohya --rank R"
         else:
             answers[name] = "without its gate" if gated else "yes"
             if lost := missed(name, patch.payload):
-                answers[name] += f", but not {len(lost)} layers, the first {lost[0]}"
+                answers[name] += f", but not {len(lost)} layers (first: {lost[0]})"
             if name in ONE_ALPHA and patch.stored.get("alphas", 1) > 1:
-                answers[name] = "no: it mistakes alphas that differ, as this file's do: export --format kohya"
+                answers[name] = "no: it misreads files with several alphas, such as this one: export --format kohya"
     return answers

@@ -1,7 +1,7 @@
-"""The names of what a patch changes: components, module paths, parameter names, and their kohya keys.
+"""The names of the weights that a patch changes: components, module paths, parameter names, and kohya keys.
 
-transformers 4 nests a CLIP text encoder in `text_model.`, transformers 5 does not (and CLIPTextModelWithProjection
-does in both). A patch names modules without that prefix; `find_module` and `find_parameter` try both spellings.
+transformers 4 nests the modules of a CLIP text encoder in `text_model.`, and transformers 5 does not (except for
+CLIPTextModelWithProjection). Patches leave out that prefix; `find_module` and `find_parameter` try both spellings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from erasure.errors import ErasureError, unknown
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 NESTED = "text_model."
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
-# UNet modules whose diffusers names no loader but ComfyUI turns into the original ones: their keys are the original's.
+# UNet modules whose kohya keys use the original names, because only ComfyUI converts diffusers' names for them.
 ORIGINAL = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
@@ -25,10 +25,10 @@ _PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
 def check_component(component: object) -> str:
-    """Return `component` if patches may change it.
+    """Return `component` unchanged if it is one that patches can change.
 
     Raises:
-        ErasureError: patches cannot change this component.
+        ErasureError: it is not one of COMPONENTS.
     """
     if not isinstance(component, str) or component not in COMPONENTS:
         raise unknown("component", component, COMPONENTS)
@@ -36,10 +36,14 @@ def check_component(component: object) -> str:
 
 
 def canonical(component: str, path: object) -> str:
-    """Return a module path or parameter name as patches write it, without a leading `text_model.`.
+    """Return a module path or parameter name as patches spell it, without a leading `text_model.`.
+
+    Args:
+        component: the component that it belongs to.
+        path: the path or name.
 
     Raises:
-        ErasureError: the name is not made of words joined by dots.
+        ErasureError: the path is not a string of words joined by dots.
     """
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ErasureError(f"{component}: {path!r} is not a module path (words joined by dots)")
@@ -47,7 +51,12 @@ def canonical(component: str, path: object) -> str:
 
 
 def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
-    """Return the key before `.lora_down.weight` that kohya, ComfyUI and A1111 use for the module at `path`.
+    """Return the key that precedes `.lora_down.weight` in kohya's format, which ComfyUI and A1111 read too.
+
+    Args:
+        component: the component of the module.
+        path: the path of the module, as patches spell it.
+        two_encoders: whether the base has two text encoders (XL), which changes the key of the first.
 
     >>> kohya_prefix("text_encoder", "encoder.layers.0.mlp.fc1", two_encoders=False)
     'lora_te_text_model_encoder_layers_0_mlp_fc1'
@@ -59,7 +68,7 @@ def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
 
 
 def nested(component: str, path: str) -> str:
-    """Return a path as published files and transformers 4 write it, with a leading `text_model.`.
+    """Return a path as published files and transformers 4 spell it, with a leading `text_model.`.
 
     >>> nested("text_encoder_2", "text_projection"), nested("text_encoder", "final_layer_norm")
     ('text_projection', 'text_model.final_layer_norm')
@@ -68,7 +77,10 @@ def nested(component: str, path: str) -> str:
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module | None:
-    """Return the submodule at `path`, looking through the wrapper of a user's LoRA (peft); None if there is none."""
+    """Return the submodule at `path`, or None if there is none.
+
+    If a user's LoRA (peft) wraps the module, the module inside the wrapper is returned.
+    """
     for spelling in (path, NESTED + path):
         try:
             module = root.get_submodule(spelling)
@@ -80,7 +92,7 @@ def find_module(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def find_parameter(root: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the parameter called `name`, looking through peft's wrapper; None if there is none."""
+    """Return the parameter called `name`, or None if there is none; wrappers are handled as in `find_module`."""
     path, _, leaf = name.rpartition(".")
     module = find_module(root, path) if path else root
     value = getattr(module, leaf, None) if module is not None else None

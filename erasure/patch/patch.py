@@ -1,4 +1,4 @@
-"""The patch itself: its tensors and its header, both immutable."""
+"""The class Patch: a change of weights together with its header. Patches are immutable."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ class Patch:
     """The result of an erasure: the change of the weights, and a record of how it was made.
 
     Args:
-        payload: the change, `LowRank` or `Delta`.
-        method: the name of the method that made it.
-        concepts: the erased concepts, as JSON objects (or objects with `to_json()`); only the key `name` is required.
-        base: the checkpoint that it was made from, as the user named it.
-        base_fingerprint: component -> `fingerprint(module, names)` of the base parameters that the payload changes.
+        payload: the change, a `LowRank` or a `Delta`.
+        method: the name of the method that made the patch.
+        concepts: the erased concepts, as JSON objects or objects with `to_json()`. Only their key `name` is used.
+        base: the checkpoint that the patch was made from, as the user named it.
+        base_fingerprint: for each component, the `fingerprint` of the base parameters that the payload changes.
         config: all settings of the method.
-        gate: how strongly the patch acts on a prompt; `{"kind": "always"}`, or `{"kind": "text", ...}`.
-        versions: the versions of the libraries.
+        gate: the rule that decides how strongly the patch acts on a prompt, such as `{"kind": "always"}` or
+            `{"kind": "text", ...}`.
+        versions: the versions of the libraries that made the patch.
         seed: the random seed of the run.
-        costs: F and B counts, seconds, and peak memory.
-        results: what `verify` measured, or None.
-        stored: for a loaded patch, the file's path, bytes, dtype and dtype_error, the number of different alphas
-            (ours have one), and for a patch from the hub its repository and revision; empty otherwise.
+        costs: F and B (forward and backward passes of the UNet, counted in samples), seconds, and peak memory.
+        results: the measurements of `verify`, or None.
+        stored: for a loaded patch, the path, bytes, dtype and dtype_error of the file, its number of different alphas
+            (1 in files that we write), and for a patch from the hub the repository and revision; otherwise empty.
 
     Raises:
-        ErasureError: a field of the wrong type, or one that cannot be written as JSON.
+        ErasureError: a field has the wrong type or cannot be written as JSON.
     """
 
     payload: LowRank | Delta
@@ -74,17 +75,17 @@ class Patch:
         if not isinstance(self.payload, LowRank | Delta):
             raise ErasureError(f"payload must be LowRank or Delta, not {type(self.payload).__name__}")
         if not isinstance(self.method, str) or not self.method or not isinstance(self.base, str):
-            raise ErasureError("method and base must be strings, and method not an empty one")
+            raise ErasureError("method and base must be strings, and method must not be empty")
         if type(self.seed) is not int:
             raise ErasureError(f"seed must be a whole number, not {self.seed!r}")
         if isinstance(self.concepts, str | bytes | Mapping):
             raise ErasureError("concepts must be a list of JSON objects")
-        plain = [one.to_json() if hasattr(one, "to_json") else one for one in self.concepts]
+        plain = [concept.to_json() if hasattr(concept, "to_json") else concept for concept in self.concepts]
         values = {name: getattr(self, name) for name in FIELDS} | {"concepts": plain}
         for name, value in values.items():
             if not isinstance(value, list if JSON[name] is list else Mapping):
                 raise ErasureError(f"{name} must be a JSON {JSON[name].__name__}, not {type(value).__name__}")
-        # Through JSON and back: what is in memory is what the file will say, and nobody else's object.
+        # Converted to JSON and back, the fields are equal to those in the file, and are not shared with the caller.
         values = {name: json.loads(to_json(name, value)) for name, value in values.items()}
         check_fields(values)
         for name, value in values.items():
@@ -94,7 +95,7 @@ class Patch:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the erased concepts."""
+        """Return the names of the concepts that the patch erases."""
         return [str(concept.get("name", "?")) for concept in self.concepts]
 
     @property
@@ -103,26 +104,37 @@ class Patch:
         return self.payload.components
 
     def deltas(self, component: str) -> dict[str, Tensor]:
-        """Return the dense fp32 change of each parameter, by name; empty for a component that does not change.
+        """Return the dense change of each parameter of a component, by the parameter's name.
+
+        Args:
+            component: unet, text_encoder or text_encoder_2.
+
+        Returns:
+            Tensors in fp32 on the CPU, which are copies; empty if the patch does not change the component.
 
         Raises:
-            ErasureError: patches cannot change this component.
+            ErasureError: patches cannot change such a component.
         """
         check_component(component)
         return {name: self.payload.change(component, name).clone() for name in self.payload.names(component)}
 
     def scale(self, factor: float) -> Patch:
-        """Return the patch with every change multiplied by `factor`; its results no longer hold and are dropped.
+        """Return a patch with every change multiplied by `factor`.
+
+        The measured results are dropped, because they no longer hold.
 
         Raises:
             ErasureError: `factor` is not a finite number.
         """
         if not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise ErasureError(f"cannot scale a patch by {factor!r}")
+            raise ErasureError(f"a patch can only be scaled by a finite number, not by {factor!r}")
         return dataclasses.replace(self, payload=self.payload.scaled(float(factor)), results=None, stored={})
 
     def info(self) -> dict[str, Any]:
-        """Describe the patch as plain JSON values; `bytes` is the size of the file, or of the tensors in memory."""
+        """Return a description of the patch as plain JSON values.
+
+        `bytes` is the size of the file, or of the fp32 tensors for a patch that was not loaded from a file.
+        """
         tensors = self.payload.tensors()
         return {
             "method": self.method,
@@ -145,18 +157,18 @@ class Patch:
         }
 
     def save(self, path: str | os.PathLike[str], dtype: str = "fp32", overwrite: bool = True) -> Path:
-        """Write the patch to a file, completely or not at all; missing folders are created.
+        """Write the patch to a safetensors file, completely or not at all. Missing folders are created.
 
         Args:
-            path: the file, by convention `.safetensors`.
-            dtype: data type of the tensors: fp32, bf16 or fp16. Its relative error is stored in the header.
+            path: the file, whose suffix should be `.safetensors`.
+            dtype: type of the tensors: fp32, bf16 or fp16. The relative error of the cast is stored in the header.
             overwrite: whether an existing file may be replaced.
 
         Returns:
             The path of the written file.
 
         Raises:
-            ErasureError: an unknown dtype, a value that overflows in it, or a path that cannot be written.
+            ErasureError: the dtype is unknown, a value overflows in it, or the path cannot be written.
         """
         tensors, modules, shapes = encode(self.payload, dtype)
         fields: dict[str, str] = {
@@ -183,14 +195,17 @@ class Patch:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Read a patch file. Pickles are never read, and nothing is allocated before the sizes are checked.
+        """Read a patch from a file or from the Hugging Face hub.
+
+        Pickles are never read, and all sizes are checked before memory is allocated.
 
         Args:
-            path: the file, or a name on the Hugging Face hub, `owner/name[@revision][/file.safetensors]`, which is
-                fetched into the hub's cache (or only read from there with HF_HUB_OFFLINE). Local files come first.
+            path: the file, or a name on the hub, `owner/name[@revision][/file.safetensors]`. A file on the hub is
+                downloaded to the hub's cache; with HF_HUB_OFFLINE set, only the cache is used. Local files take
+                precedence.
 
         Raises:
-            ErasureError: the file is missing, damaged or not a patch; the message says which.
+            ErasureError: the file is missing, damaged or not a patch; the message names the file and the fault.
         """
         source = located(path)
         layout = read_layout(source.path)

@@ -1,4 +1,4 @@
-"""The two payloads of a patch: low-rank factors and dense weight differences. Both live on the CPU in fp32."""
+"""The two kinds of payload of a patch, low-rank factors and weight differences, both in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasure.errors import ErasureError
 from erasure.patch.fingerprint import tensor_bytes
 from erasure.patch.module_keys import canonical, check_component
 
-Layer = tuple[Tensor, Tensor, float]
+Layer = tuple[Tensor, Tensor, float]  # down, up, alpha
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +24,14 @@ class LowRank:
     """Low-rank factors whose product is the change of a layer's weight: (alpha / rank) * up @ down.
 
     Args:
-        layers: component -> module path -> (down, up, alpha). A linear layer has down [rank, in] and up [out, rank];
-            a convolution has down [rank, in, height, width] and up [out, rank, 1, 1]. Tensors are copied to fp32 on
-            the CPU; alpha is rounded to fp32, as the file holds it. Alphas that differ become one (`_one_alpha`).
+        layers: (down, up, alpha) of each layer, by component and module path. A linear layer has down [rank, in] and
+            up [out, rank], a convolution down [rank, in, height, width] and up [out, rank, 1, 1]. Tensors are copied
+            to fp32 on the CPU, and alpha is rounded to fp32 as in the file. If the alphas differ, they are replaced by
+            a common one without changing the products (see `_one_alpha`).
 
     Raises:
-        ErasureError: no layers, an unknown component, a bad path, shapes that do not agree, NaN or infinity.
+        ErasureError: there are no layers, a component is unknown, a path is malformed, shapes do not agree, or a value
+            is NaN or infinite.
     """
 
     layers: Mapping[str, Mapping[str, Layer]]
@@ -43,17 +45,17 @@ class LowRank:
 
     @property
     def components(self) -> list[str]:
-        """Return the components that change, sorted."""
+        """Return the components that the payload changes, sorted."""
         return list(self.layers)
 
     @property
     def ranks(self) -> list[int]:
-        """Return the distinct ranks in rising order."""
+        """Return the distinct ranks of the layers in rising order."""
         return sorted({down.shape[0] for layers in self.layers.values() for down, _, _ in layers.values()})
 
     @property
     def alpha(self) -> float:
-        """Return the alpha that all layers share."""
+        """Return the alpha that all layers have in common."""
         return next(alpha for table in self.layers.values() for _, _, alpha in table.values())
 
     def names(self, component: str) -> list[str]:
@@ -61,7 +63,7 @@ class LowRank:
         return [f"{path}.weight" for path in self.layers.get(component, {})]
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
-        """Return the shape of the parameter `name`."""
+        """Return the shape of the parameter `name` of a component."""
         down, up, _ = self.layers[component][name.removesuffix(".weight")]
         return (up.shape[0], *down.shape[1:])
 
@@ -72,7 +74,10 @@ class LowRank:
         return (product * (alpha / down.shape[0])).reshape(self.shape(component, name))
 
     def scaled(self, factor: float) -> LowRank:
-        """Return the payload times `factor`, which goes into `up`, as A1111 reads an alpha of 0 as "not given"."""
+        """Return the payload with every change multiplied by `factor`.
+
+        The factor is applied to `up` and not to alpha, because A1111 treats an alpha of 0 as missing.
+        """
         return LowRank(
             {
                 component: {path: (down, up * factor, alpha) for path, (down, up, alpha) in layers.items()}
@@ -86,7 +91,7 @@ class LowRank:
 
     @cached_property
     def digest(self) -> str:
-        """Return the sha256 over all names and values, which identifies the payload."""
+        """Return the sha256 of all names and values, which identifies the payload."""
         digest = hashlib.sha256(self.kind.encode())
         for component, layers in self.layers.items():
             for path, (down, up, alpha) in layers.items():
@@ -98,13 +103,15 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """Dense differences that are added to parameters.
+    """Dense weight differences, which are added to the parameters.
 
     Args:
-        changes: component -> parameter name -> difference of the parameter's shape, copied to fp32 on the CPU.
+        changes: the difference for each parameter, by component and parameter name, in the shape of the parameter.
+            Tensors are copied to fp32 on the CPU.
 
     Raises:
-        ErasureError: no changes, an unknown component, a bad name, an empty tensor, NaN or infinity.
+        ErasureError: there are no changes, a component is unknown, a name is malformed, a tensor is empty, or a value
+            is NaN or infinite.
     """
 
     changes: Mapping[str, Mapping[str, Tensor]]
@@ -118,7 +125,7 @@ class Delta:
 
     @property
     def components(self) -> list[str]:
-        """Return the components that change, sorted."""
+        """Return the components that the payload changes, sorted."""
         return list(self.changes)
 
     def names(self, component: str) -> list[str]:
@@ -126,11 +133,11 @@ class Delta:
         return list(self.changes.get(component, {}))
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
-        """Return the shape of the parameter `name`."""
+        """Return the shape of the parameter `name` of a component."""
         return tuple(self.changes[component][name].shape)
 
     def change(self, component: str, name: str) -> Tensor:
-        """Return the fp32 change of the parameter `name`, without copying it."""
+        """Return the fp32 change of the parameter `name`; it is not a copy and must not be modified."""
         return self.changes[component][name]
 
     def scaled(self, factor: float) -> Delta:
@@ -148,7 +155,7 @@ class Delta:
 
     @cached_property
     def digest(self) -> str:
-        """Return the sha256 over all names and values, which identifies the payload."""
+        """Return the sha256 of all names and values, which identifies the payload."""
         digest = hashlib.sha256(self.kind.encode())
         for component, changes in self.changes.items():
             for name, change in changes.items():
@@ -157,8 +164,8 @@ class Delta:
         return digest.hexdigest()
 
 
-def _tidy(tables: Any, noun: str, one: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
-    """The payload sorted, with canonical names and each value passed through `one`."""
+def _tidy(tables: Any, noun: str, check: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
+    """Return a sorted copy of a payload, with canonical names and values that passed through `check`."""
     if not isinstance(tables, Mapping):
         raise ErasureError(f"{noun} must map component -> name -> tensors, not {type(tables).__name__}")
     tidy: dict[str, dict[str, Any]] = {}
@@ -168,11 +175,11 @@ def _tidy(tables: Any, noun: str, one: Callable[[str, Any], Any]) -> dict[str, d
             raise ErasureError(f"{noun} of {component} must be a mapping, not {type(table).__name__}")
         names = {canonical(component, name): name for name in table}
         if len(names) != len(table):
-            raise ErasureError(f"{component}: the same name stands twice, with and without 'text_model.'")
+            raise ErasureError(f"{component}: a name occurs twice, with and without 'text_model.'")
         if names:
-            tidy[component] = {name: one(f"{component}.{name}", table[names[name]]) for name in sorted(names)}
+            tidy[component] = {name: check(f"{component}.{name}", table[names[name]]) for name in sorted(names)}
     if not tidy:
-        raise ErasureError(f"a patch without {noun} erases nothing; was any target found?")
+        raise ErasureError(f"a patch without {noun} erases nothing: give at least one")
     return tidy
 
 
@@ -181,25 +188,25 @@ def _layer(label: str, value: Any) -> Layer:
         down, up, alpha = value
         alpha = float(torch.tensor(float(alpha), dtype=torch.float32))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ErasureError(f"{label}: expected (down, up, alpha), {error}") from error
+        raise ErasureError(f"{label}: must be (down, up, alpha): {error}") from error
     down, up = _copy(f"{label} down", down), _copy(f"{label} up", up)
     if down.dim() != up.dim() or down.dim() not in (2, 4) or tuple(up.shape[2:]) not in ((), (1, 1)):
         raise ErasureError(
-            f"{label}: down {list(down.shape)} and up {list(up.shape)} are neither a linear layer's [r, in], [out, r] "
-            "nor a convolution's [r, in, h, w], [out, r, 1, 1]"
+            f"{label}: down {list(down.shape)} and up {list(up.shape)} fit neither a linear layer ([rank, in] and "
+            "[out, rank]) nor a convolution ([rank, in, height, width] and [out, rank, 1, 1])"
         )
     if down.shape[0] != up.shape[1]:
         raise ErasureError(f"{label}: down has rank {down.shape[0]}, up has rank {up.shape[1]}")
     if not math.isfinite(alpha):
-        raise ErasureError(f"{label}: alpha is {alpha}")
+        raise ErasureError(f"{label}: alpha is {alpha}, not a finite number")
     return down, up, alpha
 
 
 def _one_alpha(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Layer]]:
-    """The same changes with one alpha for all layers, the highest rank, and the rest of the scale in the up factors.
+    """Return the same changes with a common alpha, equal to the highest rank; `up` takes the remaining factor.
 
-    So every loader agrees on a file. diffusers (0.42.1) looks for an alpha of a layer's own by a name that attention
-    layers do not have after its conversion, and gives them the commonest one; A1111 reads an alpha of 0 as "not given".
+    All programs then load the file alike. diffusers (0.42.1) looks up the alphas of attention layers by names that it
+    has just changed, and therefore uses the most common alpha for all of them; A1111 treats an alpha of 0 as missing.
     """
     alphas = {alpha for table in layers.values() for _, _, alpha in table.values()}
     if len(alphas) == 1 and 0.0 not in alphas:
@@ -220,11 +227,11 @@ def _difference(label: str, value: Any) -> Tensor:
 
 def _copy(label: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ErasureError(f"{label}: expected a tensor of floating-point numbers")
+        raise ErasureError(f"{label}: must be a tensor of floating-point numbers")
     if tensor.numel() == 0:
-        raise ErasureError(f"{label}: an empty tensor of shape {list(tensor.shape)}")
-    # A copy always: a patch is immutable, also when the trainer goes on with its own tensors.
+        raise ErasureError(f"{label}: the tensor of shape {list(tensor.shape)} is empty")
+    # Always copied, so that the patch does not change when training continues with its own tensors.
     value = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
     if not torch.isfinite(value).all():
-        raise ErasureError(f"{label}: holds NaN or infinity")
+        raise ErasureError(f"{label}: contains NaN or infinity")
     return value

@@ -1,4 +1,4 @@
-"""Read safetensors files strictly, checking sizes before anything is allocated; write them atomically."""
+"""Safetensors files: a reader that checks all sizes before it allocates memory, and an atomic writer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of one tensor in a file: `begin` and `end` are byte offsets from the start of the file."""
+    """The type, shape and position of one tensor in a file.
+
+    Args:
+        dtype: the tensor's type.
+        shape: the tensor's shape.
+        begin: offset of its first byte from the start of the file.
+        end: offset of the byte after its last.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,7 +56,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """A checked safetensors file: path, size in bytes, header strings, and the place of each tensor."""
+    """The checked structure of a safetensors file.
+
+    Args:
+        path: the file.
+        size: its size in bytes.
+        metadata: its header strings.
+        entries: the type, shape and position of each tensor, by name.
+    """
 
     path: Path
     size: int
@@ -57,7 +71,7 @@ class Layout:
     entries: dict[str, Entry]
 
     def read(self) -> dict[str, Tensor]:
-        """Read all tensors, in the data types of the file.
+        """Read all tensors of the file, in the types that they have there.
 
         Raises:
             ErasureError: the file changed or became unreadable since the layout was checked.
@@ -78,7 +92,11 @@ class Layout:
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; errors of the operating system become ErasureErrors."""
+    """Open a file for reading inside the context.
+
+    Raises:
+        ErasureError: the operating system cannot open or read the file.
+    """
     try:
         with path.open("rb") as handle:
             yield handle
@@ -87,7 +105,10 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_layout(path: str | os.PathLike[str]) -> Layout:
-    """Check the structure of a safetensors file without reading a tensor.
+    """Read and check the structure of a safetensors file, without reading its tensors.
+
+    Args:
+        path: the file; a leading `~` is expanded.
 
     Raises:
         ErasureError: the file is missing, unreadable, truncated or not safetensors, or its sizes do not agree.
@@ -97,19 +118,21 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
         size = os.fstat(handle.fileno()).st_size
         start = handle.read(8)
         if start.startswith((b"PK\x03\x04", b"\x80")) and path.suffix != ".safetensors":
-            raise ErasureError(f"{path}: a pickle, not safetensors; pickles can run code and are never opened")
+            raise ErasureError(
+                f"{path} is a pickle and not a safetensors file; pickles can run code, so they are never opened"
+            )
         if len(start) < 8:
             raise ErasureError(f"{path}: truncated or not a safetensors file ({size} bytes)")
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER or length > size - 8 or length < 2:
             raise ErasureError(
-                f"{path}: truncated or not a safetensors file (claims a header of {length} bytes in a file of {size})"
+                f"{path}: truncated or not a safetensors file (header of {length} bytes in a file of {size} bytes)"
             )
         text = handle.read(length)
     header = _parse(path, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ErasureError(f"{path}: the header's __metadata__ is not a table of strings")
+        raise ErasureError(f"{path}: the header's __metadata__ must map strings to strings")
     data = 8 + length
     entries = {name: _entry(path, name, value, data) for name, value in header.items()}
     _contiguous(path, entries, data, size)
@@ -118,7 +141,7 @@ def read_layout(path: str | os.PathLike[str]) -> Layout:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise ErasureError(f"{path}: the header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -126,10 +149,10 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return table
 
 
@@ -138,20 +161,20 @@ def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
         raise ErasureError(f"{path}: tensor {name!r}: {fault}")
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        refuse("its header entry is not dtype, shape and data_offsets")
+        refuse("its header entry must have exactly dtype, shape and data_offsets")
     kind, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         refuse(f"unknown dtype {str(kind)[:40]!r}")
     if not _sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        refuse("its shape is not a short list of whole numbers")
+        refuse(f"its shape must be a list of at most {MAX_DIMENSIONS} whole numbers")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        refuse("its data_offsets are not two rising whole numbers")
+        refuse("its data_offsets must be two whole numbers, the second not below the first")
     dtype = DTYPES[kind]
     count = math.prod(shape)
     if count * dtype.itemsize != offsets[1] - offsets[0]:
-        refuse(f"{offsets[1] - offsets[0]} bytes for shape {shape} of {kind}")
+        refuse(f"it has {offsets[1] - offsets[0]} bytes, which do not fit the shape {shape} of {kind}")
     if count == 0 and shape != [0]:
-        refuse(f"shape {shape} holds nothing")
+        refuse(f"its shape {shape} is empty")
     return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
 
 
@@ -166,13 +189,21 @@ def _contiguous(path: Path, entries: dict[str, Entry], data: int, size: int) -> 
             raise ErasureError(f"{path}: tensor {name!r} overlaps another or leaves a gap")
         position = entry.end
     if position > size:
-        raise ErasureError(f"{path}: truncated, {size} of {position} bytes are there")
+        raise ErasureError(f"{path}: truncated: it has only {size} of {position} bytes")
     if position < size:
-        raise ErasureError(f"{path}: {size - position} bytes stand behind the last tensor")
+        raise ErasureError(f"{path}: {size - position} bytes follow the last tensor")
 
 
 def digest(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> str:
-    """Return the sha256 over tensors (names, types, shapes, values) and header fields, in the order of their names."""
+    """Return the sha256 of the contents of a file, independent of their order.
+
+    Args:
+        tensors: the tensors by name; names, types, shapes and values count.
+        fields: the header fields by name.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -186,18 +217,28 @@ def digest(tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> str:
 def write_file(
     path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str], overwrite: bool = True
 ) -> Path:
-    """Write a safetensors file completely or not at all, by renaming a temporary file in the same folder.
+    """Write a safetensors file, completely or not at all.
 
-    Equal input gives equal bytes.
+    The file is written under a temporary name in the same folder and then renamed. Equal contents give equal bytes.
+
+    Args:
+        path: the file; a leading `~` is expanded, and missing folders are created.
+        tensors: the tensors by name.
+        metadata: the header strings.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        The path of the written file.
 
     Raises:
-        ErasureError: the path cannot be written, or exists and `overwrite` is off; an existing file is left untouched.
+        ErasureError: the path cannot be written, or it exists and `overwrite` is false. An existing file is then left
+            as it was.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise ErasureError(f"{path}: cannot be written, it is a folder")
+        raise ErasureError(f"{path} cannot be written because it is a folder")
     if path.exists() and not overwrite:
-        raise ErasureError(f"{path}: exists already and overwriting is off")
+        raise ErasureError(f"{path} already exists and overwrite is false; it was left as it was")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header(tensors, order, metadata)
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -221,7 +262,7 @@ def _discard(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        # Where its folder is a file or closed to us, nothing was written and nothing is to be removed.
+        # The folder is a file, or we have no access to it: nothing was written, so there is nothing to remove.
         return
 
 
@@ -234,8 +275,8 @@ def _header(tensors: dict[str, Tensor], order: list[str], metadata: dict[str, st
         table[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(table, separators=(",", ":")).encode()
-    # Blanks up to a multiple of 8 keep the tensors aligned, as the safetensors library does.
+    # Padded with spaces to a multiple of 8, which keeps the tensors aligned, as the safetensors library does.
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
-        raise ErasureError(f"the header would take {len(text)} bytes; safetensors readers stop at {MAX_HEADER}")
+        raise ErasureError(f"the header has {len(text)} bytes, and readers of safetensors accept at most {MAX_HEADER}")
     return text

@@ -1,4 +1,7 @@
-"""Convert payloads to file tensors and back: low-rank factors under kohya keys, differences as component.parameter."""
+"""Conversion between payloads and the tensors of a patch file.
+
+Low-rank factors have kohya keys; weight differences have the key `<component>.<parameter>`.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,23 @@ from erasure.patch.module_keys import ALPHA, COMPONENTS, DOWN, UP, canonical, ko
 from erasure.patch.payload import Delta, LowRank
 from erasure.patch.sparse import MASK, VALUES, is_sparse, pack, unpack
 
-Modules = dict[str, list[str]]  # component -> module paths, which kohya keys alone do not tell
+Modules = dict[str, list[str]]  # component -> module paths, which cannot be recovered from kohya keys
 Shapes = dict[str, list[int]]  # key of a sparse difference -> shape
 
 
 def encode(payload: LowRank | Delta, dtype: str) -> tuple[dict[str, Tensor], Modules, Shapes]:
-    """Return the tensors of the file by key, and the header fields that describe them.
+    """Convert a payload to the tensors of a file.
+
+    Args:
+        payload: the payload of the patch.
+        dtype: type of the tensors: fp32, bf16 or fp16.
+
+    Returns:
+        The tensors by key, and two header fields: the module paths of each component (low-rank), and the shapes of the
+        tensors that are stored sparsely (differences).
 
     Raises:
-        ErasureError: an unknown dtype; a value that overflows in it; two modules with one kohya key.
+        ErasureError: the dtype is unknown, a value overflows in it, or two modules have the same kohya key.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -38,7 +49,7 @@ def _encode_low_rank(payload: LowRank, dtype: str) -> tuple[dict[str, Tensor], M
         for path, (down, up, alpha) in layers.items():
             prefix = kohya_prefix(component, path, two_encoders(payload))
             if prefix + DOWN in tensors:
-                raise ErasureError(f"{component}.{path}: another module has the kohya key {prefix} too")
+                raise ErasureError(f"{component}.{path}: another module has the same kohya key {prefix}")
             tensors[prefix + DOWN] = cast(f"{component}.{path}", down, dtype)
             tensors[prefix + UP] = cast(f"{component}.{path}", up, dtype)
             tensors[prefix + ALPHA] = torch.tensor(alpha, dtype=torch.float32)
@@ -61,12 +72,15 @@ def _encode_delta(payload: Delta, dtype: str) -> tuple[dict[str, Tensor], Module
 
 
 def two_encoders(payload: LowRank | Delta) -> bool:
-    """Tell whether the base has two text encoders (the XL kind), as far as the payload shows: keys say `lora_te1_`."""
+    """Tell whether the base has two text encoders, as XL has, as far as the payload shows.
+
+    The kohya keys of the first text encoder then begin with `lora_te1_` instead of `lora_te_`.
+    """
     return "text_encoder_2" in payload.components or text_width(payload) == 2048
 
 
 def text_width(payload: LowRank | Delta) -> int | None:
-    """Return the width of the text states that the touched cross-attention layers read; None where there are none."""
+    """Return the width of the text states that the changed cross-attention layers read; None if there are none."""
     ends = ("attn2.to_k", "attn2.to_v")
     if isinstance(payload, LowRank):
         layers = payload.layers.get("unet", {})
@@ -76,20 +90,30 @@ def text_width(payload: LowRank | Delta) -> int | None:
 
 
 def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:
-    """Cast `tensor` to the data type of the file.
+    """Cast a tensor to the type of the file.
+
+    Args:
+        label: the name of the tensor, for the message.
+        tensor: the tensor.
+        dtype: fp32, bf16 or fp16.
 
     Raises:
-        ErasureError: a value is too large for it.
+        ErasureError: a value is too large for that type.
     """
     value = tensor.to(DTYPES[dtype])
     if not torch.isfinite(value).all():
         largest = float(tensor.abs().max())
-        raise ErasureError(f"{label}: a value of {largest:.3g} overflows {dtype}; save as bf16 or fp32")
+        raise ErasureError(f"{label}: the value {largest:.3g} overflows in {dtype}; save as bf16 or fp32")
     return value
 
 
 def cast_error(payload: LowRank | Delta, dtype: str) -> float:
-    """Return the relative L2 error of the cast over all weight changes together, |cast - exact| / |exact|."""
+    """Return the relative L2 error of a cast, |cast - exact| / |exact|, over all weight changes together.
+
+    Args:
+        payload: the payload of the patch.
+        dtype: fp32, bf16 or fp16.
+    """
     if dtype == "fp32":
         return 0.0
     wrong = total = 0.0
@@ -97,7 +121,7 @@ def cast_error(payload: LowRank | Delta, dtype: str) -> float:
         for name in payload.names(component):
             exact = payload.change(component, name)
             error = _rounded(payload, component, name, dtype) - exact
-            # Norms in float64: squares of small fp32 changes underflow.
+            # Norms are computed in float64, because squares of small changes underflow in fp32.
             wrong += float(error.double().square().sum())
             total += float(exact.double().square().sum())
     return math.sqrt(wrong / total) if total else 0.0
@@ -113,15 +137,23 @@ def _rounded(payload: LowRank | Delta, component: str, name: str, dtype: str) ->
 
 
 def decode(tensors: dict[str, Tensor], kind: str, dtype: str, modules: Modules, shapes: Shapes) -> LowRank | Delta:
-    """Return the payload that `encode` wrote.
+    """Convert the tensors of a file to a payload; this is the inverse of `encode`.
+
+    Args:
+        tensors: the tensors by key.
+        kind: `low-rank` or `delta`, from the header.
+        dtype: type of the tensors, from the header.
+        modules: the module paths of each component, from the header (low-rank).
+        shapes: the shapes of tensors that are stored sparsely, from the header (delta).
 
     Raises:
-        ErasureError: missing or unknown keys, dtypes other than the header's, shapes that do not agree, NaN.
+        ErasureError: a tensor is missing, unknown or of another type than the header states, shapes do not agree, or a
+            value is NaN or infinite.
     """
-    rest = dict(tensors)
-    payload = _decode_low_rank(rest, dtype, modules) if kind == LowRank.kind else _decode_delta(rest, dtype, shapes)
-    if rest:
-        raise ErasureError(f"unknown tensor {sorted(rest)[0]!r}")
+    unread = dict(tensors)
+    payload = _decode_low_rank(unread, dtype, modules) if kind == LowRank.kind else _decode_delta(unread, dtype, shapes)
+    if unread:
+        raise ErasureError(f"unknown tensor {sorted(unread)[0]!r}")
     return payload
 
 
@@ -142,7 +174,7 @@ def _decode_low_rank(tensors: dict[str, Tensor], dtype: str, modules: Modules) -
             prefix = kohya_prefix(component, canonical(component, path), two)
             alpha = _take(tensors, prefix + ALPHA, torch.float32)
             if alpha.dim() != 0:
-                raise ErasureError(f"tensor {prefix + ALPHA!r} is not one number")
+                raise ErasureError(f"tensor {prefix + ALPHA!r} must be a single number")
             down, up = (_take(tensors, prefix + end, DTYPES[dtype]) for end in (DOWN, UP))
             layers.setdefault(component, {})[path] = (down, up, alpha)
     return LowRank(layers)
@@ -160,7 +192,7 @@ def _decode_delta(tensors: dict[str, Tensor], dtype: str, shapes: Shapes) -> Del
     for key in sorted(tensors):
         component, name = _split(key)
         if name in changes.get(component, {}):
-            raise ErasureError(f"tensor {key!r} stands there dense and sparse")
+            raise ErasureError(f"tensor {key!r} is stored both dense and sparse")
         changes.setdefault(component, {})[name] = _take(tensors, key, DTYPES[dtype])
     return Delta(changes)
 

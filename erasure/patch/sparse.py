@@ -1,4 +1,4 @@
-"""Pack a mostly-zero tensor into a bit mask and the values where the mask is set."""
+"""Sparse storage: a tensor that is mostly zero, packed as a bit mask and its non-zero values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ MASK, VALUES = "::mask", "::values"
 
 
 def is_sparse(tensor: Tensor) -> bool:
-    """Tell whether under half of `tensor` is non-zero, so that mask and values take less space than the tensor."""
+    """Tell whether less than half of a tensor is non-zero, so that packing makes it smaller."""
     return 2 * int(torch.count_nonzero(tensor)) < tensor.numel()
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mask, uint8 [ceil(n / 8)] with the least significant bit first, and the non-zero values [k].
+    """Pack a tensor of n numbers.
 
-    Both are in row-major order.
+    Returns:
+        The mask, uint8 [ceil(n / 8)], whose bits (the least significant first) mark the non-zero numbers in row-major
+        order, and the k marked values [k] in the same order.
     """
     flat = tensor.reshape(-1)
     nonzero = flat != 0
@@ -30,20 +32,29 @@ def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(mask: Tensor, values: Tensor, shape: list[int]) -> Tensor:
-    """Rebuild the tensor that `pack` was given; the mask bounds what is allocated, 8 numbers for each byte.
+    """Restore a tensor from `pack`'s mask and values.
+
+    The size of the mask limits the memory that is allocated, to 8 numbers for each byte.
+
+    Args:
+        mask: uint8 [ceil(n / 8)].
+        values: the non-zero values [k].
+        shape: the shape of the tensor, with n numbers.
 
     Raises:
         ErasureError: mask, values and shape do not agree.
     """
     count = math.prod(shape)
     if mask.dim() != 1 or mask.dtype != torch.uint8 or mask.numel() != -(-count // 8):
-        raise ErasureError(f"a mask of shape {list(mask.shape)} ({mask.dtype}) for {count} numbers")
+        raise ErasureError(
+            f"a mask of shape {list(mask.shape)} ({mask.dtype}) does not fit a tensor of {count} numbers"
+        )
     bits = torch.from_numpy(numpy.unpackbits(mask.numpy(), bitorder="little")).bool()
     marked = int(bits.sum())
     if values.dim() != 1 or values.numel() != marked:
-        raise ErasureError(f"the mask marks {marked} numbers, the values are {list(values.shape)}")
+        raise ErasureError(f"the mask marks {marked} numbers, but the values have the shape {list(values.shape)}")
     if bits[count:].any():
-        raise ErasureError("the mask marks numbers behind the end")
+        raise ErasureError("the mask marks numbers beyond the end of the tensor")
     flat = torch.zeros(count, dtype=values.dtype)
     flat[bits[:count]] = values
     return flat.reshape(shape)

@@ -88,7 +88,7 @@ def test_figures(capsys, here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["scale", ONE, "nan", "-o", "x.safetensors"], "cannot scale"),
+        (["scale", ONE, "nan", "-o", "x.safetensors"], "scaled by a finite number"),
         (["merge", ONE, GATED, "-o", "x.safetensors"], "--drop-gate"),
         (["merge", ONE, "@nowhere.safetensors", "-o", "x.safetensors"], "nowhere.safetensors"),
         (["resize", ONE, "--rank", "0", "-o", "x.safetensors"], "from 1 to 2"),

@@ -104,12 +104,12 @@ def test_diffusers_misreads_alphas_that_differ(tmp_path, merged):
         warnings.simplefilter("ignore")  # newer versions of peft warn that they ignore some alphas
         theirs.load_lora_weights(tmp_path / "foreign.safetensors")
     assert close(patch, merged) and gap(answer(theirs), answer(ours)) > 1e-3
-    assert as_it_is(patch)["diffusers"].startswith("no: it mistakes alphas")
+    assert as_it_is(patch)["diffusers"].startswith("no: it misreads files with several alphas")
     assert set(as_it_is(Patch.load(patch.save(tmp_path / "ours.safetensors"))).values()) == {"yes"}
 
 
 def own_alphas(patch, path):
-    """Write the patch to a file in which the alpha of each layer is its rank."""
+    """Write the patch to a file in which the alpha of each layer is its rank, without a digest, like older files."""
     tensors = load_file(patch.save(path))
     for key in [key for key in tensors if key.endswith(".alpha")]:
         down, up = (f"{key.removesuffix('.alpha')}.lora_{end}.weight" for end in ("down", "up"))
@@ -117,7 +117,7 @@ def own_alphas(patch, path):
         tensors[up] = tensors[up] * (tensors[key] / rank)
         tensors[key] = torch.tensor(float(rank))
     with safe_open(path, "pt") as file:
-        header = file.metadata()
+        header = {key: text for key, text in file.metadata().items() if key != "erasure.digest"}
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=header)
     return path
 

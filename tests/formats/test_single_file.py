@@ -94,7 +94,7 @@ def test_the_dtype_of_the_weights(tmp_path):
 def test_existing_files_are_kept_and_missing_weights_reported(tmp_path):
     pipe = erased("sd1")
     path = save_single_file(pipe, tmp_path / "model.safetensors")
-    with pytest.raises(ErasureError, match="exists already"):
+    with pytest.raises(ErasureError, match="already exists"):
         save_single_file(pipe, path)
     from safetensors.torch import load_file, save_file
 

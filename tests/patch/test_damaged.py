@@ -55,7 +55,7 @@ def test_cut_anywhere(path, make):
     data = make().save(path).read_bytes()
     for length in range(len(data)):
         refused(path, data[:length])
-    refused(path, data + b"x", "behind the last tensor")
+    refused(path, data + b"x", "follow the last tensor")
 
 
 def test_missing_folder_and_pickle(tmp_path):
@@ -186,7 +186,7 @@ def rewritten(path, **tensors):
         ({f"{KEY}__lora_up__weight": torch.ones(3)}, "neither"),
         ({f"{KEY}__lora_up__weight": torch.ones(3, 2, dtype=torch.float16)}, "expected torch.float32"),
         ({f"{KEY}__lora_down__weight": torch.ones(0)}, "empty|neither"),
-        ({f"{KEY}__alpha": torch.ones(2)}, "not one number"),
+        ({f"{KEY}__alpha": torch.ones(2)}, "must be a single number"),
         ({"lora_unet_z__alpha": torch.tensor(1.0)}, "unknown tensor 'lora_unet_z.alpha'"),
         ({"gate": torch.ones(1)}, "unknown tensor 'gate'"),
     ],
@@ -207,8 +207,8 @@ def test_low_rank_triples_that_do_not_agree(path, tensors, fault):
         ("base_fingerprint", '{"unet": 5}', "base_fingerprint"),
         ("gate", "always", "erasure.gate is not valid JSON"),
         ("gate", "[]", "erasure.gate is a JSON list, expected dict"),
-        ("gate", "{}", "gate must hold"),
-        ("gate", '{"kind": ["text"]}', "gate must hold"),
+        ("gate", "{}", "gate must have"),
+        ("gate", '{"kind": ["text"]}', "gate must have"),
         ("gate", '{"kind": "text", "power": NaN}', "not valid JSON"),
         ("gate", '{"kind": "text", "power": 1e999}', "not valid JSON"),
         ("config", "[" * 100_000, "not valid JSON"),

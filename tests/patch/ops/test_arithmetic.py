@@ -178,7 +178,7 @@ def test_wrong_input(pipe):
         merge([])
     with pytest.raises(ErasureError, match="pairs"):
         merge([patch])
-    with pytest.raises(ErasureError, match="cannot scale"):
+    with pytest.raises(ErasureError, match="scaled by a finite number"):
         scale(patch, float("nan"))
     with pytest.raises(ErasureError, match="infinity"):
         merge([(patch, 1e38), (low_rank_patch(pipe, 2, size=1e5), 1e38)])
