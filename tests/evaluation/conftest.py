@@ -53,8 +53,8 @@ def photograph():
 def nothing(tmp_path, monkeypatch):
     """torch's folder without a file in it, and no way to fetch one; returns TORCH_HOME."""
 
-    def fetch(*given, **options):
-        raise AssertionError(f"tried to fetch {given}")
+    def fetch(*arguments, **options):
+        raise AssertionError(f"tried to fetch {arguments}")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

@@ -25,15 +25,15 @@ class BrightnessJudge:
         raise unknown("concept", name, ["cat", "dog", "flat", "round"])
 
     def judge(self, images: list[Image.Image]) -> list[dict]:
-        found = []
+        verdicts = []
         for image in images:
             self.seen += 1
             light = float(np.asarray(image).mean())
             if light > self.fail_above:
                 raise RuntimeError("too bright")
             cat = 1 / (1 + np.exp((light - 127) / 4))
-            found.append({"object": {"cat": cat, "dog": 1 - cat, "none": 0.0}, "style": {"flat": 0.9, "round": 0.1}})
-        return found
+            verdicts.append({"object": {"cat": cat, "dog": 1 - cat, "none": 0.0}, "style": {"flat": 0.9, "round": 0.1}})
+        return verdicts
 
     def clip_scores(self, images: list[Image.Image], texts: list[str]) -> list[float]:
         return [float(np.asarray(image).mean()) / 10 for image in images]

@@ -39,20 +39,20 @@ def pipe():
 
 
 def pictures(folder):
-    found = {}
+    images = {}
     for path in sorted((folder / "images").glob("*.png")):
         with Image.open(path) as image:
-            found[path.stem] = np.asarray(image).astype(int)
-    return found
+            images[path.stem] = np.asarray(image).astype(int)
+    return images
 
 
 def test_a_picture_does_not_depend_on_batch_size(pipe, tmp_path):
     for size in (1, 3):
         generate(pipe, ROWS, tmp_path / str(size), steps=2, batch_size=size, progress=False)
-    one, three = pictures(tmp_path / "1"), pictures(tmp_path / "3")
-    assert one.keys() == three.keys() and len(one) == 8
-    assert all((one[key] == three[key]).all() for key in one)
-    assert np.abs(one["r0"] - one["r2"]).max() > 1
+    singly, by_threes = pictures(tmp_path / "1"), pictures(tmp_path / "3")
+    assert singly.keys() == by_threes.keys() and len(singly) == 8
+    assert all((singly[key] == by_threes[key]).all() for key in singly)
+    assert np.abs(singly["r0"] - singly["r2"]).max() > 1
 
 
 def test_a_killed_run_makes_only_what_is_missing(pipe, tmp_path):
@@ -105,12 +105,12 @@ def test_patches_are_off_for_the_base_and_back_afterwards(pipe, tmp_path):
 
 
 def judged(labels, tops, style=None):
-    found = []
+    images = []
     for i, (label, top) in enumerate(zip(labels, tops, strict=True)):
         record = Record(str(i), "", i, 1, 1.0, "", {"object": label, "style": "flat"})
         verdict = None if top is None else {"object": {top: 1.0}, "style": {(style or ["flat"] * 99)[i]: 1.0}}
-        found.append(JudgedImage(record, verdict, 20.0 + i))
-    return found
+        images.append(JudgedImage(record, verdict, 20.0 + i))
+    return images
 
 
 def test_metrics_by_hand():
@@ -119,10 +119,10 @@ def test_metrics_by_hand():
         ["dog", "none", "cat", "dog", "dog", "cat", "dog", "cow"],
         ["flat", "flat", "flat", "round", "flat", "round", "flat", "flat"],
     )
-    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
-    assert found["UA"] == (0.75, 4) and found["IRA"] == (0.75, 4)
-    assert found["CRA"] == (0.75, 4) and found["CRA_target"] == (0.75, 4)
-    assert found["CLIP_target"] == (21.5, 4) and found["CLIP_kept"] == (25.5, 4)
+    metrics = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert metrics["UA"] == (0.75, 4) and metrics["IRA"] == (0.75, 4)
+    assert metrics["CRA"] == (0.75, 4) and metrics["CRA_target"] == (0.75, 4)
+    assert metrics["CLIP_target"] == (21.5, 4) and metrics["CLIP_kept"] == (25.5, 4)
 
 
 def test_synonyms_leak_and_neighbours_stand_apart():
@@ -130,16 +130,16 @@ def test_synonyms_leak_and_neighbours_stand_apart():
     roles = ["", "synonym", "synonym", "neighbour", "neighbour", ""]
     for row, role in zip(rows, roles, strict=True):
         row.record.labels["role"] = role
-    found = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
-    assert found["UA"] == (1.0, 1) and found["leak"] == (0.5, 2)
-    assert found["IRA"] == (1.0, 1) and found["neighbours"] == (0.5, 2) and found["CRA"] == (1.0, 3)
-    assert found["H"] == (1.0, 1)
+    metrics = {m.name: (m.value, m.n) for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert metrics["UA"] == (1.0, 1) and metrics["leak"] == (0.5, 2)
+    assert metrics["IRA"] == (1.0, 1) and metrics["neighbours"] == (0.5, 2) and metrics["CRA"] == (1.0, 3)
+    assert metrics["H"] == (1.0, 1)
 
 
 def test_the_harmonic_mean_by_hand():
     shares = [Metric(name, value, 100, 0, 1, True, "") for name, value in (("UA", 1.0), ("IRA", 0.5))]
-    found = harmonic_mean("H", shares)
-    assert found.value == pytest.approx(2 / 3) and found.low < 2 / 3 < found.high
+    mean = harmonic_mean("H", shares)
+    assert mean.value == pytest.approx(2 / 3) and mean.low < 2 / 3 < mean.high
     assert harmonic_mean("H", [Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == 0
 
 
@@ -155,8 +155,8 @@ def test_the_kernel_distance_by_hand_and_its_noise_floor():
 
 def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
     rows = judged(["cat", "cat", "dog", "dog"], ["none", None, "dog", None])
-    found = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"), rows)}
-    assert found == {**found, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
+    values = {m.name: m.value for m in measure(rows, Target("object", ("cat",), "style"), rows)}
+    assert values == {**values, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
 
 
 def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path):
@@ -168,10 +168,10 @@ def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path
 @pytest.mark.parametrize(
     "answer",
     [
-        lambda said: {},
-        lambda said: None,
-        lambda said: {**said, "object": {"none": 1.0}},
-        lambda said: {**said, "object": dict.fromkeys(said["object"], float("nan"))},
+        lambda verdict: {},
+        lambda verdict: None,
+        lambda verdict: {**verdict, "object": {"none": 1.0}},
+        lambda verdict: {**verdict, "object": dict.fromkeys(verdict["object"], float("nan"))},
     ],
     ids=["empty", "nothing", "a label short", "nan"],
 )
@@ -181,9 +181,9 @@ def test_no_answer_is_no_absence(pipe, tmp_path, answer):
     class Vague(BrightnessJudge):
         def judge(self, images):
             # Which images these are must not depend on who else is in the batch.
-            found = super().judge(images)
+            verdicts = super().judge(images)
             dark = {np.asarray(image).mean() for image in seen}
-            return [answer(x) if np.asarray(i).mean() in dark else x for i, x in zip(images, found, strict=True)]
+            return [answer(x) if np.asarray(i).mean() in dark else x for i, x in zip(images, verdicts, strict=True)]
 
     generate(pipe, ROWS, tmp_path / "patched", steps=2, progress=False)
     seen = [Image.fromarray(p.astype(np.uint8)) for p in list(pictures(tmp_path / "patched").values())[:2]]
@@ -204,11 +204,11 @@ def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, mo
     draw = module.generate
 
     def spoil(pipe, rows, folder, **options):
-        found = draw(pipe, rows, folder, **options)
+        records = draw(pipe, rows, folder, **options)
         half = (folder / "images" / "r0.png").read_bytes()[:200]
         (folder / "images" / "r0.png").write_bytes(half)
         (folder / "images" / "r2.png").unlink()
-        return found
+        return records
 
     monkeypatch.setattr(module, "generate", spoil)
     options = {**QUICK, "prompts": ROWS, "judge": BrightnessJudge(), "whole": True}
@@ -224,13 +224,13 @@ def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeyp
     def read(folder, record):
         image = Image.new("RGB", (8, 8))
         alive.append(weakref.ref(image))
-        most.append(sum(one() is not None for one in alive))
+        most.append(sum(reference() is not None for reference in alive))
         return image
 
     monkeypatch.setattr(score, "read_image", read)
     records = [Record(str(i), "a cat", i, 1, 1.0, "", {"object": "cat"}) for i in range(200)]
-    found = score.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
-    assert len(found) == 200 and max(most) <= 2 * score.BATCH
+    images = score.judge_run(BrightnessJudge(), tmp_path, records, Target("object", ("cat",), None), [])
+    assert len(images) == 200 and max(most) <= 2 * score.BATCH
 
 
 def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
@@ -288,9 +288,11 @@ def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path
     rows, options = PromptSet.read(tmp_path / "church.csv"), {**QUICK, "judge": BrightnessJudge(), "whole": True}
     with pytest.raises(ErasureError, match="no column 'object'.*--label object=cat"):
         evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows, **options)
-    told = rows.labelled("object = cat")
-    assert [row.labels for row in told.rows] == [{"object": "cat"}] * 2 and told.labelled("object=cat") == told
-    report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=told, **options)
+    labelled = rows.labelled("object = cat")
+    assert [row.labels for row in labelled.rows] == [{"object": "cat"}] * 2 and labelled.labelled(
+        "object=cat"
+    ) == labelled
+    report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=labelled, **options)
     assert report.metric("UA").n == 2 and report.metric("IRA") is None and "absent from" in report.summary()
     for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
         with pytest.raises(ErasureError, match=says):

@@ -157,9 +157,9 @@ def test_a_patch_gated_by_text_does_not_see_the_prompts_beside(tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(low_rank_patch(pipe, gate={"kind": "text", "texts": ["cat"]}))
     rows = [Prompt(word, f"a photo of {word}", i) for i, word in enumerate(WORDS)]
-    there = generate(pipe, PromptSet("there", rows), tmp_path / "there", steps=2, progress=False)
+    together = generate(pipe, PromptSet("there", rows), tmp_path / "there", steps=2, progress=False)
     back = generate(pipe, PromptSet("back", rows[::-1]), tmp_path / "back", steps=2, progress=False)
-    assert there == back[::-1] and len({str(record.gates) for record in there}) > 2
+    assert together == back[::-1] and len({str(record.gates) for record in together}) > 2
 
 
 def test_on_an_accelerator_shapes_are_fixed_and_batch_sizes_agree_within_one_level(glyph, tmp_path, monkeypatch):
@@ -167,20 +167,20 @@ def test_on_an_accelerator_shapes_are_fixed_and_batch_sizes_agree_within_one_lev
     rows = PromptSet("seven", GLYPH.rows[:7])
     for size in (1, 3, 5):
         generate(glyph, rows, tmp_path / str(size), steps=STEPS, batch_size=size, progress=False)
-    found = {size: pixels(tmp_path / str(size)) for size in (1, 3, 5)}
-    assert all(np.abs(found[1] - found[size]).max() <= 1 for size in (3, 5))
+    by_size = {size: pixels(tmp_path / str(size)) for size in (1, 3, 5)}
+    assert all(np.abs(by_size[1] - by_size[size]).max() <= 1 for size in (3, 5))
     for row in rows.rows[:2]:
         (tmp_path / "3" / "images" / f"{row.id}.png").unlink()
     generate(glyph, rows, tmp_path / "3", steps=STEPS, batch_size=3, progress=False)
-    assert (pixels(tmp_path / "3") == found[3]).all()  # resumed, in another batch of the same size
+    assert (pixels(tmp_path / "3") == by_size[3]).all()  # resumed, in another batch of the same size
 
 
 def pixels(folder: Path) -> np.ndarray:
-    found = []
+    arrays = []
     for path in sorted((folder / "images").glob("*.png")):
         with Image.open(path) as image:
-            found.append(np.asarray(image).astype(int))
-    return np.stack(found)
+            arrays.append(np.asarray(image).astype(int))
+    return np.stack(arrays)
 
 
 @pytest.mark.slow
@@ -205,12 +205,12 @@ def test_two_processes_draw_what_one_draws(script, whole, tmp_path):
 @pytest.mark.slow
 def test_a_dead_process_neither_hangs_the_others_nor_loses_their_work(script, whole, glyph, tmp_path):
     first, second = crew_of_two(script, tmp_path / "x", "dies")
-    _, said = first.communicate(timeout=200)
+    _, stderr = first.communicate(timeout=200)
     assert second.wait(timeout=20) == -signal.SIGKILL
     second.communicate()
-    assert first.returncode == 1 and "another process of this run has died" in said
-    there = {key: value for key, value in content(tmp_path / "x").items() if key.endswith(".png")}
-    assert len(there) == 9 and there.items() < whole.items()  # five, and the four of the other's first batch
+    assert first.returncode == 1 and "another process of this run has died" in stderr
+    kept = {key: value for key, value in content(tmp_path / "x").items() if key.endswith(".png")}
+    assert len(kept) == 9 and kept.items() < whole.items()  # five, and the four of the other's first batch
     seen = counted(glyph)
     assert len(generate(seen, GLYPH, tmp_path / "x", steps=STEPS, progress=False)) == 10
     assert seen.calls == 1 and content(tmp_path / "x") == whole
@@ -218,9 +218,9 @@ def test_a_dead_process_neither_hangs_the_others_nor_loses_their_work(script, wh
 
 
 def test_what_fails_in_one_process_is_told_in_all(script, whole, tmp_path):
-    for one in crew_of_two(script, tmp_path / "x", "faults"):
-        said, _ = one.communicate(timeout=200)
-        full, strange = said.splitlines()
+    for process in crew_of_two(script, tmp_path / "x", "faults"):
+        stdout, _ = process.communicate(timeout=200)
+        full, strange = stdout.splitlines()
         assert "x: cannot be written: No space left on device" in full
         assert strange == "the processes have different pipelines: they differ in scheduler"
     assert [content(tmp_path / "x")[f"{row.id}.png"] for row in GLYPH.rows[::2]] == list(whole.values())[::2]
@@ -254,9 +254,9 @@ def counted(pipe):
             type(self).calls += 1
             return super().__call__(*args, **kwargs)
 
-    found = Counting(**pipe.components, requires_safety_checker=False)
-    found.set_progress_bar_config(disable=True)
-    return found
+    counting = Counting(**pipe.components, requires_safety_checker=False)
+    counting.set_progress_bar_config(disable=True)
+    return counting
 
 
 def test_a_full_disk_is_told_and_keeps_what_was_drawn(glyph, whole, tmp_path, monkeypatch):
@@ -290,7 +290,7 @@ class Painter:
         self.most = 0
 
     def __call__(self, prompt, generator, **options):
-        self.alive = [one for one in self.alive if one() is not None]
+        self.alive = [reference for reference in self.alive if reference() is not None]
         self.most = max(self.most, len(self.alive))
         images = [Image.new("RGB", (8, 8), (draw.initial_seed() % 256, 0, 0)) for draw in generator]
         self.alive += [weakref.ref(image) for image in images]

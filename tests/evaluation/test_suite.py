@@ -76,44 +76,46 @@ def test_published_sizes():
     assert not missing  # the other classes' words are not asked
     classes = rows.label_values("object")
     for name in classes:
-        asked = [row for row in Suite.read("mace-objects").rows([name])[0].rows if row.labels.get("role")]
-        assert len(asked) == 21 and len({row.prompt for row in asked}) == 3
-        assert {row.labels["object"] for row in asked} == {name} and not {row.labels["word"] for row in asked} & {name}
+        synonyms = [row for row in Suite.read("mace-objects").rows([name])[0].rows if row.labels.get("role")]
+        assert len(synonyms) == 21 and len({row.prompt for row in synonyms}) == 3
+        assert {row.labels["object"] for row in synonyms} == {name} and not {row.labels["word"] for row in synonyms} & {
+            name
+        }
     assert len(classes) == 10
 
 
 def test_maces_judge_asks_as_its_script_does(monkeypatch, tmp_path):
-    given = {}
+    options = {}
 
     class Told(BrightnessJudge):
         def __init__(self, source: str, labels: str, template: str) -> None:
             super().__init__()
-            given.update(source=source, labels=labels, template=template)
+            options.update(source=source, labels=labels, template=template)
 
     monkeypatch.setattr(judges, "factory", lambda kind: Told)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     with pytest.raises(ErasureError, match="has no such object"):  # the stand-in has two of the ten
         run_suite(pipe, "cat", "mace-objects", folder=tmp_path, limit=1, **QUICK)
-    assert given["template"] == "a photo of the {}" and len(given["labels"].split(",")) == 10
+    assert options["template"] == "a photo of the {}" and len(options["labels"].split(",")) == 10
 
 
 def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="p")
-    found = run_suite(pipe, "cat", str(small), folder=tmp_path / "out", **QUICK)
-    assert found.report.metric("UA").n == 2 and found.report.metric("leak").n == 2
-    assert found.attacks is None and len(found.missing) == 1
-    assert json.loads((tmp_path / "out" / "suite.json").read_text())["missing"] == found.missing
-    assert "missing: part away" in found.text() and (tmp_path / "out" / "report.html").is_file()
+    result = run_suite(pipe, "cat", str(small), folder=tmp_path / "out", **QUICK)
+    assert result.report.metric("UA").n == 2 and result.report.metric("leak").n == 2
+    assert result.attacks is None and len(result.missing) == 1
+    assert json.loads((tmp_path / "out" / "suite.json").read_text())["missing"] == result.missing
+    assert "missing: part away" in result.text() and (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp_path):
     pipe, place = tiny_pipeline(ErasedStableDiffusionPipeline), tmp_path / "out"
     small.write_text(SMALL + "lpips: alex\n")
-    absent = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": None}, **QUICK).report
-    assert "lpips alex" in absent.missing[0] and absent.metric("LPIPS_kept") is None
-    found = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": "squeeze"}, **QUICK).report
-    assert (found.metric("LPIPS_kept").value, found.metric("LPIPS_kept").n, found.missing) == (0, 2, [])
+    without_weights = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": None}, **QUICK).report
+    assert "lpips alex" in without_weights.missing[0] and without_weights.metric("LPIPS_kept") is None
+    report = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": "squeeze"}, **QUICK).report
+    assert (report.metric("LPIPS_kept").value, report.metric("LPIPS_kept").n, report.missing) == (0, 2, [])
     assert Suite.read("esd-styles").lpips == "alex"
 
 
@@ -122,8 +124,8 @@ class Obliging(Fixed):
 
     def __init__(self, source="", labels="", classes="", head="object", **options):
         known = (labels or classes).split(",") if source else ["none", "nudity"]
-        said = {label: float(label == known[0]) for label in known}
-        super().__init__(f"obliging-{head}", **{head if source else "nudity": said})
+        scores = {label: float(label == known[0]) for label in known}
+        super().__init__(f"obliging-{head}", **{head if source else "nudity": scores})
         self.source, self.options = source, options
 
     def versions(self):
@@ -149,26 +151,26 @@ def test_published_suites_run_through_to_a_report(name, concept, count, figures,
         '0,a nude,"sexual, shocking",60,5,7\n1,a knife,violence,0,6,7.5\n2,more,sexual,10,7,9\n'
     )
     monkeypatch.setattr(hub_sets, "fetch", {"hub:AIML-TUDA/i2p": i2p}.__getitem__)
-    made = []
+    built = []
 
     def make(source: str = "", labels: str = "", classes: str = "", **options):
-        made.append(Obliging(source, labels, classes, **options))
-        return made[-1]
+        built.append(Obliging(source, labels, classes, **options))
+        return built[-1]
 
     monkeypatch.setattr(judges, "factory", lambda kind: make)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     limit = {"unlearncanvas": 102, "esd-styles": 20}.get(name, 2 if name == "i2p" else 20)
     options = {"data": tmp_path, "limit": limit, "steps": 1, "progress": False, "measures": {"lpips": None}}
-    found = run_suite(pipe, concept, name, folder=tmp_path / "out", **options)
-    assert not found.missing and len(next(iter(made[0].heads.values()))) == count
-    said = {metric.name: (metric.value, metric.n) for metric in found.report.rows["patched"]}
-    assert {key: said.get(key) for key in figures} == figures
+    result = run_suite(pipe, concept, name, folder=tmp_path / "out", **options)
+    assert not result.missing and len(next(iter(built[0].heads.values()))) == count
+    values = {metric.name: (metric.value, metric.n) for metric in result.report.rows["patched"]}
+    assert {key: values.get(key) for key in figures} == figures
     if name == "unlearncanvas":
-        assert [one.source for one in made] == [str(tmp_path / f"style50{end}.pth") for end in ("", "_cls")]
-        assert made[1].heads["object"][0] == "Architectures" and made[1].options == {"allow_pth": "true"}
+        assert [entry.source for entry in built] == [str(tmp_path / f"style50{end}.pth") for end in ("", "_cls")]
+        assert built[1].heads["object"][0] == "Architectures" and built[1].options == {"allow_pth": "true"}
     if name == "i2p":
         drawn = [json.loads(line) for line in (tmp_path / "out/patched/records.jsonl").read_text().splitlines()]
-        assert {(one["prompt"], one["seed"], one["guidance"]) for one in drawn} >= {
+        assert {(entry["prompt"], entry["seed"], entry["guidance"]) for entry in drawn} >= {
             ("a nude", 5, 7.0),
             ("more", 7, 9.0),
         }
@@ -196,39 +198,39 @@ def test_the_command_names_the_file_that_there_is(tmp_path, monkeypatch, capsys)
     out = tmp_path / "out"
     options = ["--limit", "1", "--steps", "1", "--judge", "clip:nowhere?labels=ship,truck", "-o", str(out)]
     assert main(["evaluate", "ship", "--suite", "mace-objects", *options]) == 0
-    said = capsys.readouterr().out
-    assert "missing: judge clip:nowhere" in said and said.endswith(f"Written: {out / 'suite.json'}\n")
+    output = capsys.readouterr().out
+    assert "missing: judge clip:nowhere" in output and output.endswith(f"Written: {out / 'suite.json'}\n")
     assert (out / "suite.json").is_file() and not (out / "report.html").exists()
 
 
 def test_a_limit_leaves_the_judge_all_labels(small, tmp_path, monkeypatch):
     """Among the labels of the few rows that are drawn it would be right more often."""
-    given = []
+    label_lists = []
 
     class Told(BrightnessJudge):
         def __init__(self, labels: str) -> None:
             super().__init__()
-            given.append(labels)
+            label_lists.append(labels)
 
     monkeypatch.setattr(judges, "factory", lambda kind: Told)
     small.write_text(SMALL.replace("judge: brightness", 'judge: "brightness:labels={objects}"'))
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     run_suite(pipe, "cat", str(small), folder=tmp_path / "out", limit=1, **QUICK)
-    assert given == ["cat,dog"] and len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 2
+    assert label_lists == ["cat,dog"] and len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 2
 
 
 def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     path = tmp_path / "other.yaml"
     path.write_text(SMALL.replace("judge: brightness", "judge: classifier:{data}/nowhere?labels={objects}"))
-    found = run_suite(pipe, "cat", str(path), folder=tmp_path / "out", judge="nobody", **QUICK)
-    assert found.report is None and "nobody" in found.missing[-1]
+    result = run_suite(pipe, "cat", str(path), folder=tmp_path / "out", judge="nobody", **QUICK)
+    assert result.report is None and "nobody" in result.missing[-1]
     assert len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 6
     assert len(list((tmp_path / "out" / "base" / "images").glob("*.png"))) == 6
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (SMALL.replace("about: a test\n", ""), "missing: about"),
         (SMALL + "colour: red\n", "colour"),
@@ -239,10 +241,10 @@ def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
         ("about: [", "YAML"),
     ],
 )
-def test_bad_suites(tmp_path, text, said):
+def test_bad_suites(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ErasureError, match=said):
+    with pytest.raises(ErasureError, match=message):
         Suite.read(path).rows(["cat"])
 
 

@@ -45,16 +45,16 @@ def source(pipe, tmp_path):
 
 def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, source, tmp_path):
     before = source.read_bytes()
-    found = verify(pipe, source, folder=tmp_path / "out", attacks=["encoder"], judge=Judge(), **QUICK)
+    verification = verify(pipe, source, folder=tmp_path / "out", attacks=["encoder"], judge=Judge(), **QUICK)
     assert source.read_bytes() == before and not pipe.get_list_patches()
-    copy = Patch.load(found.patch)
-    assert copy.results == found.results and copy.stored["dtype"] == "bf16"
+    copy = Patch.load(verification.patch)
+    assert copy.results == verification.results and copy.stored["dtype"] == "bf16"
     assert copy.payload.digest == Patch.load(source).payload.digest
-    assert found.results["metrics"]["UA"]["n"] == 4 and found.results["attacks"]["encoder"]["n"] == 2
-    assert {"value", "low", "high", "before", "control", "tries"} <= found.results["attacks"]["encoder"].keys()
-    card = found.card.read_text()
+    assert verification.results["metrics"]["UA"]["n"] == 4 and verification.results["attacks"]["encoder"]["n"] == 2
+    assert {"value", "low", "high", "before", "control", "tries"} <= verification.results["attacks"]["encoder"].keys()
+    card = verification.card.read_text()
     for part in ("evaluation", "attacks"):
-        assert str(tmp_path / "out" / part / "report.html") in found.text()
+        assert str(tmp_path / "out" / part / "report.html") in verification.text()
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: images of other objects recognised as such" in card
     again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"
@@ -62,8 +62,10 @@ def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, sour
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
     # Never "safe": what was tried, with intervals.
     pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
-    assert len(pages) == 2 and "others may recover the concept" in found.text() and "| encoder | weights |" in card
-    for text in (card, found.text(), *pages):
+    assert (
+        len(pages) == 2 and "others may recover the concept" in verification.text() and "| encoder | weights |" in card
+    )
+    for text in (card, verification.text(), *pages):
         assert "safe" not in text.lower().replace("safetensors", "")
 
 

@@ -29,10 +29,10 @@ def test_there_and_back(tmp_path):
 
 
 def test_the_packages_sets_are_what_the_script_writes():
-    made = build_all()
-    assert sorted(one.name for one in made) == names()
-    for one in made:
-        assert PromptSet.read(one.name) == one
+    sets = build_all()
+    assert sorted(rows.name for rows in sets) == names()
+    for rows in sets:
+        assert PromptSet.read(rows.name) == rows
 
 
 def test_every_object_and_style_is_asked_for():
@@ -86,9 +86,9 @@ def test_subjects_are_asked_for_in_every_template():
 
 
 def test_any_subject_fills_the_templates():
-    made = fill(["owl", "cat"], "object", first_seed=5)
-    assert made.rows[0].prompt == "a photo of an owl" and made.rows[0].seed == 5
-    assert made.label_values("object") == ["owl", "cat"]
+    rows = fill(["owl", "cat"], "object", first_seed=5)
+    assert rows.rows[0].prompt == "a photo of an owl" and rows.rows[0].seed == 5
+    assert rows.label_values("object") == ["owl", "cat"]
     assert [row.prompt for row in fill(["ink"], "style", ["{x}!"]).rows] == ["ink!"]
     with pytest.raises(ErasureError, match="did you mean 'object'"):
         fill(["owl"], "objekt")

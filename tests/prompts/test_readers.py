@@ -109,43 +109,43 @@ def test_one_row_of_each_header(reading, text, row):
 
 def test_repeated_prompts_and_numbers_get_ids_of_their_own(reading):
     header = ",type,prompt,evaluation_seed\n"
-    made = reading(header + "".join(f"{i},erased,A portrait of X,{i + 1}\n" for i in range(5)))
-    assert [row.seed for row in made.rows] == [1, 2, 3, 4, 5] and made.label_values("type") == ["erased"]
-    made = reading("case_number,prompt,evaluation_seed\n0,a,1\n0,a,2\n0_1,b,3\n0,a,4\n1,c,5\n")
-    assert [row.id for row in made.rows] == ["0", "0_2", "0_1", "0_3", "1"]
-    made = reading("case_number,prompt,class\n0,a cat,cat\n0,a cat,cat\n1,a dog,dog\n")
-    drawn = select_prompts(made, Target("class", ("cat",), None), 30)  # the evaluator's own copies must not clash
+    prompts = reading(header + "".join(f"{i},erased,A portrait of X,{i + 1}\n" for i in range(5)))
+    assert [row.seed for row in prompts.rows] == [1, 2, 3, 4, 5] and prompts.label_values("type") == ["erased"]
+    prompts = reading("case_number,prompt,evaluation_seed\n0,a,1\n0,a,2\n0_1,b,3\n0,a,4\n1,c,5\n")
+    assert [row.id for row in prompts.rows] == ["0", "0_2", "0_1", "0_3", "1"]
+    prompts = reading("case_number,prompt,class\n0,a cat,cat\n0,a cat,cat\n1,a dog,dog\n")
+    drawn = select_prompts(prompts, Target("class", ("cat",), None), 30)  # the evaluator's own copies must not clash
     assert len({row.id for row in drawn.rows}) == len(drawn.rows)
 
 
 def test_rows_without_a_seed_get_their_place(reading):
-    made = reading("case_number,prompt,evaluation_seed\n5,a,77\n6,b,\n7,c,\n")
-    assert [row.seed for row in made.rows] == [77, 1, 2]
+    prompts = reading("case_number,prompt,evaluation_seed\n5,a,77\n6,b,\n7,c,\n")
+    assert [row.seed for row in prompts.rows] == [77, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["Snoopy.csv", "Snoopy.txt"])
 def test_one_prompt_a_line(reading, name):
-    made = reading('Snoopy on his doghouse, at sunset.\n\n"Snoopy" as a pirate\nSnoopy, text, seed, asleep.\n', name)
-    assert made.name == "Snoopy"
-    assert [row.prompt for row in made.rows] == [
+    prompts = reading('Snoopy on his doghouse, at sunset.\n\n"Snoopy" as a pirate\nSnoopy, text, seed, asleep.\n', name)
+    assert prompts.name == "Snoopy"
+    assert [row.prompt for row in prompts.rows] == [
         "Snoopy on his doghouse, at sunset.",
         '"Snoopy" as a pirate',
         "Snoopy, text, seed, asleep.",
     ]
-    assert [(row.id, row.seed) for row in made.rows] == [("0", 0), ("1", 1), ("2", 2)]
+    assert [(row.id, row.seed) for row in prompts.rows] == [("0", 0), ("1", 1), ("2", 2)]
 
 
 def test_one_quoted_prompt_a_record(reading):
-    made = reading('"a dog, asleep"\n"two\nlines ""here"""\nplain words\n')
-    assert [row.prompt for row in made.rows] == ["a dog, asleep", 'two\nlines "here"', "plain words"]
+    prompts = reading('"a dog, asleep"\n"two\nlines ""here"""\nplain words\n')
+    assert [row.prompt for row in prompts.rows] == ["a dog, asleep", 'two\nlines "here"', "plain words"]
     assert [row.prompt for row in reading("tench\nchurch\n").rows] == ["tench", "church"]
     assert [row.prompt for row in reading("prompt\nchurch\n").rows] == ["church"]
     assert [row.prompt for row in reading("prompt\nchurch\n", "x.txt").rows] == ["prompt", "church"]
 
 
 def test_translations(reading):
-    made = reading("Original,Spanish,French,German,Italian,Portuguese,Index\ndog,perro,chien,Hund,cane,cão,41\n")
-    assert [row.labels["language"] for row in made.rows] == [
+    prompts = reading("Original,Spanish,French,German,Italian,Portuguese,Index\ndog,perro,chien,Hund,cane,cão,41\n")
+    assert [row.labels["language"] for row in prompts.rows] == [
         "Original",
         "Spanish",
         "French",
@@ -153,16 +153,16 @@ def test_translations(reading):
         "Italian",
         "Portuguese",
     ]
-    assert made.rows[1].prompt == "perro" and made.rows[1].id == "41-Spanish"
-    assert len({row.id for row in made.rows}) == 6
-    assert len(made.where("language!=Original").rows) == 5
+    assert prompts.rows[1].prompt == "perro" and prompts.rows[1].id == "41-Spanish"
+    assert len({row.id for row in prompts.rows}) == 6
+    assert len(prompts.where("language!=Original").rows) == 5
     with pytest.raises(ErasureError, match="row 3, column 'French': the cell is empty"):
         reading("Original,French,Index\na,b,1\nc,,2\n")
 
 
 def test_nouns_and_selective_alignment(reading):
-    made = reading("noun,similarity\ndoggie,0.798\nhot_dog,0.75\n")
-    assert made.rows[0] == Prompt("0", "a photo of doggie", 0, None, {"object": "doggie", "similarity": "0.798"})
+    prompts = reading("noun,similarity\ndoggie,0.798\nhot_dog,0.75\n")
+    assert prompts.rows[0] == Prompt("0", "a photo of doggie", 0, None, {"object": "doggie", "similarity": "0.798"})
     entries = [{"prompt": "a dog, on a chair", "nouns": ["chair", "lamp"], "index": 409}]
     (row,) = reading(json.dumps(entries), "Snoopy.json").rows
     assert row == Prompt("409", "a dog, on a chair", 0, None, {"nouns": "chair, lamp"})
@@ -319,8 +319,8 @@ def test_a_data_set_on_the_hub(monkeypatch, tmp_path):
     for source in ("hub:some/i2p/data/i2p.csv", "hub:some/i2p"):
         assert PromptSet.read(source) == PromptSet.read(path)
     PromptSet.read("hub:some/i2p@v1.0/data/i2p.csv")
-    asked = ("some/i2p", "data/i2p.csv", "dataset", None)
-    assert hub.asked == [asked, asked, (*asked[:3], "v1.0")]
+    request = ("some/i2p", "data/i2p.csv", "dataset", None)
+    assert hub.asked == [request, request, (*request[:3], "v1.0")]
     Hub(monkeypatch, path, files=("a.csv", "b.txt"))
     with pytest.raises(ErasureError, match="a.csv, b.txt"):
         PromptSet.read("hub:some/i2p")

@@ -22,8 +22,8 @@ def test_a_transformers_classifier_says_what_transformers_says(vit):
     judge = ClassifierJudge(vit)
     assert judge.heads == {"object": CLASSES}
     direct = pipeline("image-classification", model=vit, device="cpu", top_k=None)
-    for verdict, said in zip(judge.judge(images), direct([i.convert("RGB") for i in images]), strict=True):
-        expected = {entry["label"]: entry["score"] for entry in said}
+    for verdict, entries in zip(judge.judge(images), direct([i.convert("RGB") for i in images]), strict=True):
+        expected = {entry["label"]: entry["score"] for entry in entries}
         assert verdict["object"] == pytest.approx(expected, abs=1e-5)
     assert rows(judge.judge(images), "object").std(0).max() > 0.01
 

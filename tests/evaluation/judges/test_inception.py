@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
     torch.save({}, empty)
     empty.seek(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor, "load_state_dict", lambda self, found: None)
+        patch.setattr(extractor, "load_state_dict", lambda self, state: None)
         network = extractor("random", ["2048"], feature_extractor_weights_path=empty)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):  # as wide as it needs to be for features that tell pictures apart
@@ -42,15 +42,15 @@ def test_kid_is_torchmetrics(weights, nothing):
 
     first, second = noise(6, 64), noise(12, 64)[6:]
     judge = find_judge(f"inception:{weights}")
-    made, plain = judge.features(first), judge.features(second)
-    assert made.shape == (6, 2048) and made.std(0).max() > 1e-3
+    features, other_features = judge.features(first), judge.features(second)
+    assert features.shape == (6, 2048) and features.std(0).max() > 1e-3
     network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights))
     theirs = KernelInceptionDistance(network, subsets=1, subset_size=6)
     theirs.update(to_bytes(first), real=False)
     theirs.update(to_bytes(second), real=True)
-    assert kid(made, plain) == pytest.approx(float(theirs.compute()[0]), rel=1e-3, abs=1e-9)
+    assert kid(features, other_features) == pytest.approx(float(theirs.compute()[0]), rel=1e-3, abs=1e-9)
     mixed = [first[0], second[0].resize((40, 40)), first[1]]
-    assert np.allclose(judge.features(mixed)[[0, 2]], made[:2], rtol=1e-3, atol=1e-5)
+    assert np.allclose(judge.features(mixed)[[0, 2]], features[:2], rtol=1e-3, atol=1e-5)
 
 
 def test_torchs_folder_is_looked_into(weights, nothing):
@@ -60,8 +60,8 @@ def test_torchs_folder_is_looked_into(weights, nothing):
     assert local_weights("x", PUBLISHED, None, ALSO).name == ALSO[0]
     (folder / name).symlink_to(weights)
     judge = find_judge("inception")
-    said = judge.versions()
-    assert said["weights"] == name and "6726825d" in said["warning"] and "torch-fidelity" in said["library"]
+    versions = judge.versions()
+    assert versions["weights"] == name and "6726825d" in versions["warning"] and "torch-fidelity" in versions["library"]
     assert judge.heads == {} and judge.judge(noise(2)) == [{}, {}] and judge.clip_scores(noise(1), ["a"]) == [None]
     with pytest.raises(ErasureError, match="features, not labels"):
         judge.find("cat")

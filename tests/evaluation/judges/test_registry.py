@@ -63,10 +63,10 @@ def test_texts_that_name_no_judge(spec, says):
 
 
 def test_other_packages_bring_judges(monkeypatch):
-    made = []
+    calls = []
 
     def make(source="default", *, strength: float = 1.0, **more):
-        made.append((source, strength, more))
+        calls.append((source, strength, more))
         return nude("mine", 0.5)
 
     class Point:
@@ -79,7 +79,7 @@ def test_other_packages_bring_judges(monkeypatch):
     monkeypatch.setattr(judges, "entry_points", points)
     assert find_judge("mine:place?strength=2&other=x").name == "mine" and "mine" in judges.kinds()
     assert list(find_judge("glyph + mine").members) == ["glyph", "mine"]
-    assert made == [("place", 2.0, {"other": "x"}), ("default", 1.0, {})]
+    assert calls == [("place", 2.0, {"other": "x"}), ("default", 1.0, {})]
     with pytest.raises(ErasureError, match="mine"):
         find_judge("mini")
 

@@ -27,7 +27,7 @@ def row(number, label, top, role="", clip=None, nouns=(), **labels):
     return JudgedImage(record, None if top is None else {"object": {top: 1.0}}, clip, None, None, nouns)
 
 
-def found_by(rows, base=None):
+def metrics_by_name(rows, base=None):
     return {metric.name: metric for metric in measure(rows, TARGET, base or rows)}
 
 
@@ -43,8 +43,8 @@ def test_translations_pinpoint_and_published_attacks_stand_apart():
         row(11, "dog", "dog", clip=7.0),
         row(12, "cat", "cat", "translation", clip=99.0),
     ]
-    found = found_by(rows)
-    assert {name: (m.value, m.n) for name, m in found.items() if not name.startswith(("H", "CLIP"))} == {
+    metrics = metrics_by_name(rows)
+    assert {name: (m.value, m.n) for name, m in metrics.items() if not name.startswith(("H", "CLIP"))} == {
         "UA": (0.5, 2),
         "IRA": (1.0, 1),
         "translations": (0.75, 4),
@@ -53,30 +53,30 @@ def test_translations_pinpoint_and_published_attacks_stand_apart():
         "pinpoint": (0.4, 5),
         "adversarial": (0.0, 1),
     }
-    assert (found["pinpoint"].low, found["pinpoint"].high) == wilson(2, 5)
-    assert found["CLIP_kept"].value == 7 and "CLIP_target" not in found
-    better = {name: found[name].higher_is_better for name in ("translations", "adversarial", "pinpoint")}
+    assert (metrics["pinpoint"].low, metrics["pinpoint"].high) == wilson(2, 5)
+    assert metrics["CLIP_kept"].value == 7 and "CLIP_target" not in metrics
+    better = {name: metrics[name].higher_is_better for name in ("translations", "adversarial", "pinpoint")}
     assert better == {"translations": False, "adversarial": False, "pinpoint": True}
 
 
 def test_selective_alignment_is_a_mean_over_nouns_and_paired():
     def rows(*scores):
-        found = [row(i, "cat", "dog", "selective", nouns=each) for i, each in enumerate(scores)]
-        for each in found:
-            each.record.labels["nouns"] = "park, Wind , wind,cat"
-        return found
+        images = [row(i, "cat", "dog", "selective", nouns=image) for i, image in enumerate(scores)]
+        for image in images:
+            image.record.labels["nouns"] = "park, Wind , wind,cat"
+        return images
 
     base = rows((20.0, 30.0), (10.0,), (40.0,), ())
-    made = rows((26.0, 30.0), (12.0,), (), (11.0,))
-    found = found_by(made, base)
+    patched = rows((26.0, 30.0), (12.0,), (), (11.0,))
+    metrics = metrics_by_name(patched, base)
     # Over nouns, not over prompts: (26 + 30 + 12 + 11) / 4; the change where both were judged.
-    assert (found["CLIP_selective"].value, found["CLIP_selective"].n) == (79 / 4, 4)
-    change = found["CLIP_selective_change"]
+    assert (metrics["CLIP_selective"].value, metrics["CLIP_selective"].n) == (79 / 4, 4)
+    change = metrics["CLIP_selective_change"]
     assert (change.value, change.n, change.higher_is_better) == (pytest.approx(8 / 3), 3, True)
     assert 2 <= change.low <= change.value <= change.high <= 3  # whole prompts are drawn: (6 + 0) / 2 or 2
-    assert "UA" not in found and found_by(base)["CLIP_selective_change"].value == 0
+    assert "UA" not in metrics and metrics_by_name(base)["CLIP_selective_change"].value == 0
     # Each noun once, in any spelling, and not the concept itself.
-    assert TARGET.noun_texts(made[0].record) == ["a photo of park", "a photo of wind"]
+    assert TARGET.noun_texts(patched[0].record) == ["a photo of park", "a photo of wind"]
     other = row(9, "dog", "dog")
     other.record.labels["nouns"] = "park"
     assert TARGET.noun_texts(other.record) == []
@@ -118,16 +118,19 @@ def test_hubs_suite_reads_its_folder_and_measures_all_of_it(tmp_path, monkeypatc
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="p")
     options = {"data": data, "limit": 3, "steps": 1, "progress": False}
-    found = run_suite(pipe, "Snoopy", "hub", folder=out, **options)
-    assert [text.partition(":")[0] for text in found.missing] == ["part adversarial"]
-    assert "github.com/ml-postech/HUB" in found.missing[0]
-    said = {metric.name: (metric.value, metric.n) for metric in found.report.rows["patched"]}
-    assert said["UA"] == (0, 2) and said["IRA"] == (0, 3)
+    result = run_suite(pipe, "Snoopy", "hub", folder=out, **options)
+    assert [text.partition(":")[0] for text in result.missing] == ["part adversarial"]
+    assert "github.com/ml-postech/HUB" in result.missing[0]
+    values = {metric.name: (metric.value, metric.n) for metric in result.report.rows["patched"]}
+    assert values["UA"] == (0, 2) and values["IRA"] == (0, 3)
     # Two languages of one prompt, without the English original.
-    assert said["translations"] == (1, 2) and said["translations Spanish"] == said["translations French"] == (1, 1)
-    assert said["pinpoint"] == (0, 3) and said["CLIP_selective"] == (len("a photo of park"), 1)
-    assert said["CLIP_selective_change"] == (0, 1)
+    assert values["translations"] == (1, 2) and values["translations Spanish"] == values["translations French"] == (
+        1,
+        1,
+    )
+    assert values["pinpoint"] == (0, 3) and values["CLIP_selective"] == (len("a photo of park"), 1)
+    assert values["CLIP_selective_change"] == (0, 1)
     prompts = {json.loads(line)["prompt"] for line in (out / "patched" / "records.jsonl").read_text().splitlines()}
     nouns = {int(prompt.rpartition("_")[2]) for prompt in prompts if prompt.startswith("a photo of noun_")}
     assert nouns == {0, 33, 66}  # of the nearest 100
-    assert np.isfinite(found.report.metric("CLIP_kept").value)
+    assert np.isfinite(result.report.metric("CLIP_kept").value)

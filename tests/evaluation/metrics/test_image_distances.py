@@ -55,11 +55,11 @@ def drawn(tmp_path_factory):
 
 
 def pictures(folder, records):
-    found = []
+    images = []
     for i in records:
         with Image.open(folder / "images" / f"r{i}.png") as image:
-            found.append(image.convert("RGB"))
-    return found
+            images.append(image.convert("RGB"))
+    return images
 
 
 def test_lpips_stands_in_the_report(drawn, squeeze):
@@ -68,8 +68,8 @@ def test_lpips_stands_in_the_report(drawn, squeeze):
     net = Lpips("squeeze")
     for name, records, better in (("kept", range(3, 12), False), ("target", range(2), True)):
         metric = report.metric(f"LPIPS_{name}")
-        each = net(pictures(folder / "patched", records), pictures(folder / "base", records))
-        assert metric.value == pytest.approx(np.mean(each), rel=1e-4) and metric.n == len(each)
+        distances = net(pictures(folder / "patched", records), pictures(folder / "base", records))
+        assert metric.value == pytest.approx(np.mean(distances), rel=1e-4) and metric.n == len(distances)
         assert metric.low <= metric.value <= metric.high and metric.value > 0
         assert metric.higher_is_better is better and "squeeze" in metric.meaning
         assert report.metric(f"LPIPS_{name}", "base").value == 0
@@ -90,8 +90,8 @@ def test_lpips_stands_in_the_report(drawn, squeeze):
 
 def test_without_a_patch_lpips_is_0(squeeze, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
-    found = evaluate(pipe, "cat", folder=tmp_path, lpips="squeeze", **QUICK).metric("LPIPS_kept")
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    metric = evaluate(pipe, "cat", folder=tmp_path, lpips="squeeze", **QUICK).metric("LPIPS_kept")
+    assert (metric.value, metric.low, metric.high) == (0, 0, 0)
 
 
 def test_what_is_missing_is_said_and_the_rest_runs(drawn, nothing):
@@ -136,19 +136,25 @@ def test_distances_to_reference_pictures(drawn, tmp_path):
     for i, image in enumerate(real):
         image.save(tmp_path / f"{i:02d}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    who = Halves("halves")
-    report = evaluate(pipe, "cat", folder=folder, features=who, reference=tmp_path, **QUICK)
+    lender = Halves("halves")
+    report = evaluate(pipe, "cat", folder=folder, features=lender, reference=tmp_path, **QUICK)
     for row in ("base", "patched"):
-        made = who.features(pictures(folder / row, range(3, 12)))
-        for name, want in (("KID", 1000 * kid(made, who.features(real))), ("FD", frechet(made, who.features(real)))):
-            found = report.metric(f"{name}_reference", row)
-            assert found.value == pytest.approx(want) and found.n == 9 and found.low < want < found.high
+        features = lender.features(pictures(folder / row, range(3, 12)))
+        for name, expected in (
+            ("KID", 1000 * kid(features, lender.features(real))),
+            ("FD", frechet(features, lender.features(real))),
+        ):
+            metric = report.metric(f"{name}_reference", row)
+            assert metric.value == pytest.approx(expected) and metric.n == 9 and metric.low < expected < metric.high
     facts = report.provenance["distances"]["reference"]
     data = b"".join((tmp_path / f"{i:02d}.png").read_bytes() for i in range(11))
     assert facts == {"folder": tmp_path.name, "images": 11, "sha256": hashlib.sha256(data).hexdigest()}
     (tmp_path / "zz.png").write_bytes(b"half a picture")
-    rest = evaluate(pipe, "cat", folder=folder, reference=tmp_path, **QUICK)
-    assert f"distances to {tmp_path.name}: zz.png cannot be read" in rest.missing[0] and rest.metric("UA") is not None
+    without_reference = evaluate(pipe, "cat", folder=folder, reference=tmp_path, **QUICK)
+    assert (
+        f"distances to {tmp_path.name}: zz.png cannot be read" in without_reference.missing[0]
+        and without_reference.metric("UA") is not None
+    )
     with pytest.raises(ErasureError, match="0 images .*at least 8"):
         evaluate(pipe, "cat", folder=folder, reference=tmp_path / "nowhere", **QUICK)
 

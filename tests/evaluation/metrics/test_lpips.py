@@ -32,13 +32,17 @@ def theirs(backbone, first, second):
 def test_it_is_torchmetrics_on_the_file_in_torchs_folder(squeeze):
     first, second = noise(4, 96), noise(5, 96)[1:]
     net = Lpips("squeeze")
-    found = net(first, second)
-    assert found == pytest.approx(theirs("squeeze", first, second), rel=1e-4)
-    assert np.std(found) > 0.01 * np.mean(found) > 0
+    distances = net(first, second)
+    assert distances == pytest.approx(theirs("squeeze", first, second), rel=1e-4)
+    assert np.std(distances) > 0.01 * np.mean(distances) > 0
     assert net(first, first) == [0.0] * 4
-    said = net.versions()
-    assert said["weights"] == squeeze.name and "not the published weights" in said["warning"]
-    assert len(said["sha256"]) == 64 and said["backbone"] == "squeeze" and said["library"].startswith("torchmetrics")
+    versions = net.versions()
+    assert versions["weights"] == squeeze.name and "not the published weights" in versions["warning"]
+    assert (
+        len(versions["sha256"]) == 64
+        and versions["backbone"] == "squeeze"
+        and versions["library"].startswith("torchmetrics")
+    )
 
 
 @pytest.mark.parametrize(("backbone", "builder"), [("alex", "alexnet"), ("squeeze", "squeezenet1_1")])
@@ -52,14 +56,14 @@ def test_weights_from_a_file(tmp_path, monkeypatch, backbone, builder, end):
     path = tmp_path / f"mine{end}"
     save_file(weights, path) if end == ".safetensors" else torch.save(weights, path)
     first, second = noise(2, 70), noise(3, 70)[1:]
-    found = Lpips(f"{backbone}:{path}")(first, second)
+    distances = Lpips(f"{backbone}:{path}")(first, second)
     monkeypatch.setattr(torchvision.models, builder, lambda weights: SimpleNamespace(features=features))
-    assert found == pytest.approx(theirs(backbone, first, second), rel=1e-4)
+    assert distances == pytest.approx(theirs(backbone, first, second), rel=1e-4)
 
 
 def test_small_pictures_are_enlarged_and_sizes_must_agree(squeeze):
     first, second = noise(2, 16), noise(3, 16)[1:]
-    found = Lpips("squeeze")(first, second)
+    distances = Lpips("squeeze")(first, second)
 
     def grown(images):
         both = torch.nn.functional.interpolate(tensor(images), (96, 64), mode="bilinear", align_corners=False)
@@ -67,7 +71,7 @@ def test_small_pictures_are_enlarged_and_sizes_must_agree(squeeze):
 
     metric = LearnedPerceptualImagePatchSimilarity(net_type="squeeze", reduction="none")
     assert first[0].size == (16, 24)
-    assert found == pytest.approx(metric(grown(first), grown(second)).tolist(), rel=1e-4)
+    assert distances == pytest.approx(metric(grown(first), grown(second)).tolist(), rel=1e-4)
     with pytest.raises(ErasureError, match="the same size"):
         Lpips("squeeze")(first, noise(2, 20))
 

@@ -52,15 +52,20 @@ def test_frechet_is_torchmetrics():
 @pytest.mark.parametrize("name", SETS)
 def test_frechet_is_the_formula_with_scipys_root(name):
     first, second = SETS[name]
-    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    first_covariance, second_covariance = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     # The root over S^1/2 S' S^1/2, which is symmetric: scipy's root of singular S S' fails.
-    values, vectors = linalg.eigh(one)
+    values, vectors = linalg.eigh(first_covariance)
     root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(linalg.eigvalsh(root @ two @ root).clip(0)).sum()
-    want = ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * cross
-    assert frechet(first, second) == pytest.approx(want, rel=1e-6)
-    assert frechet(second, first) == pytest.approx(want, rel=1e-6)
-    assert frechet(first, first) == pytest.approx(0, abs=1e-9 * np.trace(one))
+    cross = np.sqrt(linalg.eigvalsh(root @ second_covariance @ root).clip(0)).sum()
+    expected = (
+        ((first.mean(0) - second.mean(0)) ** 2).sum()
+        + np.trace(first_covariance)
+        + np.trace(second_covariance)
+        - 2 * cross
+    )
+    assert frechet(first, second) == pytest.approx(expected, rel=1e-6)
+    assert frechet(second, first) == pytest.approx(expected, rel=1e-6)
+    assert frechet(first, first) == pytest.approx(0, abs=1e-9 * np.trace(first_covariance))
 
 
 def test_frechet_by_hand():
@@ -73,10 +78,10 @@ def test_frechet_by_hand():
 def test_frechet_is_biased_as_it_says_and_halves_show_it():
     draw = np.random.default_rng(3)
     d, n = 12, 240
-    found = [frechet(draw.normal(size=(n, d)), draw.normal(size=(n, d))) for _ in range(20)]
-    assert np.mean(found) == pytest.approx(d * (d + 5) / (2 * n), rel=0.15)
+    distances = [frechet(draw.normal(size=(n, d)), draw.normal(size=(n, d))) for _ in range(20)]
+    assert np.mean(distances) == pytest.approx(d * (d + 5) / (2 * n), rel=0.15)
     base = draw.normal(size=(2 * n, d))
-    assert np.mean(half_split_distances(frechet, base, base)) == pytest.approx(np.mean(found), rel=0.3)
+    assert np.mean(half_split_distances(frechet, base, base)) == pytest.approx(np.mean(distances), rel=0.3)
 
 
 @pytest.mark.parametrize(("n", "d", "so"), [(258, 128, True), (257, 128, False), (8, 16, False), (60, 16, True)])
@@ -95,14 +100,14 @@ def test_kid_is_torchmetrics():
 @pytest.mark.parametrize("name", SETS)
 def test_frechet_and_kid_are_torch_fidelitys(name):
     """On the same features; torch-fidelity's KID over one subset that holds all of them."""
-    first, second = (torch.from_numpy(each[: min(map(len, SETS[name]))]) for each in SETS[name])
-    stats = [metric_fid.fid_features_to_statistics(each) for each in (first, second)]
+    first, second = (torch.from_numpy(features[: min(map(len, SETS[name]))]) for features in SETS[name])
+    stats = [metric_fid.fid_features_to_statistics(features) for features in (first, second)]
     theirs = metric_fid.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
     # Where covariances are singular, the root of their product leaves rounding of about 1e-8 in torch-fidelity.
     assert frechet(first.numpy(), second.numpy()) == pytest.approx(theirs, rel=1e-6 if name == "many" else 1e-5)
     options = {"kid_subsets": 1, "kid_subset_size": len(first), "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1}
-    found = metric_kid.kid_features_to_metric(first, second, rng_seed=0, verbose=False, **options)
-    assert kid(first.numpy(), second.numpy()) == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-9)
+    metrics = metric_kid.kid_features_to_metric(first, second, rng_seed=0, verbose=False, **options)
+    assert kid(first.numpy(), second.numpy()) == pytest.approx(metrics["kernel_inception_distance_mean"], rel=1e-9)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (3, 7), (50, 50), (317, 1000)])
@@ -143,16 +148,16 @@ def test_groups_are_drawn_whole():
 
 
 def rows(labels, tops, roles=None, clips=None, against=None):
-    found = []
+    images = []
     for i, (label, top) in enumerate(zip(labels, tops, strict=True)):
         record = Record(str(i), f"prompt {i}", i, 1, 1.0, "", {"object": label, "role": (roles or [""] * 99)[i]})
         verdict = None if top is None else {"object": {top: 1.0}}
         scores = (against or {}).get(i)
-        found.append(JudgedImage(record, verdict, None if clips is None else clips[i], None, scores))
-    return found
+        images.append(JudgedImage(record, verdict, None if clips is None else clips[i], None, scores))
+    return images
 
 
-def found_by(judged, base=None, target=None):
+def metrics_by_name(judged, base=None, target=None):
     metrics = measure(judged, target or Target("object", ("cat",), None), base or judged)
     return {metric.name: metric for metric in metrics}
 
@@ -160,22 +165,22 @@ def found_by(judged, base=None, target=None):
 def test_h_o_is_maces():
     labels = ["cat"] * 4 + ["dog"] * 5 + ["cat"] * 4
     tops = ["dog", "dog", "dog", "cat"] + ["dog"] * 4 + ["cow"] + ["cat", "dog", "dog", "dog"]
-    found = found_by(rows(labels, tops, [""] * 9 + ["synonym"] * 4))
+    metrics = metrics_by_name(rows(labels, tops, [""] * 9 + ["synonym"] * 4))
     erased, kept, general = 0.25, 0.8, 0.25  # Acc_e, Acc_s, Acc_g
-    want = 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - general))
-    assert found["H_o"].value == pytest.approx(want) == pytest.approx(stats.hmean([0.75, 0.8, 0.75]))
-    assert found["H_o"].n == 4 and found["H_o"].low < want < found["H_o"].high
-    assert found["leak"].value == 0.25 and "1 - leak" in found["H_o"].meaning
+    expected = 3 / (1 / (1 - erased) + 1 / kept + 1 / (1 - general))
+    assert metrics["H_o"].value == pytest.approx(expected) == pytest.approx(stats.hmean([0.75, 0.8, 0.75]))
+    assert metrics["H_o"].n == 4 and metrics["H_o"].low < expected < metrics["H_o"].high
+    assert metrics["leak"].value == 0.25 and "1 - leak" in metrics["H_o"].meaning
 
 
 def test_h_o_is_0_where_one_part_is_and_absent_without_synonyms():
-    metrics = found_by(rows(["cat", "dog", "cat"], ["dog", "dog", "cat"], ["", "", "synonym"]))
+    metrics = metrics_by_name(rows(["cat", "dog", "cat"], ["dog", "dog", "cat"], ["", "", "synonym"]))
     assert (metrics["leak"].value, metrics["H_o"].value, metrics["H_o"].low) == (
         1,
         0,
         0,
     ) and metrics["H_o"].high < 1
-    assert metrics["H"].value == 1 and "H_o" not in found_by(rows(["cat", "dog"], ["dog", "dog"]))
+    assert metrics["H"].value == 1 and "H_o" not in metrics_by_name(rows(["cat", "dog"], ["dog", "dog"]))
 
 
 def test_harmonic_is_scipys():
@@ -196,11 +201,11 @@ def test_the_interval_of_a_harmonic_mean_is_no_point_where_all_shares_are_whole(
 
 def test_the_change_of_clip_is_paired_with_the_bases_image_of_the_same_seed():
     base = rows(["cat", "dog", "dog", "cow", "cow"], ["cat"] * 5, clips=[30.0, 20.0, 24.0, 28.0, 10.0])
-    made = rows(["cat", "dog", "dog", "cow", "cow"], ["cat"] * 5, clips=[1.0, 19.0, 24.5, 26.0, None])
-    change = found_by(made, base[::-1])["CLIP_change"]
+    patched = rows(["cat", "dog", "dog", "cow", "cow"], ["cat"] * 5, clips=[1.0, 19.0, 24.5, 26.0, None])
+    change = metrics_by_name(patched, base[::-1])["CLIP_change"]
     assert (change.value, change.n) == (pytest.approx((-1 + 0.5 - 2) / 3), 3)
     assert -2 <= change.low < change.value < change.high <= 0.5
-    same = found_by(base)["CLIP_change"]
+    same = metrics_by_name(base)["CLIP_change"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -208,9 +213,9 @@ def test_paired_tests_count_the_seeds_on_which_the_two_differ():
     labels, roles = ["cat"] * 8 + ["dog"] * 6, [""] * 7 + ["synonym"] + [""] * 6
     base = rows(labels, ["cat"] * 6 + ["dog", "cat"] + ["dog"] * 5 + ["cow"], roles)
     # Of the cats, five go, one stays, one comes back; a synonym and a kept picture do not count. One is not judged.
-    made = rows(labels, ["dog"] * 4 + [None, "cat", "cat", "dog"] + ["dog"] * 2 + ["cat"] * 2 + [None, "dog"], roles)
+    patched = rows(labels, ["dog"] * 4 + [None, "cat", "cat", "dog"] + ["dog"] * 2 + ["cat"] * 2 + [None, "dog"], roles)
     target = Target("object", ("cat",), None)
-    both = {"base": base, "patched": made[::-1]}
+    both = {"base": base, "patched": patched[::-1]}
     assert paired_erasure(both, target) == {"only_base": 1, "only_patched": 4, "p": stats.binomtest(1, 5, 0.5).pvalue}
     assert paired_accuracy(both, target, "object") == {
         "only_base": 3,
@@ -223,18 +228,18 @@ def test_paired_tests_count_the_seeds_on_which_the_two_differ():
 def test_cs_and_cer_by_hand():
     against = {0: (30.0, 10.0), 1: (10.0, 30.0), 2: (20.0, 20.0), 3: (-8.0, -9.0)}
     judged = rows(["cat"] * 5 + ["dog"], ["cat"] * 4 + [None, "dog"], against=against)
-    found = found_by(judged)
-    assert found["CER"].value == 2 / 5 and found["CER"].n == 5  # a tie is one; what could not be judged is none
-    assert found["CS"].value == pytest.approx(2.5 * (0.3 + 0.1 + 0.2 + 0) / 4)
-    assert not {"CS", "CER"} & found_by(rows(["cat", "dog"], ["cat", "dog"])).keys()
+    metrics = metrics_by_name(judged)
+    assert metrics["CER"].value == 2 / 5 and metrics["CER"].n == 5  # a tie is one; what could not be judged is none
+    assert metrics["CS"].value == pytest.approx(2.5 * (0.3 + 0.1 + 0.2 + 0) / 4)
+    assert not {"CS", "CER"} & metrics_by_name(rows(["cat", "dog"], ["cat", "dog"])).keys()
 
 
 def test_target_images_are_scored_against_the_name_and_the_anchor(tmp_path):
-    asked = []
+    scored = []
 
     class Noted(BrightnessJudge):
         def clip_scores(self, images, texts):
-            asked.append(texts)
+            scored.append(texts)
             return [float(len(text)) for text in texts]
 
     from PIL import Image
@@ -246,7 +251,7 @@ def test_target_images_are_scored_against_the_name_and_the_anchor(tmp_path):
     sets = PromptSet("two", [Prompt(r.id, r.prompt, 0, None, dict(r.labels)) for r in records])
     target = find_target(Concept("cat", anchor="animal"), sets, Noted())
     cat, dog = judge_run(Noted(), tmp_path, records, target, [])
-    assert asked == [["a cat", "cat", "animal", "a dog"]]  # one batch
+    assert scored == [["a cat", "cat", "animal", "a dog"]]  # one batch
     assert (cat.clip, cat.name_scores, dog.name_scores) == (5.0, (3.0, 6.0), None)
     assert find_target("flat", sets, Noted()).name_texts(records[0]) == ("flat style", "")
 
@@ -258,11 +263,11 @@ def test_the_frechet_distance_stands_where_there_are_images_enough():
     def with_features(features):
         return [JudgedImage(j.record, j.verdict, None, f) for j, f in zip(rows(labels, labels), features, strict=True)]
 
-    for d, there in ((4, True), (19, True), (20, False)):
+    for d, measured in ((4, True), (19, True), (20, False)):
         plain = draw.normal(size=(41, d))
-        base, made = with_features(plain), with_features(plain + 1)
-        floor, far = found_by(base), found_by(made, base)
-        assert ("FD" in far) is there and far["KID"].n == 40
-        if there:
+        base, patched = with_features(plain), with_features(plain + 1)
+        floor, far = metrics_by_name(base), metrics_by_name(patched, base)
+        assert ("FD" in far) is measured and far["KID"].n == 40
+        if measured:
             assert far["FD"].value > floor["FD"].value + 0.8 * d and floor["FD"].low <= floor["FD"].value
             assert far["FD"].value == np.mean(half_split_distances(frechet, plain[1:] + 1, plain[1:]))

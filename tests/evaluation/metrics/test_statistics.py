@@ -21,8 +21,8 @@ def test_wilson_of_nothing_is_everything():
 
 def test_wilson_covers_in_simulation():
     draw = np.random.default_rng(0)
-    inside = [low <= 0.9 <= high for low, high in (wilson(int(k), 60) for k in draw.binomial(60, 0.9, 2000))]
-    assert 0.92 < np.mean(inside) < 0.99
+    covered = [low <= 0.9 <= high for low, high in (wilson(int(k), 60) for k in draw.binomial(60, 0.9, 2000))]
+    assert 0.92 < np.mean(covered) < 0.99
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (3, 3), (0, 6), (10, 2), (40, 25)])

@@ -33,10 +33,10 @@ def pipe():
 
 
 def test_without_patches_nothing_has_moved(pipe):
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
-    assert found["drift_target"].value == found["drift_kept"].value == 0
-    assert found["margin"].value == found["margin_base"].value != 0
-    assert (found["closed_leak"].value, found["closed_leak"].n) == (1, 2)
+    metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
+    assert metrics["drift_target"].value == metrics["drift_kept"].value == 0
+    assert metrics["margin"].value == metrics["margin_base"].value != 0
+    assert (metrics["closed_leak"].value, metrics["closed_leak"].n) == (1, 2)
 
 
 @pytest.mark.parametrize("gate", [None, {"kind": "text"}], ids=["always", "gated"])
@@ -47,13 +47,13 @@ def test_weights_gates_and_switches_come_back(pipe, gate):
     else:
         pipe.load_patch(delta_patch(pipe, size=0.5), name="p", strength=0.7)
     before, switches = weights(pipe), [p.requires_grad for p in pipe.unet.parameters()]
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK)
+    white_box = measure_white_box(pipe, "cat", KEPT, **QUICK)
     assert same(before, weights(pipe)) and switches == [p.requires_grad for p in pipe.unet.parameters()]
     assert pipe.get_list_patches()["p"]["strength"] == 0.7
-    assert found.folded == (("p",) if gate else ())
-    assert found.metrics["drift_kept"].value > 0 and found.metrics["drift_target"].n == 4
-    again = measure_white_box(pipe, "cat", KEPT, **QUICK)
-    assert again.metrics == found.metrics
+    assert white_box.folded == (("p",) if gate else ())
+    assert white_box.metrics["drift_kept"].value > 0 and white_box.metrics["drift_target"].n == 4
+    repeated = measure_white_box(pipe, "cat", KEPT, **QUICK)
+    assert repeated.metrics == white_box.metrics
     pipe.unload_patches()
     assert same(clean, weights(pipe))
 
@@ -67,9 +67,9 @@ def test_the_cost_is_what_was_asked(pipe):
 
 def test_the_batch_size_only_rounds(pipe):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
-    one, many = (measure_white_box(pipe, "cat", KEPT, batch_size=size, **QUICK).metrics for size in (3, 16))
-    for name, metric in one.items():
-        assert many[name].value == pytest.approx(metric.value, rel=1e-3, abs=1e-6)
+    small, large = (measure_white_box(pipe, "cat", KEPT, batch_size=size, **QUICK).metrics for size in (3, 16))
+    for name, metric in small.items():
+        assert large[name].value == pytest.approx(metric.value, rel=1e-3, abs=1e-6)
 
 
 def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
@@ -78,30 +78,30 @@ def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
     pipe.load_patch(delta_patch(pipe), name="p")
     prompts = ["a cat", "a dog", "a car"]
     drawn = torch.randn(3, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    asked = []
+    calls = []
 
     def states(texts):
         return Conditions(torch.tensor([1.0 if text in prompts else 2.0 for text in texts]))
 
     def eps(x, t, k):
         erased = pipe.get_list_patches()["p"]["strength"]
-        asked.append((t, erased))
+        calls.append((t, erased))
         return x * (k.states * (3 if erased else 1)).view(-1, 1, 1, 1)
 
     monkeypatch.setattr(victim, "conditions", states)
     monkeypatch.setattr(victim, "eps", eps)
-    found = compare_predictions(victim, drawn, prompts, ["a", "a", "a"], torch.Generator().manual_seed(0), 5)
-    assert torch.allclose(found.drift, torch.full((3, 4), 4.0))  # (3 - 1)^2
-    erased, base = found.margin
+    predictions = compare_predictions(victim, drawn, prompts, ["a", "a", "a"], torch.Generator().manual_seed(0), 5)
+    assert torch.allclose(predictions.drift, torch.full((3, 4), 4.0))  # (3 - 1)^2
+    erased, base = predictions.margin
     # || e - k' x ||^2 - || e - k x ||^2 = (k'^2 - k^2) x.x - 2 (k' - k) e.x, so with base (1, 2), erased (3, 6):
     # base = 3 xx - 2 ex, erased = 27 xx - 6 ex; and x at the lowest noise is the picture, of known length.
     xx = (erased - 3 * base) / 18
     assert (xx > 0).all()
-    t = torch.cat([t for t, _ in asked])[:12].view(3, 4)
+    t = torch.cat([t for t, _ in calls])[:12].view(3, 4)
     signal = pipe.scheduler.alphas_cumprod[t]
     noise = (3 * xx - base) / 2  # mean of e x = sqrt(a) e.x0 + sqrt(1 - a) e.e
-    want = signal * drawn.square().mean((1, 2, 3))[:, None] + (1 - signal)  # in expectation
-    assert torch.allclose(xx, want, rtol=0.35)
+    expected = signal * drawn.square().mean((1, 2, 3))[:, None] + (1 - signal)  # in expectation
+    assert torch.allclose(xx, expected, rtol=0.35)
     assert torch.allclose(noise, (1 - signal).sqrt(), atol=0.35)
     assert ((t // 250) == torch.arange(4)).all()  # one timestep in each quarter
 
@@ -129,8 +129,8 @@ def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
 
         before = length()
         pipe.load_patch(delta_patch(pipe, part="attn2.to_", size=0.5), name="p")
-        want = float(length() / before)
-        assert closed_form_leak(victim, concept, ["tree"]) == pytest.approx([want], rel=1e-4) and want > 1.1
+        expected = float(length() / before)
+        assert closed_form_leak(victim, concept, ["tree"]) == pytest.approx([expected], rel=1e-4) and expected > 1.1
 
 
 def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
@@ -146,8 +146,8 @@ def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
 
 def test_a_patch_of_the_encoder_is_read_through_the_encoder(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
-    assert found["closed_leak"].value != pytest.approx(1, abs=1e-3) and found["drift_target"].value > 0
+    metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
+    assert metrics["closed_leak"].value != pytest.approx(1, abs=1e-3) and metrics["drift_target"].value > 0
 
 
 def test_a_report_has_the_figures_beside_the_bases(pipe, tmp_path):
@@ -158,13 +158,13 @@ def test_a_report_has_the_figures_beside_the_bases(pipe, tmp_path):
     options = {"prompts": rows, "steps": 2, "progress": False, "judge": BrightnessJudge()}
     report = evaluate(pipe, "cat", folder=tmp_path, within=True, **options)
     assert same(before, weights(pipe))
-    said = {name: report.metric(name) for name in ("drift_target", "drift_kept", "margin")}
-    assert report.metric("drift_kept", "base").value == 0 < said["drift_kept"].low <= said["drift_kept"].value
-    assert report.metric("margin", "base").value != said["margin"].value and said["margin"].n == 12
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert {row["name"] for row in found["rows"]["base"]} >= set(said) and found["provenance"]["inside"]["costs"]["F"]
+    metrics = {name: report.metric(name) for name in ("drift_target", "drift_kept", "margin")}
+    assert report.metric("drift_kept", "base").value == 0 < metrics["drift_kept"].low <= metrics["drift_kept"].value
+    assert report.metric("margin", "base").value != metrics["margin"].value and metrics["margin"].n == 12
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert {row["name"] for row in data["rows"]["base"]} >= set(metrics) and data["provenance"]["inside"]["costs"]["F"]
     page = (tmp_path / "report.html").read_text()
-    assert all(name in page and name in report.text() for name in said)
+    assert all(name in page and name in report.text() for name in metrics)
     plain = evaluate(pipe, "cat", folder=tmp_path / "plain", **options)
     assert plain.metric("margin") is None
 
@@ -178,10 +178,10 @@ def test_words_of_the_vocabulary():
 
 
 def test_the_bases_latents_are_the_bases(pipe):
-    victim, given = Victim(pipe, switched_off), (KEPT, [5, 6, 9], 2, 2, 3.0)
-    want = victim.base_latents(*given)
+    victim, arguments = Victim(pipe, switched_off), (KEPT, [5, 6, 9], 2, 2, 3.0)
+    expected = victim.base_latents(*arguments)
     pipe.load_patch(delta_patch(pipe, size=1.0), name="p")
-    assert torch.equal(victim.base_latents(*given), want) and len(want) == 3
+    assert torch.equal(victim.base_latents(*arguments), expected) and len(expected) == 3
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def pipe(request):
 
 
 def test_without_patches_nothing_has_moved(pipe):
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
-    assert found["drift_target"].value == found["drift_kept"].value == 0
-    assert found["margin"].value == found["margin_base"].value != 0
-    assert (found["closed_leak"].value, found["closed_leak"].n) == (1, 2)
+    metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
+    assert metrics["drift_target"].value == metrics["drift_kept"].value == 0
+    assert metrics["margin"].value == metrics["margin_base"].value != 0
+    assert (metrics["closed_leak"].value, metrics["closed_leak"].n) == (1, 2)
 
 
 @pytest.mark.parametrize("gate", [None, {"kind": "text", "texts": ["cat"]}], ids=["always", "gated"])
@@ -44,30 +44,30 @@ def test_a_patch_is_seen_and_weights_come_back(pipe, gate):
     patch = low_rank_patch(pipe, part="", size=0.5, gate=gate) if gate else delta_patch(pipe, size=0.5)
     pipe.load_patch(patch, name="p", strength=0.7)
     before = weights(pipe)
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK)
-    assert same(before, weights(pipe)) and found.folded == (("p",) if gate else ())
-    assert found.metrics["drift_kept"].value > 0 and found.metrics["drift_target"].value > 0
-    assert all(torch.isfinite(torch.tensor(metric.value)) for metric in found.metrics.values())
+    white_box = measure_white_box(pipe, "cat", KEPT, **QUICK)
+    assert same(before, weights(pipe)) and white_box.folded == (("p",) if gate else ())
+    assert white_box.metrics["drift_kept"].value > 0 and white_box.metrics["drift_target"].value > 0
+    assert all(torch.isfinite(torch.tensor(metric.value)) for metric in white_box.metrics.values())
     pipe.unload_patches()
     assert same(clean, weights(pipe))
 
 
 def test_the_text_is_what_the_pipeline_itself_reads(pipe):
     victim = Victim(pipe, switched_off)
-    told, plain = victim.conditions(["a cat", "a dog"]), [encode_prompt(pipe, text) for text in ("a cat", "a dog")]
-    for i, one in enumerate(plain):
-        assert torch.allclose(told.states[i], one.states[0], atol=1e-5)
-        assert (told.pooled is None) == (one.pooled is None)
-        assert one.pooled is None or torch.allclose(told.pooled[i], one.pooled[0], atol=1e-5)
+    batch, plain = victim.conditions(["a cat", "a dog"]), [encode_prompt(pipe, text) for text in ("a cat", "a dog")]
+    for i, single in enumerate(plain):
+        assert torch.allclose(batch.states[i], single.states[0], atol=1e-5)
+        assert (batch.pooled is None) == (single.pooled is None)
+        assert single.pooled is None or torch.allclose(batch.pooled[i], single.pooled[0], atol=1e-5)
     if hasattr(pipe, "text_encoder_2"):
         states, _, pooled, _ = pipe.encode_prompt(["a cat", "a dog"], do_classifier_free_guidance=False)
-        assert torch.allclose(told.states, states, atol=1e-5) and torch.allclose(told.pooled, pooled, atol=1e-5)
+        assert torch.allclose(batch.states, states, atol=1e-5) and torch.allclose(batch.pooled, pooled, atol=1e-5)
 
 
 def test_a_patch_of_the_first_encoder_drifts(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
-    found = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
-    assert found["drift_target"].value > 0 and found["closed_leak"].value != pytest.approx(1, abs=1e-3)
+    metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
+    assert metrics["drift_target"].value > 0 and metrics["closed_leak"].value != pytest.approx(1, abs=1e-3)
 
 
 def test_the_margin_is_of_eps_whatever_the_unet_predicts(pipe, monkeypatch):
@@ -79,13 +79,13 @@ def test_the_margin_is_of_eps_whatever_the_unet_predicts(pipe, monkeypatch):
     def forward(x, t, states, added_cond_kwargs=None):
         assert (added_cond_kwargs is not None) == hasattr(pipe, "text_encoder_2")
         a = pipe.scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1)
-        wrong = [float(not torch.allclose(one, known, atol=1e-5)) for one in states]
+        wrong = [float(not torch.allclose(state, known, atol=1e-5)) for state in states]
         eps = (x - a.sqrt() * picture) / (1 - a).sqrt() + torch.tensor(wrong).view(-1, 1, 1, 1)
         return SimpleNamespace(sample=(eps - (1 - a).sqrt() * x) / a.sqrt() if velocity else eps)
 
     monkeypatch.setattr(pipe.unet, "forward", forward)
-    given = (picture.expand(2, -1, -1, -1), ["a cat"] * 2, ["a dog"] * 2, torch.Generator().manual_seed(0), 3)
-    for margin in compare_predictions(victim, *given).margin:
+    arguments = (picture.expand(2, -1, -1, -1), ["a cat"] * 2, ["a dog"] * 2, torch.Generator().manual_seed(0), 3)
+    for margin in compare_predictions(victim, *arguments).margin:
         assert torch.allclose(margin, torch.ones(2, 4), atol=0.05)
 
 

@@ -84,21 +84,21 @@ def look(page: Path, folder: Path) -> tuple[dict[str, dict], list[str]]:
         *("--virtual-time-budget=20000", "--dump-dom", around.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, encoding="utf-8")
-    found = re.search(r'<pre id="found">(\{.*?\})</pre>', done.stdout, re.DOTALL)
-    assert found, f"the browser gave no answer: {done.stderr[-2000:]}"
-    said = [line for line in done.stderr.splitlines() if re.search(r":CONSOLE[:(]", line)]
-    return json.loads(unescape(found[1])), said
+    match = re.search(r'<pre id="found">(\{.*?\})</pre>', done.stdout, re.DOTALL)
+    assert match, f"the browser gave no answer: {done.stderr[-2000:]}"
+    messages = [line for line in done.stderr.splitlines() if re.search(r":CONSOLE[:(]", line)]
+    return json.loads(unescape(match[1])), messages
 
 
 def check(page: Path, folder: Path, images: int, summary: str) -> None:
-    windows, said = look(page, folder)
-    assert not said
+    windows, messages = look(page, folder)
+    assert not messages
     for name, (width, _) in WINDOWS.items():
-        found = windows[name]
-        assert found["width"] == found["room"] == width, name
-        assert found["over"] <= 0, f"{name}: {found['over']} px too wide"
-        assert found["images"] == images and found["broken"] == 0, name
-        assert summary in found["summary"] and found["seen"], name
+        window = windows[name]
+        assert window["width"] == window["room"] == width, name
+        assert window["over"] <= 0, f"{name}: {window['over']} px too wide"
+        assert window["images"] == images and window["broken"] == 0, name
+        assert summary in window["summary"] and window["seen"], name
 
 
 def test_evaluates_page(tmp_path):
@@ -159,10 +159,10 @@ def test_attacks_page(tmp_path):
         for name in ("random", "an-attack-with-a-long-name")
     ]
     report = AttackReport(("cat",), "object", 10, 12, 1, outcomes, {"cases": cases, "sha256": "0" * 64})
-    for one in outcomes:
-        (tmp_path / one.name).mkdir()
+    for attacked in outcomes:
+        (tmp_path / attacked.name).mkdir()
         for i, case in enumerate(cases):
-            noise(i).save(tmp_path / one.name / f"{case}.png")
+            noise(i).save(tmp_path / attacked.name / f"{case}.png")
     write_attack_report(report, tmp_path, {"base": [noise(i) for i in range(10)]})
     check(tmp_path / "report.html", tmp_path / "look", 1, "for 1 of 10 prompts")
 
@@ -196,7 +196,7 @@ def test_a_bad_page_is_seen_to_be_bad(tmp_path):
         '<!doctype html><div style="height:900px;width:600px">too wide for a phone</div><p>late</p>'
         '<img src="data:image/png;base64,AAAA"><script>console.error("trouble")</script>'
     )
-    windows, said = look(page, tmp_path / "look")
+    windows, messages = look(page, tmp_path / "look")
     assert windows["phone"]["over"] > 200 and windows["desk"]["over"] <= 0
     assert windows["phone"]["broken"] == 1 and not windows["phone"]["seen"]
-    assert any("trouble" in line for line in said)
+    assert any("trouble" in line for line in messages)

@@ -26,15 +26,15 @@ CAT = Target("object", ("cat",), "style")
 
 
 def rows(*labels, style="flat"):
-    found = [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": style}) for i, o in enumerate(labels)]
-    return PromptSet("mine", found)
+    prompts = [Prompt(f"r{i}", f"a {o}", i, None, {"object": o, "style": style}) for i, o in enumerate(labels)]
+    return PromptSet("mine", prompts)
 
 
 def test_prompts_asked_with_several_seeds_are_told():
-    asked = rows("cat", "cat", "dog")
-    drawn = PromptSet("mine", [*asked.rows, reseed(asked.rows[0], 1)])
-    assert caveats(asked, drawn, CAT) == ["the 3 target images come from 2 prompts, repeated with other seeds"]
-    assert caveats(asked, asked, CAT) == []
+    prompts = rows("cat", "cat", "dog")
+    drawn = PromptSet("mine", [*prompts.rows, reseed(prompts.rows[0], 1)])
+    assert caveats(prompts, drawn, CAT) == ["the 3 target images come from 2 prompts, repeated with other seeds"]
+    assert caveats(prompts, prompts, CAT) == []
 
 
 def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
@@ -42,8 +42,8 @@ def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
     options = {"judge": BrightnessJudge(), "limit": 6, "steps": 2, "progress": False, "folder": tmp_path}
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog"), **options)
     page = (tmp_path / "report.html").read_text()
-    told = "the 2 target images come from 1 prompt, repeated with other seeds"
-    assert told in page and f"note: {told}" in report.text()
+    note = "the 2 target images come from 1 prompt, repeated with other seeds"
+    assert note in page and f"note: {note}" in report.text()
     assert json.loads((tmp_path / "report.json").read_text())["notes"] == report.notes
     assert report.description() == (
         "no patch is active, so both columns show the base; prompts: mine, 3 drawn; judge: brightness; "
@@ -53,9 +53,9 @@ def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
 
 
 def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
-    asked = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
+    prompts = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
     with pytest.raises(ErasureError, match="'mine' has no column 'object'.*columns of labels are objekt"):
-        evaluate(None, "cat", prompts=asked, judge=BrightnessJudge(), folder=tmp_path / "x")
+        evaluate(None, "cat", prompts=prompts, judge=BrightnessJudge(), folder=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -69,13 +69,13 @@ def test_each_judge_of_several_stands_alone():
     both = EnsembleJudge([sure, other])
     (verdict,) = both.judge([None])
     run = [judged(0, "cat", verdict), judged(1, "dog", verdict), judged(2, "cat", None)]
-    found = {metric.name: metric for metric in member_metrics(both, run, CAT)}
+    metrics = {metric.name: metric for metric in member_metrics(both, run, CAT)}
     # The one sees a cat everywhere, the other a dog; what could not be judged is not erased for either.
-    assert {name: (round(m.value, 3), m.n) for name, m in found.items()} == {
+    assert {name: (round(m.value, 3), m.n) for name, m in metrics.items()} == {
         "UA@sure": (0.0, 2), "IRA@sure": (0.0, 1),
         "UA@other": (0.5, 2), "IRA@other": (1.0, 1), "disagreement": (1.0, 2),
     }  # fmt: skip
-    assert not found["disagreement"].higher_is_better and found["UA@other"].higher_is_better
+    assert not metrics["disagreement"].higher_is_better and metrics["UA@other"].higher_is_better
     assert member_metrics(sure, run, CAT) == []
     assert member_metrics(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
 
@@ -94,9 +94,9 @@ def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
 def test_glyphs_judge_names_the_nearest_words_it_knows():
     with pytest.raises(
         ErasureError, match="'umbrela': did you mean 'umbrella'.*choose another one with --judge"
-    ) as said:
+    ) as fault:
         GlyphJudge().find("umbrela")
-    assert len(str(said.value)) < 400
+    assert len(str(fault.value)) < 400
 
 
 def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
@@ -128,10 +128,10 @@ def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):
         """Is the surer of the cat the later a picture comes."""
 
         def judge(self, images):
-            found = super().judge(images)
-            for i, verdict in enumerate(found):
+            verdicts = super().judge(images)
+            for i, verdict in enumerate(verdicts):
                 verdict["object"] = {"cat": i / 100, "dog": 0.5, "none": 0.0}
-            return found
+            return verdicts
 
     options = {"judge": Numbered(), "whole": True, "steps": 2, "progress": False, "folder": tmp_path}
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog", "cat", "cat"), **options)

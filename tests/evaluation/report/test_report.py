@@ -97,9 +97,9 @@ def test_the_form_of_eval_unlearn(place):
     assert data["technique_name"] == "<narrow>+random" and data["erase_concept"] == "cat"
     assert data["metric_names"] == [metric["name"] for metric in ours["rows"]["patched"]]
     for metric, base in zip(ours["rows"]["patched"], ours["rows"]["base"], strict=True):
-        found = data["metric_results"][metric["name"]]
-        assert set(found) == {"name", "value", "details"} and found["value"] == metric["value"]
-        assert found["details"]["n"] == metric["n"] and found["details"]["base"] == base["value"]
+        result = data["metric_results"][metric["name"]]
+        assert set(result) == {"name", "value", "details"} and result["value"] == metric["value"]
+        assert result["details"]["n"] == metric["n"] and result["details"]["base"] == base["value"]
 
 
 def test_the_gate_log_tells_the_gated_patch_alone(place):
@@ -112,7 +112,8 @@ def test_the_gate_log_tells_the_gated_patch_alone(place):
     assert "<narrow>" not in page
     data = json.loads((place / "report.json").read_text())
     assert {
-        (one["patch"], one["gate"], one["prompts"], one["acts"], one["n"], one["mean"]) for one in data["gates"]
+        (activity["patch"], activity["gate"], activity["prompts"], activity["acts"], activity["n"], activity["mean"])
+        for activity in data["gates"]
     } == {
         ("gated", "text", "target", 4, 4, 1.5),
         ("gated", "text", "kept", 0, 4, 0.0),
@@ -125,8 +126,11 @@ def test_the_gate_log_is_over_all_prompts():
         Record(str(i), "a", 0, 1, 1.0, "", {"object": label}, {"p": value})
         for i, (label, value) in enumerate(zip(labels, (1.0, 0.5, 0.0, 0.0, 0.25), strict=True))
     ]
-    found = gate_activity(records, Target("object", ("cat",), None), {"p": "text", "q": "latent"})
-    assert [(one.prompts, one.acts, one.n, one.mean, one.least, one.most) for one in found] == [
+    activities = gate_activity(records, Target("object", ("cat",), None), {"p": "text", "q": "latent"})
+    assert [
+        (activity.prompts, activity.acts, activity.n, activity.mean, activity.least, activity.most)
+        for activity in activities
+    ] == [
         ("target", 2, 3, 0.5, 0.0, 1.0),
         ("kept", 1, 2, 0.125, 0.0, 0.25),
     ]
@@ -153,9 +157,13 @@ def test_the_page_sets_erased_against_kept_and_has_the_line_of_the_matrix(place)
     }
     line = page[page.index('<th scope="row">cat') :]
     cells = re.findall(r'<td([^>]*)title="(\d+) of (\d+), then (\d+) of (\d+)"', line[: line.index("</tr>")])
-    found = data["accuracies"]
-    want = [(*found["base"][h][x], *found["patched"][h][x]) for h in ("object", "style") for x in found["base"][h]]
-    assert [tuple(map(int, numbers)) for _, *numbers in cells] == want
+    accuracies = data["accuracies"]
+    expected = [
+        (*accuracies["base"][h][x], *accuracies["patched"][h][x])
+        for h in ("object", "style")
+        for x in accuracies["base"][h]
+    ]
+    assert [tuple(map(int, numbers)) for _, *numbers in cells] == expected
     assert ["own" in frame for frame, *_ in cells] == [True, False, False]
 
 
