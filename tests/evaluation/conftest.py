@@ -1,4 +1,4 @@
-"""Tiny random classifiers and CLIPs in folders, and a photograph."""
+"""Fixtures: tiny random classifiers and CLIPs in folders, and a photograph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.evaluation.judging import CLASSES, TOWER
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
-    """A classifier of transformers in a folder."""
+    """Save a classifier of transformers to a folder."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorFast
 
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP of transformers in a folder, with glyph's tokenizer."""
+    """Save a CLIP of transformers, with glyph's tokenizer, to a folder."""
     from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
 
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def photograph():
-    """Grace Hopper, U.S. Navy, public domain; matplotlib brings it along."""
+    """Return the portrait of Grace Hopper that matplotlib contains (U.S. Navy, public domain)."""
     from matplotlib import cbook
 
     with Image.open(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
@@ -51,7 +51,7 @@ def photograph():
 
 @pytest.fixture
 def nothing(tmp_path, monkeypatch):
-    """torch's folder without a file in it, and no way to fetch one; returns TORCH_HOME."""
+    """Point TORCH_HOME to an empty folder, forbid downloads, and return the folder."""
 
     def fetch(*arguments, **options):
         raise AssertionError(f"tried to fetch {arguments}")
@@ -63,7 +63,7 @@ def nothing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def squeeze(nothing):
-    """A random squeezenet where torchvision keeps its own."""
+    """Save a random SqueezeNet where torchvision keeps its own, and return the file."""
     import torchvision
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What tests of judges share: pictures, classes, judges with a fixed opinion."""
+"""Helpers for tests of judges: images, classes, and judges with fixed scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(verdicts, head):
 
 
 class Fixed(LabelsOnly):
-    """Says the same of every image."""
+    """A judge that returns the same scores for every image."""
 
     def __init__(self, name, **heads):
         self.name, self.said = name, heads

@@ -1,4 +1,4 @@
-"""A judge with a known confusion, for the tiny pipeline: it reads brightness, not content."""
+"""A judge for the tiny pipeline that depends on brightness instead of content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from erasure.errors import unknown
 
 
 class BrightnessJudge:
-    """Object: what the average brightness says; style: always 'flat'. Fails on request for some images."""
+    """A judge whose object depends on the mean brightness and whose style is always flat; it can fail on request."""
 
     name = "brightness"
     heads = {"object": ["cat", "dog", "none"], "style": ["flat", "round"]}

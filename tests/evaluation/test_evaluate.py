@@ -1,4 +1,4 @@
-"""Generation and evaluation with a tiny real pipeline and a judge whose confusion is known."""
+"""Generation and evaluation with a tiny real pipeline and a judge that depends on brightness."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pictures(folder):
     return images
 
 
-def test_a_picture_does_not_depend_on_batch_size(pipe, tmp_path):
+def test_an_image_does_not_depend_on_the_batch_size(pipe, tmp_path):
     for size in (1, 3):
         generate(pipe, ROWS, tmp_path / str(size), steps=2, batch_size=size, progress=False)
     singly, by_threes = pictures(tmp_path / "1"), pictures(tmp_path / "3")
@@ -55,7 +55,7 @@ def test_a_picture_does_not_depend_on_batch_size(pipe, tmp_path):
     assert np.abs(singly["r0"] - singly["r2"]).max() > 1
 
 
-def test_a_killed_run_makes_only_what_is_missing(pipe, tmp_path):
+def test_a_killed_run_draws_only_the_missing_images(pipe, tmp_path):
     drawn = []
 
     class Killed(type(pipe)):
@@ -79,7 +79,7 @@ def test_a_killed_run_makes_only_what_is_missing(pipe, tmp_path):
     assert not drawn
 
 
-def test_pictures_of_other_settings_are_not_mixed(pipe, tmp_path):
+def test_images_of_other_settings_are_not_mixed(pipe, tmp_path):
     generate(pipe, ROWS, tmp_path, steps=2, progress=False)
     with pytest.raises(ErasureError, match="steps differ"):
         generate(pipe, ROWS, tmp_path, steps=3, progress=False)
@@ -88,13 +88,13 @@ def test_pictures_of_other_settings_are_not_mixed(pipe, tmp_path):
         generate(pipe, ROWS, tmp_path, steps=2, progress=False)
 
 
-def test_base_against_itself_is_the_same(pipe, tmp_path):
+def test_without_patches_base_and_patched_results_are_equal(pipe, tmp_path):
     report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
     assert report.rows["base"] == report.rows["patched"]
     assert all(pair["only_base"] == pair["only_patched"] == 0 for pair in report.paired.values())
 
 
-def test_patches_are_off_for_the_base_and_back_afterwards(pipe, tmp_path):
+def test_patches_are_switched_off_for_the_base_and_restored(pipe, tmp_path):
     generate(pipe, ROWS, tmp_path / "clean", steps=2, progress=False)
     pipe.load_patch(delta_patch(pipe), name="p", strength=0.7)
     evaluate(pipe, "cat", folder=tmp_path / "r", prompts=ROWS, judge=BrightnessJudge(), **QUICK)
@@ -125,7 +125,7 @@ def test_metrics_by_hand():
     assert metrics["CLIP_target"] == (21.5, 4) and metrics["CLIP_kept"] == (25.5, 4)
 
 
-def test_synonyms_leak_and_neighbours_stand_apart():
+def test_synonyms_and_neighbours_are_measured_separately():
     rows = judged(["cat", "cat", "cat", "dog", "dog", "cow"], ["dog", "cat", "none", "dog", "cat", "cow"])
     roles = ["", "synonym", "synonym", "neighbour", "neighbour", ""]
     for row, role in zip(rows, roles, strict=True):
@@ -159,7 +159,7 @@ def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():
     assert values == {**values, "UA": 0.5, "IRA": 0.5, "CRA": 0.5, "CRA_target": 0.5}
 
 
-def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path):
+def test_a_failing_judge_and_a_missing_image_are_counted_and_reported(pipe, tmp_path):
     report = evaluate(pipe, "cat", folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(fail_above=-1), **QUICK)
     assert report.metric("UA").value == 0 and report.metric("IRA").value == 0
     assert len(report.faults) == 2 * len(pictures(tmp_path / "patched")) and "too bright" in report.faults[0]
@@ -175,8 +175,8 @@ def test_a_failing_judge_and_a_missing_image_are_counted_and_told(pipe, tmp_path
     ],
     ids=["empty", "nothing", "a label short", "nan"],
 )
-def test_no_answer_is_no_absence(pipe, tmp_path, answer):
-    """A plug-in that answers nothing on two of eight images, or too few answers, has not found them clean."""
+def test_a_missing_answer_does_not_count_as_absence(pipe, tmp_path, answer):
+    """A plug-in that returns nothing for two of eight images, or too few verdicts, has not found them clean."""
 
     class Vague(BrightnessJudge):
         def judge(self, images):
@@ -199,7 +199,7 @@ def test_no_answer_is_no_absence(pipe, tmp_path, answer):
     assert (report.metric("UA").value, len(report.faults)) == (0, 16) and "0 verdicts for 1 images" in report.faults[0]
 
 
-def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
+def test_images_broken_after_drawing_count_as_failures(pipe, tmp_path, monkeypatch):
     module = importlib.import_module("erasure.evaluation.evaluate")  # the package has a function of that name
     draw = module.generate
 
@@ -218,7 +218,7 @@ def test_pictures_that_go_bad_after_drawing_count_as_failures(pipe, tmp_path, mo
     assert (tmp_path / "report.html").read_text().count("missing</span>") == 4
 
 
-def test_pictures_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeypatch):
+def test_images_are_not_kept_in_memory_while_they_are_judged(tmp_path, monkeypatch):
     alive, most = [], []
 
     def read(folder, record):
@@ -248,7 +248,7 @@ def test_the_page_is_one_file_and_escapes_prompts(pipe, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_limit_spreads_and_shares_the_bases_pictures(pipe, tmp_path):
+def test_a_limit_spreads_the_prompts_and_shares_the_base_images(pipe, tmp_path):
     base = tmp_path / "base"
     for concept in ("cat", "dog"):
         options = {**QUICK, "limit": 6, "base_folder": base, "judge": BrightnessJudge()}
@@ -265,16 +265,16 @@ def test_targets_are_repeated_from_other_seeds(pipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("concept", "says"),
+    ("concept", "message"),
     [("catt", "did you mean 'cat'"), (["cat", "flat"], "one domain"), ("round", "has no prompt for")],
 )
-def test_concepts_that_cannot_be_measured(pipe, tmp_path, concept, says):
-    with pytest.raises(ErasureError, match=says):
+def test_concepts_that_cannot_be_measured(pipe, tmp_path, concept, message):
+    with pytest.raises(ErasureError, match=message):
         evaluate(pipe, concept, folder=tmp_path, prompts=ROWS, judge=BrightnessJudge(), **QUICK)
 
 
-def test_labels_that_the_judge_lacks_are_refused_before_anything_is_drawn(pipe, tmp_path):
-    """Else they would count as pictures that went wrong, in the base's row too."""
+def test_labels_unknown_to_the_judge_are_refused_before_drawing(pipe, tmp_path):
+    """Otherwise their images would count as wrong, in the base's results too."""
     rows = PromptSet("farm", [*ROWS.rows, Prompt("cow", "a cow", 9, None, {"object": "cow", "style": "flat"})])
     options = {**QUICK, "judge": BrightnessJudge(), "whole": True}
     with pytest.raises(ErasureError, match="'farm' asks for cow, but brightness has no such object.*--where"):
@@ -283,7 +283,7 @@ def test_labels_that_the_judge_lacks_are_refused_before_anything_is_drawn(pipe, 
     evaluate(pipe, "cat", folder=tmp_path / "x", prompts=rows.where("object!=cow"), **options)
 
 
-def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path):
+def test_a_published_list_without_labels_gets_a_label(pipe, tmp_path):
     (tmp_path / "church.csv").write_text("case_number,prompt,evaluation_seed\n0,an old cat,3\n1,a kitten,4\n")
     rows, options = PromptSet.read(tmp_path / "church.csv"), {**QUICK, "judge": BrightnessJudge(), "whole": True}
     with pytest.raises(ErasureError, match="no column 'object'.*--label object=cat"):
@@ -294,8 +294,8 @@ def test_a_published_list_without_labels_is_told_what_it_asks_for(pipe, tmp_path
     ) == labelled
     report = evaluate(pipe, "cat", folder=tmp_path / "x", prompts=labelled, **options)
     assert report.metric("UA").n == 2 and report.metric("IRA") is None and "absent from" in report.summary()
-    for bad, says in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
-        with pytest.raises(ErasureError, match=says):
+    for bad, message in (("cat", "HEAD=VALUE"), ("=cat", "HEAD=VALUE"), ("seed=4", "HEAD=VALUE"), ("object=", "HEAD")):
+        with pytest.raises(ErasureError, match=message):
             rows.labelled(bad)
     with pytest.raises(ErasureError, match="row 'r1' of tiny already has object=dog"):
         ROWS.labelled("object=cat")

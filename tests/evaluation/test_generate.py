@@ -1,4 +1,4 @@
-"""Drawing at scale: shards, batch sizes, kills, full disks, memory, progress."""
+"""Drawing with several processes, batch sizes, killed runs, full disks, bounded memory, and progress."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def glyph():
 
 @pytest.fixture(scope="module")
 def whole(glyph, tmp_path_factory):
-    """The pictures of an uninterrupted run of one process."""
+    """Return the images of an uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("whole")
     generate(glyph, GLYPH, folder, steps=STEPS, progress=False)
     return content(folder)
@@ -135,7 +135,7 @@ def free_port() -> str:
 
 
 def crew_of_two(script: Path, folder: Path, mode: str) -> list[subprocess.Popen[str]]:
-    """Two processes without a launcher that would end one when the other dies."""
+    """Start two processes without a launcher, which would end one when the other dies."""
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, str(script), str(folder), mode]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -153,7 +153,7 @@ def test_every_byte_is_the_same_for_any_batch_size_and_order(glyph, whole, tmp_p
     assert content(tmp_path / "few").items() < whole.items()
 
 
-def test_a_patch_gated_by_text_does_not_see_the_prompts_beside(tmp_path):
+def test_a_text_gate_ignores_the_other_prompts_of_a_batch(tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(low_rank_patch(pipe, gate={"kind": "text", "texts": ["cat"]}))
     rows = [Prompt(word, f"a photo of {word}", i) for i, word in enumerate(WORDS)]
@@ -184,7 +184,7 @@ def pixels(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(script, whole, tmp_path):
+def test_two_processes_draw_the_same_as_one(script, whole, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
@@ -217,7 +217,7 @@ def test_a_dead_process_neither_hangs_the_others_nor_loses_their_work(script, wh
     assert not list((tmp_path / "x").glob("records.part*")) and len(ids(tmp_path / "x")) == 10
 
 
-def test_what_fails_in_one_process_is_told_in_all(script, whole, tmp_path):
+def test_a_failure_in_one_process_is_reported_in_all(script, whole, tmp_path):
     for process in crew_of_two(script, tmp_path / "x", "faults"):
         stdout, _ = process.communicate(timeout=200)
         full, strange = stdout.splitlines()
@@ -226,7 +226,7 @@ def test_what_fails_in_one_process_is_told_in_all(script, whole, tmp_path):
     assert [content(tmp_path / "x")[f"{row.id}.png"] for row in GLYPH.rows[::2]] == list(whole.values())[::2]
 
 
-def test_a_killed_run_goes_on_to_the_same_pictures(script, whole, glyph, tmp_path):
+def test_a_killed_run_continues_to_the_same_images(script, whole, glyph, tmp_path):
     run = subprocess.Popen([sys.executable, str(script), str(tmp_path / "x"), "slow"], env=environment())
     until = time.monotonic() + 200
     while len(list((tmp_path / "x").glob("images/*.png"))) < 4 and time.monotonic() < until and run.poll() is None:
@@ -245,7 +245,7 @@ def test_a_killed_run_goes_on_to_the_same_pictures(script, whole, glyph, tmp_pat
 
 
 def counted(pipe):
-    """The pipeline, counting calls."""
+    """Return a pipeline that counts its calls."""
 
     class Counting(ErasedStableDiffusionPipeline):
         calls = 0
@@ -259,7 +259,7 @@ def counted(pipe):
     return counting
 
 
-def test_a_full_disk_is_told_and_keeps_what_was_drawn(glyph, whole, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_images_are_kept(glyph, whole, tmp_path, monkeypatch):
     save, saved = Image.Image.save, []
 
     def full(self, path, **options):
@@ -280,7 +280,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_drawn(glyph, whole, tmp_path, mo
 
 
 class Painter:
-    """Stands for a pipeline that draws at once; keeps weak references to its pictures."""
+    """A fast substitute for a pipeline, with weak references to its images."""
 
     components: dict[str, object] = {}
     scheduler = SimpleNamespace(config={})
@@ -305,7 +305,7 @@ def test_pictures_are_not_kept_in_memory(tmp_path, monkeypatch):
     assert pipe.most <= 16 and len(list((tmp_path / "images").glob("*.png"))) == 2000
 
 
-def test_records_of_other_prompt_sets_stay(tmp_path):
+def test_records_of_other_prompt_sets_are_kept(tmp_path):
     pipe = Painter()
     generate(pipe, TINY, tmp_path, progress=False)
     generate(pipe, PromptSet("other", [Prompt("o", "a dog", 1)]), tmp_path, progress=False)
@@ -338,7 +338,7 @@ def test_another_setting_is_noticed(change, tmp_path):
     assert content(tmp_path) == before
 
 
-def test_a_part_that_came_or_went_is_noticed(tmp_path):
+def test_an_added_or_removed_component_is_noticed(tmp_path):
     pipe = Painter()
     pipe.components = {"unet": torch.nn.Linear(2, 2), "text_encoder_2": torch.nn.Linear(2, 2)}
     generate(pipe, TINY, tmp_path, progress=False)
@@ -347,7 +347,7 @@ def test_a_part_that_came_or_went_is_noticed(tmp_path):
         generate(pipe, TINY, tmp_path, progress=False)
 
 
-def test_a_checksum_tells_bits_apart_and_not_layouts(monkeypatch):
+def test_a_checksum_depends_on_bits_and_not_on_memory_layout(monkeypatch):
     layer = torch.nn.Conv2d(3, 4, 3)
     plain = checksum(layer)
     assert re.fullmatch("[0-9a-f]{16}", plain)
@@ -363,13 +363,13 @@ def test_a_checksum_tells_bits_apart_and_not_layouts(monkeypatch):
 
 
 @pytest.mark.parametrize("guidance", [math.nan, math.inf])
-def test_guidance_that_is_no_number_is_refused(tmp_path, guidance):
+def test_guidance_that_is_not_a_number_is_refused(tmp_path, guidance):
     with pytest.raises(ErasureError, match=f"guidance={guidance}: must be a finite number"):
         generate(Painter(), TINY, tmp_path / "x", guidance=guidance, progress=False)
     assert not (tmp_path / "x").exists()
 
 
-def test_a_log_gets_a_line_at_every_tenth_and_silence_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_log_gets_a_line_at_every_tenth_unless_silent(tmp_path, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
 

@@ -1,4 +1,4 @@
-"""Suites: what they ask, what is said to be missing, and that they run."""
+"""Suites: their prompts, their runs, and the report of what is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def small(tmp_path, monkeypatch):
     return path
 
 
-def test_the_suites_are_the_written_list():
+def test_the_suites_of_the_package():
     assert names() == ["esd-styles", "glyph-full", "glyph-quick", "hub", "i2p", "mace-objects", "unlearncanvas"]
     for name in names():
         suite = Suite.read(name)
@@ -53,7 +53,7 @@ def test_the_suites_are_the_written_list():
         assert suite.differs or suite.base == "glyph"
 
 
-def test_the_parts_become_one_set(small):
+def test_the_parts_form_one_prompt_set(small):
     rows, missing = Suite.read(small).rows(["cat"])
     assert [row.prompt for row in rows.rows] == ["a cat in flat"] * 2 + ["a dog in flat"] * 2 + [
         "the tree",
@@ -84,7 +84,7 @@ def test_published_sizes():
     assert len(classes) == 10
 
 
-def test_maces_judge_asks_as_its_script_does(monkeypatch, tmp_path):
+def test_maces_judge_uses_the_template_of_its_script(monkeypatch, tmp_path):
     options = {}
 
     class Told(BrightnessJudge):
@@ -99,7 +99,7 @@ def test_maces_judge_asks_as_its_script_does(monkeypatch, tmp_path):
     assert options["template"] == "a photo of the {}" and len(options["labels"].split(",")) == 10
 
 
-def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
+def test_a_suite_runs_and_reports_what_is_missing(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe), name="p")
     result = run_suite(pipe, "cat", str(small), folder=tmp_path / "out", **QUICK)
@@ -109,7 +109,7 @@ def test_a_suite_runs_and_says_what_is_missing(small, tmp_path):
     assert "missing: part away" in result.text() and (tmp_path / "out" / "report.html").is_file()
 
 
-def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp_path):
+def test_a_suite_measures_lpips_by_its_own_setting_or_an_option(small, squeeze, tmp_path):
     pipe, place = tiny_pipeline(ErasedStableDiffusionPipeline), tmp_path / "out"
     small.write_text(SMALL + "lpips: alex\n")
     without_weights = run_suite(pipe, "cat", str(small), folder=place, measures={"lpips": None}, **QUICK).report
@@ -120,7 +120,7 @@ def test_a_suite_measures_lpips_where_it_says_so_or_is_asked(small, squeeze, tmp
 
 
 class Obliging(Fixed):
-    """Whatever a suite's judge is told to know, it knows; every picture shows the first label."""
+    """A judge that knows all labels it is given and recognises the first one in every image."""
 
     def __init__(self, source="", labels="", classes="", head="object", **options):
         known = (labels or classes).split(",") if source else ["none", "nudity"]
@@ -142,7 +142,7 @@ class Obliging(Fixed):
     ],
 )
 def test_published_suites_run_through_to_a_report(name, concept, count, figures, monkeypatch, tmp_path):
-    """With a stand-in for the judge alone, drawn by the tiny pipeline."""
+    """Only the judge is a substitute; the tiny pipeline draws."""
     from erasure.prompts import hub_sets
 
     i2p = tmp_path / "i2p_benchmark.csv"
@@ -176,8 +176,8 @@ def test_published_suites_run_through_to_a_report(name, concept, count, figures,
         }
 
 
-def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatch):
-    """I2P is on the hub: offline, no prompt asks for the concept."""
+def test_the_error_names_the_missing_part_of_the_target(tmp_path, monkeypatch):
+    """I2P is on the hub, so that offline no prompt asks for the concept."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -189,7 +189,7 @@ def test_where_the_target_part_is_missing_the_error_says_so(tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_names_the_file_that_there_is(tmp_path, monkeypatch, capsys):
+def test_the_command_names_the_file_that_was_written(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
     from erasure.cli.main import main
@@ -203,8 +203,8 @@ def test_the_command_names_the_file_that_there_is(tmp_path, monkeypatch, capsys)
     assert (out / "suite.json").is_file() and not (out / "report.html").exists()
 
 
-def test_a_limit_leaves_the_judge_all_labels(small, tmp_path, monkeypatch):
-    """Among the labels of the few rows that are drawn it would be right more often."""
+def test_the_judge_keeps_all_labels_under_a_limit(small, tmp_path, monkeypatch):
+    """Among the labels of the few rows that are drawn, it would be correct more often."""
     label_lists = []
 
     class Told(BrightnessJudge):
@@ -219,7 +219,7 @@ def test_a_limit_leaves_the_judge_all_labels(small, tmp_path, monkeypatch):
     assert label_lists == ["cat,dog"] and len(list((tmp_path / "out" / "patched" / "images").glob("*.png"))) == 2
 
 
-def test_pictures_are_drawn_though_the_judge_is_missing(small, tmp_path):
+def test_images_are_drawn_without_a_judge(small, tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     path = tmp_path / "other.yaml"
     path.write_text(SMALL.replace("judge: brightness", "judge: classifier:{data}/nowhere?labels={objects}"))
@@ -248,6 +248,6 @@ def test_bad_suites(tmp_path, text, message):
         Suite.read(path).rows(["cat"])
 
 
-def test_an_unknown_suite_names_the_others():
+def test_an_unknown_suite_lists_the_known_ones():
     with pytest.raises(ErasureError, match="glyph-quick"):
         Suite.read("glyph-quik")

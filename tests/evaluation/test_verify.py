@@ -1,4 +1,4 @@
-"""`verify`: the results in a copy of the patch, the model card, and a second opinion on earlier results."""
+"""Verification: results in a copy of the patch, the model card, and the comparison with earlier results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source(pipe, tmp_path):
     return patch.save(tmp_path / "cat.safetensors", dtype="bf16")
 
 
-def test_the_copy_holds_what_was_measured_and_the_source_is_untouched(pipe, source, tmp_path):
+def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source, tmp_path):
     before = source.read_bytes()
     verification = verify(pipe, source, folder=tmp_path / "out", attacks=["encoder"], judge=Judge(), **QUICK)
     assert source.read_bytes() == before and not pipe.get_list_patches()

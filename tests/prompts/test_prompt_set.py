@@ -1,4 +1,4 @@
-"""Prompt sets: there and back, the package's own, and errors that name row and column."""
+"""Prompt sets: round trips, the sets of the package, and errors that name row and column."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasure.prompts.row import Prompt
 from erasure.prompts.subjects import fill, load_subjects
 
 
-def test_there_and_back(tmp_path):
+def test_round_trip(tmp_path):
     rows = [
         Prompt("a", 'a "cat", with\na newline', 1, None, {"object": "cat"}),
         Prompt("b", "a dög", 2, 7.5, {"object": "dog", "style": "ink"}),
@@ -28,14 +28,14 @@ def test_there_and_back(tmp_path):
     assert read.label_values("object") == ["cat", "dog"]
 
 
-def test_the_packages_sets_are_what_the_script_writes():
+def test_the_packages_sets_equal_the_scripts_output():
     sets = build_all()
     assert sorted(rows.name for rows in sets) == names()
     for rows in sets:
         assert PromptSet.read(rows.name) == rows
 
 
-def test_every_object_and_style_is_asked_for():
+def test_every_object_and_style_has_a_prompt():
     rows = PromptSet.read("glyph-objects").rows
     assert {(row.labels["object"], row.labels["style"]) for row in rows} == {
         (o, s) for o in objects() for s in styles()
@@ -44,7 +44,7 @@ def test_every_object_and_style_is_asked_for():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_plain_prompts_are_no_training_captions():
+def test_plain_prompts_are_not_training_captions():
     rng = random.Random(0)
     trained = {caption(scene, rng).text for scene in scenes() for _ in range(20)}
     for name in ("glyph-plain", "glyph-styles"):
@@ -52,7 +52,7 @@ def test_plain_prompts_are_no_training_captions():
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "is empty"),
         ("id,prompt\na,b\n", "'seed' is missing"),
@@ -65,18 +65,18 @@ def test_plain_prompts_are_no_training_captions():
         ('id,prompt,seed\na,"b,1\n', "line"),
     ],
 )
-def test_bad_files_name_row_and_column(tmp_path, text, says):
+def test_bad_files_name_row_and_column(tmp_path, text, message):
     (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(ErasureError, match=says):
+    with pytest.raises(ErasureError, match=message):
         PromptSet.read(tmp_path / "bad.csv")
 
 
-def test_an_unknown_set_lists_the_known():
+def test_an_unknown_set_lists_the_known_ones():
     with pytest.raises(ErasureError, match="did you mean 'glyph-objects'"):
         PromptSet.read("glyph-objetcs")
 
 
-def test_subjects_are_asked_for_in_every_template():
+def test_every_subject_fills_every_template():
     for name, entry in load_subjects()["sets"].items():
         rows = PromptSet.read(name)
         assert rows.label_values(entry["label"]) == entry["names"]

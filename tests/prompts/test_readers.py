@@ -1,4 +1,4 @@
-"""Prompt sets of published work under their own headers, conditions on rows, the hub, and wrong files."""
+"""Published prompt sets with their headers, conditions on rows, the hub, and invalid files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_one_row_of_each_header(reading, text, row):
     assert list(reading(text.replace("\n", "\r\n").encode("utf-8-sig")).rows) == [row]
 
 
-def test_repeated_prompts_and_numbers_get_ids_of_their_own(reading):
+def test_repeated_prompts_and_numbers_get_unique_ids(reading):
     header = ",type,prompt,evaluation_seed\n"
     prompts = reading(header + "".join(f"{i},erased,A portrait of X,{i + 1}\n" for i in range(5)))
     assert [row.seed for row in prompts.rows] == [1, 2, 3, 4, 5] and prompts.label_values("type") == ["erased"]
@@ -118,13 +118,13 @@ def test_repeated_prompts_and_numbers_get_ids_of_their_own(reading):
     assert len({row.id for row in drawn.rows}) == len(drawn.rows)
 
 
-def test_rows_without_a_seed_get_their_place(reading):
+def test_rows_without_a_seed_get_their_position(reading):
     prompts = reading("case_number,prompt,evaluation_seed\n5,a,77\n6,b,\n7,c,\n")
     assert [row.seed for row in prompts.rows] == [77, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["Snoopy.csv", "Snoopy.txt"])
-def test_one_prompt_a_line(reading, name):
+def test_one_prompt_per_line(reading, name):
     prompts = reading('Snoopy on his doghouse, at sunset.\n\n"Snoopy" as a pirate\nSnoopy, text, seed, asleep.\n', name)
     assert prompts.name == "Snoopy"
     assert [row.prompt for row in prompts.rows] == [
@@ -135,7 +135,7 @@ def test_one_prompt_a_line(reading, name):
     assert [(row.id, row.seed) for row in prompts.rows] == [("0", 0), ("1", 1), ("2", 2)]
 
 
-def test_one_quoted_prompt_a_record(reading):
+def test_one_quoted_prompt_per_record(reading):
     prompts = reading('"a dog, asleep"\n"two\nlines ""here"""\nplain words\n')
     assert [row.prompt for row in prompts.rows] == ["a dog, asleep", 'two\nlines "here"', "plain words"]
     assert [row.prompt for row in reading("tench\nchurch\n").rows] == ["tench", "church"]
@@ -169,7 +169,7 @@ def test_nouns_and_selective_alignment(reading):
 
 
 @pytest.mark.parametrize("form", ["ours", "published"])
-def test_there_and_back(i2p, tmp_path, form):
+def test_round_trip(i2p, tmp_path, form):
     i2p.write(tmp_path / "i2p.csv", form=form)
     assert PromptSet.read(tmp_path / "i2p.csv") == i2p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i2p.csv"]
@@ -215,7 +215,7 @@ def test_conditions(i2p, conditions, ids):
 
 
 @pytest.mark.parametrize(
-    ("condition", "says"),
+    ("condition", "message"),
     [
         ("nudity>50", "unknown column of prompt set 'i2p' 'nudity'.*nudity_percentage"),
         ("nudity_percentage", "condition 'nudity_percentage'"),
@@ -227,13 +227,13 @@ def test_conditions(i2p, conditions, ids):
         ("categories=peace", "none of the 3 rows"),
     ],
 )
-def test_wrong_conditions(i2p, condition, says):
-    with pytest.raises(ErasureError, match=says):
+def test_invalid_conditions(i2p, condition, message):
+    with pytest.raises(ErasureError, match=message):
         i2p.where(condition)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "is empty"),
         (" \n\n", "is empty"),
@@ -262,13 +262,13 @@ def test_wrong_conditions(i2p, condition, says):
         ("case_number,prompt\n0,a\0b\n", "line 2, character 4: a NUL byte"),
     ],
 )
-def test_wrong_files(reading, text, says):
-    with pytest.raises(ErasureError, match=says):
+def test_invalid_files(reading, text, message):
+    with pytest.raises(ErasureError, match=message):
         reading(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("[", "not valid JSON.*line 1 column 2"),
         ("{}", "a list of objects"),
@@ -280,12 +280,12 @@ def test_wrong_files(reading, text, says):
         ('[{"nouns": ["a"]}]', "no column of prompts"),
     ],
 )
-def test_wrong_json(reading, text, says):
-    with pytest.raises(ErasureError, match=says):
+def test_invalid_json(reading, text, message):
+    with pytest.raises(ErasureError, match=message):
         reading(text, "x.json")
 
 
-def test_a_long_prompt_is_fine_and_leaves_csv_as_it_was(reading):
+def test_a_long_prompt_is_read_and_the_csv_limit_is_restored(reading):
     before, long = csv.field_size_limit(), "x" * 1_000_000
     for text in (f"case_number,prompt\n0,{long}\n", f"{long}\n", f"id,prompt,seed\na,{long},1\n"):
         assert reading(text).rows[0].prompt == long
@@ -293,7 +293,7 @@ def test_a_long_prompt_is_fine_and_leaves_csv_as_it_was(reading):
 
 
 class Hub:
-    """Stands in for the hub: one file, or a fault."""
+    """A substitute for the hub with one file, or an error."""
 
     def __init__(self, monkeypatch, path, files=("data/i2p.csv", "README.md"), fault=None):
         self.asked, self.path, self.files, self.fault = [], path, files, fault
@@ -330,7 +330,7 @@ def test_a_data_set_on_the_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "message"),
     [
         (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
         (errors.LocalEntryNotFoundError("not here"), "out of reach"),
@@ -340,14 +340,14 @@ def test_a_data_set_on_the_hub(monkeypatch, tmp_path):
         (errors.HTTPError("no route"), "did not answer"),
     ],
 )
-def test_faults_of_the_hub(monkeypatch, tmp_path, fault, says):
+def test_errors_of_the_hub(monkeypatch, tmp_path, fault, message):
     Hub(monkeypatch, tmp_path / "none", fault=fault)
-    with pytest.raises(ErasureError, match=says):
+    with pytest.raises(ErasureError, match=message):
         PromptSet.read("hub:some/i2p/i2p.csv")
 
 
-def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
-    """With the real functions: they look at the switch themselves."""
+def test_offline_the_hub_is_not_contacted(monkeypatch, tmp_path):
+    """The real functions of the library check the setting themselves."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ErasureError, match="is not in the cache"):

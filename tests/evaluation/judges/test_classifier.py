@@ -1,4 +1,4 @@
-"""Classifiers of transformers and timm against direct calls, on tiny random networks."""
+"""Classifiers of transformers and timm compared with direct calls, on tiny random networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from erasure.evaluation.judges.labels import class_number, unique_names
 from tests.evaluation.judging import CLASSES, MAP, noise, rows
 
 
-def test_a_transformers_classifier_says_what_transformers_says(vit):
+def test_a_transformers_classifier_equals_a_direct_call(vit):
     from transformers import pipeline
 
     images = noise()
@@ -28,7 +28,7 @@ def test_a_transformers_classifier_says_what_transformers_says(vit):
     assert rows(judge.judge(images), "object").std(0).max() > 0.01
 
 
-def test_a_map_merges_classes_and_leaves_the_others_their_say(vit):
+def test_labels_merge_classes_and_other_classes_still_compete(vit):
     images = noise()
     plain, judge = ClassifierJudge(vit), ClassifierJudge(vit, labels=MAP)
     assert judge.heads == {"object": ["fish", "cat", "church", "rose"]}
@@ -43,7 +43,7 @@ def test_a_map_merges_classes_and_leaves_the_others_their_say(vit):
 
 
 @pytest.mark.parametrize(
-    ("labels", "options", "says"),
+    ("labels", "options", "message"),
     [
         ({"cat": "tabi"}, {}, "did you mean 'tabby'"),
         ({"cat": 5}, {}, "number up to 4"),
@@ -55,12 +55,12 @@ def test_a_map_merges_classes_and_leaves_the_others_their_say(vit):
         (None, {"classes": "a,b"}, "2 class names were given, but .* has 5 outputs"),
     ],
 )
-def test_labels_that_do_not_fit_the_model(vit, labels, options, says):
-    with pytest.raises(ErasureError, match=says):
+def test_labels_that_do_not_fit_the_model(vit, labels, options, message):
+    with pytest.raises(ErasureError, match=message):
         ClassifierJudge(vit, labels=labels, **options)
 
 
-def test_two_classes_of_one_name_are_told_apart():
+def test_two_classes_of_the_same_name_get_numbers():
     names = unique_names(["crane", "tench, Tinca tinca", "crane"])
     assert names == ["crane (0)", "tench, Tinca tinca", "crane (2)"]
     assert class_number("tinca TINCA", names) == 1 and class_number("crane (2)", names) == 2
@@ -79,7 +79,7 @@ def test_a_checkpoint_without_its_head_does_not_judge_at_random(vit, tmp_path):
 
 
 @pytest.mark.parametrize("named", [None, ["ant", "bee", "cow"]])
-def test_a_timm_classifier_says_what_timm_says(tmp_path, named):
+def test_a_timm_classifier_equals_a_direct_call(tmp_path, named):
     import timm
     from timm.models import save_for_hf
 
@@ -102,7 +102,7 @@ def test_a_timm_classifier_says_what_timm_says(tmp_path, named):
 
 
 def test_a_published_checkpoint_is_read_only_when_allowed(tmp_path):
-    """UnlearnCanvas's form: `model_state_dict` of a timm network; stretched to the side, mean and deviation 0.5."""
+    """UnlearnCanvas's form: the `model_state_dict` of a timm network; stretched images, mean and deviation 0.5."""
     import timm
 
     torch.manual_seed(0)

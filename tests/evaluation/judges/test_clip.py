@@ -1,4 +1,4 @@
-"""CLIP of transformers and open_clip against direct calls, on tiny random networks."""
+"""CLIP of transformers and open_clip compared with direct calls, on tiny random networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from erasure.evaluation.judges.clip import ClipJudge
 from tests.evaluation.judging import noise, rows
 
 
-def test_zero_shot_is_what_clip_says(clip):
+def test_zero_shot_equals_a_direct_call(clip):
     from transformers import CLIPModel, CLIPProcessor
 
     images = noise()
@@ -64,14 +64,14 @@ def test_templates_and_texts_are_averaged_as_unit_vectors(clip):
     assert listed.find("drawing cat") == listed.find("cat") == ("style", ["cat"])
 
 
-def test_clip_says_what_is_wrong(clip, tmp_path):
-    for options, says in [
+def test_bad_options_of_clip(clip, tmp_path):
+    for options, message in [
         ({"labels": "cat"}, "at least two labels"),
         ({"labels": "cat,cat"}, "occurs twice"),
         ({"labels": "cat,dog", "template": "a photo"}, "in the place of the label"),
         ({"labels": "cat,dog", "heads": {"x": ["a", "b"]}}, "not both"),
     ]:
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             ClipJudge(clip, **options)
     with pytest.raises(ErasureError, match="did you mean 'church'"):
         ClipJudge(clip, labels=["church", "rose"]).find("chruch")
@@ -85,7 +85,7 @@ def test_clip_says_what_is_wrong(clip, tmp_path):
 
 @pytest.fixture
 def open_model(tmp_path):
-    """A tiny model of open_clip, as a folder."""
+    """Save a tiny model of open_clip to a folder, and return both."""
     import open_clip
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def open_model(tmp_path):
     return folder, model.eval()
 
 
-def test_open_clip_says_what_open_clip_says(open_model, monkeypatch):
+def test_open_clip_equals_a_direct_call(open_model, monkeypatch):
     import open_clip
 
     folder, model = open_model

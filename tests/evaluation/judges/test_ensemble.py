@@ -1,4 +1,4 @@
-"""Several judges as one."""
+"""Ensembles: several judges combined into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from erasure.evaluation.metrics.target import JudgedImage
 from tests.evaluation.judging import Fixed, noise, nude
 
 
-def test_an_ensemble_averages_and_tells_how_much_its_judges_differ():
+def test_an_ensemble_averages_and_reports_disagreement():
     a = Fixed("a", object={"cat": 0.9, "dog": 0.1}, style={"flat": 1.0, "round": 0.0})
     both = EnsembleJudge([a, Fixed("b", object={"dog": 0.6, "cat": 0.4})])
     verdict = both.judge(noise(2))[1]
@@ -55,14 +55,14 @@ def test_an_ensemble_takes_clip_scores_from_the_judge_that_has_them(clip):
     assert "disagreement" not in both.judge(images)[0]
 
 
-def test_ensembles_that_cannot_be():
+def test_invalid_ensembles():
     cats = Fixed("a", object={"cat": 1.0, "dog": 0.0})
-    for members, rule, says in [
+    for members, rule, message in [
         ([cats], "mean", "at least two judges"),
         ([cats, cats], "most", "unknown rule"),
         ([cats, Fixed("b", object={"cat": 1.0, "cow": 0.0})], "mean", "b differs from .* labels of 'object': cow, dog"),
         ([cats, cats], "any", "needs a label `none`"),
         ([cats, nude("n", 1)], "all", "share no head"),
     ]:
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             EnsembleJudge(members, rule)

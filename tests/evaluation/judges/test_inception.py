@@ -1,4 +1,4 @@
-"""Inception's features against torchmetrics' own distances, on random weights in torch's folder."""
+"""Inception's features, compared with torchmetrics' distances on random weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.evaluation.judging import noise
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A random Inception's weights."""
+    """Save random weights of Inception, and return the file."""
     extractor = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     torch.manual_seed(0)
     empty = io.BytesIO()
@@ -36,7 +36,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save:UserWarning")
-def test_kid_is_torchmetrics(weights, nothing):
+def test_kid_equals_torchmetrics(weights, nothing):
     from torchmetrics.image.fid import NoTrainInceptionV3
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -53,7 +53,7 @@ def test_kid_is_torchmetrics(weights, nothing):
     assert np.allclose(judge.features(mixed)[[0, 2]], features[:2], rtol=1e-3, atol=1e-5)
 
 
-def test_torchs_folder_is_looked_into(weights, nothing):
+def test_weights_are_found_in_torchs_folder(weights, nothing):
     name, folder = PUBLISHED.rpartition("/")[2], nothing / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / ALSO[0]).symlink_to(weights)
@@ -67,7 +67,7 @@ def test_torchs_folder_is_looked_into(weights, nothing):
         judge.find("cat")
 
 
-def test_what_is_missing_is_said_and_not_fetched(nothing):
+def test_missing_weights_are_reported_and_not_downloaded(nothing):
     with pytest.raises(NotInstalled, match=r"inception: .*put .*6726825d\.pth \(https.*hub/checkpoints"):
         find_judge("inception")
     with pytest.raises(ErasureError, match="no file"):

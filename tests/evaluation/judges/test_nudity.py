@@ -1,4 +1,4 @@
-"""NudeNet on a real photograph, and with a stand-in detector."""
+"""NudeNet on a real photograph, and with a substitute for the detector."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_nudenet_finds_a_face_in_a_photograph(photograph):
     assert JudgedImage(None, portrait, None).top_label("nudity") == "none"
 
 
-def test_nudenet_says_what_the_package_says_of_the_file(photograph, tmp_path):
+def test_detections_equal_the_packages_own_on_the_file(photograph, tmp_path):
     import nudenet
 
     path = tmp_path / "p.png"
@@ -50,7 +50,7 @@ def test_nudenet_says_what_the_package_says_of_the_file(photograph, tmp_path):
     assert NudeNetJudge().detect(photograph) == direct and direct
 
 
-def test_the_threshold_is_passed_from_above(photograph, monkeypatch):
+def test_a_score_must_exceed_the_threshold(photograph, monkeypatch):
     judge = NudeNetJudge(threshold=0.6)
     for score, top in ((0.6, "none"), (0.61, "nudity"), (0.2, "none")):
         box = {"class": "BUTTOCKS_EXPOSED", "score": score, "box": [0, 0, 1, 1]}
@@ -79,14 +79,14 @@ def test_nudenet_reports_version_hash_labels_and_threshold():
     assert "2310.11868" in versions["preset"] and NudeNetJudge(threshold=0.3).versions()["preset"] == "changed by hand"
 
 
-def test_nudenet_says_what_is_wrong():
-    for options, says in [
+def test_bad_options_of_nudenet():
+    for options, message in [
         ({"preset": "rec"}, "did you mean 'rece'"),
         ({"threshold": 45}, "range from 0 to 1"),
         ({"labels": "FACE"}, "did you mean 'FACE_"),
         ({"labels": []}, "unknown part"),
     ]:
-        with pytest.raises(ErasureError, match=says):
+        with pytest.raises(ErasureError, match=message):
             NudeNetJudge(**options)
     assert NudeNetJudge().find("nudity") == ("nudity", ["nudity"])
     with pytest.raises(ErasureError, match="did you mean 'nudity'"):
@@ -94,7 +94,7 @@ def test_nudenet_says_what_is_wrong():
 
 
 def test_a_detector_that_fails_fails_the_erasure(monkeypatch, tmp_path):
-    """Other tools count such images as harmless."""
+    """Other tools count images on which the detector fails as harmless."""
     judge = NudeNetJudge()
 
     def broken(image):
@@ -132,7 +132,7 @@ COUNTED = {  # (label, prompts) -> base, patched
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "ensemble"])
-def test_pictures_are_counted_part_by_part(monkeypatch, tmp_path, together):
+def test_images_are_counted_for_each_part(monkeypatch, tmp_path, together):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     labels = ["nudity"] * 3 + ["none"] * 3

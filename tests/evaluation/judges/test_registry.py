@@ -1,4 +1,4 @@
-"""What holds for every judge, and judges from texts."""
+"""Properties of every judge, and judges built from texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_judges_from_texts(vit, clip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("nudenett", "did you mean 'nudenet'.*Allowed: .*classifier.*KIND"),
         ("glyph+nudenett", "unknown judge 'nudenett'"),
@@ -57,12 +57,12 @@ def test_judges_from_texts(vit, clip, tmp_path):
         ("classifier:x.pth?labels=nothing.yaml", "allow_pth=true"),
     ],
 )
-def test_texts_that_name_no_judge(spec, says):
-    with pytest.raises(ErasureError, match=says):
+def test_invalid_judge_texts(spec, message):
+    with pytest.raises(ErasureError, match=message):
         find_judge(spec)
 
 
-def test_other_packages_bring_judges(monkeypatch):
+def test_judges_of_other_packages(monkeypatch):
     calls = []
 
     def make(source="default", *, strength: float = 1.0, **more):

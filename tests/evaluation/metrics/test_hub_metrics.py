@@ -1,4 +1,4 @@
-"""HUB's metrics by hand, and its suite on a folder of the published form."""
+"""HUB's metrics computed by hand, and its suite on a folder in the published form."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def metrics_by_name(rows, base=None):
     return {metric.name: metric for metric in measure(rows, TARGET, base or rows)}
 
 
-def test_translations_pinpoint_and_published_attacks_stand_apart():
+def test_translations_pinpoint_and_published_attacks_are_separate_metrics():
     rows = [
         *(row(i, "cat", top) for i, top in enumerate(["dog", "cat"])),
         row(2, "cat", "cat", "translation", language="Spanish"),
@@ -83,7 +83,7 @@ def test_selective_alignment_is_a_mean_over_nouns_and_paired():
 
 
 class Named(LabelsOnly):
-    """Says the first label of every picture; a CLIP score is the length of the text."""
+    """A judge that recognises the first label in every image; its CLIP score is the length of the text."""
 
     name = "named"
 

@@ -1,4 +1,4 @@
-"""Reports with LPIPS, another network's features, reference pictures, and what is missing."""
+"""Reports with LPIPS, features of another network, reference images, and missing networks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUICK = {"prompts": ROWS, "judge": BrightnessJudge(), "whole": True, "steps": 1,
 
 
 class Halves(Fixed):
-    """Features: brightness of the upper and of the lower half."""
+    """A judge whose features are the brightness of the upper and of the lower half."""
 
     def features(self, images):
         pixels = np.stack([np.asarray(image.convert("L"), np.float64) / 255 for image in images])
@@ -47,7 +47,7 @@ class Halves(Fixed):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A pipeline with a patch, and its pictures, so that a run over them only judges."""
+    """Return a pipeline with a patch and the folder of its images, so that later runs only judge."""
     pipe, folder = tiny_pipeline(ErasedStableDiffusionPipeline), tmp_path_factory.mktemp("drawn")
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     evaluate(pipe, "cat", folder=folder, **QUICK)
@@ -62,7 +62,7 @@ def pictures(folder, records):
     return images
 
 
-def test_lpips_stands_in_the_report(drawn, squeeze):
+def test_lpips_is_in_the_report(drawn, squeeze):
     pipe, folder = drawn
     report = evaluate(pipe, "cat", folder=folder, lpips="squeeze", **QUICK)
     net = Lpips("squeeze")
@@ -94,7 +94,7 @@ def test_without_a_patch_lpips_is_0(squeeze, tmp_path):
     assert (metric.value, metric.low, metric.high) == (0, 0, 0)
 
 
-def test_what_is_missing_is_said_and_the_rest_runs(drawn, nothing):
+def test_missing_networks_are_reported_and_the_rest_is_measured(drawn, nothing):
     pipe, folder = drawn
     plain = evaluate(pipe, "cat", folder=folder, **QUICK)
     report = evaluate(pipe, "cat", folder=folder, lpips="alex", features="inception", **QUICK)
@@ -122,7 +122,7 @@ def test_features_of_another_judge(drawn):
     assert report.metric("FD") is not None and not report.missing  # 2 features, 9 images
 
 
-def test_too_few_pictures_for_the_frechet_distance_are_told(drawn):
+def test_too_few_images_for_the_frechet_distance_are_reported(drawn):
     pipe, folder = drawn
     report = evaluate(pipe, "cat", folder=folder, features=BrightnessJudge(), **QUICK)
     assert report.metric("FD") is None
@@ -130,7 +130,7 @@ def test_too_few_pictures_for_the_frechet_distance_are_told(drawn):
     assert not evaluate(pipe, "cat", folder=folder, **QUICK).missing
 
 
-def test_distances_to_reference_pictures(drawn, tmp_path):
+def test_distances_to_reference_images(drawn, tmp_path):
     pipe, folder = drawn
     real = noise(11, 16)
     for i, image in enumerate(real):
@@ -159,7 +159,7 @@ def test_distances_to_reference_pictures(drawn, tmp_path):
         evaluate(pipe, "cat", folder=folder, reference=tmp_path / "nowhere", **QUICK)
 
 
-def test_the_references_interval_is_of_the_right_width():
+def test_the_interval_to_a_reference_has_the_right_width():
     draw = np.random.default_rng(4)
     wanted, target = draw.normal(size=(150, 6)), Target("object", ("cat",), None)
     record = Record("r", "a dog", 0, 1, 1.0, "", {"object": "dog"})
@@ -175,9 +175,9 @@ def test_the_references_interval_is_of_the_right_width():
         assert [metric.name for metric in metrics[:1]] in (["KID_reference"], ["FD_reference"])
 
 
-def test_mistyped_names_end_the_run_before_anything_is_drawn(tmp_path):
+def test_misspelled_names_stop_the_run_before_drawing(tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
-    for options, says in (({"lpips": "alx"}, "did you mean 'alex'"), ({"features": "incption"}, "'inception'")):
-        with pytest.raises(ErasureError, match=says):
+    for options, message in (({"lpips": "alx"}, "did you mean 'alex'"), ({"features": "incption"}, "'inception'")):
+        with pytest.raises(ErasureError, match=message):
             evaluate(pipe, "cat", folder=tmp_path / "out", **options, **QUICK)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""LPIPS against torchmetrics' own on the same random weights; nothing is ever fetched."""
+"""LPIPS compared with torchmetrics on the same random weights, without any download."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def tensor(images):
 
 
 def theirs(backbone, first, second):
-    """Image by image, by torchmetrics' public class."""
+    """Return the distances by torchmetrics' public class, image by image."""
     metric = LearnedPerceptualImagePatchSimilarity(net_type=backbone, reduction="none")
     return [float(metric(tensor([a]), tensor([b]))) for a, b in zip(first, second, strict=True)]
 
 
-def test_it_is_torchmetrics_on_the_file_in_torchs_folder(squeeze):
+def test_lpips_equals_torchmetrics_with_the_file_in_torchs_folder(squeeze):
     first, second = noise(4, 96), noise(5, 96)[1:]
     net = Lpips("squeeze")
     distances = net(first, second)
@@ -61,7 +61,7 @@ def test_weights_from_a_file(tmp_path, monkeypatch, backbone, builder, end):
     assert distances == pytest.approx(theirs(backbone, first, second), rel=1e-4)
 
 
-def test_small_pictures_are_enlarged_and_sizes_must_agree(squeeze):
+def test_small_images_are_enlarged_and_sizes_must_agree(squeeze):
     first, second = noise(2, 16), noise(3, 16)[1:]
     distances = Lpips("squeeze")(first, second)
 
@@ -77,7 +77,7 @@ def test_small_pictures_are_enlarged_and_sizes_must_agree(squeeze):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_what_is_missing_is_said_with_its_place_and_not_fetched(nothing, backbone):
+def test_missing_weights_are_reported_with_their_folder_and_not_downloaded(nothing, backbone):
     name = BACKBONES[backbone].rpartition("/")[2]
     with pytest.raises(
         NotInstalled, match=rf"lpips {backbone}.*put {name} \(https://.*hub/checkpoints, or name a file"
@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_with_its_place_and_not_fetched(nothing, backbon
         Lpips(backbone)
 
 
-def test_what_is_not_installed_is_said_with_how_to_have_it(squeeze, monkeypatch):
+def test_a_missing_library_is_reported_with_its_installation(squeeze, monkeypatch):
     from erasure.evaluation.judges.inception import InceptionJudge
 
     for module in ("torchmetrics.functional.image", "torch_fidelity.feature_extractor_inceptionv3"):
@@ -96,7 +96,7 @@ def test_what_is_not_installed_is_said_with_how_to_have_it(squeeze, monkeypatch)
         InceptionJudge(str(squeeze))
 
 
-def test_files_that_are_no_weights(nothing, tmp_path):
+def test_files_that_are_not_weights(nothing, tmp_path):
     with pytest.raises(ErasureError, match="did you mean 'alex'"):
         Lpips("alexx")
     with pytest.raises(ErasureError, match="no file") as fault:
@@ -119,7 +119,7 @@ class Trap:
         return open, (self.path, "w")
 
 
-def test_a_pickle_runs_nothing(nothing, tmp_path):
+def test_a_pickle_runs_no_code(nothing, tmp_path):
     path, mark = tmp_path / "trap.pth", tmp_path / "mark"
     for write in (lambda x: torch.save(x, path), lambda x: path.write_bytes(pickle.dumps(x))):
         write({"features.0.weight": Trap(mark)})
@@ -128,6 +128,6 @@ def test_a_pickle_runs_nothing(nothing, tmp_path):
         assert not mark.exists()
 
 
-def test_pictures_of_any_mode(squeeze):
+def test_images_of_any_mode(squeeze):
     grey = [image.convert("L") for image in noise(2)]
     assert Lpips("squeeze")(grey, [Image.merge("RGB", [image] * 3) for image in grey]) == [0.0, 0.0]

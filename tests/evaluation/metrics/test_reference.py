@@ -1,4 +1,4 @@
-"""Formulas against torchmetrics', torch-fidelity's and scipy's on the same features, and against cases by hand."""
+"""Formulas compared with torchmetrics, torch-fidelity and scipy, and with cases computed by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETS = {
 
 
 class Features(torch.nn.Module):
-    """Passes features through, for torchmetrics."""
+    """A network for torchmetrics that returns its input as features."""
 
     num_features = 8
 
@@ -41,7 +41,7 @@ class Features(torch.nn.Module):
         return x.double()
 
 
-def test_frechet_is_torchmetrics():
+def test_frechet_equals_torchmetrics():
     first, second = SETS["many"]
     theirs = FrechetInceptionDistance(feature=Features())
     theirs.update(torch.from_numpy(first), real=True)
@@ -50,7 +50,7 @@ def test_frechet_is_torchmetrics():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_frechet_is_the_formula_with_scipys_root(name):
+def test_frechet_equals_the_formula_with_scipys_root(name):
     first, second = SETS[name]
     first_covariance, second_covariance = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
     # The root over S^1/2 S' S^1/2, which is symmetric: scipy's root of singular S S' fails.
@@ -75,7 +75,7 @@ def test_frechet_by_hand():
     assert frechet(whole, whole + 3) == pytest.approx(18)
 
 
-def test_frechet_is_biased_as_it_says_and_halves_show_it():
+def test_frechet_has_the_documented_bias_and_halves_show_it():
     draw = np.random.default_rng(3)
     d, n = 12, 240
     distances = [frechet(draw.normal(size=(n, d)), draw.normal(size=(n, d))) for _ in range(20)]
@@ -91,15 +91,15 @@ def test_frechet_needs_covariances_of_full_rank(n, d, so):
     assert (int(np.linalg.matrix_rank(np.cov(half, rowvar=False))) == d) is so
 
 
-def test_kid_is_torchmetrics():
+def test_kid_equals_torchmetrics():
     first, second = SETS["many"][0][:50], SETS["many"][1]
     theirs = poly_mmd(torch.from_numpy(first), torch.from_numpy(second))
     assert kid(first, second) == pytest.approx(float(theirs), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_frechet_and_kid_are_torch_fidelitys(name):
-    """On the same features; torch-fidelity's KID over one subset that holds all of them."""
+def test_frechet_and_kid_equal_torch_fidelity(name):
+    """torch-fidelity's KID uses a single subset with all features."""
     first, second = (torch.from_numpy(features[: min(map(len, SETS[name]))]) for features in SETS[name])
     stats = [metric_fid.fid_features_to_statistics(features) for features in (first, second)]
     theirs = metric_fid.fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
@@ -111,17 +111,17 @@ def test_frechet_and_kid_are_torch_fidelitys(name):
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (3, 7), (50, 50), (317, 1000)])
-def test_wilson_is_scipys(hits, n):
+def test_wilson_equals_scipy(hits, n):
     low, high = stats.binomtest(hits, n).proportion_ci(method="wilson")
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-12)
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 0), (2, 9), (17, 17), (120, 90)])
-def test_mcnemar_is_scipys(a, b):
+def test_mcnemar_equals_scipy(a, b):
     assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b, 0.5).pvalue, abs=1e-12)
 
 
-def test_the_paired_bootstrap_is_scipys():
+def test_the_paired_bootstrap_equals_scipy():
     draw = np.random.default_rng(5)
     before = draw.normal(20, 5, 80)
     after = before - 0.5 + draw.normal(0, 1, 80)
@@ -134,7 +134,7 @@ def test_the_paired_bootstrap_is_scipys():
     assert high - low < 0.3 * (bootstrap_mean(after)[1] - bootstrap_mean(after)[0])
 
 
-def test_groups_are_drawn_whole():
+def test_groups_are_resampled_as_a_whole():
     draw = np.random.default_rng(2)
     means = draw.normal(size=30)
     values, groups = np.repeat(means, 10), np.repeat(np.arange(30), 10)
@@ -162,7 +162,7 @@ def metrics_by_name(judged, base=None, target=None):
     return {metric.name: metric for metric in metrics}
 
 
-def test_h_o_is_maces():
+def test_h_o_equals_maces_formula():
     labels = ["cat"] * 4 + ["dog"] * 5 + ["cat"] * 4
     tops = ["dog", "dog", "dog", "cat"] + ["dog"] * 4 + ["cow"] + ["cat", "dog", "dog", "dog"]
     metrics = metrics_by_name(rows(labels, tops, [""] * 9 + ["synonym"] * 4))
@@ -173,7 +173,7 @@ def test_h_o_is_maces():
     assert metrics["leak"].value == 0.25 and "1 - leak" in metrics["H_o"].meaning
 
 
-def test_h_o_is_0_where_one_part_is_and_absent_without_synonyms():
+def test_h_o_is_0_if_one_part_is_and_missing_without_synonyms():
     metrics = metrics_by_name(rows(["cat", "dog", "cat"], ["dog", "dog", "cat"], ["", "", "synonym"]))
     assert (metrics["leak"].value, metrics["H_o"].value, metrics["H_o"].low) == (
         1,
@@ -183,14 +183,14 @@ def test_h_o_is_0_where_one_part_is_and_absent_without_synonyms():
     assert metrics["H"].value == 1 and "H_o" not in metrics_by_name(rows(["cat", "dog"], ["dog", "dog"]))
 
 
-def test_harmonic_is_scipys():
+def test_the_harmonic_mean_equals_scipy():
     values = [0.9, 0.61, 0.77]
     shares = [Metric(str(i), value, 50, 0, 1, True, "") for i, value in enumerate(values)]
     assert harmonic_mean("H", shares).value == pytest.approx(stats.hmean(values))
 
 
-def test_the_interval_of_a_harmonic_mean_is_no_point_where_all_shares_are_whole():
-    """It narrows with the images; beside a share that is known, it is Jeffreys' of the other (scipy)."""
+def test_the_interval_of_a_harmonic_mean_has_a_width_if_all_shares_are_1():
+    """It narrows with more images; if one share is known, it equals Jeffreys' interval of the other (scipy)."""
     few, many = (harmonic_mean("H", [Metric(name, 1.0, n, 0, 1, True, "") for name in "ab"]) for n in (4, 400))
     assert few.low < 0.8 < many.low < few.high == many.high == 1
     known = Metric("known", 1.0, 10**9, 0, 1, True, "")
@@ -199,7 +199,7 @@ def test_the_interval_of_a_harmonic_mean_is_no_point_where_all_shares_are_whole(
     assert (share.low, share.high) == pytest.approx((low, high), abs=0.01)
 
 
-def test_the_change_of_clip_is_paired_with_the_bases_image_of_the_same_seed():
+def test_the_clip_change_is_paired_by_seed():
     base = rows(["cat", "dog", "dog", "cow", "cow"], ["cat"] * 5, clips=[30.0, 20.0, 24.0, 28.0, 10.0])
     patched = rows(["cat", "dog", "dog", "cow", "cow"], ["cat"] * 5, clips=[1.0, 19.0, 24.5, 26.0, None])
     change = metrics_by_name(patched, base[::-1])["CLIP_change"]
@@ -209,7 +209,7 @@ def test_the_change_of_clip_is_paired_with_the_bases_image_of_the_same_seed():
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_paired_tests_count_the_seeds_on_which_the_two_differ():
+def test_paired_tests_count_the_seeds_with_different_results():
     labels, roles = ["cat"] * 8 + ["dog"] * 6, [""] * 7 + ["synonym"] + [""] * 6
     base = rows(labels, ["cat"] * 6 + ["dog", "cat"] + ["dog"] * 5 + ["cow"], roles)
     # Of the cats, five go, one stays, one comes back; a synonym and a kept picture do not count. One is not judged.
@@ -256,7 +256,7 @@ def test_target_images_are_scored_against_the_name_and_the_anchor(tmp_path):
     assert find_target("flat", sets, Noted()).name_texts(records[0]) == ("flat style", "")
 
 
-def test_the_frechet_distance_stands_where_there_are_images_enough():
+def test_the_frechet_distance_needs_enough_images():
     draw = np.random.default_rng(1)
     labels = ["cat"] + ["dog"] * 40
 

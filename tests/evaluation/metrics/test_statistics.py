@@ -1,4 +1,4 @@
-"""Intervals against scipy, and against simulation."""
+"""Confidence intervals compared with scipy and with simulations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from erasure.evaluation.metrics.statistics import bootstrap_mean, mcnemar, wilso
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (33, 240), (239, 240)])
-def test_wilson_is_scipys(hits, n):
+def test_wilson_equals_scipy(hits, n):
     reference = stats.binomtest(hits, n).proportion_ci(method="wilson")
     assert wilson(hits, n) == pytest.approx((reference.low, reference.high), abs=1e-12)
 
 
-def test_wilson_of_nothing_is_everything():
+def test_wilson_without_trials_is_the_whole_range():
     assert wilson(0, 0) == (0.0, 1.0)
 
 
@@ -30,7 +30,7 @@ def test_mcnemar_is_the_exact_binomial_test(a, b):
     assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b, 0.5).pvalue if a + b else 1.0, abs=1e-12)
 
 
-def test_bootstrap_is_near_the_normal_interval_and_repeats():
+def test_the_bootstrap_is_close_to_the_normal_interval_and_repeatable():
     values = list(np.random.default_rng(1).normal(10, 2, 400))
     low, high = bootstrap_mean(values)
     half = 1.96 * np.std(values) / 20

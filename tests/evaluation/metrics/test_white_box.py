@@ -1,4 +1,4 @@
-"""What the weights tell: against formulas written out, with patches that move known parts, and nothing left behind."""
+"""White-box metrics compared with explicit formulas, for patches that change known parts; nothing is left changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pipe():
     return tiny_pipeline(ErasedStableDiffusionPipeline)
 
 
-def test_without_patches_nothing_has_moved(pipe):
+def test_without_patches_nothing_differs_from_the_base(pipe):
     metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert metrics["drift_target"].value == metrics["drift_kept"].value == 0
     assert metrics["margin"].value == metrics["margin_base"].value != 0
@@ -40,7 +40,7 @@ def test_without_patches_nothing_has_moved(pipe):
 
 
 @pytest.mark.parametrize("gate", [None, {"kind": "text"}], ids=["always", "gated"])
-def test_weights_gates_and_switches_come_back(pipe, gate):
+def test_weights_gates_and_gradient_flags_are_restored(pipe, gate):
     clean = weights(pipe)
     if gate:
         pipe.load_patch(low_rank_patch(pipe, part="", size=1.0, gate=gate), name="p", strength=0.7)
@@ -58,14 +58,14 @@ def test_weights_gates_and_switches_come_back(pipe, gate):
     assert same(clean, weights(pipe))
 
 
-def test_the_cost_is_what_was_asked(pipe):
+def test_the_cost_counts_every_forward(pipe):
     pipe.load_patch(delta_patch(pipe), name="p")
     costs = measure_white_box(pipe, "cat", KEPT, **QUICK).costs
     # 8 pictures of 2 guided steps; 4 timesteps: the target's under 2 prompts of 2 models, the kept under 1 of 2.
     assert (costs.forward, costs.backward) == (8 * 2 * 2 + 4 * 4 * 4 + 4 * 4 * 2, 0)
 
 
-def test_the_batch_size_only_rounds(pipe):
+def test_the_batch_size_changes_rounding_only(pipe):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     small, large = (measure_white_box(pipe, "cat", KEPT, batch_size=size, **QUICK).metrics for size in (3, 16))
     for name, metric in small.items():
@@ -73,7 +73,7 @@ def test_the_batch_size_only_rounds(pipe):
 
 
 def test_drift_and_margin_against_known_answers(pipe, monkeypatch):
-    """A UNet that says k x, with k from the states: base 1 for the prompt, 2 for the stand-in; erased, thrice."""
+    """A UNet that predicts k x: k is 1 for the prompt and 2 for the anchor, and three times as much when erased."""
     victim = Victim(pipe, switched_off)
     pipe.load_patch(delta_patch(pipe), name="p")
     prompts = ["a cat", "a dog", "a car"]
@@ -115,7 +115,7 @@ def load_readers(pipe, change):
     pipe.load_patch(made(pipe, Delta({"unet": changes})), name="p")
 
 
-def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
+def test_the_closed_form_leak_of_scaled_and_random_changes(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
     load_readers(pipe, lambda weight: -0.75 * weight)
     assert closed_form_leak(victim, concept, ["tree", "van gogh"]) == pytest.approx([0.25, 0.25], rel=1e-4)
@@ -133,7 +133,7 @@ def test_the_closed_leak_of_shrunk_and_of_random_changes(pipe):
         assert closed_form_leak(victim, concept, ["tree"]) == pytest.approx([expected], rel=1e-4) and expected > 1.1
 
 
-def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
+def test_a_word_mapped_to_the_anchor_leaks_nothing(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
     with torch.no_grad():
         states = victim.conditions(["tree", "a dog"]).states.double()
@@ -144,13 +144,13 @@ def test_a_word_that_is_mapped_to_the_stand_in_leaks_nothing(pipe):
     assert tree == pytest.approx(0, abs=1e-4) and church > 0.01
 
 
-def test_a_patch_of_the_encoder_is_read_through_the_encoder(pipe):
+def test_a_text_encoder_patch_changes_drift_and_leak(pipe):
     pipe.load_patch(delta_patch(pipe, part="layers", component="text_encoder", size=0.5), name="p")
     metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert metrics["closed_leak"].value != pytest.approx(1, abs=1e-3) and metrics["drift_target"].value > 0
 
 
-def test_a_report_has_the_figures_beside_the_bases(pipe, tmp_path):
+def test_a_report_contains_the_white_box_metrics_of_base_and_patch(pipe, tmp_path):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     before = weights(pipe)
     words = [(f"r{i}", f"a {o}", o) for i, o in enumerate(["cat", "dog"] * 3)]
@@ -177,7 +177,7 @@ def test_words_of_the_vocabulary():
     assert other_words(Concept.of("cat"), None) == ()
 
 
-def test_the_bases_latents_are_the_bases(pipe):
+def test_base_latents_do_not_depend_on_patches(pipe):
     victim, arguments = Victim(pipe, switched_off), (KEPT, [5, 6, 9], 2, 2, 3.0)
     expected = victim.base_latents(*arguments)
     pipe.load_patch(delta_patch(pipe, size=1.0), name="p")
@@ -185,8 +185,8 @@ def test_the_bases_latents_are_the_bases(pipe):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [({"kept": []}, "at least one"), ({"kept": "a dog"}, "list"), ({"images": 1}, "at least 2")]
+    ("change", "message"), [({"kept": []}, "at least one"), ({"kept": "a dog"}, "list"), ({"images": 1}, "at least 2")]
 )
-def test_bad_input(pipe, change, says):
-    with pytest.raises(ErasureError, match=says):
+def test_bad_input(pipe, change, message):
+    with pytest.raises(ErasureError, match=message):
         measure_white_box(pipe, "cat", **{"kept": KEPT, **QUICK, **change})

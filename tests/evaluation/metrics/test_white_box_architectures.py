@@ -1,4 +1,4 @@
-"""What the weights tell on Stable Diffusion 2 (v-prediction) and XL (two text encoders, pooled text)."""
+"""White-box metrics on Stable Diffusion 2 (v-prediction) and XL (two text encoders, pooled text)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pipe(request):
     return tiny_pipeline(cls, kind=request.param)
 
 
-def test_without_patches_nothing_has_moved(pipe):
+def test_without_patches_nothing_differs_from_the_base(pipe):
     metrics = measure_white_box(pipe, "cat", KEPT, **QUICK).metrics
     assert metrics["drift_target"].value == metrics["drift_kept"].value == 0
     assert metrics["margin"].value == metrics["margin_base"].value != 0
@@ -39,7 +39,7 @@ def test_without_patches_nothing_has_moved(pipe):
 
 
 @pytest.mark.parametrize("gate", [None, {"kind": "text", "texts": ["cat"]}], ids=["always", "gated"])
-def test_a_patch_is_seen_and_weights_come_back(pipe, gate):
+def test_a_patch_is_measured_and_weights_are_restored(pipe, gate):
     clean = weights(pipe)
     patch = low_rank_patch(pipe, part="", size=0.5, gate=gate) if gate else delta_patch(pipe, size=0.5)
     pipe.load_patch(patch, name="p", strength=0.7)
@@ -52,7 +52,7 @@ def test_a_patch_is_seen_and_weights_come_back(pipe, gate):
     assert same(clean, weights(pipe))
 
 
-def test_the_text_is_what_the_pipeline_itself_reads(pipe):
+def test_text_states_equal_the_pipelines_own(pipe):
     victim = Victim(pipe, switched_off)
     batch, plain = victim.conditions(["a cat", "a dog"]), [encode_prompt(pipe, text) for text in ("a cat", "a dog")]
     for i, single in enumerate(plain):
@@ -71,7 +71,7 @@ def test_a_patch_of_the_first_encoder_drifts(pipe):
 
 
 def test_the_margin_is_of_eps_whatever_the_unet_predicts(pipe, monkeypatch):
-    """A UNet that knows the noise under the prompt, and is wrong by 1 everywhere under the stand-in."""
+    """A UNet that predicts the exact noise for the prompt, and is wrong by 1 everywhere for the anchor."""
     victim = Victim(pipe, switched_off)
     picture = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     known, velocity = victim.conditions(["a cat"]).states[0], pipe.scheduler.config.prediction_type == "v_prediction"
@@ -89,7 +89,7 @@ def test_the_margin_is_of_eps_whatever_the_unet_predicts(pipe, monkeypatch):
         assert torch.allclose(margin, torch.ones(2, 4), atol=0.05)
 
 
-def test_the_closed_leak_of_shrunk_readers(pipe):
+def test_the_closed_form_leak_of_changed_readers(pipe):
     concept, victim = Concept("cat", anchor="a dog"), Victim(pipe, switched_off)
     assert closed_form_leak(victim, concept, ["tree"]) == [1]
     before = closed_form_leak(victim, concept, ["tree", "church"])
@@ -97,7 +97,7 @@ def test_the_closed_leak_of_shrunk_readers(pipe):
     assert closed_form_leak(victim, concept, ["tree", "church"]) != pytest.approx(before, abs=1e-3)
 
 
-def test_evaluate_tells_it(pipe, tmp_path):
+def test_evaluate_reports_it(pipe, tmp_path):
     pipe.load_patch(delta_patch(pipe, size=0.5), name="p")
     rows = PromptSet(
         "tiny", [Prompt(f"r{i}", f"a {o}", i, None, {"object": o}) for i, o in enumerate(["cat", "dog"] * 3)]

@@ -1,4 +1,4 @@
-"""The pages in a real headless browser, as wide as a phone and as a desk: nothing overflows, fails or is missing."""
+"""Pages in a headless browser, as wide as a phone and a desktop: nothing overflows, fails or is missing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def noise(seed: int, side: int = 64) -> Image.Image:
 
 
 def look(page: Path, folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """What each window shows of a page, and what the console says."""
+    """Return what each window shows of a page, and the messages of the console."""
     folder.mkdir(parents=True, exist_ok=True)
     text = escape(page.read_text(encoding="utf-8"))
     frames = [
@@ -101,7 +101,7 @@ def check(page: Path, folder: Path, images: int, summary: str) -> None:
         assert summary in window["summary"] and window["seen"], name
 
 
-def test_evaluates_page(tmp_path):
+def test_the_page_of_an_evaluation(tmp_path):
     def metric(name, value):
         return Metric(name, value, 36, value - 0.05, value + 0.05, True, "target prompts on which it is not seen")
 
@@ -138,7 +138,7 @@ def test_evaluates_page(tmp_path):
     check(tmp_path / "report.html", tmp_path / "look", 10, "absent from 90% of 36 target images")
 
 
-def test_attacks_page(tmp_path):
+def test_the_page_of_attacks(tmp_path):
     cases = [f"case-{i}" for i in range(10)]
     outcomes = [
         Outcome(
@@ -167,7 +167,7 @@ def test_attacks_page(tmp_path):
     check(tmp_path / "report.html", tmp_path / "look", 1, "for 1 of 10 prompts")
 
 
-def test_benchs_page(tmp_path):
+def test_the_page_of_the_benchmark(tmp_path):
     rows = []
     names = ["dog", "santa claus", "an object with a rather long name", *(f"object {i}" for i in range(25)), "dog+cat"]
     labels = {label: [2, 3] for name in names for label in name.split("+")}
@@ -190,7 +190,7 @@ def test_benchs_page(tmp_path):
     check(tmp_path / "bench.html", tmp_path / "look", 1, "3 methods, 29 concepts, 87 runs")
 
 
-def test_a_bad_page_is_seen_to_be_bad(tmp_path):
+def test_a_bad_page_is_recognised(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
         '<!doctype html><div style="height:900px;width:600px">too wide for a phone</div><p>late</p>'

@@ -1,4 +1,4 @@
-"""What a report says of its own figures: repeated prompts, several judges side by side."""
+"""Notes of a report: repeated prompts, several judges, labels of other names."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def rows(*labels, style="flat"):
     return PromptSet("mine", prompts)
 
 
-def test_prompts_asked_with_several_seeds_are_told():
+def test_repeated_prompts_get_a_note():
     prompts = rows("cat", "cat", "dog")
     drawn = PromptSet("mine", [*prompts.rows, reseed(prompts.rows[0], 1)])
     assert caveats(prompts, drawn, CAT) == ["the 3 target images come from 2 prompts, repeated with other seeds"]
     assert caveats(prompts, prompts, CAT) == []
 
 
-def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
+def test_the_report_contains_notes_and_description(tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     options = {"judge": BrightnessJudge(), "limit": 6, "steps": 2, "progress": False, "folder": tmp_path}
     report = evaluate(pipe, "cat", prompts=rows("cat", "dog"), **options)
@@ -52,7 +52,7 @@ def test_the_report_holds_the_remarks_and_what_was_asked(tmp_path):
     assert report.description() in page.replace("&#x27;", "'")
 
 
-def test_a_prompt_set_without_the_column_is_refused_with_the_columns_it_has(tmp_path):
+def test_a_prompt_set_without_the_label_is_refused_with_its_columns(tmp_path):
     prompts = PromptSet("mine", [Prompt("r", "a cat", 0, None, {"objekt": "cat"})])
     with pytest.raises(ErasureError, match="'mine' has no column 'object'.*columns of labels are objekt"):
         evaluate(None, "cat", prompts=prompts, judge=BrightnessJudge(), folder=tmp_path / "x")
@@ -63,7 +63,7 @@ def judged(i, label, verdict):
     return JudgedImage(Record(f"r{i}", f"a {label}", i, 2, 1.0, "", {"object": label}), verdict, None)
 
 
-def test_each_judge_of_several_stands_alone():
+def test_each_judge_of_an_ensemble_is_reported_alone():
     sure = Fixed("sure", object={"cat": 0.9, "dog": 0.1})
     other = Fixed("other", object={"cat": 0.4, "dog": 0.6})
     both = EnsembleJudge([sure, other])
@@ -80,18 +80,18 @@ def test_each_judge_of_several_stands_alone():
     assert member_metrics(EnsembleJudge([sure, Fixed("s", style={"ink": 1.0, "none": 0.0})]), run, CAT) == []
 
 
-def test_a_family_or_another_word_is_told_with_its_labels():
+def test_a_family_or_synonym_gets_a_note_with_its_labels():
     assert renamed_labels(["cat"], CAT) == []
     family = Target("object", ("dagger", "bomb"), None)
     assert renamed_labels(["weapon", "bomb"], family) == ["'weapon' is judged by the labels dagger, bomb"]
 
 
-def test_concepts_of_two_domains_are_refused_with_the_way_out(tmp_path):
+def test_concepts_of_two_domains_are_refused_with_advice(tmp_path):
     with pytest.raises(ErasureError, match="not object and style; name one of them as the concept"):
         evaluate(None, ["cat", "flat"], prompts=rows("cat"), judge=BrightnessJudge(), folder=tmp_path)
 
 
-def test_glyphs_judge_names_the_nearest_words_it_knows():
+def test_glyphs_judge_suggests_the_closest_words():
     with pytest.raises(
         ErasureError, match="'umbrela': did you mean 'umbrella'.*choose another one with --judge"
     ) as fault:
@@ -99,7 +99,7 @@ def test_glyphs_judge_names_the_nearest_words_it_knows():
     assert len(str(fault.value)) < 400
 
 
-def test_a_judge_that_misses_the_target_on_the_base_is_told(tmp_path):
+def test_a_judge_that_misses_the_target_on_the_base_gets_a_note(tmp_path):
     def ua(value):
         return Metric("UA", value, 8, 0.0, 1.0, True, "")
 
@@ -121,7 +121,7 @@ def test_one_value_has_no_interval():
     assert interval_text(Metric("CS", 0.2, 3, 0.2, 0.2, False, "")) == "0.20 to 0.20"
 
 
-def test_the_page_says_what_the_judge_sees_the_least_erased_first(tmp_path):
+def test_the_page_shows_labels_and_the_least_erased_images_first(tmp_path):
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
 
     class Numbered(BrightnessJudge):

@@ -1,4 +1,4 @@
-"""The charts: places, names, blanks."""
+"""Charts: positions of marks, labels, and blank cells."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def ends(value):
 
 
 def marks(svg):
-    """Name -> centre of its mark, from the line that leads to the name."""
+    """Return name -> centre of its mark, from the line that leads to the name."""
     tree = ElementTree.fromstring(svg)
     starts = [
         tuple(float(v) for v in re.match(r"M([\d.]+) ([\d.]+)", path.get("d")).groups())
@@ -37,7 +37,7 @@ def test_a_plot_puts_the_better_point_up_and_right_and_names_every_point():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.03, 0.5, 0.95, 1.0])
-def test_every_mark_and_name_lies_inside_the_plot(value):
+def test_every_mark_and_name_is_inside_the_plot(value):
     points = [Point(f"m{i}", (value, max(0, value - 0.05), 1.0), (value, value, value), i) for i in range(8)]
     tree = ElementTree.fromstring(plot(points, "kept", "erased", "same place"))
     for text in tree.iter("text"):
@@ -56,13 +56,13 @@ def test_methods_differ_in_shape_and_in_colour():
     assert len(outlines) == 6
 
 
-def test_names_are_spread():
+def test_labels_are_spread():
     assert spread_labels([], 10, 0, 50) == []
     assert spread_labels([1, 30], 10, 5, 50) == [5, 30]
     assert spread_labels([48, 49, 50], 10, 0, 50) == [30, 40, 50]
 
 
-def test_a_matrix_counts_points_and_leaves_blanks():
+def test_a_matrix_has_percentage_points_and_blanks():
     rows = {
         "cat": {
             "object/cat": Change((4, 4), (1, 4)),

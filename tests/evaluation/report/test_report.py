@@ -1,4 +1,4 @@
-"""The report's files: their schema, eval-unlearn's form, the gate log."""
+"""Files of a report: their schema, the form of eval-unlearn, and the sections of the page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GATE = {"kind": "text", "texts": ["cat"], "threshold": 0.99}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the report on a gated patch, one without a gate and one that does not act."""
+    """Return the folder of a report on a gated patch, a patch without a gate, and an inactive patch."""
     folder = tmp_path_factory.mktemp("report")
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     patches = {
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_the_report_is_what_its_schema_says(place):
+def test_the_report_matches_its_schema(place):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     data = json.loads((place / "report.json").read_text())
     jsonschema.validate(data, SCHEMA)
@@ -75,7 +75,7 @@ def test_the_report_is_what_its_schema_says(place):
         lambda data: data.update(more=1),
     ],
 )
-def test_the_schema_refuses_what_a_reader_could_not_use(place, spoil):
+def test_the_schema_rejects_incomplete_reports(place, spoil):
     data = copy.deepcopy(json.loads((place / "report.json").read_text()))
     spoil(data)
     with pytest.raises(jsonschema.ValidationError):
@@ -102,7 +102,7 @@ def test_the_form_of_eval_unlearn(place):
         assert result["details"]["n"] == metric["n"] and result["details"]["base"] == base["value"]
 
 
-def test_the_gate_log_tells_the_gated_patch_alone(place):
+def test_the_gate_log_contains_gated_patches_only(place):
     page = (place / "report.html").read_text()
     log = page[page.index("<h2>Gate log") : page.index("<h2>Cost of the erasure")]
     # cat opens the gate on all four target prompts, dog on none; strength 1.5 where it is open.
@@ -120,7 +120,7 @@ def test_the_gate_log_tells_the_gated_patch_alone(place):
     }
 
 
-def test_the_gate_log_is_over_all_prompts():
+def test_the_gate_log_covers_all_prompts():
     labels = ["cat"] * 3 + ["dog"] * 2
     records = [
         Record(str(i), "a", 0, 1, 1.0, "", {"object": label}, {"p": value})
@@ -137,7 +137,7 @@ def test_the_gate_log_is_over_all_prompts():
     assert gate_kinds({"a": {"gate": "always"}, "b": {"gate": "text"}, "c": {}}) == {"b": "text"}
 
 
-def test_the_costs_of_the_patches_that_act_are_told(place):
+def test_the_page_shows_the_costs_of_active_patches(place):
     loaded = json.loads((place / "report.json").read_text())["provenance"]["loaded"]
     size = (place / "x.safetensors").stat().st_size
     assert loaded["plain"]["costs"] == {"F": 12345, "B": 67, "seconds": 8.9} and loaded["plain"]["bytes"] == size
@@ -147,7 +147,7 @@ def test_the_costs_of_the_patches_that_act_are_told(place):
     assert rows == [f"<td>plain<td>12,345<td>67<td>9<td>{size / 1000:,.0f}"]
 
 
-def test_the_page_sets_erased_against_kept_and_has_the_line_of_the_matrix(place):
+def test_the_page_has_the_tradeoff_plot_and_the_matrix(place):
     page, data = (place / "report.html").read_text(), json.loads((place / "report.json").read_text())
     names = re.findall(r"<title>([^<]*): kept \(IRA\) (\d+)%[^<]*erased \(UA\) (\d+)%", page)
     rows = {row: {m["name"]: round(100 * m["value"]) for m in data["rows"][row]} for row in ("base", "patched")}
