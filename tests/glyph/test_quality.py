@@ -45,7 +45,7 @@ def test_renders_are_good_and_noise_grey_blur_and_tiles_are_not():
 
 @pytest.mark.slow
 def test_the_order_on_pictures_of_the_checkpoint(tmp_path):
-    """The base's other pictures, a good erasure's, smears (the same patch far too strong), then the broken ones."""
+    """The base's other pictures and a good erasure's, then smears (the same patch far too strong), then the broken."""
     from erasure.erasing import erase
 
     pipe, judge = ErasedStableDiffusionPipeline.from_pretrained("glyph"), GlyphJudge()
@@ -63,5 +63,5 @@ def test_the_order_on_pictures_of_the_checkpoint(tmp_path):
     pipe.set_patches({"cat": 8.0})
     smears = draw(cats, 50)
     order = [mean(judge, x) for x in (base, erased, smears)]
-    assert order[0] > order[1] > order[2] + 0.2, order
+    assert abs(order[0] - order[1]) < 0.15 and min(order[:2]) > order[2] + 0.2, order
     assert all(mean(judge, x) < order[2] for x in broken(base).values())
