@@ -187,7 +187,7 @@ def warn_of_unknown_names(base: Base, concepts: Sequence[Concept]) -> None:
 
 
 def check_resident(base: Base) -> None:
-    """Refuse an offloaded UNet.
+    """Refuse a UNet whose weights are offloaded.
 
     Raises:
         ErasureError: the UNet's weights are not on the device that it computes on.

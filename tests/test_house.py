@@ -142,6 +142,35 @@ def test_every_public_name_is_there_and_documented():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
+# First words of phrases that are no sentences: a docstring of a function says what it does, "Return ...".
+NO_VERBS = set(
+    "A All An And As Every For From How If In Is Of On One That The This What When Where Whether Which With".split()
+)
+
+
+def public(kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> list[tuple[Path, str, str]]:
+    """File, name and first paragraph of the docstring of every public class or function."""
+    nodes = ((path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    named = [(path, node) for path, node in nodes if isinstance(node, kind) and not node.name.startswith("_")]
+    texts = [(path, node.name, ast.get_docstring(node)) for path, node in named]
+    return [(path, name, text.split("\n\n")[0]) for path, name, text in texts if text]
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    wrong = [f"{path}: {name}: {text}" for path, name, text in public(ast.FunctionDef) if text.split()[0] in NO_VERBS]
+    assert not wrong
+
+
+def test_docstrings_say_it_in_whole_sentences():
+    """The commands' own functions may say no more than which command they run."""
+    short = [
+        f"{path}: {name}: {text}"
+        for path, name, text in public((ast.FunctionDef, ast.ClassDef))
+        if len(text.split()) <= 4 and path.parent.name != "cli"
+    ]
+    assert not short
+
+
 def test_help_is_quick_to_import():
     """`erasure --help` must not wait for torch."""
     code = "import sys, erasure.cli.parser as c; c.parser(); sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"

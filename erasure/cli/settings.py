@@ -37,7 +37,7 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """The default in words."""
+        """Return the default as text, as it is shown in a table."""
         return "required" if self.required else shown(self.default)
 
     def cells(self) -> tuple[str, str, str, str]:

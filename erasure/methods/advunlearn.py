@@ -49,7 +49,7 @@ LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class AdvUnlearn(GradientMethod):
-    """Settings of AdvUnlearn.
+    """The settings of AdvUnlearn, with the values tuned on glyph as defaults.
 
     Args:
         layers: number of the text encoder's layers that train, counted from the first; None: all.

@@ -40,7 +40,7 @@ from erasure.training.run import Run
 
 @dataclass(frozen=True)
 class ESD(GradientMethod):
-    """Settings of ESD.
+    """The settings of ESD, with the values tuned on glyph as defaults.
 
     Args:
         variant: which modules train; see `erasure list models MODEL`.

@@ -48,7 +48,7 @@ EVERYTHING = "all"  # the variant that also trains norms and biases, as publishe
 
 @dataclass(frozen=True)
 class SalUn(GradientMethod):
-    """Settings of SalUn.
+    """The settings of SalUn, with the values tuned on glyph as defaults.
 
     Args:
         variant: what may train: all (every parameter), or a variant of the other methods; see

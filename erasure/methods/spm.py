@@ -53,7 +53,7 @@ NEAR = 0.5  # share of the anchors that are neighbours or the empty prompt
 
 @dataclass(frozen=True)
 class SPM(GradientMethod):
-    """Settings of SPM.
+    """The settings of SPM, with the values tuned on glyph as defaults.
 
     Args:
         variant: which layers get a membrane; see `erasure list models MODEL`.
@@ -234,7 +234,7 @@ class SPM(GradientMethod):
         return {"turn": torch.tensor(state.turn), **vars(state.pool)}
 
     def restore(self, state: State, tensors: dict[str, Tensor]) -> None:
-        """Restore the pool."""
+        """Restore the pool that training made."""
         if "turn" in tensors:
             state.turn = int(tensors["turn"])
             state.pool = TrajectoryPool(**{name: value for name, value in tensors.items() if name != "turn"})

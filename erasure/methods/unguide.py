@@ -48,7 +48,7 @@ LEAST = 0.05  # smallest ratio by guidance: a prompt that the LoRA barely moves 
 
 @dataclass(frozen=True)
 class UnGuide(GradientMethod):
-    """Settings of UnGuide.
+    """The settings of UnGuide, with the values tuned on glyph as defaults.
 
     Args:
         variant: which layers get a LoRA; see `erasure list models MODEL`.

@@ -190,7 +190,7 @@ class LowRankTerm:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Switch the term off."""
+        """Switch the low-rank term off inside the context."""
         with self._set(False):
             yield
 
@@ -235,7 +235,7 @@ class LowRankTerm:
         )
 
     def remove(self) -> None:
-        """Remove the term."""
+        """Remove the low-rank term from every module."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

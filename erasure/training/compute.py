@@ -126,7 +126,7 @@ class Engine:
 
     @property
     def half(self) -> bool:
-        """Whether the UNet computes in half precision."""
+        """Tell whether the UNet computes in half precision."""
         return self.dtype != torch.float32
 
     def settle(self, params: Mapping[str, nn.Parameter], inside: bool) -> None:

@@ -36,11 +36,11 @@ class Trainable(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Return Adam's learning rate."""
+        """Return the learning rate of Adam."""
 
     @property
     def weight_decay(self) -> float:
-        """Return AdamW's weight decay."""
+        """Return the weight decay of AdamW."""
 
     @property
     def weight_rounding(self) -> str:

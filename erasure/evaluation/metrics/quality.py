@@ -1,4 +1,4 @@
-"""Whether the pictures of target prompts are still good pictures, and what they show instead of the target.
+"""Picture quality: are the pictures of target prompts still good ones, and what do they show instead of the target?
 
 Without this, a model that draws noise for the target's prompts would count as a perfect erasure: nothing is seen in
 noise. `quality` is the share of pictures that the judge takes for a well-formed picture of something, whatever it is;
