@@ -26,6 +26,7 @@ import psutil
 from erasure.erasing import erase
 from erasure.evaluation import evaluate
 from erasure.forecast import plan
+from erasure.method import GradientMethod
 from erasure.methods import find, names
 from erasure.model.diffusion import Counts, counting
 from erasure.model.loading import quiet
@@ -209,7 +210,12 @@ def main() -> None:
     """Measure every method and write the table as Markdown and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--concept", default="dog", help="concept to erase")
-    parser.add_argument("--methods", nargs="+", default=names(), help="methods to measure")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=names(GradientMethod),
+        help="methods to measure; those that train have a published loop",
+    )
     parser.add_argument("--most", type=int, default=200_000, help="forecast published loops of more F than this")
     parser.add_argument("--limit", type=int, default=45, help="approximate number of prompts of an evaluation")
     parser.add_argument(

@@ -145,28 +145,30 @@ class GradientMethod(Method):
 class ClosedFormMethod(Method):
     """A method that solves for new weights: no training loop, no seed, no UNet call, seconds.
 
-    `columns` says which text states are edited, towards what, and which are kept; the weights of every module of
-    `variant` follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change. Its previews
-    are the base (step 0) and the result (step 1).
+    `columns` says which text states are edited, towards what, and which are kept; the weights of every layer that reads
+    them follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change. The previews show the
+    base (step 0) and the result (step 1).
     """
 
     STOCHASTIC: ClassVar[bool] = False
     PREVIEWS: ClassVar[bool] = True
     CALLS_UNET: ClassVar[bool] = False
 
-    variant: str = "x-strict"
-
     @abstractmethod
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
         """Return the text states to edit, those that each should answer like instead, and those to keep."""
+
+    def modules(self, base: Base) -> dict[str, nn.Module]:
+        """Return the layers to solve for, by path: those that read text states, keys and values of cross-attention."""
+        return base.targets("x-strict")
 
     def solve(self, edit: Edit, path: str, module: nn.Module) -> Factors:
         """Return the change of one module's weight; override it where the wanted answers are not those of guides."""
         return edit.factors(module.get_parameter("weight"))
 
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
-        """Solve for every module of the variant, and return the factors."""
-        modules = base.targets(self.variant)
+        """Solve for every layer, and return the factors."""
+        modules = self.modules(base)
         with counting(base.unet, run.costs):
             edit = Edit(self.columns(base, concepts))
             layers = {path: self.solve(edit, path, module) for path, module in modules.items()}
@@ -180,12 +182,12 @@ class ClosedFormMethod(Method):
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int
     ) -> Forecast:
-        """Collect the columns and factorise, solve for one module, and scale its seconds to all of them.
+        """Collect the columns and factorise, solve for one layer, and scale its seconds to all of them.
 
         Raises:
             ErasureError: the text encoder has no weights.
         """
-        modules = base.targets(self.variant)
+        modules = self.modules(base)
         if any(param.is_meta for _, encoder in text_encoders(base.pipe) for param in encoder.parameters()):
             raise ErasureError(f"{self.method} reads the text encoder, which has no weights here: it cannot be planned")
         counts = Counts()
@@ -212,7 +214,7 @@ class ClosedFormMethod(Method):
         )
 
     def _seconds(self, edit: Edit, modules: Mapping[str, nn.Module]) -> float:
-        """Time the solve for the largest module, after a first one that is not timed."""
+        """Return the seconds of all solves, from a timed one for the largest layer."""
         path, largest = max(modules.items(), key=lambda item: _numbers(item[1]))
         self.solve(edit, path, largest)
         begun = time.perf_counter()

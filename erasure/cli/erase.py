@@ -245,14 +245,14 @@ def run_plan(args: argparse.Namespace) -> None:
 def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
     """Lay out a forecast, from its plain data."""
     shared = f" in each of {costs['processes']} processes" if costs["processes"] > 1 else ""
-    trains = f"{costs['modules']:,} modules, {costs['weights']:,} weights"
+    changes = f"{costs['modules']:,} modules, {costs['weights']:,} weights"
     time = f"about {costs['seconds']:,.1f} s on this machine" if costs["seconds"] else "not measured without weights"
     return [
         f"To erase {', '.join(map(repr, args.concept))} from {args.model} by {args.method}:",
         facts(
             "Work",
             [
-                ("trains", trains),
+                ("changes", changes),
                 ("UNet calls", f"{costs['F']:,} F + {costs['B']:,} B (forwards and backwards, per sample)"),
                 ("time", time),
             ],
@@ -260,11 +260,15 @@ def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
         facts(
             f"Memory{shared}, in {costs['precision']}",
             [
-                ("peak", size(costs["peak_bytes"])),
-                ("model", size(costs["model_bytes"])),
-                ("training state", size(costs["training_bytes"])),
-                ("activations", size(costs["activation_bytes"])),
-                ("while preparing", size(costs["prepare_bytes"])),
+                (name, size(costs[f"{part}_bytes"]))
+                for name, part in (
+                    ("peak", "peak"),
+                    ("model", "model"),
+                    ("working state", "training"),
+                    ("activations", "activation"),
+                    ("while preparing", "prepare"),
+                )
+                if costs[f"{part}_bytes"]
             ],
         ),
     ]

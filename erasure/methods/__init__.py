@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 GROUP = "erasure.methods"  # entry points of other packages
 
 
-def names() -> list[str]:
-    """Return the names of all methods: the files of this folder, and the entry points of other packages."""
+def names(kind: type[Method] | None = None) -> list[str]:
+    """Return the names of all methods: the files of this folder, and the entry points of other packages.
+
+    Args:
+        kind: a class of `erasure.method`, such as GradientMethod: only methods of this kind. None: all.
+    """
     own = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
-    return sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+    listed = sorted({*own, *(point.name for point in entry_points(group=GROUP))})
+    return listed if kind is None else [name for name in listed if issubclass(find(name), kind)]
 
 
 def find(name: str) -> type[Method]:

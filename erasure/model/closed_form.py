@@ -117,8 +117,8 @@ class Edit:
         if weight.shape[1:] != self.columns.shape[1:]:
             raise ErasureError(
                 f"a layer with {'x'.join(map(str, weight.shape))} weights does not read text states of "
-                f"{self.columns.shape[1]} numbers: only layers that do can be solved for, such as those of "
-                "variant=x-strict"
+                f"{self.columns.shape[1]} numbers: only layers that do can be solved for, keys and values of "
+                "cross-attention"
             )
         base = weight.detach().double().cpu()
         if answers is None:

@@ -12,20 +12,23 @@ from erasure.concepts.concept import Concept
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.forecast import plan
+from erasure.method import GradientMethod
 from erasure.methods import configure, names
 from erasure.model.base import Base
 from erasure.patch import Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.training.run import Run
-from tests.conformance.quick import QUICK
-from tests.conformance.sketches import METHODS, SKETCHES
+from tests.conformance.quick import QUICK, small
+from tests.conformance.sketches import METHODS, those
 from tests.tiny import tiny_pipeline
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
 REFUSED = {("advunlearn", "sdxl"): "trains the one text encoder of Stable Diffusion 1 and 2, and unknown reads two"}
 RUNS = [(method, kind) for method in METHODS for kind in PIPELINES if (method, kind) not in REFUSED]
-SHORT: dict = {method: {**settings, "iterations": 2} for method, settings in QUICK.items()}
-SHORT |= {method: {} for method in SKETCHES}
+SHORT: dict = {
+    method: {**small(method), "iterations": 2} if method in those(GradientMethod) else small(method)
+    for method in METHODS
+}
 SHORT["unguide"] |= {"ratio": 1.0, "decide_after": 1, "decide_steps": 3}
 
 

@@ -15,7 +15,7 @@ from erasure.method import ClosedFormMethod
 from erasure.methods import configured
 from erasure.model.base import Base
 from tests.conformance.quick import same, small, weights
-from tests.conformance.sketches import those
+from tests.conformance.sketches import METHODS, those
 from tests.tiny import tiny_pipeline, tiny_unet
 
 
@@ -45,7 +45,7 @@ def test_the_change_is_the_minimum_of_the_objective_on_the_real_layers(method):
     built = configured(method, [concept], small(method))
     columns = built.columns(base, [concept])
     payload = erase(base, "cat", method, progress=False, **small(method)).payload
-    modules = base.targets(built.variant)
+    modules = built.modules(base)
     assert payload.names("unet") == sorted(f"{path}.weight" for path in modules)
     assert payload.kind == "low-rank" and payload.ranks == [len(columns.edit)]
     edit, guide, keep = (states.double() for states in (columns.edit, columns.guide, columns.keep))
@@ -86,9 +86,10 @@ def test_a_unet_without_weights_is_forecast_and_a_text_encoder_without_weights_i
         plan(Base("bare", SimpleNamespace(unet=pipe.unet)), "cat", method, **small(method))
 
 
-def test_layers_that_read_no_text_are_refused_and_nothing_is_changed(method):
+def test_layers_that_read_no_text_are_refused_and_nothing_is_changed(method, monkeypatch):
     pipe = tiny_pipeline()
     before = weights(pipe)
-    with pytest.raises(ErasureError, match="does not read text states of 32 numbers.*x-strict"):
-        erase(pipe, "cat", method, progress=False, **{**small(method), "variant": "selfattn"})
+    monkeypatch.setattr(METHODS[method], "modules", lambda self, base: base.targets("selfattn"))
+    with pytest.raises(ErasureError, match="does not read text states of 32 numbers.*cross-attention"):
+        erase(pipe, "cat", method, progress=False, **small(method))
     assert same(before, weights(pipe))

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from erasure.erasing import erase
-from erasure.methods import names
 from erasure.patch import Patch
 from tests.conformance.quick import changes, same
 from tests.tiny import tiny_pipeline
-from tests.training.steps import ODD
+from tests.training.steps import ODD, TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +43,7 @@ def near(one: Patch, other: Patch) -> bool:
     return first.keys() == second.keys() and far < 1e-4 * sum(float(value.square().sum()) for value in first.values())
 
 
-@pytest.mark.parametrize("method", names())
+@pytest.mark.parametrize("method", TRAINED)
 def test_two_processes_learn_what_one_learns(method, folder, found):
     alone = erase(tiny_pipeline(), "cat", method, progress=False, **ODD[method])
     together = Patch.load(folder / f"{method}.safetensors")
