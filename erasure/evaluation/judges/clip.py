@@ -27,7 +27,7 @@ from erasure.evaluation.judges.networks import batches, check_complete, loading_
 
 SCALE = 100.0
 OPEN_CLIP = "open_clip:"
-# Texts for picture quality: what a well-formed picture is near, and what broken ones are.
+# Texts for image quality: well-formed images are close to the first group, broken ones to the second.
 WELL_FORMED = (
     "a photo of something",
     "a clear picture of an object",
@@ -137,7 +137,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def quality(self, images: list[Image.Image]) -> list[float]:
-        """Return, for each image, the probability of WELL_FORMED against BROKEN, by the softmax of 100 cos."""
+        """Return, for each image, the probability of WELL_FORMED against BROKEN, from the softmax of 100 cos."""
         texts = torch.cat([self._model.texts([text]) for text in (*WELL_FORMED, *BROKEN)]).cpu()
         probabilities = (SCALE * self._embed_images(images) @ texts.T).softmax(1)
         return probabilities[:, : len(WELL_FORMED)].sum(1).clamp(0, 1).tolist()

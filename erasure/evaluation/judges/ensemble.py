@@ -141,7 +141,7 @@ class EnsembleJudge:
         return [None] * len(images)
 
     def quality(self, images: list[Image.Image]) -> Sequence[float | None]:
-        """Return the picture quality by the first judge that has it, or None for each image."""
+        """Return the image quality by the first judge that measures it, or None for each image."""
         for judge in self.members.values():
             values = qualities(judge, images)
             if all(value is not None for value in values):

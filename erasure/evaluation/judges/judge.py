@@ -50,7 +50,7 @@ class Judge(Protocol):
         """Return features [n, d] for distances between image sets, or None for each image if there are none."""
 
     def quality(self, images: list[Image.Image]) -> Sequence[float | None]:
-        """Return the probability that each image is a well-formed picture of something, or None if it is not known."""
+        """Return the probability that each image is well formed, whatever it shows, or None without CLIP."""
 
     def versions(self) -> dict[str, str]:
         """Return versions, hashes, labels and thresholds of the judge, for the report."""
@@ -73,7 +73,13 @@ class LabelsOnly:
 
 
 def qualities(judge: Judge, images: list[Image.Image]) -> Sequence[float | None]:
-    """Return a judge's picture quality for each image; None from judges of other packages that do not have it.
+    """Return the image quality by a judge, or None for each image if the judge has no method `quality`.
+
+    Judges of other packages may have been written before that method existed.
+
+    Args:
+        judge: the judge.
+        images: the images to judge.
 
     Raises:
         ErasureError: the judge did not return one value in [0, 1], or None, for each image.
@@ -81,7 +87,7 @@ def qualities(judge: Judge, images: list[Image.Image]) -> Sequence[float | None]
     method = getattr(judge, "quality", None)
     values: Sequence[float | None] = [None] * len(images) if method is None else method(images)
     if len(values) != len(images) or any(value is not None and not 0 <= value <= 1 for value in values):
-        raise ErasureError(f"{judge.name} returned picture qualities that are not one number in [0, 1] for each image")
+        raise ErasureError(f"{judge.name} returned image qualities that are not one number in [0, 1] for each image")
     return values
 
 

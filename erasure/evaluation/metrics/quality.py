@@ -1,8 +1,8 @@
-"""Picture quality: are the pictures of target prompts still good ones, and what do they show instead of the target?
+"""Image quality: whether images of target prompts are still well formed, and what they show instead of the target.
 
-Without this, a model that draws noise for the target's prompts would count as a perfect erasure: nothing is seen in
-noise. `quality` is the share of pictures that the judge takes for a well-formed picture of something, whatever it is;
-`CRA_target` (accuracy.py) says whether they follow the rest of the prompt.
+Without this, a model that draws noise for target prompts would count as a perfect erasure, because noise does not show
+the target. `quality` is the share of images that the judge considers a well-formed image of anything; `CRA_target`
+(accuracy.py) measures whether they follow the rest of the prompt.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from collections.abc import Iterator
 from erasure.evaluation.metrics.metric import Metric, share_metric
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 
-GOOD = 0.5  # probability from which a picture counts as well formed
+GOOD = 0.5  # probability above which an image counts as well formed
 NOT_JUDGED = "not judged"
 
 
 def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metric | None]:
-    """Yield `quality` of the target's pictures and `quality_kept` of the others, where the judge measures it.
+    """Yield `quality` of the target images and `quality_kept` of the kept images, if the judge measures quality.
 
-    A picture that could not be judged counts as broken.
+    An image that could not be judged counts as broken.
+
+    Args:
+        images: the images of one run.
+        target: what should be erased.
     """
     erased = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
     kept = [image for image in images if target.is_kept(image)]
@@ -27,19 +31,19 @@ def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metri
         return
     for name, part, whose in (("quality", erased, "target"), ("quality_kept", kept, "kept")):
         marks = [image.quality is not None and image.quality > GOOD for image in part]
-        yield share_metric(name, marks, True, f"{whose} images that are well-formed pictures of something")
+        yield share_metric(name, marks, True, f"{whose} images that are well formed, whatever they show")
 
 
 def drawn_instead(runs: dict[str, list[JudgedImage]], target: Target) -> dict[str, dict[str, int]]:
-    """Count what the judge sees in the pictures of target prompts.
+    """Count the judge's labels for the images of target prompts.
 
     Args:
         runs: "base" and "patched" -> judged images of the same prompts.
         target: what should be erased.
 
     Returns:
-        "base" and "patched" -> label -> pictures; the commonest label of the patched run comes first. The label `none`
-        means that the judge sees none of its labels, `not judged` that it could not judge.
+        "base" and "patched" -> label -> number of images; the most frequent label of the patched run comes first. The
+        label `none` means that the judge found none of its other labels, `not judged` that it failed on the image.
     """
     counts: dict[str, dict[str, int]] = {}
     for name, images in runs.items():

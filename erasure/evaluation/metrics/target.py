@@ -27,7 +27,7 @@ class JudgedImage:
         clip: CLIP score of the image and its prompt (100 cos), or None.
         features: feature vector [d] for distances between image sets, or None.
         name_scores: for an image of the target, the CLIP scores of the concept's name and of its anchor.
-        quality: probability that the image is a well-formed picture of something, or None if the judge has none.
+        quality: probability that the image is well formed, whatever it shows, or None if the judge does not measure it.
         noun_scores: for an image of the target, the CLIP scores of the other nouns its row lists, in order; empty if
             there are none, or if the image could not be judged.
     """

@@ -80,7 +80,7 @@ def page(report: Report, images: list[ImagePair]) -> str:
         + gallery(targets, kinds, report.seen)
         if targets
         else "",
-        drawn(report),
+        drawn_labels(report),
         "<h2>Kept prompts: base and patched, same seed</h2>" + gallery(kept, kinds, report.seen) if kept else "",
         gate_log(report.gates),
         costs(report),
@@ -338,26 +338,20 @@ def picture(image: Image.Image | None, text: str) -> str:
     return f'<img alt="{escape(text)}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def drawn(report: Report) -> str:
-    """Write a bar for each label that the judge sees in the target's pictures, the base's share above."""
+def drawn_labels(report: Report) -> str:
+    """Return two bars for each label of target images, with the base's share above that of the patched pipeline."""
     base, patched = report.drawn.get("base", {}), report.drawn.get("patched", {})
-    n, before = sum(patched.values()), sum(base.values())
-    if not n or not before:
+    base_n, n = sum(base.values()), sum(patched.values())
+    if not n or not base_n:
         return ""
-    rows = []
-    for label in dict.fromkeys([*patched, *base]):
-        was, now = base.get(label, 0), patched.get(label, 0)
-        kind = "row target" if label in report.concept else "row"
-        rows.append(
-            f'<div class="{kind}"><span>{escape(label)}</span><span class="track">'
-            f'<i class="was" style="width:{100 * was / before:.0f}%"></i>'
-            f'<i class="now" style="width:{100 * now / n:.0f}%"></i></span>'
-            f'<span class="soft">{was}/{before} → {now}/{n}</span></div>'
-        )
+    rows = [
+        _bar_row(label, label in report.concept, (base.get(label, 0), base_n), (patched.get(label, 0), n))
+        for label in dict.fromkeys([*patched, *base])
+    ]
     return (
-        "<h2>What the target's prompts show instead</h2>"
-        '<p class="soft">What the judge sees in them, with the base above and the patched model below. "none" is none '
-        f'of the judge\'s labels.</p><div class="bars">{"".join(rows)}</div>'
+        "<h2>What target prompts show instead</h2>"
+        '<p class="soft">The judge\'s labels for target images. Upper bar: the base; lower bar: the patched model. '
+        f'"none": none of the judge\'s other labels.</p><div class="bars">{"".join(rows)}</div>'
     )
 
 
@@ -368,14 +362,24 @@ def bars(report: Report, head: str) -> str:
         report: the report.
         head: head of the judge.
     """
-    rows = []
-    for label, (correct, n) in report.accuracies["patched"][head].items():
-        base_correct, base_n = report.accuracies["base"][head].get(label, (0, 1))
-        kind = "row target" if head == report.domain and label in report.concept else "row"
-        rows.append(
-            f'<div class="{kind}"><span>{escape(label)}</span><span class="track">'
-            f'<i class="was" style="width:{100 * base_correct / base_n:.0f}%"></i>'
-            f'<i class="now" style="width:{100 * correct / n:.0f}%"></i></span>'
-            f'<span class="soft">{base_correct}/{base_n} → {correct}/{n}</span></div>'
+    rows = [
+        _bar_row(
+            label,
+            head == report.domain and label in report.concept,
+            report.accuracies["base"][head].get(label, (0, 1)),
+            after,
         )
+        for label, after in report.accuracies["patched"][head].items()
+    ]
     return f'<div class="bars">{"".join(rows)}</div>'
+
+
+def _bar_row(label: str, is_target: bool, before: tuple[int, int], after: tuple[int, int]) -> str:
+    """Return the two bars of one label, for counts out of all images before and after erasing."""
+    (base_count, base_n), (count, n) = before, after
+    return (
+        f'<div class="{"row target" if is_target else "row"}"><span>{escape(label)}</span><span class="track">'
+        f'<i class="was" style="width:{100 * base_count / base_n:.0f}%"></i>'
+        f'<i class="now" style="width:{100 * count / n:.0f}%"></i></span>'
+        f'<span class="soft">{base_count}/{base_n} → {count}/{n}</span></div>'
+    )

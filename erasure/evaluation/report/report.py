@@ -34,7 +34,7 @@ class Report:
         seen: "base" and "patched" -> id of an image on the page -> the judge's label.
         counts: images that show each part, if the judge is a detector.
         gates: how strongly gated patches acted.
-        drawn: "base" and "patched" -> label -> target pictures in which the judge sees it (`drawn_instead`).
+        drawn: "base" and "patched" -> label -> target images with that label (`drawn_instead`).
     """
 
     concept: tuple[str, ...]
@@ -76,7 +76,7 @@ class Report:
         text += "" if base_erased is None else f" (base {base_erased.value:.0%})"
         good, base_good = self.metric("quality"), self.metric("quality", "base")
         if good is not None and base_good is not None:
-            text += f"; {good.value:.0%} of these are well-formed pictures (base {base_good.value:.0%})"
+            text += f"; {good.value:.0%} of these are well formed (base {base_good.value:.0%})"
         if kept is not None and base_kept is not None:
             text += f"; other {self.domain}s recognised in {kept.value:.0%} of {kept.n} images"
             text += f" (base {base_kept.value:.0%})"

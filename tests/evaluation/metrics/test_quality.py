@@ -58,7 +58,7 @@ def test_judges_without_it_measure_none():
 def test_a_judges_bad_answer_is_refused(values):
     judge = BrightnessJudge()
     judge.quality = lambda images: values
-    with pytest.raises(ErasureError, match="picture qualities"):
+    with pytest.raises(ErasureError, match="image qualities"):
         qualities(judge, [Image.new("RGB", (8, 8))] * 2)
 
 
