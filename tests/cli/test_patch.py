@@ -98,7 +98,7 @@ def test_figures(capsys, here, tmp_path):
         (["resize", ONE, "-o", "x.safetensors"], "either rank or energy"),
         (["scale", ONE, "2", "--dtype", "fp8", "-o", "x.safetensors"], "unknown dtype"),
         (["conflicts", ONE], "at least two"),
-        (["diff", "@base", "@base", "--concept", "x", "-o", "x.safetensors"], "in no weight"),
+        (["diff", "@base", "@base", "--concept", "x", "-o", "x.safetensors"], "have the same weights in unet"),
         (["diff", "@base", "@nowhere", "--concept", "x", "-o", "x.safetensors"], "unknown model"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Operations on patches: arithmetic, resizing, comparing, conflicts, provenance."""
+"""Operations on patches: arithmetic, smaller ranks, differences of checkpoints, conflicts, and provenance."""

@@ -1,11 +1,12 @@
-"""Find patches that interfere with each other, by comparing their changes to the same weights, without any pictures.
+"""Conflicts between patches, found by comparing their changes of the same weights without drawing images.
 
-For two patches and one component, over the parameters that both touch, with changes A and B:
+For two patches and one component, let A and B be their changes of the parameters that both change:
 
     cosine = <A, B> / (|A| |B|)        share of A = |A|^2 over these / |A|^2 over the whole component
 
-Near 0 the patches act independently. Well above, they pull the same way, and stacked they do twice what each does;
-well below, each undoes a part of the other.
+With a cosine near 0 the patches act independently. With a clearly positive cosine they change the weights in the same
+direction, and loaded together they act more strongly than each by itself. With a clearly negative cosine each undoes a
+part of the other.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from erasure.errors import ErasureError
 from erasure.patch.patch import Patch
 from erasure.patch.payload import Delta, LowRank
 
-# Among 18 patches of the bench on glyph, those of different concepts lie within 0.16 of zero, those of one concept
-# by different methods reach 0.28.
+# Among 18 patches of the benchmark on glyph, cosines between different concepts are at most 0.16 in size, and those
+# between methods for the same concept reach 0.28.
 NOTABLE = 0.2
 LOG = logging.getLogger("erasure")
 _SQUARES: weakref.WeakKeyDictionary[LowRank | Delta, dict[str, dict[str, float]]] = weakref.WeakKeyDictionary()
@@ -37,11 +38,13 @@ class Overlap:
     """The overlap of two patches in one component.
 
     Args:
-        a, b: the names of the patches.
+        a: the name of the first patch.
+        b: the name of the second patch.
         component: the component that both change.
-        layers: number of parameters that both change.
-        cosine: cosine of their changes to these, -1 to 1; 0 where one of the changes is zero.
-        share_a, share_b: share of each patch's squared change in the component that lies in these parameters, 0 to 1.
+        layers: the number of parameters that both change.
+        cosine: the cosine of their changes of these parameters, -1 to 1; 0 if one of the changes is zero.
+        share_a: the share of the first patch's squared change in the component that is in these parameters, 0 to 1.
+        share_b: the same share for the second patch.
         layer: the parameter that contributes most to the cosine.
     """
 
@@ -56,33 +59,36 @@ class Overlap:
 
     @property
     def notable(self) -> bool:
-        """Tell whether the cosine is clearly different from zero."""
+        """Tell whether the cosine differs from zero by at least NOTABLE."""
         return abs(self.cosine) >= NOTABLE
 
     def to_json(self) -> dict[str, Any]:
-        """Return the overlap as plain data."""
+        """Return the fields and `notable` as plain data."""
         return {**dataclasses.asdict(self), "notable": self.notable}
 
     def text(self) -> str:
         """Describe the overlap in one sentence."""
-        pull = "both pull the same way" if self.cosine > 0 else "each undoes a part of the other"
-        verdict = f"; {pull}, most in {self.layer}" if self.notable else ""
+        effect = "they add up" if self.cosine > 0 else "each undoes a part of the other"
+        verdict = f"; {effect}, most in {self.layer}" if self.notable else ""
         return (
-            f"{self.a} and {self.b} touch {self.layers} of the same weights in the {self.component} "
-            f"({self.share_a:.0%} and {self.share_b:.0%} of their change), cosine {self.cosine:+.2f}{verdict}"
+            f"{self.a} and {self.b} both change {self.layers} parameters of the {self.component} "
+            f"({self.share_a:.0%} and {self.share_b:.0%} of their changes), cosine {self.cosine:+.2f}{verdict}"
         )
 
 
 def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
-    """List every pair of patches that change the same weights, by component, with the strongest cosine first.
+    """Compare every pair of patches that change the same weights.
 
     Gates and strengths are ignored: the changes are compared at full strength.
 
     Args:
-        patches: patches by name, or a list of them, which are then named after their concepts.
+        patches: patches by name, or a list of patches, which are then named after their concepts.
+
+    Returns:
+        One overlap for each pair and each component that both change, with the largest cosine in size first.
 
     Raises:
-        ErasureError: fewer than two patches, or shapes that differ: patches of different architectures.
+        ErasureError: there are fewer than two patches, or they are for different architectures.
     """
     named = dict(patches) if isinstance(patches, Mapping) else _named(patches)
     if len(named) < 2:
@@ -96,19 +102,27 @@ def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
 
 
 def warn_of_overlap(name: str, patch: Patch, loaded: Mapping[str, Patch]) -> list[Overlap]:
-    """Log a warning (logger `erasure`) for each loaded patch that the new one clearly overlaps with; return those.
+    """Log a warning for each loaded patch with which a new patch has a notable overlap.
 
-    It is logged and not raised, because stacking patches that overlap is allowed and may be intended.
+    Loading patches that overlap is allowed and may be intended, so no error is raised. The logger is `erasure`.
+
+    Args:
+        name: the name of the new patch.
+        patch: the new patch.
+        loaded: the patches that are already loaded, by name.
+
+    Returns:
+        The notable overlaps.
     """
     overlaps = [
         row
-        for other, one in loaded.items()
-        if set(one.components) & set(patch.components)
-        for row in conflicts({other: one, name: patch})
+        for other, earlier in loaded.items()
+        if set(earlier.components) & set(patch.components)
+        for row in conflicts({other: earlier, name: patch})
         if row.notable
     ]
     for row in overlaps:
-        LOG.warning("%s. `erasure patch conflicts` and `erasure patch merge` help to choose strengths", row.text())
+        LOG.warning("%s. To choose strengths, see `erasure patch conflicts` and `erasure patch merge`", row.text())
     return overlaps
 
 
@@ -116,13 +130,13 @@ def _named(patches: Iterable[Patch]) -> dict[str, Patch]:
     named: dict[str, Patch] = {}
     for patch in patches:
         stem = "+".join(patch.names)
-        tries = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        named[next(each for each in tries if each not in named)] = patch
+        candidates = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        named[next(name for name in candidates if name not in named)] = patch
     return named
 
 
 def _squares(payload: LowRank | Delta, component: str) -> dict[str, float]:
-    """Squared norm of the change of each parameter; payloads never change, so it is computed once."""
+    """Return the squared norm of the change of each parameter, computed once because payloads are immutable."""
     known = _SQUARES.setdefault(payload, {})
     if component not in known:
         known[component] = {name: _inner(payload, payload, component, name) for name in payload.names(component)}
@@ -154,10 +168,10 @@ def _overlap(component: str, one: tuple[str, Patch], other: tuple[str, Patch]) -
 
 
 def _inner(one: LowRank | Delta, other: LowRank | Delta, component: str, name: str) -> float:
-    """Sum of the products of two changes, in float64; of low-rank terms without making them dense."""
+    """Return the inner product of two changes in float64; low-rank changes are not made dense."""
     if one.shape(component, name) != other.shape(component, name):
         shapes = f"{list(one.shape(component, name))} and {list(other.shape(component, name))}"
-        raise ErasureError(f"{component}.{name} is {shapes}: patches of different architectures")
+        raise ErasureError(f"{component}.{name} has the shapes {shapes}: the patches are for different architectures")
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         path = name.removesuffix(".weight")
         (down, up, alpha), (below, above, beta) = one.layers[component][path], other.layers[component][path]

@@ -1,4 +1,4 @@
-"""Compare two checkpoints, reading one weight at a time, and return the patch that turns one into the other."""
+"""Differences of checkpoints: the patch that turns one checkpoint into another, computed one weight at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from erasure.patch.patch import Patch
 from erasure.patch.payload import Delta
 
 Read = Callable[[], Tensor]
-STEMS = ("diffusion_pytorch_model", "model")  # of the files of diffusers and of transformers
+STEMS = ("diffusion_pytorch_model", "model")  # names of weight files in diffusers and in transformers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a checkpoint; those of a diffusers folder are read only when they are needed.
+    """The weights of a checkpoint; those in a diffusers folder are read only when they are needed.
 
     Args:
-        name: the name that the user gave.
-        parts: component -> parameter name -> a function that reads the parameter.
+        name: the checkpoint, as the user named it.
+        parts: for each component, a function for each parameter name that reads the parameter.
     """
 
     name: str
@@ -41,15 +41,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: Any) -> Checkpoint:
-        """Open the weights of a checkpoint (name, folder, file or pipeline) in their present state, with its patches.
+        """Open the weights of a checkpoint.
+
+        Args:
+            model: a name, folder, file or pipeline. The weights of a pipeline are taken as they are, including any
+                patches that are folded into them.
 
         Raises:
-            ErasureError: there is no such model, or its folder holds no safetensors files.
+            ErasureError: there is no such model, or a component's folder has no safetensors files.
         """
         if isinstance(model, str | os.PathLike):
-            name, where = os.fspath(model), Path(resolve(model))
-            if where.is_dir():
-                parts = {part: dict(_folder(where / part)) for part in COMPONENTS if (where / part).is_dir()}
+            name, folder = os.fspath(model), Path(resolve(model))
+            if folder.is_dir():
+                parts = {part: dict(_folder(folder / part)) for part in COMPONENTS if (folder / part).is_dir()}
                 return cls(name, parts)
             model = Base.load(name, device="cpu")
         base = Base.of(model) if not hasattr(model, "unet") else model
@@ -60,22 +64,30 @@ class Checkpoint:
 
     @staticmethod
     def is_near(name: str) -> bool:
-        """Tell whether a checkpoint can be opened by its name without loading it and without a network."""
+        """Tell whether `name` is a bundled checkpoint or a local folder, which open without loading or a network."""
         return name in presets.bundled() or (bool(name) and (Path(name).expanduser() / "model_index.json").is_file())
 
     def fingerprint(self, component: str, names: Iterable[str]) -> str:
-        """Return the `erasure.patch.fingerprint` of some of these weights.
+        """Return the fingerprint of some parameters, as `erasure.patch.fingerprint` computes it.
+
+        Args:
+            component: the component.
+            names: the names of the parameters.
 
         Raises:
-            ErasureError: the checkpoint has no parameter of that name.
+            ErasureError: the checkpoint has no such component or parameter.
         """
         return fingerprint_tensors({name: self.read(component, name) for name in names})
 
     def read(self, component: str, name: str) -> Tensor:
-        """Read one parameter, in its own data type.
+        """Read one parameter in the dtype in which it is stored.
+
+        Args:
+            component: the component.
+            name: the name of the parameter.
 
         Raises:
-            ErasureError: the checkpoint has no such parameter.
+            ErasureError: the checkpoint has no such component or parameter.
         """
         part = self.parts.get(component)
         if part is None or name not in part:
@@ -90,16 +102,16 @@ def _folder(folder: Path) -> Iterator[tuple[str, Read]]:
         try:
             handle: Any = safe_open(file, framework="pt").__enter__()
         except (OSError, SafetensorError) as error:
-            raise ErasureError(f"{file}: cannot be read ({error})") from error
+            raise ErasureError(f"{file} cannot be read as safetensors ({error})") from error
         for key in handle.keys():
             yield key.removeprefix(NESTED), partial(handle.get_tensor, key)
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the safetensors files that make up one component: a single file, shards, or the only variant.
+    """List the safetensors files that make up one component: a single file, its shards, or the only variant.
 
     Raises:
-        ErasureError: there are no such files, or several variants and none without a name.
+        ErasureError: there are no such files, or several variants (such as fp16) without a default one.
     """
     for stem in STEMS:
         if (whole := folder / f"{stem}.safetensors").is_file():
@@ -110,9 +122,9 @@ def _files(folder: Path) -> list[Path]:
     if len(files) != 1:
         names = ", ".join(file.name for file in files)
         raise ErasureError(
-            f"{folder}: several variants and none without a name: {names}"
+            f"{folder} has several variants and no default one: {names}"
             if files
-            else f"{folder} holds no safetensors; pickles are not opened. Save it again with safe_serialization=True"
+            else f"{folder} has no safetensors files, and pickles are not opened. Save it again as safetensors"
         )
     return files
 
@@ -121,9 +133,9 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ErasureError(f"{index}: no index of shards ({error})") from error
+        raise ErasureError(f"{index} is not an index of shards ({error})") from error
     if wrong := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise ErasureError(f"{index}: names a file elsewhere, {wrong[0]!r}")
+        raise ErasureError(f"{index} names {wrong[0]!r}, which is not a file in the same folder")
     return [index.parent / name for name in names]
 
 
@@ -139,70 +151,77 @@ def _cpu(parameter: nn.Parameter) -> Tensor:
 def diff(
     base: Any, other: Any, concepts: Sequence[Any], *, components: Sequence[str] | None = None, method: str = "diff"
 ) -> Patch:
-    """Return the patch that turns one checkpoint into another: the differences of the tensors that changed.
+    """Return the patch that turns one checkpoint into another.
 
-    For two diffusers folders, two tensors and the changes so far are in memory at a time. Checkpoints of different
-    precision are compared in the lower one, so that a cast alone is not a change.
+    It holds the differences of the tensors that changed. Tensors of different precision are compared in the lower
+    precision, so that a cast alone is not a change. For two diffusers folders, only the changes and one pair of
+    tensors are in memory at a time.
 
     Args:
-        base: the checkpoint to start from: a name, folder or pipeline.
-        other: the checkpoint to arrive at; patches that are folded into a pipeline count.
-        concepts: the concepts that `other` has forgotten, for the header: names or JSON objects.
-        components: the components to compare; None means all that both can have.
-        method: the method that made `other`, if it is known.
+        base: the original checkpoint: a name, folder, file or pipeline.
+        other: the changed checkpoint; patches that are folded into the weights of a pipeline are included.
+        concepts: the concepts that `other` has forgotten, as names or JSON objects, for the header.
+        components: the components to compare; None compares unet, text_encoder and text_encoder_2 if there are any.
+        method: the method that made `other`, for the header.
 
     Raises:
-        ErasureError: a checkpoint that cannot be read, a component or tensor that one of them lacks, different
-            shapes, values that are not finite, or no difference at all.
+        ErasureError: a checkpoint cannot be read, one of them lacks a component or tensor, shapes differ, a value is
+            not finite, or there is no difference at all.
     """
     for component in components or ():
         if component not in COMPONENTS:
             raise unknown("component", component, COMPONENTS)
     if isinstance(concepts, str):
         concepts = [concepts]
-    here, there = Checkpoint.open(Base.of(base) if hasattr(base, "unet") else base), Checkpoint.open(other)
-    chosen = list(components or (part for part in COMPONENTS if part in here.parts or part in there.parts))
+    old, new = Checkpoint.open(Base.of(base) if hasattr(base, "unet") else base), Checkpoint.open(other)
+    chosen = list(components or (part for part in COMPONENTS if part in old.parts or part in new.parts))
     changes: dict[str, dict[str, Tensor]] = {}
     for component in chosen:
-        for name in _shared(here, there, component):
-            change = _changed(here, there, component, name)
+        for name in _shared(old, new, component):
+            change = _changed(old, new, component, name)
             if change is not None:
                 changes.setdefault(component, {})[name] = change
     if not changes:
-        raise ErasureError(f"{there.name} differs from {here.name} in no weight of {', '.join(chosen)}")
-    named = [{"name": one} if isinstance(one, str) else one for one in concepts]
+        raise ErasureError(
+            f"{new.name} and {old.name} have the same weights in {', '.join(chosen)}, so there is no patch"
+        )
+    named = [{"name": concept} if isinstance(concept, str) else concept for concept in concepts]
     return Patch(
         payload=Delta(changes),
         method=method,
         concepts=tuple(named),
-        base=here.name,
-        base_fingerprint={part: here.fingerprint(part, changes[part]) for part in changes},
-        config={"operation": "diff", "other": there.name, "compared": chosen},
+        base=old.name,
+        base_fingerprint={part: old.fingerprint(part, changes[part]) for part in changes},
+        config={"operation": "diff", "other": new.name, "compared": chosen},
         versions={name: version(name) for name in ("torch", "safetensors")},
     )
 
 
-def _shared(here: Checkpoint, there: Checkpoint, component: str) -> list[str]:
-    for one, other in ((here, there), (there, here)):
-        if component not in one.parts:
+def _shared(old: Checkpoint, new: Checkpoint, component: str) -> list[str]:
+    """Return the names of the parameters of a component, which must be the same in both checkpoints."""
+    for checkpoint, other in ((old, new), (new, old)):
+        if component not in checkpoint.parts:
             raise ErasureError(
-                f"{one.name} has no {component}, {other.name} has: name what to compare, such as "
-                "components=['unet'] (--component unet)"
+                f"{checkpoint.name} has no {component}, but {other.name} has one. Choose the components to compare, "
+                "such as components=['unet'] (--component unet)"
             )
-    apart = sorted(here.parts[component].keys() ^ there.parts[component].keys())
-    # Old text encoders carry a table of positions, 0, 1, 2 ..: a constant, not a weight.
-    apart = [name for name in apart if not name.endswith("position_ids")]
-    if apart:
-        owner = here if apart[0] in here.parts[component] else there
-        raise ErasureError(f"only {owner.name} has {component}.{apart[0]}: checkpoints of different architectures")
-    return sorted(here.parts[component].keys() & there.parts[component].keys())
+    unmatched = sorted(old.parts[component].keys() ^ new.parts[component].keys())
+    # Older text encoders store their position ids 0, 1, 2 .., which are a constant and not a weight.
+    unmatched = [name for name in unmatched if not name.endswith("position_ids")]
+    if unmatched:
+        owner = old if unmatched[0] in old.parts[component] else new
+        raise ErasureError(
+            f"only {owner.name} has {component}.{unmatched[0]}: the checkpoints have different architectures"
+        )
+    return sorted(old.parts[component].keys() & new.parts[component].keys())
 
 
-def _changed(here: Checkpoint, there: Checkpoint, component: str, name: str) -> Tensor | None:
-    before, after = here.read(component, name), there.read(component, name)
+def _changed(old: Checkpoint, new: Checkpoint, component: str, name: str) -> Tensor | None:
+    """Return the fp32 difference of a parameter, or None if it did not change."""
+    before, after = old.read(component, name), new.read(component, name)
     if before.shape != after.shape:
         raise ErasureError(
-            f"{component}.{name} is {list(before.shape)} in {here.name} and {list(after.shape)} in {there.name}"
+            f"{component}.{name} has the shape {list(before.shape)} in {old.name} and {list(after.shape)} in {new.name}"
         )
     if not before.is_floating_point():
         return None

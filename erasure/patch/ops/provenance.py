@@ -1,4 +1,4 @@
-"""The provenance of a derived patch: its parents, and the base that they share."""
+"""The provenance of a patch that was derived from others: its parents, and the base that they share."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from erasure.patch.ops.diff import Checkpoint
 from erasure.patch.patch import Patch
 from erasure.patch.payload import Delta, LowRank
 
-Part = tuple[Patch, float]
+Part = tuple[Patch, float]  # a patch and its weight
 
 
 def history(operation: str, parts: Sequence[Part], **details: Any) -> dict[str, Any]:
-    """Return the config of a derived patch: the operation, and its parents with their own settings."""
+    """Return the config of a derived patch, which records how it was made.
+
+    Args:
+        operation: the name of the operation, such as `merge`.
+        parts: the parents with their weights.
+        details: further entries, such as the rank.
+
+    Returns:
+        "operation", the details, and "parents" with the method, concepts, payload digest, weight, seed and config of
+        each.
+    """
     parents = [
         {
             "method": patch.method,
@@ -31,70 +41,78 @@ def history(operation: str, parts: Sequence[Part], **details: Any) -> dict[str, 
 
 
 def say(patch: Patch) -> str:
-    """Name a patch for a message: its concepts and its method."""
+    """Return a patch's concepts and method as its name in messages."""
     return f"{'+'.join(patch.names)!r} ({patch.method})"
 
 
 def fingerprints(patches: Sequence[Patch], payload: LowRank | Delta, base: Any, force: bool) -> dict[str, str]:
-    """Return, by component, the fingerprint of the base tensors that `payload`, made from `patches`, changes.
+    """Return the fingerprints of the base parameters that a derived payload changes, by component.
 
-    Where the payload changes exactly the parameters that each patch changes, it is theirs; otherwise it is computed
-    from the base.
+    If each patch changes the same parameters as the payload, the patches' own fingerprint is returned. Otherwise it is
+    computed from the base checkpoint.
+
+    Args:
+        patches: the patches that the payload was made from.
+        payload: the derived payload.
+        base: the base checkpoint, or None for the one that the patches name.
+        force: accept patches with different or missing fingerprints.
 
     Raises:
-        ErasureError: the patches were made from different bases, or do not record their base.
+        ErasureError: the patches were made from different bases or do not record their base, or the base checkpoint is
+            needed and was not given.
     """
-    prints = {}
+    by_component = {}
     checkpoint: Checkpoint | None = None
     for component in payload.components:
-        having = [patch for patch in patches if component in patch.components]
-        _all_recorded(having, component, force)
-        wanted = payload.names(component)
-        if all(patch.payload.names(component) == wanted for patch in having):
-            found = having[0].base_fingerprint.get(component)
-            for patch in having[1:]:
-                if not same_base(found or "", patch.base_fingerprint.get(component, "")) and not force:
-                    raise _other_base(component, having[0], patch)
+        parents = [patch for patch in patches if component in patch.components]
+        _check_recorded(parents, component, force)
+        names = payload.names(component)
+        if all(patch.payload.names(component) == names for patch in parents):
+            fingerprint = parents[0].base_fingerprint.get(component)
+            for patch in parents[1:]:
+                if not same_base(fingerprint or "", patch.base_fingerprint.get(component, "")) and not force:
+                    raise _other_base(component, parents[0], patch)
         else:
-            checkpoint = checkpoint or _base(having, base, force)
-            found = _checked_against(checkpoint, having, component, wanted, force) if checkpoint else None
-        if found:
-            prints[component] = found
-    return prints
+            checkpoint = checkpoint or _base(parents, base, force)
+            fingerprint = _computed(checkpoint, parents, component, names, force) if checkpoint else None
+        if fingerprint:
+            by_component[component] = fingerprint
+    return by_component
 
 
-def _all_recorded(having: Sequence[Patch], component: str, force: bool) -> None:
-    for patch in having:
+def _check_recorded(parents: Sequence[Patch], component: str, force: bool) -> None:
+    for patch in parents:
         if component not in patch.base_fingerprint and not force:
             raise ErasureError(
-                f"{say(patch)} does not record which {component} it was made from; force=True (--force) trusts it"
+                f"{say(patch)} does not record which {component} it was made from; to combine it anyway, use "
+                "force=True (--force)"
             )
 
 
-def _base(having: Sequence[Patch], base: Any, force: bool) -> Checkpoint | None:
-    named = base or next((patch.base for patch in having if Checkpoint.is_near(patch.base)), None)
+def _base(parents: Sequence[Patch], base: Any, force: bool) -> Checkpoint | None:
+    named = base or next((patch.base for patch in parents if Checkpoint.is_near(patch.base)), None)
     if named is not None:
         return Checkpoint.open(named)
     if force:
         return None
     raise ErasureError(
-        "the result touches other layers than each of its parents, so its base can be recorded only from the "
-        "checkpoint itself: "
-        f"give base= (--model), such as {having[0].base or 'the one they were made from'!r}"
+        "the result changes other layers than each of its parents, so the fingerprint of its base must be computed "
+        f"from the checkpoint: give base= (--model), such as {parents[0].base or 'the one they were made from'!r}"
     )
 
 
-def _checked_against(
-    checkpoint: Checkpoint, having: Sequence[Patch], component: str, wanted: Sequence[str], force: bool
+def _computed(
+    checkpoint: Checkpoint, parents: Sequence[Patch], component: str, names: Sequence[str], force: bool
 ) -> str:
-    for patch in having:
-        here = checkpoint.fingerprint(component, patch.payload.names(component))
-        if not same_base(patch.base_fingerprint.get(component, ""), here) and not force:
+    """Return the fingerprint of parameters of a checkpoint, after comparing the parents' fingerprints with it."""
+    for patch in parents:
+        actual = checkpoint.fingerprint(component, patch.payload.names(component))
+        if not same_base(patch.base_fingerprint.get(component, ""), actual) and not force:
             raise ErasureError(
-                f"{say(patch)} was made from {patch.base or 'an unnamed base'}, whose {component} is not that of "
-                f"{checkpoint.name}; force=True (--force) merges all the same"
+                f"{say(patch)} was made from {patch.base or 'an unnamed base'}, whose {component} differs from that of "
+                f"{checkpoint.name}; to combine them anyway, use force=True (--force)"
             )
-    return checkpoint.fingerprint(component, wanted)
+    return checkpoint.fingerprint(component, names)
 
 
 def _other_base(component: str, one: Patch, other: Patch) -> ErasureError:
@@ -104,5 +122,6 @@ def _other_base(component: str, one: Patch, other: Patch) -> ErasureError:
         for patch in (one, other)
     )
     return ErasureError(
-        f"made from different bases: the {component} of {first}, of {second}; force=True (--force) merges all the same"
+        f"the patches were made from different bases, {first} and {second}: their {component} differs. To combine them "
+        "anyway, use force=True (--force)"
     )

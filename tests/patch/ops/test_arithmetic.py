@@ -139,13 +139,13 @@ def test_the_header_names_the_parents(pipe, tmp_path):
 
 def test_gates_that_differ_are_refused_with_a_way_out(pipe):
     gated, free = low_rank_patch(pipe, 1, gate=GATE), low_rank_patch(pipe, 2)
-    with pytest.raises(ErasureError, match="gates differ.*--drop-gate"):
+    with pytest.raises(ErasureError, match="the gates differ.*--drop-gate"):
         add(gated, free)
     assert add(gated, free, drop_gate=True).gate == {"kind": "always"}
     # Without texts, the gate compares with the patch's own concepts.
     lean = {"kind": "text"}
     cat, dog = (low_rank_patch(pipe, 1, gate=lean, concepts=[{"name": name}]) for name in ("cat", "dog"))
-    with pytest.raises(ErasureError, match="gates differ"):
+    with pytest.raises(ErasureError, match="the gates differ"):
         add(cat, dog)
     assert add(cat, low_rank_patch(pipe, 2, gate=lean, concepts=[{"name": "cat"}])).gate == lean
 
@@ -162,7 +162,7 @@ def test_other_bases_are_refused(pipe):
     wide = low_rank_patch(stranger, 2, part="attn")
     with pytest.raises(ErasureError, match="give base="):
         add(one, wide)
-    with pytest.raises(ErasureError, match="not that of"):
+    with pytest.raises(ErasureError, match="differs from that of"):
         add(one, wide, base=pipe)
     forced = add(one, wide, base=pipe, force=True)
     load_patch(pipe, forced)
@@ -184,7 +184,7 @@ def test_wrong_input(pipe):
         merge([(patch, 1e38), (low_rank_patch(pipe, 2, size=1e5), 1e38)])
     path = patch.payload.names("unet")[0]
     other = dataclasses.replace(patch, payload=Delta({"unet": {path: torch.ones(2, 2)}}))
-    with pytest.raises(ErasureError, match="other architectures"):
+    with pytest.raises(ErasureError, match="for different architectures"):
         add(patch, other)
 
 
@@ -216,7 +216,7 @@ def test_overlaps_are_told_in_figures(pipe):
     elsewhere = low_rank_patch(pipe, 1, part="resnets")
     assert conflicts([one, elsewhere]) == []
     same_way = conflicts([one, scale(one, 3.0)])[0]
-    assert same_way.cosine == pytest.approx(1.0) and same_way.notable and "same way" in same_way.text()
+    assert same_way.cosine == pytest.approx(1.0) and same_way.notable and "they add up" in same_way.text()
     assert conflicts([one, negate(one)])[0].cosine == pytest.approx(-1.0)
     assert conflicts([one, subtract(one, one)])[0].cosine == 0.0
     with pytest.raises(ErasureError, match="at least two"):
@@ -228,5 +228,5 @@ def test_an_overlap_is_logged_and_not_raised(pipe, caplog):
     assert warn_of_overlap("new", other, {"one": one}) == [] and not caplog.records
     near = add(one, other)
     (row,) = warn_of_overlap("new", near, {"one": one, "text": low_rank_patch(pipe, components=("text_encoder",))})
-    assert row.cosine > NOTABLE and "one and new touch" in caplog.text and "cosine +0." in caplog.text
+    assert row.cosine > NOTABLE and "one and new both change" in caplog.text and "cosine +0." in caplog.text
     assert isinstance(near.payload, LowRank)

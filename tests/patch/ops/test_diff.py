@@ -97,7 +97,7 @@ def test_shards_variants_and_the_old_prefix(folders, copies):
     save_file(old, other / "text_encoder" / "model.fp16.safetensors")
     assert agrees(diff(base, other, ["x"]), folders[2])
     (other / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
-    with pytest.raises(ErasureError, match="elsewhere"):
+    with pytest.raises(ErasureError, match="not a file in the same folder"):
         diff(base, other, ["x"])
 
 
@@ -126,7 +126,7 @@ def test_only_what_is_asked_for_is_compared(folders, copies):
 
 def test_no_pair(folders, copies, tmp_path):
     base, other = copies
-    with pytest.raises(ErasureError, match="differs from .* in no weight"):
+    with pytest.raises(ErasureError, match="have the same weights in unet"):
         diff(base, base, ["x"])
     with pytest.raises(ErasureError, match="no diffusers folder|not a diffusers folder"):
         diff(base, tmp_path, ["x"])
@@ -138,7 +138,7 @@ def test_no_pair(folders, copies, tmp_path):
     with pytest.raises(ErasureError, match="NaN"):
         diff(base, other, ["x"])
     save_file({**whole, key: torch.zeros(3)}, other / UNET)
-    with pytest.raises(ErasureError, match=r"is \[.*\] in .*base and \[3\]"):
+    with pytest.raises(ErasureError, match=r"has the shape \[.*\] in .*base and \[3\]"):
         diff(base, other, ["x"])
     save_file({**whole, "more": torch.zeros(3)}, other / UNET)
     with pytest.raises(ErasureError, match="different architectures"):
