@@ -22,7 +22,7 @@ from erasure.patch.serialization import encode
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from tests.formats import truth
 from tests.formats.making import close
-from tests.patch.making import delta_patch, gap, low_rank_patch, made
+from tests.patch.making import delta_patch, gap, low_rank_patch, patch_of
 from tests.pipelines.making import tiny_xl
 from tests.tiny import latents, tiny_pipeline
 
@@ -54,7 +54,7 @@ def test_diffusers_loads_layers_of_different_ranks(tmp_path):
     layers = dict(low_rank_patch(ours, rank=4, alpha=1.0, size=0.2).payload.layers["unet"])
     for path in list(layers)[::2]:
         layers[path] = low_rank_patch(ours, rank=1, alpha=3.0, size=0.2).payload.layers["unet"][path]
-    patch = made(ours, LowRank({"unet": layers}))
+    patch = patch_of(ours, LowRank({"unet": layers}))
     ours.load_patch(patch)
     patched = latents(ours, PROMPTS)
     for form in ("peft", "kohya"):

@@ -12,7 +12,7 @@ from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch
 from erasure.pipelines import load_patch
 from tests.formats.making import close, refused
-from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
+from tests.patch.making import delta_patch, low_rank_patch, patch_of, same, weights
 from tests.tiny import tiny_pipeline
 
 BOTH = ("unet", "text_encoder")
@@ -23,7 +23,7 @@ def mixed(pipe) -> Patch:
     unet = delta_patch(pipe, part="mid_block").payload.changes["unet"]
     text = delta_patch(pipe, component="text_encoder", part="layers.1").payload.changes["text_encoder"]
     norms = delta_patch(pipe, part="conv_norm_out").payload.changes["unet"]
-    return made(pipe, Delta({"unet": {**unet, **norms}, "text_encoder": text}))
+    return patch_of(pipe, Delta({"unet": {**unet, **norms}, "text_encoder": text}))
 
 
 def written(pipe, form: str) -> Patch:
@@ -56,14 +56,14 @@ def test_layers_of_different_ranks_and_alphas(pipe, base, tmp_path):
     layers = dict(low_rank_patch(pipe, rank=4, alpha=1.5).payload.layers["unet"])
     first = next(iter(layers))
     layers[first] = tuple(low_rank_patch(pipe, rank=1, alpha=7.0).payload.layers["unet"][first])
-    patch = made(pipe, LowRank({"unet": layers}))
+    patch = patch_of(pipe, LowRank({"unet": layers}))
     for form in ("peft", "kohya"):
         assert close(patch, import_patch(export_patch(patch, tmp_path / form, form).path, form, base))
 
 
 def test_differences_are_approximated_at_a_rank_and_the_error_is_returned(pipe, base, tmp_path):
     exact = low_rank_patch(pipe, rank=2, part="mid_block")
-    whole = made(pipe, Delta({"unet": exact.deltas("unet")}))
+    whole = patch_of(pipe, Delta({"unet": exact.deltas("unet")}))
     for form in ("kohya", "peft"):
         exported = export_patch(whole, tmp_path / form, form, rank=2)
         assert (
@@ -84,12 +84,13 @@ def test_differences_are_approximated_at_a_rank_and_the_error_is_returned(pipe, 
 
 
 def test_what_low_rank_cannot_hold_counts_as_lost(pipe, tmp_path):
-    biases = made(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": torch.zeros(8, 4, 3, 3)}}))
+    changes = {"conv_out.bias": torch.ones(4), "conv_in.weight": torch.zeros(8, 4, 3, 3)}
+    biases = patch_of(pipe, Delta({"unet": changes}))
     with pytest.raises(ErasureError, match="a LoRA cannot hold it"):
         export_patch(biases, tmp_path / "x", "kohya", rank=1)
     weight = torch.zeros(8, 4, 3, 3)
     weight[0, 0, 0, 0] = 2.0
-    both = made(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": weight}}))
+    both = patch_of(pipe, Delta({"unet": {"conv_out.bias": torch.ones(4), "conv_in.weight": weight}}))
     assert export_patch(both, tmp_path / "x", "kohya", rank=1).error == pytest.approx(0.5**0.5)
 
 

@@ -1,4 +1,4 @@
-"""Random patches that fit the tiny pipeline."""
+"""Random patches for the tiny pipeline, and comparisons of tensors and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def low_rank_patch(
     size: float = 0.1,
     **fields: Any,
 ) -> Patch:
-    """A low-rank patch on each Linear and Conv2d of `components` whose path contains `part`."""
+    """Make a random low-rank patch for each Linear and Conv2d of `components` whose path contains `part`."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -38,13 +38,16 @@ def low_rank_patch(
             else:
                 continue
             layers.setdefault(component, {})[path] = (*pair, alpha)
-    return made(pipe, LowRank(layers), **fields)
+    return patch_of(pipe, LowRank(layers), **fields)
 
 
 def delta_patch(
     pipe: Any, seed: int = 1, part: str = "attn2.to_k", component: str = "unet", size: float = 0.1, **fields: Any
 ) -> Patch:
-    """Differences on each parameter of `component` whose name contains `part`; every second one mostly zero."""
+    """Make random differences for each parameter of `component` whose name contains `part`.
+
+    Every second difference is mostly zero, so that it is stored sparsely.
+    """
     generator = torch.Generator().manual_seed(seed)
     changes = {}
     names = [name for name, _ in getattr(pipe, component).named_parameters() if part in name]
@@ -54,23 +57,23 @@ def delta_patch(
         if number % 2:
             change = change * (torch.rand(shape, generator=generator) < 0.2)
         changes[name] = change
-    return made(pipe, Delta({component: changes}), **fields)
+    return patch_of(pipe, Delta({component: changes}), **fields)
 
 
-def made(pipe: Any, payload: LowRank | Delta, **fields: Any) -> Patch:
-    """A patch of `payload` with the fingerprint of `pipe`."""
-    prints = {name: fingerprint(getattr(pipe, name), payload.names(name)) for name in payload.components}
-    given = {"method": "random", "concepts": [{"name": "van gogh"}], "base": "tiny", "base_fingerprint": prints}
-    return Patch(payload, **(given | fields))
+def patch_of(pipe: Any, payload: LowRank | Delta, **fields: Any) -> Patch:
+    """Make a patch of a payload with the fingerprint of a pipeline."""
+    fingerprints = {name: fingerprint(getattr(pipe, name), payload.names(name)) for name in payload.components}
+    defaults = {"method": "random", "concepts": [{"name": "van gogh"}], "base": "tiny"}
+    return Patch(payload, **(defaults | {"base_fingerprint": fingerprints} | fields))
 
 
 def gap(one: Tensor, other: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value of `other`."""
     return float((one - other).abs().max() / other.abs().max())
 
 
 def weights(pipe: Any) -> dict[str, Tensor]:
-    """A copy of all weights of the UNet and the text encoder."""
+    """Copy all weights of the UNet and the text encoder."""
     return {
         f"{component}.{name}": value.detach().clone()
         for component in ("unet", "text_encoder")
@@ -79,5 +82,5 @@ def weights(pipe: Any) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two sets of weights agree bit for bit."""
+    """Tell whether two sets of weights agree bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

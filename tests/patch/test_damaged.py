@@ -1,4 +1,4 @@
-"""Files that are not what they claim: always an ErasureError that names the file, never anything else."""
+"""Damaged and hostile files: reading them raises an ErasureError that names the file, and never another error."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_header_length_lies(path, length):
         b'{"__metadata__":{"erasure.format":1}}',
     ],
 )
-def test_header_is_no_table(path, text):
+def test_header_is_not_a_table(path, text):
     refused(path, join(text, b""))
 
 
@@ -161,19 +161,19 @@ def test_nan_in_the_file(path, name, value):
 
 
 def rewritten(path, **tensors):
-    """The low-rank file with tensors replaced (None: left out), its header otherwise untouched."""
+    """Write the low-rank file with some tensors replaced, or left out where they are None, and return its bytes."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     low_rank().save(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    found = load_file(path)
-    found |= {name.replace("__", "."): tensor for name, tensor in tensors.items() if tensor is not None}
+    contents = load_file(path)
+    contents |= {name.replace("__", "."): tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in tensors.items():
         if tensor is None:
-            del found[name.replace("__", ".")]
-    save_file(found, path, metadata)
+            del contents[name.replace("__", ".")]
+    save_file(contents, path, metadata)
     return path.read_bytes()
 
 
@@ -261,7 +261,7 @@ def test_random_damage_never_escapes(path, make, seed):
             assert str(path) in str(error)
             refusals += 1
             continue
-        # What is let through has damage only where any value, or any name, is a good one.
+        # A file loads only if the damage changed neither tensors nor fields, or removed the digest itself.
         assert len(back.payload.names("unet")) == len(whole.payload.names("unet"))
         assert all(torch.isfinite(tensor).all() for tensor in back.payload.tensors())
     assert refusals > 70

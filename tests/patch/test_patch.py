@@ -1,4 +1,4 @@
-"""The patch in memory and through a file that is whole."""
+"""Patches in memory, and written to and read from intact files."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_round_trip(pipe, tmp_path, make, dtype, bound):
 
 def test_saving_again_gives_the_same_bytes(pipe, tmp_path):
     patch = delta_patch(pipe)
-    one = patch.save(tmp_path / "a.safetensors").read_bytes()
-    assert Patch.load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors").read_bytes() == one
+    contents = patch.save(tmp_path / "a.safetensors").read_bytes()
+    assert Patch.load(tmp_path / "a.safetensors").save(tmp_path / "b.safetensors").read_bytes() == contents
 
 
-def test_sparse_differences_take_less_room_and_come_back_exactly(tmp_path):
+def test_sparse_differences_take_less_space_and_are_restored_exactly(tmp_path):
     dense = torch.randn(40, 40)
     sparse = dense * (torch.rand(40, 40) < 0.1)
     patch = Patch(Delta({"unet": {"dense.weight": dense, "sparse.weight": sparse}}), "random", CONCEPTS)
@@ -120,7 +120,7 @@ def test_change_is_alpha_over_rank_times_up_down():
         patch.deltas("vae")
 
 
-def test_alphas_that_differ_become_one_in_memory_as_in_the_file(tmp_path):
+def test_different_alphas_become_one_in_memory_and_in_the_file(tmp_path):
     ones, wide = torch.ones(1, 3), torch.ones(4, 3)
     layers = {"a": (ones, ones.T, 3.0), "b": (wide, wide.T, 2.0), "c": (ones, ones.T, 0.0)}
     payload = LowRank({"unet": layers})
@@ -129,7 +129,7 @@ def test_alphas_that_differ_become_one_in_memory_as_in_the_file(tmp_path):
         assert torch.equal(payload.change("unet", f"{name}.weight"), torch.full((3, 3), change))
     back = Patch.load(Patch(payload, "random", CONCEPTS).save(tmp_path / "p.safetensors")).payload
     assert back.digest == payload.digest and LowRank(payload.layers).digest == payload.digest
-    # A1111 takes an alpha of 0 for none: the change is nothing in other ways.
+    # A1111 treats an alpha of 0 as missing, so a change of zero is stored in another way.
     assert LowRank({"unet": {"c": layers["c"]}}).alpha == 1.0
     same = LowRank({"unet": {"a": layers["a"]}})
     assert same.alpha == 3.0 and torch.equal(same.layers["unet"]["a"][1], ones.T)
@@ -137,7 +137,7 @@ def test_alphas_that_differ_become_one_in_memory_as_in_the_file(tmp_path):
         LowRank({"unet": {"a": (ones, 1e38 * ones.T, 1e3), "b": layers["b"]}})
 
 
-def test_change_of_a_convolution_is_the_one_its_two_layers_make():
+def test_change_of_a_convolution_is_that_of_its_two_layers():
     torch.manual_seed(0)
     base = nn.Conv2d(3, 5, 3, padding=1, bias=False)
     down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
@@ -168,7 +168,7 @@ def test_info_is_json(pipe):
     assert delta["parameters"] == sum(change.numel() for change in delta_patch(pipe).deltas("unet").values())
 
 
-def test_a_patch_does_not_change_with_the_tensors_it_was_made_of():
+def test_a_patch_does_not_change_with_the_tensors_it_was_made_from():
     tensor = torch.ones(2, 2)
     config = {"steps": [1]}
     patch = Patch(Delta({"unet": {"a.weight": tensor}}), "random", CONCEPTS, config=config)
@@ -210,7 +210,7 @@ BAD = float("nan")
         (lambda: Patch(Delta({"unet": {"a": torch.ones(1)}}), "random", []), "at least one"),
     ],
 )
-def test_what_is_no_patch_is_refused(make, fault):
+def test_invalid_patches_are_refused(make, fault):
     with pytest.raises(ErasureError, match=fault):
         make()
 
@@ -240,7 +240,7 @@ def test_paths_that_cannot_be_written(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "p.safetensors"]
 
 
-def test_a_write_that_dies_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path, monkeypatch):
     path = linear().save(tmp_path / "p.safetensors")
     before = path.read_bytes()
 
@@ -259,7 +259,7 @@ def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path):
     before = path.read_bytes()
     with path.open("rb") as reader:
         linear(alpha=5.0).save(path)
-        # Written in place, the open file would change under its reader; replaced, it does not.
+        # The file is replaced and not overwritten, so the open file does not change.
         assert reader.read() == before
     assert path.read_bytes() != before
 
@@ -271,7 +271,7 @@ def test_two_modules_with_one_kohya_key_are_refused(tmp_path):
         patch.save(tmp_path / "p.safetensors")
 
 
-def test_plain_lora_says_so(tmp_path):
+def test_plain_loras_are_named_in_the_message(tmp_path):
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_a.lora_down.weight": torch.ones(1, 2), "lora_unet_a.lora_up.weight": torch.ones(2, 1)}, path)
     for read in (Patch.load, read_header):
@@ -282,7 +282,7 @@ def test_plain_lora_says_so(tmp_path):
         Patch.load(path)
 
 
-def test_read_header_gives_the_strings_of_the_file(tmp_path):
+def test_read_header_returns_the_strings_of_the_file(tmp_path):
     header = read_header(linear().save(tmp_path / "p.safetensors"))
     assert json.loads(header["erasure.concepts"]) == CONCEPTS
     assert header["erasure.method"] == "random"
@@ -314,7 +314,7 @@ def test_the_same_base_in_half_precision_is_the_same_base(pipe, dtype):
     assert not same_base(fingerprint(half, names), fingerprint(tiny_pipeline(seed=1).unet, names))
 
 
-def test_fingerprint_takes_text_encoder_names_in_both_spellings(pipe):
+def test_fingerprint_accepts_text_encoder_names_in_both_spellings(pipe):
     name = "encoder.layers.0.mlp.fc1.weight"
     assert fingerprint(pipe.text_encoder, [name]) == fingerprint(pipe.text_encoder, [name.removeprefix("text_model.")])
     nested = nn.Module()
@@ -331,7 +331,7 @@ V1 = Path(__file__).parent / "v1"
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_files_of_format_1_load_forever(dtype):
-    """The files in v1 were written once and are never written again."""
+    """The files in the folder v1 were written once and must never be written again."""
     low_rank, delta = Patch.load(V1 / f"low_rank_{dtype}.safetensors"), Patch.load(V1 / f"delta_{dtype}.safetensors")
     change = low_rank.deltas("unet")["mid.conv.weight"]
     assert torch.equal(change, torch.tensor([[1.5, 3.0], [-3.0, -6.0], [0.0, 0.0]]).reshape(3, 2, 1, 1))

@@ -19,7 +19,7 @@ from erasure.pipelines import (
     load_patch,
     patch_stack,
 )
-from tests.patch.making import delta_patch, gap, low_rank_patch, made, same, weights
+from tests.patch.making import delta_patch, gap, low_rank_patch, patch_of, same, weights
 from tests.tiny import latents, tiny_pipeline, write_tiny
 
 PROMPTS = ["a painting of van gogh", "a cat"]
@@ -315,6 +315,6 @@ def test_image_to_image_and_inpainting():
 
 def test_only_the_parameters_of_the_patch_change(pipe):
     base = weights(pipe)
-    pipe.load_patch(made(pipe, Delta({"unet": {"conv_in.bias": torch.ones(8)}})))
+    pipe.load_patch(patch_of(pipe, Delta({"unet": {"conv_in.bias": torch.ones(8)}})))
     now = weights(pipe)
     assert {name for name in base if not torch.equal(base[name], now[name])} == {"unet.conv_in.bias"}

@@ -27,7 +27,7 @@ from erasure.pipelines.strengths import switched_off
 from tests.evaluation.attacks.test_run import QUICK, SMALL, Likeness, same
 from tests.evaluation.test_verify import QUICK as BOTH
 from tests.evaluation.test_verify import Judge
-from tests.patch.making import delta_patch, made
+from tests.patch.making import delta_patch, patch_of
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
@@ -70,7 +70,7 @@ def test_the_closed_form_answers_for_keys_and_values_on_xl_too(large, tmp_path):
     """Keys and values that are doubled: half the states say the same."""
     readers = {p: m for p, m in large.unet.named_modules() if p.endswith(("attn2.to_k", "attn2.to_v"))}
     change = {f"{path}.weight": module.weight.detach().clone() for path, module in readers.items()}
-    large.load_patch(made(large, Delta({"unet": change})), name="p")
+    large.load_patch(patch_of(large, Delta({"unet": change})), name="p")
     settings = {"ridge": 1e-12}
     report = attack(large, "cat", "rece", folder=tmp_path, settings=settings, judge=Likeness(), **QUICK)
     assert report.plain == 0 and len(report.outcome("rece").won) == 3

@@ -20,7 +20,7 @@ from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 from tests.evaluation.standin import BrightnessJudge
-from tests.patch.making import delta_patch, low_rank_patch, made, same, weights
+from tests.patch.making import delta_patch, low_rank_patch, patch_of, same, weights
 from tests.tiny import SIDE, tiny_pipeline
 
 KEPT = ["a dog", "a tree in blue", "a car"]
@@ -112,7 +112,7 @@ def readers_of(pipe):
 
 def load_readers(pipe, change):
     changes = {f"{path}.weight": change(module.weight.detach()) for path, module in readers_of(pipe).items()}
-    pipe.load_patch(made(pipe, Delta({"unet": changes})), name="p")
+    pipe.load_patch(patch_of(pipe, Delta({"unet": changes})), name="p")
 
 
 def test_the_closed_form_leak_of_scaled_and_random_changes(pipe):

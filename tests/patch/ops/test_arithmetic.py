@@ -1,4 +1,4 @@
-"""Sums of patches: the identities of addition, on weights and on pictures, and what is refused."""
+"""Sums of patches: the identities of addition, on weights and on images, and the sums that are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pipe():
 
 
 def changes(*patches):
-    """Sum of all changes, by component and name, in float64."""
+    """Sum all changes by component and name, in float64."""
     total = {}
     for patch, weight in patches:
         for component in patch.components:
@@ -39,9 +39,10 @@ def changes(*patches):
 
 
 def close(patch, *parts, bound=1e-6):
-    got, wanted = changes((patch, 1.0)), changes(*parts)
-    size = max(float(one.abs().max()) for one in wanted.values())
-    return got.keys() == wanted.keys() and all(float((got[k] - wanted[k]).abs().max()) <= bound * size for k in wanted)
+    actual, expected = changes((patch, 1.0)), changes(*parts)
+    size = max(float(change.abs().max()) for change in expected.values())
+    gaps = (float((actual[key] - change).abs().max()) for key, change in expected.items())
+    return actual.keys() == expected.keys() and all(gap <= bound * size for gap in gaps)
 
 
 @pytest.mark.parametrize("make", MAKES)
@@ -54,7 +55,7 @@ def test_scales_add_up(pipe, make):
 
 
 @pytest.mark.parametrize(("one", "other"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_merge_is_the_weighted_sum_also_where_ranks_alphas_and_layers_differ(pipe, one, other):
+def test_a_merge_is_the_weighted_sum_even_if_ranks_alphas_and_layers_differ(pipe, one, other):
     first = [low_rank_patch(pipe, 1, 2, 3.0, "", BOTH), delta_patch(pipe, 1, "attn")][one]
     second = [low_rank_patch(pipe, 2, 3, 0.5, "attn2"), delta_patch(pipe, 2, "attn2")][other]
     merged = merge([(first, 0.7), (second, -1.5)], base=pipe)
@@ -99,7 +100,7 @@ def test_a_merge_of_gated_patches_draws_what_the_stack_draws(pipe):
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_what_cancels_changes_no_bit(pipe, make):
+def test_changes_that_cancel_leave_every_bit(pipe, make):
     patch, before = make(pipe), weights(pipe)
     base = latents(pipe, ["van gogh"])
     nothing = subtract(patch, patch)
@@ -108,7 +109,7 @@ def test_what_cancels_changes_no_bit(pipe, make):
     assert same(weights(pipe), before) and torch.equal(latents(pipe, ["van gogh"]), base)
 
 
-def test_negated_undoes(pipe):
+def test_a_negated_patch_undoes_the_patch(pipe):
     patch, before = low_rank_patch(pipe), weights(pipe)
     pipe.load_patch(patch, "there")
     pipe.load_patch(negate(patch), "and back")
@@ -137,17 +138,17 @@ def test_the_header_names_the_parents(pipe, tmp_path):
     assert add(one, other).names == ["cat", "dog"] and negate(one).names == ["cat"]
 
 
-def test_gates_that_differ_are_refused_with_a_way_out(pipe):
+def test_different_gates_are_refused_with_a_way_out(pipe):
     gated, free = low_rank_patch(pipe, 1, gate=GATE), low_rank_patch(pipe, 2)
     with pytest.raises(ErasureError, match="the gates differ.*--drop-gate"):
         add(gated, free)
     assert add(gated, free, drop_gate=True).gate == {"kind": "always"}
-    # Without texts, the gate compares with the patch's own concepts.
-    lean = {"kind": "text"}
-    cat, dog = (low_rank_patch(pipe, 1, gate=lean, concepts=[{"name": name}]) for name in ("cat", "dog"))
+    # Without texts, the gate compares prompts with the patch's own concepts.
+    implicit = {"kind": "text"}
+    cat, dog = (low_rank_patch(pipe, 1, gate=implicit, concepts=[{"name": name}]) for name in ("cat", "dog"))
     with pytest.raises(ErasureError, match="the gates differ"):
         add(cat, dog)
-    assert add(cat, low_rank_patch(pipe, 2, gate=lean, concepts=[{"name": "cat"}])).gate == lean
+    assert add(cat, low_rank_patch(pipe, 2, gate=implicit, concepts=[{"name": "cat"}])).gate == implicit
 
 
 def test_other_bases_are_refused(pipe):
@@ -192,16 +193,16 @@ def test_on_glyph_the_base_is_found_by_its_name():
     base = Base.load("glyph", device="cpu")
     names = [name for name, _ in base.unet.named_parameters() if name.endswith("attn2.to_k.weight")]
 
-    def made(chosen):
+    def constant(chosen):
         change = {name: torch.full_like(base.unet.get_parameter(name), 0.01) for name in chosen}
-        prints = {"unet": fingerprint(base.unet, chosen)}
-        return Patch(Delta({"unet": change}), "random", [{"name": "cat"}], "glyph", prints)
+        fingerprints = {"unet": fingerprint(base.unet, chosen)}
+        return Patch(Delta({"unet": change}), "random", [{"name": "cat"}], "glyph", fingerprints)
 
-    whole = add(made(names[:2]), made(names[1:3]))
-    assert whole.base_fingerprint["unet"] == fingerprint(base.unet, names[:3])
+    total = add(constant(names[:2]), constant(names[1:3]))
+    assert total.base_fingerprint["unet"] == fingerprint(base.unet, names[:3])
 
 
-def test_overlaps_are_told_in_figures(pipe):
+def test_overlaps_in_figures(pipe):
     one, other = low_rank_patch(pipe, 1), low_rank_patch(pipe, 2)
     (row,) = conflicts({"one": one, "other": other})
     a, b = (torch.cat([d.flatten() for d in patch.deltas("unet").values()]).double() for patch in (one, other))
@@ -211,12 +212,13 @@ def test_overlaps_are_told_in_figures(pipe):
     dense = dataclasses.replace(other, payload=Delta({"unet": other.deltas("unet")}))
     assert conflicts([one, dense])[0].cosine == pytest.approx(row.cosine, rel=1e-5)
     wide = low_rank_patch(pipe, 3, part="attn", components=BOTH)
-    (found,) = conflicts([one, wide])
-    assert found.share_a == 1.0 and 0 < found.share_b < 1 and (found.a, found.b) == ("van gogh", "van gogh-2")
+    (overlap,) = conflicts([one, wide])
+    assert overlap.share_a == 1.0 and 0 < overlap.share_b < 1
+    assert (overlap.a, overlap.b) == ("van gogh", "van gogh-2")
     elsewhere = low_rank_patch(pipe, 1, part="resnets")
     assert conflicts([one, elsewhere]) == []
-    same_way = conflicts([one, scale(one, 3.0)])[0]
-    assert same_way.cosine == pytest.approx(1.0) and same_way.notable and "they add up" in same_way.text()
+    parallel = conflicts([one, scale(one, 3.0)])[0]
+    assert parallel.cosine == pytest.approx(1.0) and parallel.notable and "they add up" in parallel.text()
     assert conflicts([one, negate(one)])[0].cosine == pytest.approx(-1.0)
     assert conflicts([one, subtract(one, one)])[0].cosine == 0.0
     with pytest.raises(ErasureError, match="at least two"):

@@ -1,4 +1,4 @@
-"""The patch between two checkpoints: folders, shards, variants, pipelines, and what is no pair."""
+"""The patch between two checkpoints: folders, shards, variants, pipelines, and pairs that cannot be compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A checkpoint, and the same with a patch of both components folded in; and that patch."""
+    """A checkpoint, the same checkpoint with a patch of both components folded in, and the patch."""
     root = tmp_path_factory.mktemp("pair")
     pipe = tiny_pipeline()
     patch = low_rank_patch(pipe, components=("unet", "text_encoder"))
@@ -37,26 +37,26 @@ def copies(folders, tmp_path):
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in folders[:2]]
 
 
-def agrees(found, patch, bound=1e-5):
-    assert found.components == patch.components
+def agrees(actual, patch, bound=1e-5):
+    assert actual.components == patch.components
     for component in patch.components:
-        wanted, got = patch.deltas(component), found.deltas(component)
-        assert got.keys() == wanted.keys()
-        assert all(gap(got[name], wanted[name]) < bound for name in wanted)
+        expected, changes = patch.deltas(component), actual.deltas(component)
+        assert changes.keys() == expected.keys()
+        assert all(gap(changes[name], expected[name]) < bound for name in expected)
     return True
 
 
 def test_the_difference_is_the_patch(folders, tmp_path):
     base, other, patch = folders
-    found = diff(base, other, ["van gogh"])
-    assert agrees(found, patch) and found.base == str(base)
-    assert found.base_fingerprint == patch.base_fingerprint
-    assert found.config == {"operation": "diff", "other": str(other), "compared": ["unet", "text_encoder"]}
-    back = Patch.load(found.save(tmp_path / "p.safetensors"))
+    difference = diff(base, other, ["van gogh"])
+    assert agrees(difference, patch) and difference.base == str(base)
+    assert difference.base_fingerprint == patch.base_fingerprint
+    assert difference.config == {"operation": "diff", "other": str(other), "compared": ["unet", "text_encoder"]}
+    back = Patch.load(difference.save(tmp_path / "p.safetensors"))
     pipe = ErasedStableDiffusionPipeline.from_pretrained(base)
     pipe.load_patch(back)
-    wanted = latents(ErasedStableDiffusionPipeline.from_pretrained(other), ["a cat"])
-    assert gap(latents(pipe, ["a cat"]), wanted) < 1e-4
+    expected = latents(ErasedStableDiffusionPipeline.from_pretrained(other), ["a cat"])
+    assert gap(latents(pipe, ["a cat"]), expected) < 1e-4
 
 
 def test_pipelines_serve_as_well(folders):
@@ -75,9 +75,9 @@ def test_on_glyph(tmp_path):
     patch = delta_patch(pipe, part="attn2.to_v", size=0.01)
     pipe.load_patch(patch)
     pipe.save_pretrained(tmp_path)
-    found = diff("glyph", tmp_path, ["cat"])
-    assert found.base == "glyph" and found.base_fingerprint == patch.base_fingerprint
-    assert agrees(found, patch, 1e-4)
+    difference = diff("glyph", tmp_path, ["cat"])
+    assert difference.base == "glyph" and difference.base_fingerprint == patch.base_fingerprint
+    assert agrees(difference, patch, 1e-4)
 
 
 def test_shards_variants_and_the_old_prefix(folders, copies):
@@ -108,13 +108,13 @@ def test_a_cast_alone_is_no_change(folders, copies):
     half = {name: value.half() for name, value in whole.items()}
     half[key] = half[key] + 0.5
     save_file(half, other / UNET)
-    found = diff(base, other, ["x"], components=["unet"])
-    assert found.payload.names("unet") == [key]
+    forth = diff(base, other, ["x"], components=["unet"])
+    assert forth.payload.names("unet") == [key]
     back = diff(other, base, ["x"], components=["unet"])
     assert back.payload.names("unet") == [key]
 
 
-def test_only_what_is_asked_for_is_compared(folders, copies):
+def test_only_the_chosen_components_are_compared(folders, copies):
     base, other = copies
     shutil.rmtree(other / "text_encoder")
     with pytest.raises(ErasureError, match="--component"):
@@ -124,7 +124,7 @@ def test_only_what_is_asked_for_is_compared(folders, copies):
         diff(base, other, ["x"], components=["unt"])
 
 
-def test_no_pair(folders, copies, tmp_path):
+def test_checkpoints_that_cannot_be_compared(folders, copies, tmp_path):
     base, other = copies
     with pytest.raises(ErasureError, match="have the same weights in unet"):
         diff(base, base, ["x"])
@@ -151,7 +151,7 @@ def test_no_pair(folders, copies, tmp_path):
         diff(base, other, ["x"])
 
 
-def test_names_that_are_missing(folders):
+def test_missing_names(folders):
     opened = Checkpoint.open(folders[0])
     with pytest.raises(ErasureError, match="has no unet.nothing"):
         opened.read("unet", "nothing")

@@ -1,4 +1,4 @@
-"""Smaller patches: full rank is exact, less is the best there is, and the error is stated."""
+"""Patches of smaller rank: full rank is exact, a lower rank is the best approximation, and the error is reported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from erasure.patch import Delta, Patch, fingerprint
 from erasure.patch.ops.rank_report import sizes
 from erasure.patch.ops.resize import resize
 from erasure.pipelines import load_patch
-from tests.patch.making import delta_patch, low_rank_patch, made
+from tests.patch.making import delta_patch, low_rank_patch, patch_of
 from tests.tiny import tiny_pipeline
 
 
@@ -23,7 +23,7 @@ def pipe():
 
 
 def error(one, other):
-    """Relative error of `one` against `other`, over all layers."""
+    """Return the relative error of `one` against `other`, over all layers."""
     wrong = total = 0.0
     for component in other.components:
         exact = other.deltas(component)
@@ -36,7 +36,7 @@ def error(one, other):
 @pytest.mark.parametrize("part", ["attn2", "resnets.0.conv", "to_k"])
 def test_full_rank_is_exact(pipe, part):
     dense = resizable(pipe, part)
-    rank = max(min(one.shape[0], one[0].numel()) for one in dense.deltas("unet").values())
+    rank = max(min(change.shape[0], change[0].numel()) for change in dense.deltas("unet").values())
     whole = resize(dense, rank)
     assert whole.payload.kind == "low-rank" and error(whole, dense) < 1e-6
     assert whole.config["error"] < 1e-6
@@ -47,13 +47,13 @@ def test_full_rank_is_exact(pipe, part):
 
 def resizable(pipe, part):
     dense = delta_patch(pipe, part=part)
-    change = {name: one for name, one in dense.deltas("unet").items() if one.dim() > 1}
-    return made(pipe, Delta({"unet": change}))
+    change = {name: tensor for name, tensor in dense.deltas("unet").items() if tensor.dim() > 1}
+    return patch_of(pipe, Delta({"unet": change}))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_the_nearest_of_its_rank(pipe, rank):
-    """Against torch's own SVD, and nothing of the same rank that was drawn at random comes nearer."""
+def test_the_best_approximation_of_its_rank(pipe, rank):
+    """Compare the errors with those from the singular values that torch computes."""
     dense = resizable(pipe, "conv1")
     small = resize(dense, rank)
     wrong = total = 0.0
@@ -67,7 +67,7 @@ def test_the_nearest_of_its_rank(pipe, rank):
     assert small.payload.ranks == [rank]
 
 
-def test_low_rank_to_lower_rank_is_the_same_as_by_way_of_differences(pipe):
+def test_resizing_a_low_rank_patch_equals_resizing_its_differences(pipe):
     low = low_rank_patch(pipe, rank=4, alpha=2.0, part="", size=0.3)
     dense = dataclasses.replace(low, payload=Delta({"unet": low.deltas("unet")}))
     assert error(resize(low, 2), resize(dense, 2)) < 1e-5
@@ -85,7 +85,7 @@ def test_energy_chooses_the_rank_of_each_layer(pipe):
     assert resize(dense, energy=0.3).payload.ranks[0] < resize(dense, energy=0.99).payload.ranks[-1]
 
 
-def test_it_saves_loads_and_keeps_its_gate(pipe, tmp_path):
+def test_the_result_is_saved_loaded_and_keeps_its_gate(pipe, tmp_path):
     gate = {"kind": "text", "texts": ["van gogh"]}
     low = low_rank_patch(pipe, rank=4, gate=gate, results={"metrics": {}})
     back = Patch.load(resize(low, 2).save(tmp_path / "p.safetensors"))
@@ -95,15 +95,15 @@ def test_it_saves_loads_and_keeps_its_gate(pipe, tmp_path):
     assert back.config["parents"][0]["digest"] == low.payload.digest
     fresh = tiny_pipeline()
     load_patch(fresh, resize(resizable(pipe, "conv"), 1))
-    zero = made(pipe, Delta({"unet": {"conv_in.weight": torch.zeros(8, 4, 3, 3)}}))
+    zero = patch_of(pipe, Delta({"unet": {"conv_in.weight": torch.zeros(8, 4, 3, 3)}}))
     assert (
         resize(zero, energy=0.5).config["error"] == 0.0 and not resize(zero, 2).deltas("unet")["conv_in.weight"].any()
     )
 
 
-def test_what_is_no_matrix_is_refused_or_left_out_and_counted(pipe):
+def test_parameters_that_are_no_matrices_are_refused_or_left_out_and_counted(pipe):
     change = {"conv_in.weight": torch.randn(8, 4, 3, 3), "conv_in.bias": torch.full((8,), 5.0)}
-    mixed = made(pipe, Delta({"unet": change}))
+    mixed = patch_of(pipe, Delta({"unet": change}))
     with pytest.raises(ErasureError, match=r"unet\.conv_in\.bias.*--drop"):
         resize(mixed, 2)
     small = resize(mixed, 8, drop=True, base=pipe)
@@ -113,14 +113,14 @@ def test_what_is_no_matrix_is_refused_or_left_out_and_counted(pipe):
     with pytest.raises(ErasureError, match="give base="):
         resize(mixed, 8, drop=True)
     assert sizes(mixed, [8], drop=True).rows[0]["error"] == pytest.approx(share)
-    table = made(pipe, Delta({"text_encoder": {"embeddings.token_embedding.weight":
+    table = patch_of(pipe, Delta({"text_encoder": {"embeddings.token_embedding.weight":
                  torch.randn_like(pipe.text_encoder.get_input_embeddings().weight)}}))  # fmt: skip
     with pytest.raises(ErasureError, match="cannot become low-rank"):
         resize(table, 2, drop=True)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"rank": 0}, "from 1 to 2"),
         ({"rank": -1}, "from 1 to 2"),
@@ -134,36 +134,36 @@ def test_what_is_no_matrix_is_refused_or_left_out_and_counted(pipe):
         ({"rank": 1, "energy": 0.5}, "either rank or energy"),
     ],
 )
-def test_out_of_range(pipe, options, says):
-    with pytest.raises(ErasureError, match=says):
+def test_out_of_range(pipe, options, message):
+    with pytest.raises(ErasureError, match=message):
         resize(low_rank_patch(pipe, rank=2), **options)
 
 
-def test_sizes_foretell_what_resizing_does(pipe):
+def test_sizes_predict_the_result_of_resizing(pipe):
     dense = resizable(pipe, "attn2")
-    found = sizes(dense, dtype="fp16")
-    assert [row["rank"] for row in found.rows][:3] == [1, 2, 4]
-    assert found.rows[-1]["error"] == 0.0
-    for row in found.rows[:3]:
+    report = sizes(dense, dtype="fp16")
+    assert [row["rank"] for row in report.rows][:3] == [1, 2, 4]
+    assert report.rows[-1]["error"] == 0.0
+    for row in report.rows[:3]:
         small = resize(dense, row["rank"])
         assert row["error"] == pytest.approx(small.config["error"], rel=1e-4)
-        assert row["bytes"] == sum(one.numel() for one in small.payload.tensors()) * 2
+        assert row["bytes"] == sum(tensor.numel() for tensor in small.payload.tensors()) * 2
         assert row["worst_error"] == pytest.approx(max(small.config["errors"].values()), rel=1e-4)
-    assert "rank" in found.text() and found.to_json()["now"]["kind"] == "delta"
+    assert "rank" in report.text() and report.to_json()["now"]["kind"] == "delta"
     with pytest.raises(ErasureError, match="from 1 to"):
         sizes(dense, [0])
     with pytest.raises(ErasureError, match="dtype"):
         sizes(dense, dtype="fp8")
 
 
-def test_the_chart_is_a_picture(pipe, tmp_path):
+def test_the_chart_is_an_image(pipe, tmp_path):
     from PIL import Image
 
-    found = sizes(resizable(pipe, "attn2"))
-    with Image.open(found.chart(tmp_path / "deep" / "sizes.png")) as image:
+    report = sizes(resizable(pipe, "attn2"))
+    with Image.open(report.chart(tmp_path / "deep" / "sizes.png")) as image:
         assert image.format == "PNG" and len(image.getcolors(100_000)) > 4
     with pytest.raises(ErasureError, match=r"\.png"):
-        found.chart(tmp_path / "sizes.txt")
+        report.chart(tmp_path / "sizes.txt")
     (tmp_path / "file").write_text("")
     with pytest.raises(ErasureError, match="cannot be written"):
-        found.chart(tmp_path / "file" / "x.png")
+        report.chart(tmp_path / "file" / "x.png")
