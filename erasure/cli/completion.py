@@ -13,7 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def add_commands(commands: Commands) -> None:
-    """Add completion."""
+    """Add the command `completion`."""
     commands.add(
         "completion",
         "Print a script that completes the command in a shell",

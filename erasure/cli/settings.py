@@ -17,15 +17,15 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 @dataclass(frozen=True)
 class Row:
-    """One setting.
+    """A setting of a method or attack, as a row of a list.
 
     Args:
-        name: of the field or parameter.
-        default: a plain value; None where there is no default.
-        type: as it is written in the code.
-        allowed: kind of value and its range, in words.
-        about: what it means, from the docstring.
-        required: whether it has no default.
+        name: the name of the field or parameter.
+        default: the default as a plain value; None if there is no default.
+        type: the type, as it is written in the code.
+        allowed: the kind of value and its range, in words.
+        about: the meaning, from the docstring.
+        required: whether the setting has no default.
     """
 
     name: str
