@@ -34,6 +34,7 @@ glyph: install
 	$(BIN)/python -m erasure.glyph.build.train_classifier
 	$(BIN)/python -m erasure.glyph.build.train_unet
 	$(BIN)/python -m erasure.glyph.build.export
+	$(BIN)/python -m erasure.glyph.build.train_quality
 	$(BIN)/python -m erasure.glyph.build.check
 
 clean:
