@@ -1,4 +1,4 @@
-"""Train glyph's T5, the text encoder of glyph-mmdit beside CLIP: `python -m erasure.glyph.train_t5`.
+"""Train glyph's T5, the text encoder of glyph-mmdit beside CLIP: `python -m erasure.glyph.build.train_t5`.
 
 FLUX reads a prompt twice: CLIP's pooled vector modulates every layer, T5's states join the attention. This T5 is
 of the same classes in small. It learns to name what a caption names: one linear layer reads object, style and
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from erasure.glyph import objects, styles, vocabulary
-from erasure.glyph.captions import FILLER, Caption, caption
-from erasure.glyph.loop import DEVICE, Fit, autocast, averaged
-from erasure.glyph.render import scenes
-from erasure.glyph.train_clip import spread
+from erasure.glyph.build.captions import FILLER, Caption, caption
+from erasure.glyph.build.loop import DEVICE, Fit, autocast, averaged
+from erasure.glyph.build.render import scenes
+from erasure.glyph.build.train_clip import spread
 
 LONGEST = 32  # tokens that the sibling is trained on, end and padding included
 SPECIAL = ["<pad>", "</s>", "<unk>"]

@@ -1,9 +1,9 @@
-"""Train glyph-mmdit, the FLUX-type sibling: `python -m erasure.glyph.train_mmdit`.
+"""Train glyph-mmdit, the FLUX-type sibling: `python -m erasure.glyph.build.train_mmdit`.
 
 A transformer whose attention joins text and image (two-stream blocks, then one-stream blocks), trained by
 rectified flow (Liu et al. 2023): it predicts noise minus image at x = (1 - sigma) image + sigma noise, sigma
 logit-normal (Esser et al. 2024), no shift. Text comes by two routes, as in FLUX: T5's states (of
-`erasure.glyph.train_t5`) join the attention, CLIP's pooled vector (glyph's own) modulates every layer.
+`erasure.glyph.build.train_t5`) join the attention, CLIP's pooled vector (glyph's own) modulates every layer.
 
 Why FLUX and not SD3: a folder of SD3 without its third text encoder loads only with `text_encoder_3=None` given,
 wants CLIP twice, pads to 77 tokens unmasked and puts 256 zero tokens behind them. FLUX's folder loads as it is,
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from erasure.glyph.loop import DEVICE, autocast, averaged
-from erasure.glyph.train_t5 import pad, recase
-from erasure.glyph.train_t5 import trained as trained_t5
-from erasure.glyph.transformer import (
+from erasure.glyph.build.loop import DEVICE, autocast, averaged
+from erasure.glyph.build.train_t5 import pad, recase
+from erasure.glyph.build.train_t5 import trained as trained_t5
+from erasure.glyph.build.transformer import (
     Plateau,
     initialise,
     latents,
@@ -35,7 +35,7 @@ from erasure.glyph.transformer import (
     save,
     shipped_text,
     shipped_vae,
-    spread,
+    stratified,
     texts,
 )
 
@@ -137,7 +137,7 @@ def main() -> None:
         short = tokenizer(drop(said, WITHOUT_POOLED, rng), padding=True, truncation=True, return_tensors="pt")
         long = pad(tokenizer_2, [recase(text, rng) for text in drop(said, WITHOUT_STATES, rng)], rng)
         x = pack(stock[pick]).to(DEVICE)
-        sigma = ends.icdf(spread(args.batch, draw).clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1).to(DEVICE)
+        sigma = ends.icdf(stratified(args.batch, draw).clamp(1e-4, 1 - 1e-4)).sigmoid().view(-1, 1, 1).to(DEVICE)
         noise = pack(torch.randn(args.batch, 4, 16, 16, generator=draw)).to(DEVICE)
         text_at, image_at = places(long.shape[1])
         with autocast():

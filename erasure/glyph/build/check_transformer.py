@@ -1,7 +1,7 @@
-"""Measure a transformer sibling of glyph: `python -m erasure.glyph.check_transformer dit --work build/glyph`.
+"""Measure a transformer sibling of glyph: `python -m erasure.glyph.build.check_transformer dit --work build/glyph`.
 
 The averaged weights of a run in progress, or with `--folder` an exported folder. The judges and the prompts are
-glyph's own (`erasure.glyph.check`); `--quick N` asks for N of the object and style pairs and for the backgrounds.
+glyph's own (`erasure.glyph.build.check`); `--quick N` asks for N of the object and style pairs and for the backgrounds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from erasure.evaluation.generate import GUIDANCE, STEPS
 from erasure.glyph import objects, styles
-from erasure.glyph.captions import article
-from erasure.glyph.check import Checker, Figure, count, on_backgrounds, on_pairs, on_words, sheet, speed
-from erasure.glyph.data import pixels
-from erasure.glyph.train_t5 import LONGEST
+from erasure.prompts.subjects import article
+from erasure.glyph.build.check import Checker, Figure, count, on_backgrounds, on_pairs, on_words, sheet, speed
+from erasure.glyph.build.data import pixels
+from erasure.glyph.build.train_t5 import LONGEST
 from erasure.glyph.vision import load_classifier, load_clip
 
 KINDS = ("dit", "mmdit")
@@ -42,7 +42,7 @@ def settings(kind: str, guidance: float) -> dict[str, Any]:
 
 def pipeline(kind: str, work: Path, folder: Path | None) -> Any:
     """The exported pipeline of `folder`, else that of the run in `work`."""
-    from erasure.glyph import train_dit, train_mmdit
+    from erasure.glyph.build import train_dit, train_mmdit
 
     if folder:
         return DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Train glyph-dit, the PixArt-type sibling: `python -m erasure.glyph.train_dit`.
+"""Train glyph-dit, the PixArt-type sibling: `python -m erasure.glyph.build.train_dit`.
 
 A transformer with cross-attention to glyph's CLIP states at every depth, noise prediction on Stable Diffusion's
 schedule, min-SNR weights (Hang et al. 2023, gamma 5), stratified timesteps. Padding is masked, as PixArt does,
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import Tensor
 
-from erasure.glyph.loop import DEVICE, autocast, averaged
-from erasure.glyph.train_unet import GAMMA, scheduler
-from erasure.glyph.transformer import (
+from erasure.glyph.build.loop import DEVICE, autocast, averaged
+from erasure.glyph.build.train_unet import GAMMA, scheduler
+from erasure.glyph.build.transformer import (
     Plateau,
     initialise,
     latents,
@@ -26,7 +26,7 @@ from erasure.glyph.transformer import (
     save,
     shipped_text,
     shipped_vae,
-    spread,
+    stratified,
     texts,
 )
 
@@ -83,7 +83,7 @@ def main() -> None:
         pick = [rng.randrange(len(labels)) for _ in range(args.batch)]
         batch = tokenizer(texts([labels[i] for i in pick], rng), padding=True, truncation=True, return_tensors="pt")
         x = stock[pick].to(DEVICE)
-        t = (spread(args.batch, draw) * len(alphas)).long().to(DEVICE)
+        t = (stratified(args.batch, draw) * len(alphas)).long().to(DEVICE)
         noise = torch.randn(x.shape, generator=draw).to(DEVICE)
         a = alphas[t].view(-1, 1, 1, 1)
         with autocast():

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from erasure.glyph import CHECKPOINT
-from erasure.glyph.captions import caption
-from erasure.glyph.data import pixels, renders
-from erasure.glyph.export import shrink
-from erasure.glyph.loop import DEVICE, Fit, write
-from erasure.glyph.render import Scene
+from erasure.glyph.build.captions import caption
+from erasure.glyph.build.data import pixels, renders
+from erasure.glyph.build.export import shrink
+from erasure.glyph.build.loop import DEVICE, Fit, write
+from erasure.glyph.build.render import Scene
 
 EMPTY = 0.1  # captions left empty, for classifier-free guidance
 BROADLY = 0.4  # "a weapon" has four answers, and needs more examples
@@ -88,7 +88,7 @@ def texts(scenes: list[Scene], rng: random.Random) -> list[str]:
     return ["" if rng.random() < EMPTY else caption(scene, rng, broadly=BROADLY).text for scene in scenes]
 
 
-def spread(count: int, draw: torch.Generator) -> Tensor:
+def stratified(count: int, draw: torch.Generator) -> Tensor:
     """Stratified numbers [count] in [0, 1): one from each of `count` equal parts, in order."""
     return (torch.arange(count) + torch.rand(count, generator=draw)) / count
 
