@@ -1,9 +1,12 @@
 """Train glyph-dit, the PixArt-type sibling: `python -m erasure.glyph.build.train_dit`.
 
 A transformer with cross-attention to glyph's CLIP states at every depth, noise prediction on Stable Diffusion's
-schedule, min-SNR weights (Hang et al. 2023, gamma 5), stratified timesteps. Padding is masked, as PixArt does,
-and CLIP is causal: the states do not depend on how far a prompt is padded, so a batch is as long as its longest
-caption. `--export FOLDER` writes what `PixArtSigmaPipeline.from_pretrained` loads.
+schedule, stratified timesteps. The error of the image counts by its signal-to-noise ratio between 0.5 and 5: the
+upper end is min-SNR (Hang et al. 2023), and without the lower one the noisy steps, which settle background and
+style, hardly counted (at 30,000 samples the named background was drawn in 8 % of 64 images).
+
+Padding is masked, as PixArt does, and CLIP is causal: the states do not depend on how far a prompt is padded, so a
+batch is as long as its longest caption. `--export FOLDER` writes what `PixArtSigmaPipeline.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from erasure.glyph.build.transformer import (
 
 WIDTH, HEADS, LAYERS = 256, 4, 6
 STATE = "dit.safetensors"
+FLOOR = 0.5  # of the signal-to-noise ratio that an error of the image counts by; GAMMA is the upper end
 
 
 def build() -> PixArtTransformer2DModel:
@@ -95,7 +99,7 @@ def main() -> None:
             )
         error = F.mse_loss(made.sample.float(), noise, reduction="none").mean((1, 2, 3))
         snr = (a / (1 - a)).flatten()
-        return (error * snr.clamp(max=GAMMA) / snr).mean(), {"eps": error.mean().item()}
+        return (error * snr.clamp(FLOOR, GAMMA) / snr).mean(), {"eps": error.mean().item()}
 
     Plateau(model, loss, args.steps, args.work / STATE, args.lr, warmup=200, average=0.999, weight_decay=0.0).run()
 
