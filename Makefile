@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install glyph clean
+.PHONY: demo test lint install glyph siblings clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,13 @@ glyph: install
 	$(BIN)/python -m erasure.glyph.build.export
 	$(BIN)/python -m erasure.glyph.build.train_quality
 	$(BIN)/python -m erasure.glyph.build.check
+
+# The transformer siblings of glyph (not shipped yet), from its shipped parts; resumable: hours on two cores.
+siblings: install
+	$(BIN)/python -m pip install --quiet -e ".[glyph]"
+	$(BIN)/python -m erasure.glyph.build.train_t5
+	$(BIN)/python -m erasure.glyph.build.train_dit
+	$(BIN)/python -m erasure.glyph.build.train_mmdit
 
 clean:
 	rm -rf build $(VENV) *.egg-info

@@ -14,18 +14,18 @@ from erasure.glyph.build import train_dit, train_mmdit, train_t5
 from erasure.glyph.build.check_transformer import SiblingChecker
 from erasure.glyph.build.loop import averaged, write
 from erasure.glyph.build.transformer import Plateau, save, stratified
-from erasure.glyph.build.unpack import state
+from erasure.glyph.build.unpack import training_state
 
 
 @pytest.fixture
 def work(tmp_path):
     """A folder of training states at step 0."""
     torch.manual_seed(0)
-    write(state(train_dit.build().state_dict(), 0), tmp_path / train_dit.STATE)
-    write(state(train_mmdit.build().state_dict(), 0), tmp_path / train_mmdit.STATE)
+    write(training_state(train_dit.build().state_dict(), 0), tmp_path / train_dit.STATE)
+    write(training_state(train_mmdit.build().state_dict(), 0), tmp_path / train_mmdit.STATE)
     text = train_t5.build(len(train_t5.build_tokenizer()))
     weights = {f"text.{name}": value for name, value in text.named_parameters()}
-    write(state(weights, 0), tmp_path / train_t5.STATE)
+    write(training_state(weights, 0), tmp_path / train_t5.STATE)
     train_mmdit.normalise(2 * torch.randn(8, 4, 16, 16) + 1, tmp_path)
     return tmp_path
 

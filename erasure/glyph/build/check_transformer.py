@@ -19,11 +19,11 @@ from torch import Tensor
 
 from erasure.evaluation.generate import GUIDANCE, STEPS
 from erasure.glyph import objects, styles
-from erasure.prompts.subjects import article
 from erasure.glyph.build.check import Checker, Figure, count, on_backgrounds, on_pairs, on_words, sheet, speed
 from erasure.glyph.build.data import pixels
 from erasure.glyph.build.train_t5 import LONGEST
 from erasure.glyph.vision import load_classifier, load_clip
+from erasure.prompts.subjects import article
 
 KINDS = ("dit", "mmdit")
 

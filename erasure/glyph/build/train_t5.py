@@ -23,7 +23,7 @@ from erasure.glyph import objects, styles, vocabulary
 from erasure.glyph.build.captions import FILLER, Caption, caption
 from erasure.glyph.build.loop import DEVICE, Fit, autocast, averaged
 from erasure.glyph.build.render import scenes
-from erasure.glyph.build.train_clip import spread
+from erasure.glyph.build.train_clip import attribute_targets
 
 LONGEST = 32  # tokens that the sibling is trained on, end and padding included
 SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -128,7 +128,7 @@ def main() -> None:
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         ids, rows = batch(random.Random(step))
-        target = torch.tensor([spread(row) for row in rows], device=DEVICE).split(reader.sizes, 1)
+        target = torch.tensor([attribute_targets(row) for row in rows], device=DEVICE).split(reader.sizes, 1)
         with autocast():
             logits = reader(ids)
         parts = [F.cross_entropy(a, b) for a, b in zip(logits, target, strict=True)]
@@ -144,7 +144,7 @@ def main() -> None:
         for seed in range(-4, 0):
             ids, rows = batch(random.Random(seed))
             for logits, target in zip(
-                reader(ids), torch.tensor([spread(row) for row in rows]).split(reader.sizes, 1), strict=True
+                reader(ids), torch.tensor([attribute_targets(row) for row in rows]).split(reader.sizes, 1), strict=True
             ):
                 named = target.amax(1) == 1
                 right += int((logits.cpu().argmax(1) == target.argmax(1))[named].sum())
