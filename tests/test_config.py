@@ -23,8 +23,8 @@ class Sample:
 
 
 def test_later_layers_win_and_strings_become_numbers():
-    made = config.build(Sample, {"steps": 4, "rate": "1e-4"}, {"steps": 5}, {"name": None, "fast": True})
-    assert made == Sample(steps=5, rate=1e-4, name=None, fast=True)
+    sample = config.build(Sample, {"steps": 4, "rate": "1e-4"}, {"steps": 5}, {"name": None, "fast": True})
+    assert sample == Sample(steps=5, rate=1e-4, name=None, fast=True)
 
 
 def test_all_faults_are_told_at_once():
@@ -109,9 +109,9 @@ def test_presets_name_real_settings_and_restate_no_default():
     for path in files:
         cls = methods.find(path.stem)
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        found = yaml.safe_load(path.read_text()) or {}
-        assert set(found) <= {"all", *KINDS}
-        for kind, values in found.items():
+        presets = yaml.safe_load(path.read_text()) or {}
+        assert set(presets) <= {"all", *KINDS}
+        for kind, values in presets.items():
             config.build(cls, values)
             for key, value in values.items():
                 assert defaults[key] != value, f"{path.stem}: {kind}.{key} restates the default"
@@ -130,5 +130,5 @@ def test_concepts_erased_together_get_as_much_each():
 def test_parity_settings_are_real_and_differ_from_the_defaults():
     for name in methods.names():
         cls = methods.find(name)
-        made = config.build(cls, cls.PARITY)
-        assert all(getattr(made, key) != getattr(cls(), key) for key in cls.PARITY)
+        published = config.build(cls, cls.PARITY)
+        assert all(getattr(published, key) != getattr(cls(), key) for key in cls.PARITY)

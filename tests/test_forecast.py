@@ -54,9 +54,9 @@ def test_the_model_is_counted_as_it_lies():
     """By hand: the UNet, the text encoder and the autoencoder in fp32; what trains, 16 bytes a number."""
     pipe = tiny_pipeline()
     numbers = sum(p.numel() for part in (pipe.unet, pipe.text_encoder, pipe.vae) for p in part.parameters())
-    found = plan(pipe, "cat", "esd", **QUICK["esd"])
+    forecast = plan(pipe, "cat", "esd", **QUICK["esd"])
     trained = sum(m.weight.numel() + (m.bias.numel() if m.bias is not None else 0) for m in targets(pipe))
-    assert found.model_bytes == 4 * numbers and found.training_bytes == 16 * trained
+    assert forecast.model_bytes == 4 * numbers and forecast.training_bytes == 16 * trained
 
 
 def targets(pipe):

@@ -86,10 +86,10 @@ def test_parity_of_spm_draws_noise_for_all_conditions(kind):
     base = Base("tiny", tiny(kind))
     state = method.prepare(base, [Concept("cat")], Run(progress=False))
     cat = base.conditions(["cat"])
-    found, _ = method.anchors(state, cat, torch.Generator().manual_seed(1))
-    assert len(found) == 3 and (found.pooled is None) == (kind == "sd2-v")
-    if found.pooled is not None:
-        ratio = found.pooled[1:].norm(dim=1) / cat.pooled.norm()
+    anchors, _ = method.anchors(state, cat, torch.Generator().manual_seed(1))
+    assert len(anchors) == 3 and (anchors.pooled is None) == (kind == "sd2-v")
+    if anchors.pooled is not None:
+        ratio = anchors.pooled[1:].norm(dim=1) / cat.pooled.norm()
         assert ((ratio > 0.8) & (ratio < 1.2)).all()
     assert all(torch.isfinite(term) for term in method.loss(state, 1).values())
     state.adapter.remove()
@@ -117,10 +117,10 @@ def test_v_targets_lead_where_noise_targets_lead():
 
     batch = method.tuples(state, 0)
     with torch.no_grad():
-        made = base.predict(batch.x, batch.t, base.conditions(["cat"] * 3))
+        output = base.predict(batch.x, batch.t, base.conditions(["cat"] * 3))
         loss = method.loss(state, 0)["esd"]
     out, neutral, concept = (
-        to_eps(base.scheduler, one, batch.x, batch.t) for one in (made, batch.neutral, batch.concept)
+        to_eps(base.scheduler, one, batch.x, batch.t) for one in (output, batch.neutral, batch.concept)
     )
     noise = (out - (neutral - (concept - neutral))) ** 2
     signal, _ = signal_and_noise(base.scheduler, batch.t)
@@ -141,10 +141,10 @@ def test_saluns_saliency_and_retain_loss_are_of_the_noise():
         terms = method.loss(state, 0)
         v = base.predict(x, t, base.conditions([state.retain.prompts[int(i)] for i in index[1]]))
     clean = state.retain.mean[index[1]]
-    wanted = base.scheduler.get_velocity(clean, eps, t)
+    velocity = base.scheduler.get_velocity(clean, eps, t)
     from erasure.model.diffusion import signal_and_noise
 
     signal, _ = signal_and_noise(base.scheduler, t)
-    assert torch.allclose(terms["retain"], method.retain_weight * ((signal * (v - wanted)) ** 2).mean(), rtol=1e-3)
+    assert torch.allclose(terms["retain"], method.retain_weight * ((signal * (v - velocity)) ** 2).mean(), rtol=1e-3)
     assert not torch.allclose(terms["retain"], method.retain_weight * ((v - eps) ** 2).mean(), rtol=1e-2)
     state.adapter.remove()

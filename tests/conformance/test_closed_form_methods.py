@@ -56,9 +56,9 @@ def test_the_change_is_the_minimum_of_the_objective_on_the_real_layers(method):
         new = (
             columns.ridge * old + columns.edit_weight * old @ guide.T @ edit + columns.keep_weight * old @ keep.T @ keep
         )
-        wanted = torch.linalg.solve(gram, new.T).T - old
-        assert torch.allclose(payload.change("unet", f"{path}.weight").double(), wanted, atol=1e-6)
-        assert not torch.allclose(-payload.change("unet", f"{path}.weight").double(), wanted, atol=1e-3)
+        expected = torch.linalg.solve(gram, new.T).T - old
+        assert torch.allclose(payload.change("unet", f"{path}.weight").double(), expected, atol=1e-6)
+        assert not torch.allclose(-payload.change("unet", f"{path}.weight").double(), expected, atol=1e-3)
 
 
 def test_half_precision_weights_are_read_as_they_are(method):

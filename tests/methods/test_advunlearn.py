@@ -53,14 +53,14 @@ def moved(method: AdvUnlearn, base: Base):
 def test_the_attack_is_the_formula(base):
     state = moved(method := dataclasses.replace(AdvUnlearn(), **SMALL), base)
     vectors = torch.randn(1, 32)
-    found = method.attack_loss(state, 0, vectors, torch.Generator().manual_seed(5))
+    loss = method.attack_loss(state, 0, vectors, torch.Generator().manual_seed(5))
     batch = method.concept(state, 0, torch.Generator().manual_seed(5))
     texts = encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1)
     with torch.no_grad():
         attacked = base.unet(batch.x, batch.t, texts).sample
         with state.adapter.off():
             concept = base.unet(batch.x, batch.t, base.encode(["cat", "cat"])).sample
-    assert torch.allclose(found, ((attacked - concept) ** 2).mean(), rtol=1e-4)
+    assert torch.allclose(loss, ((attacked - concept) ** 2).mean(), rtol=1e-4)
     state.adapter.remove()
 
 
@@ -78,12 +78,12 @@ def test_the_loss_is_the_formula_with_the_attack_found(base):
     batch, kept = method.concept(state, 0, draw), method.kept(state, draw)
     words = [state.kept[int(i)] for i in kept.pair]
     with torch.no_grad():
-        made = base.unet(batch.x, batch.t, encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1))
+        output = base.unet(batch.x, batch.t, encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1))
         held = base.unet(kept.x, kept.t, base.pipe.text_encoder(plain(base, words).ids)[0]).sample
         with state.adapter.off():
             e_c, e_n = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", ""))
             still = base.unet(kept.x, kept.t, base.encode(words)).sample
-    assert torch.allclose(terms["erase"], ((made.sample - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-3)
+    assert torch.allclose(terms["erase"], ((output.sample - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-3)
     assert torch.allclose(terms["retain"], 0.4 * ((held - still) ** 2).mean(), rtol=1e-3)
     state.adapter.remove()
 
@@ -135,8 +135,8 @@ def test_layer_1_is_not_layer_10():
 
     config = tiny_text_encoder().config
     config.num_hidden_layers = 12
-    found = trained(CLIPTextModel(config), 2)
-    assert {path.split("layers.")[1].split(".")[0] for path in found} == {"0", "1"}
+    modules = trained(CLIPTextModel(config), 2)
+    assert {path.split("layers.")[1].split(".")[0] for path in modules} == {"0", "1"}
 
 
 @pytest.mark.parametrize(

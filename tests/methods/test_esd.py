@@ -53,10 +53,10 @@ def test_loss_is_the_formula_over_the_samplers_own_states(base, eta):
     with torch.no_grad(), state.adapter.off():
         e_0 = base.unet(batch.x, batch.t, empty.repeat(2, 1, 1)).sample
         e_c = base.unet(batch.x, batch.t, cat.repeat(2, 1, 1)).sample
-    made = base.unet(batch.x, batch.t, cat.repeat(2, 1, 1)).sample
-    wanted = ((made - (e_0 - eta * (e_c - e_0))) ** 2).mean()
-    assert torch.allclose(loss, wanted, rtol=1e-4)
-    wrong = ((made - (e_0 + (eta + 1) * (e_c - e_0))) ** 2).mean()
+    output = base.unet(batch.x, batch.t, cat.repeat(2, 1, 1)).sample
+    expected = ((output - (e_0 - eta * (e_c - e_0))) ** 2).mean()
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    wrong = ((output - (e_0 + (eta + 1) * (e_c - e_0))) ** 2).mean()
     assert not torch.allclose(loss, wrong, rtol=1e-4)
     state.adapter.remove()
 

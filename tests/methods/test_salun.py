@@ -39,7 +39,7 @@ def base() -> Base:
 def test_the_saliency_is_the_signed_sum_of_gradients_of_the_guided_error(base):
     method = dataclasses.replace(SalUn(), **SMALL, mask_guidance=2.0, density=1.0)
     state = method.prepare(base, [Concept("cat")], Run(seed=1, progress=False))
-    found = method.saliency(state)
+    scores = method.saliency(state)
     draw, total = torch.Generator().manual_seed(30_011), {}
     for index in (torch.tensor([0, 1]), torch.tensor([2])):
         x, t, eps = method.noised(base, state.forget.sample(index, draw), draw)
@@ -50,7 +50,7 @@ def test_the_saliency_is_the_signed_sum_of_gradients_of_the_guided_error(base):
         for name, grad in zip(state.adapter.parameters(), grads, strict=True):
             total[name] = total.get(name, 0) + (0 if grad is None else grad)
     for name, value in total.items():
-        assert torch.allclose(found[name], torch.as_tensor(value).abs(), rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(scores[name], torch.as_tensor(value).abs(), rtol=1e-3, atol=1e-5), name
     state.adapter.remove()
 
 
@@ -67,14 +67,14 @@ def test_the_loss_is_the_formula(base, target):
     x, t, _ = method.noised(base, state.forget.sample(forget, draw), draw)
     x_r, t_r, eps = method.noised(base, state.retain.sample(retain, draw), draw)
     with torch.no_grad():
-        made = base.unet(x, t, base.encode(["cat", "cat"])).sample
+        output = base.unet(x, t, base.encode(["cat", "cat"])).sample
         held = base.unet(x_r, t_r, base.encode([state.retain.prompts[int(i)] for i in retain])).sample
         if target == "base":
             with state.adapter.off():
-                wanted = base.unet(x, t, base.encode(["dog", "dog"])).sample
+                target = base.unet(x, t, base.encode(["dog", "dog"])).sample
         else:
-            wanted = base.unet(x, t, base.encode(["dog", "dog"])).sample
-    assert torch.allclose(terms["relabel"], ((made - wanted) ** 2).mean(), rtol=1e-4)
+            target = base.unet(x, t, base.encode(["dog", "dog"])).sample
+    assert torch.allclose(terms["relabel"], ((output - target) ** 2).mean(), rtol=1e-4)
     assert torch.allclose(terms["retain"], 0.3 * ((held - eps) ** 2).mean(), rtol=1e-4)
     sum(terms.values()).backward()
     assert any(param.grad is not None and param.grad.any() for param in state.adapter.parameters().values())
@@ -172,8 +172,8 @@ def test_what_is_retained_is_near_the_concept_and_also_far(base):
 def test_a_folder_names_the_concepts_of_its_images():
     def label(prompts, *concepts):
         images = Images(torch.zeros(len(prompts), 1), torch.zeros(len(prompts), 1), prompts)
-        found, pseudo = shown(images, list(concepts))
-        return found.prompts, pseudo
+        labelled, pseudo = shown(images, list(concepts))
+        return labelled.prompts, pseudo
 
     cat, car = Concept("cat", aliases=("kitty",), anchor="dog"), Concept("car", anchor="boat")
     assert label(["", "", "kitty", "cats"], cat) == (

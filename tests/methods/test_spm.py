@@ -50,13 +50,13 @@ def test_the_loss_is_the_formula(base):
     anchors = anchors.states
     cat, empty = base.encode(["cat", "cat"]), base.encode(["", ""])
     with torch.no_grad():
-        made, held = (base.unet(batch.x, batch.t, e).sample for e in (cat, anchors))
+        output, kept = (base.unet(batch.x, batch.t, e).sample for e in (cat, anchors))
         with state.adapter.off():
             e_c, e_n, still = (base.unet(batch.x, batch.t, e).sample for e in (cat, empty, anchors))
     assert torch.equal(weights, torch.ones(2))
-    assert torch.allclose(terms["erase"], ((made - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-4)
-    assert torch.allclose(terms["anchor"], 7.0 * ((held - still) ** 2).mean(), rtol=1e-4)
-    assert not torch.allclose(terms["erase"], ((made - (e_n + 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-2)
+    assert torch.allclose(terms["erase"], ((output - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-4)
+    assert torch.allclose(terms["anchor"], 7.0 * ((kept - still) ** 2).mean(), rtol=1e-4)
+    assert not torch.allclose(terms["erase"], ((output - (e_n + 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-2)
     state.adapter.remove()
 
 
@@ -139,13 +139,13 @@ def test_a_style_is_erased_from_its_carriers_and_concepts_share_the_membranes(ba
 def test_every_layer_of_the_transformer_blocks_gets_one_dimension(base):
     patch = erase(base, "cat", "spm", progress=False, **SMALL)
     modules = dict(base.unet.named_modules())
-    wanted = {
+    expected = {
         f"{path}.weight"
         for path, one in modules.items()
         if ".attentions." in path and isinstance(one, torch.nn.Linear | torch.nn.Conv2d)
     }
-    assert set(patch.payload.names("unet")) == wanted and patch.payload.ranks == [1]
-    assert any(modules[name.removesuffix(".weight")].__class__.__name__ == "Conv2d" for name in wanted)
+    assert set(patch.payload.names("unet")) == expected and patch.payload.ranks == [1]
+    assert any(modules[name.removesuffix(".weight")].__class__.__name__ == "Conv2d" for name in expected)
 
 
 def test_anchors_follow_the_papers_law_and_the_neighbours(base):
@@ -161,8 +161,8 @@ def test_parity_anchors_are_noise_of_the_concepts_length_and_the_empty_prompt(ba
     method = configure("spm", "object", {"parity": True, "iterations": 4})
     state = method.prepare(base, [Concept("cat")], Run(progress=False))
     cat = base.conditions(["cat"])
-    found, weights = method.anchors(state, cat, torch.Generator().manual_seed(1))
-    anchors, cat = found.states, cat.states
+    conditions, weights = method.anchors(state, cat, torch.Generator().manual_seed(1))
+    anchors, cat = conditions.states, cat.states
     assert torch.equal(anchors[0], base.encode([""])[0]) and weights.tolist() == [0.5, 0.25, 0.25]
     ratio = anchors[1:].flatten(1).norm(dim=1) / cat.norm()
     assert ((ratio > 0.8) & (ratio < 1.2)).all()
@@ -176,11 +176,11 @@ def test_parity_feeds_t_33_to_42_above_the_latents_own(base):
     schedule.set_timesteps(30)
     seen = set()
     for step in range(8):
-        found = method.tuples(state, torch.Generator().manual_seed(step), step)
-        true = [int(t) for t in schedule.timesteps if 30 <= int(found.t[0]) - int(t) <= 43]
+        states = method.tuples(state, torch.Generator().manual_seed(step), step)
+        true = [int(t) for t in schedule.timesteps if 30 <= int(states.t[0]) - int(t) <= 43]
         assert len(true) == 1
-        seen.add(tuple(found.x.shape[2:]))
-        assert max(found.x.shape[2:]) < base.latent_shape()[1]
+        seen.add(tuple(states.x.shape[2:]))
+        assert max(states.x.shape[2:]) < base.latent_shape()[1]
     assert len(seen) > 1
     state.adapter.remove()
 

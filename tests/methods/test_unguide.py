@@ -34,14 +34,14 @@ def test_the_loss_is_the_formula(base, eta):
     with torch.no_grad():
         for param in state.adapter.parameters().values():
             param.add_(0.1)
-    found = method.loss(state, 1)["lead"]
+    loss = method.loss(state, 1)["lead"]
     batch = method.tuples(state, 1)
     with torch.no_grad():
-        made = base.unet(batch.x, batch.t, base.encode(["cat"] * 2)).sample
+        output = base.unet(batch.x, batch.t, base.encode(["cat"] * 2)).sample
         with state.adapter.off():
             e_c, e_r = (base.unet(batch.x, batch.t, base.encode([text] * 2)).sample for text in ("cat", "dog"))
-    assert torch.allclose(found, ((made - (e_r - eta * (e_c - e_r))) ** 2).mean(), rtol=1e-4)
-    assert not torch.allclose(found, ((made - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-3)
+    assert torch.allclose(loss, ((output - (e_r - eta * (e_c - e_r))) ** 2).mean(), rtol=1e-4)
+    assert not torch.allclose(loss, ((output - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-3)
     state.adapter.remove()
 
 
@@ -96,8 +96,8 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
     moved = method.tuples(state, 2)
     assert torch.equal(plain.t, moved.t) and not torch.equal(plain.x, moved.x)
     with torch.no_grad(), state.adapter.off():
-        wanted = base.unet(moved.x, moved.t, base.encode(["cat"])).sample
-    assert torch.allclose(moved.concept, wanted, atol=1e-5)
+        expected = base.unet(moved.x, moved.t, base.encode(["cat"])).sample
+    assert torch.allclose(moved.concept, expected, atol=1e-5)
     state.adapter.remove()
 
 
@@ -146,7 +146,7 @@ def test_the_gates_cut_parts_two_samples():
 def test_the_gate_is_set_by_the_concept_in_styles_too():
     texts = ["a dog", "a dog in ink style", "a house in the style of Monet"]
     cat, monet = Concept("cat"), Concept("Van Gogh", kind="style")
-    found = UnGuide.named([cat], texts)
-    assert found[: len(cat.prompt_pairs())] == [prompt for prompt, _ in cat.prompt_pairs()]
-    assert found[-2:] == ["a cat in ink style", "a cat in the style of Monet"]
+    prompts = UnGuide.named([cat], texts)
+    assert prompts[: len(cat.prompt_pairs())] == [prompt for prompt, _ in cat.prompt_pairs()]
+    assert prompts[-2:] == ["a cat in ink style", "a cat in the style of Monet"]
     assert UnGuide.named([monet], texts) == [prompt for prompt, _ in monet.prompt_pairs()]

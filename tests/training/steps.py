@@ -56,12 +56,12 @@ def broken(folder: Path) -> str:
 
     ESD.loss = loss
     try:
-        return told(folder / "broken.safetensors")
+        return message_of(folder / "broken.safetensors")
     finally:
         ESD.loss = real
 
 
-def told(out: Path, **more: object) -> str:
+def message_of(out: Path, **more: object) -> str:
     try:
         erase(tiny_pipeline(), "cat", "esd", out=out, progress=False, **more, **ODD["esd"])
     except ErasureError as fault:
@@ -70,19 +70,19 @@ def told(out: Path, **more: object) -> str:
 
 
 def main(folder: Path) -> None:
-    found: dict[str, object] = {"costs": {}}
+    record: dict[str, object] = {"costs": {}}
     for name in TRAINED:
         patch = erase(tiny_pipeline(), "cat", name, out=folder / f"{name}.safetensors", progress=False, **ODD[name])
-        found["costs"][name] = patch.costs
+        record["costs"][name] = patch.costs
     interrupted(folder / "resumed.safetensors")
-    found["left"] = sorted(path.name for path in (folder / "resumed.safetensors.run").iterdir())
+    record["left"] = sorted(path.name for path in (folder / "resumed.safetensors.run").iterdir())
     erase(tiny_pipeline(), "cat", "esd", out=folder / "resumed.safetensors", progress=False, **ODD["esd"])
     interrupted(folder / "alone.safetensors")
     watched = {"progress": False, "preview_every": 2, **ODD["esd"]}
     erase(tiny_pipeline(), "cat", "esd", out=folder / "watched.safetensors", **watched)
-    found["nan"] = broken(folder)
-    found["apart"] = told(folder / f"apart{RANK}.safetensors", seed=int(RANK))
-    (folder / f"found-{RANK}.json").write_text(json.dumps(found))
+    record["nan"] = broken(folder)
+    record["apart"] = message_of(folder / f"apart{RANK}.safetensors", seed=int(RANK))
+    (folder / f"record-{RANK}.json").write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

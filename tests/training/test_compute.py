@@ -24,10 +24,10 @@ BOTH = ["weights", "low rank"]
 def adapter(base, kind):
     if kind == "weights":
         return Weights(base.unet, base.targets("x"))
-    made = LowRankTerm(base.unet, base.targets("x"), rank=2, generator=torch.Generator().manual_seed(0))
-    for param in made.parameters().values():
+    term = LowRankTerm(base.unet, base.targets("x"), rank=2, generator=torch.Generator().manual_seed(0))
+    for param in term.parameters().values():
         param.data.add_(0.1)
-    return made
+    return term
 
 
 def inputs(base):
@@ -40,25 +40,25 @@ def step(kind, stored=True, **options):
     """Output, gradients by name, and the dtypes of the UNet's weights after one backward of the tiny UNet."""
     base = Base.of(tiny_pipeline())
     with Engine(base, Computing(**options)) as engine:
-        made = adapter(base, kind)
+        term = adapter(base, kind)
         if stored:
-            engine.settle(made.parameters(), inside=True)
+            engine.settle(term.parameters(), inside=True)
         out = base.unet(*inputs(base)).sample
         out.square().sum().backward()
-        found = {name: param.grad.clone() for name, param in made.parameters().items()}
+        gradients = {name: param.grad.clone() for name, param in term.parameters().items()}
         types = {name: param.dtype for name, param in base.unet.named_parameters()}
-        made.remove()
-    return out.detach(), found, types
+        term.remove()
+    return out.detach(), gradients, types
 
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_checkpointing_and_layout_give_the_same_gradients(kind):
     plain, gradients, _ = step(kind)
     for option in ("gradient_checkpointing", "channels_last"):
-        out, found, _ = step(kind, **{option: True})
+        out, other, _ = step(kind, **{option: True})
         assert torch.allclose(out, plain, atol=1e-5)
         scale = max(float(value.abs().max()) for value in gradients.values())
-        assert all(torch.allclose(found[key], gradients[key], atol=1e-5 * scale) for key in gradients)
+        assert all(torch.allclose(other[key], gradients[key], atol=1e-5 * scale) for key in gradients)
 
 
 def test_checkpointing_keeps_less():
@@ -79,11 +79,11 @@ def test_checkpointing_keeps_less():
 @pytest.mark.parametrize("kind", BOTH)
 def test_half_precision_narrows_what_is_frozen_and_nothing_else(kind, precision):
     """Frozen weights lie in half precision, with the very numbers that autocast would make of them."""
-    out, found, types = step(kind, precision=precision)
+    out, gradients, types = step(kind, precision=precision)
     wide, other, _ = step(kind, stored=False, precision=precision)
     assert torch.equal(out, wide) and out.dtype == torch.float32
-    assert found.keys() == other.keys() and all(torch.equal(found[key], other[key]) for key in found)
-    assert all(value.dtype == torch.float32 for value in found.values())
+    assert gradients.keys() == other.keys() and all(torch.equal(gradients[key], other[key]) for key in gradients)
+    assert all(value.dtype == torch.float32 for value in gradients.values())
     exact = step(kind)[0]
     assert not torch.equal(out, exact) and torch.allclose(out, exact, atol=0.05)
     half = {name for name, dtype in types.items() if dtype == DTYPES[precision]}
@@ -155,7 +155,7 @@ def test_fp16_scales_its_gradients_and_goes_on_where_it_was(tmp_path, monkeypatc
 
 
 def test_gradients_that_pass_through_fp16_are_scaled_inside_and_true_outside():
-    base, found = Base.of(tiny_pipeline()), {}
+    base, gradients = Base.of(tiny_pipeline()), {}
     for precision in ("fp32", "fp16"):
         with Engine(base, Computing(precision=precision)) as engine:
             base.unet.requires_grad_(False)
@@ -163,10 +163,10 @@ def test_gradients_that_pass_through_fp16_are_scaled_inside_and_true_outside():
             x, t, states = inputs(base)
             states.requires_grad_(True)
             loss = base.unet(x, t, states).sample.mean() * 1e-4  # about the least that fp16 can hold, an element
-            (found[precision],) = torch.autograd.grad(loss, states)
-    assert found["fp16"].any()
-    near = torch.nn.functional.cosine_similarity(found["fp32"].flatten(), found["fp16"].flatten(), dim=0)
-    assert near > 0.9 and 0.8 < found["fp16"].norm() / found["fp32"].norm() < 1.25
+            (gradients[precision],) = torch.autograd.grad(loss, states)
+    assert gradients["fp16"].any()
+    near = torch.nn.functional.cosine_similarity(gradients["fp32"].flatten(), gradients["fp16"].flatten(), dim=0)
+    assert near > 0.9 and 0.8 < gradients["fp16"].norm() / gradients["fp32"].norm() < 1.25
 
 
 def test_a_compiled_unet_sees_the_adapter_on_and_off(monkeypatch):
@@ -182,13 +182,13 @@ def test_a_compiled_unet_sees_the_adapter_on_and_off(monkeypatch):
     with Engine(base, Computing(compile=True)) as engine, torch.no_grad():
         before = base.unet(*inputs(base)).sample
         assert not compiled
-        made, other = adapter(base, "low rank"), adapter(plain, "low rank")
-        engine.settle(made.parameters(), inside=True)
+        term, other = adapter(base, "low rank"), adapter(plain, "low rank")
+        engine.settle(term.parameters(), inside=True)
         assert torch.allclose(base.unet(*inputs(base)).sample, plain.unet(*inputs(base)).sample, atol=1e-5)
-        with made.off():
+        with term.off():
             assert torch.allclose(base.unet(*inputs(base)).sample, before, atol=1e-5)
         assert len(compiled) == 1
-        made.remove()
+        term.remove()
     torch._dynamo.reset()
     other.remove()
     assert "forward" not in vars(base.unet)
@@ -213,8 +213,8 @@ def test_the_command_line_says_how_to_compute():
 
     line = ["cat", "--precision", "bf16", "--gradient-checkpointing", "--set", "iterations=3"]
     for command in ("erase", "plan"):
-        given = settings(parser().parse_args([command, *line]))
-        assert given == {"iterations": 3, "precision": "bf16", "gradient_checkpointing": True}
+        values = settings(parser().parse_args([command, *line]))
+        assert values == {"iterations": 3, "precision": "bf16", "gradient_checkpointing": True}
         assert settings(parser().parse_args([command, "cat"])) == {}
 
 

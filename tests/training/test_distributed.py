@@ -32,8 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> list[dict]:
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+def records(folder) -> list[dict]:
+    return [json.loads((folder / f"record-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def near(one: Patch, other: Patch) -> bool:
@@ -44,19 +44,19 @@ def near(one: Patch, other: Patch) -> bool:
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_two_processes_learn_what_one_learns(method, folder, found):
+def test_two_processes_learn_what_one_learns(method, folder, records):
     alone = erase(tiny_pipeline(), "cat", method, progress=False, **ODD[method])
     together = Patch.load(folder / f"{method}.safetensors")
     assert near(alone, together) and alone.gate == together.gate
     other = erase(tiny_pipeline(), "cat", method, progress=False, **{**ODD[method], "batch_size": 2})
     assert not near(other, together)  # the comparison can fail: a process's share alone is another patch
-    for one in found:  # every process knows the cost of all of them
-        assert {key: one["costs"][method][key] for key in "FB"} == {key: alone.costs[key] for key in "FB"}
+    for record in records:  # every process knows the cost of all of them
+        assert {key: record["costs"][method][key] for key in "FB"} == {key: alone.costs[key] for key in "FB"}
 
 
-def test_an_interrupted_launch_goes_on_together_or_alone(folder, found):
+def test_an_interrupted_launch_goes_on_together_or_alone(folder, records):
     straight = Patch.load(folder / "esd.safetensors")
-    assert found[0]["left"] == ["pool.safetensors", "prepared.json", "run.json", "state.safetensors"]
+    assert records[0]["left"] == ["pool.safetensors", "prepared.json", "run.json", "state.safetensors"]
     assert same(changes(straight), changes(Patch.load(folder / "resumed.safetensors")))
     assert (folder / "alone.safetensors.run").is_dir() and not (folder / "resumed.safetensors.run").exists()
     alone = erase(tiny_pipeline(), "cat", "esd", out=folder / "alone.safetensors", progress=False, **ODD["esd"])
@@ -71,12 +71,12 @@ def test_the_main_process_draws_the_previews(folder):
     assert same(changes(watched), changes(plain)) and watched.costs["F"] == plain.costs["F"]
 
 
-def test_nan_in_one_process_stops_both_with_one_error(folder, found):
-    assert "not a number at step 1" in found[0]["nan"]
-    assert found[0]["nan"] == found[1]["nan"]
+def test_nan_in_one_process_stops_both_with_one_error(folder, records):
+    assert "not a number at step 1" in records[0]["nan"]
+    assert records[0]["nan"] == records[1]["nan"]
     assert not (folder / "broken.safetensors").exists()
 
 
-def test_processes_with_different_runs_are_refused(folder, found):
-    assert all("different runs" in one["apart"] for one in found)
+def test_processes_with_different_runs_are_refused(folder, records):
+    assert all("different runs" in record["apart"] for record in records)
     assert not list(folder.glob("apart*"))

@@ -19,18 +19,18 @@ def base() -> Base:
 
 
 def test_drawn_images_are_those_of_the_pipeline(base):
-    found = drawn(base, ["a cat"], 1, seed=0, steps=3, guidance=4.0)
+    images = drawn(base, ["a cat"], 1, seed=0, steps=3, guidance=4.0)
     pipe = base.pipe
     pipe.scheduler = base.sampler("ddim")
     pipe.set_progress_bar_config(disable=True)
-    made = pipe(
+    latents = pipe(
         "a cat",
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).images
-    assert torch.allclose(found.mean, made, atol=1e-4)
+    assert torch.allclose(images.mean, latents, atol=1e-4)
 
 
 def test_they_do_not_depend_on_the_batch_and_are_kept(base, tmp_path):
@@ -48,11 +48,11 @@ def test_a_folder_is_read_with_its_posteriors(base, tmp_path):
     (tmp_path / "a dog").mkdir()
     Image.new("RGB", (50, 20), (250, 10, 10)).save(tmp_path / "top.png")
     Image.new("L", (16, 16), 90).save(tmp_path / "a dog" / "grey.jpg")
-    found = read_folder(base, tmp_path, "a cat")
-    assert sorted(found.prompts) == ["a cat", "a dog"] and found.mean.shape == (2, *base.latent_shape())
+    images = read_folder(base, tmp_path, "a cat")
+    assert sorted(images.prompts) == ["a cat", "a dog"] and images.mean.shape == (2, *base.latent_shape())
     draw = torch.Generator().manual_seed(0)
-    many = torch.stack([found.sample(torch.tensor([0]), draw)[0] for _ in range(200)])
-    assert torch.allclose(many.std(0).mean(), found.std[0].mean(), rtol=0.1)
+    many = torch.stack([images.sample(torch.tensor([0]), draw)[0] for _ in range(200)])
+    assert torch.allclose(many.std(0).mean(), images.std[0].mean(), rtol=0.1)
 
 
 def test_folders_that_hold_nothing(base, tmp_path):

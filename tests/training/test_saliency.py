@@ -63,8 +63,8 @@ def test_a_mask_comes_back_from_its_file_under_both_names(tmp_path):
     size = sum(p.numel() for p in unet.parameters())
     assert (tmp_path / "ours.safetensors").stat().st_size < size / 8 + 60_000  # a bit a weight, and the names
     for name in ("ours", "theirs"):
-        found = read_mask(tmp_path / f"{name}.safetensors", unet)
-        assert found.keys() == masks.keys() and all(torch.equal(found[key], masks[key]) for key in masks)
+        again = read_mask(tmp_path / f"{name}.safetensors", unet)
+        assert again.keys() == masks.keys() and all(torch.equal(again[key], masks[key]) for key in masks)
 
 
 def test_a_mask_that_cannot_be_written(tmp_path):
@@ -80,8 +80,8 @@ def test_the_published_file_is_read(tmp_path):
     unet = tiny_unet()
     masks, names = masks_of(unet), compvis_names(unet)
     torch.save({names[key]: mask.long() for key, mask in masks.items()}, tmp_path / "with_0.5.pt")
-    found = read_mask(tmp_path / "with_0.5.pt", unet)
-    assert all(torch.equal(found[key], masks[key]) for key in masks)
+    read = read_mask(tmp_path / "with_0.5.pt", unet)
+    assert all(torch.equal(read[key], masks[key]) for key in masks)
 
 
 class Evil:
