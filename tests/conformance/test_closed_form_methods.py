@@ -14,7 +14,7 @@ from erasure.forecast import plan
 from erasure.method import ClosedFormMethod
 from erasure.methods import configured
 from erasure.model.base import Base
-from tests.conformance.quick import same, small, weights
+from tests.conformance.quick import changes, same, small, weights
 from tests.conformance.sketches import METHODS, those
 from tests.tiny import tiny_pipeline, tiny_unet
 
@@ -61,8 +61,8 @@ def test_the_change_is_the_minimum_of_the_objective_on_the_real_layers(method):
         assert not torch.allclose(-payload.change("unet", f"{path}.weight").double(), expected, atol=1e-3)
 
 
-def test_half_precision_weights_are_read_as_they_are(method):
-    """No layer of the UNet is cast: a checkpoint in half precision is not held twice."""
+def test_half_precision_weights_are_read_as_they_are(method, tmp_path):
+    """No layer of the UNet is cast, but for previews: a checkpoint in half precision is not held twice."""
     pipe = tiny_pipeline()
     pipe.unet.to(torch.float16)
     before, kinds = weights(pipe), []
@@ -72,6 +72,10 @@ def test_half_precision_weights_are_read_as_they_are(method):
     assert same(before, weights(pipe)) and set(kinds) == {torch.float16}
     assert "precision" not in patch.config
     assert "in fp16" in plan(pipe, "cat", method, **small(method)).text()
+    drawn = erase(pipe, "cat", method, out=tmp_path / "p", progress=False, preview_every=1, **small(method))
+    assert same(changes(patch), changes(drawn)) and same(before, weights(pipe))
+    names = sorted(path.name for path in (tmp_path / "p.previews").iterdir())
+    assert names == ["step-000000.png", "step-000001.png"]
 
 
 def test_a_unet_without_weights_is_forecast_and_a_text_encoder_without_weights_is_refused(method):
