@@ -125,12 +125,12 @@ def anchored(base: Encoder, concept: Concept, concepts: list[Concept], *, first:
     if concept.anchor is not None:
         return concept
     if first:
-        near = [word for kind, word in retained(base, concepts) if (kind == "style") == (concept.kind == "style")]
+        candidates = [word for kind, word in retained(base, concepts) if (kind == "style") == (concept.kind == "style")]
     else:
-        near = neighbours(base, concept, concepts)
-    if not near:
+        candidates = neighbours(base, concept, concepts)
+    if not candidates:
         raise ErasureError(f"no word of the vocabulary can be the anchor of {concept.name!r}; give an anchor")
-    return replace(concept, anchor=prompt_of(concept.kind, near[0]))
+    return replace(concept, anchor=prompt_of(concept.kind, candidates[0]))
 
 
 def retain_prompts(
@@ -168,24 +168,24 @@ def retain_prompts(
     prompts = list(dict.fromkeys([*first, *kept]))
     combined: list[str] = []
     if file is not None:
-        more = [text for text in read_prompts(file) if not naming(text, names)]
+        others = [text for text in read_prompts(file) if not naming(text, names)]
     else:
         listed = retained(base, concepts)
         nouns = [word for kind, word in listed if kind != "style"]
         looks = [prompt_of(kind, word) for kind, word in listed if kind == "style"]
-        more = [prompt_of(kind, word) for kind, word in listed]
+        others = [prompt_of(kind, word) for kind, word in listed]
         combined = [f"a {noun} in {look}" for noun in nouns for look in looks] if count is not None else []
     longest = base.pipe.tokenizer.model_max_length
-    more, combined = (
+    others, combined = (
         [text for text in dict.fromkeys(texts) if text not in prompts and tokens(base, text) <= longest]
-        for texts in (more, combined)
+        for texts in (others, combined)
     )
-    if not prompts and not more:
+    if not prompts and not others:
         raise ErasureError(
             "no retain prompts: every prompt names the concept or is too long for the text encoder; give some in retain"
         )
     draw = torch.Generator().manual_seed(seed)
-    for texts in (more, combined):
+    for texts in (others, combined):
         room = len(texts) if count is None else max(0, count - len(prompts))
         order = range(len(texts)) if len(texts) <= room else torch.randperm(len(texts), generator=draw)[:room].tolist()
         prompts += [texts[i] for i in order]

@@ -82,17 +82,19 @@ def _vae(name: str, levels: int) -> str:
     parts = path.split(".")
     if len(parts) == 1:  # quant_conv, post_quant_conv
         return name
-    half, rest = parts[0], parts[1:]
-    if rest[0] == "mid_block":
-        inner = ".".join(rest[3:])
-        place = f"attn_1.{ATTENTION[inner]}" if rest[1] == "attentions" else f"block_{int(rest[2]) + 1}.{_short(inner)}"
+    half, inside = parts[0], parts[1:]  # encoder or decoder, and the path in it
+    if inside[0] == "mid_block":
+        inner = ".".join(inside[3:])
+        place = (
+            f"attn_1.{ATTENTION[inner]}" if inside[1] == "attentions" else f"block_{int(inside[2]) + 1}.{_short(inner)}"
+        )
         return f"{half}.mid.{place}.{leaf}"
-    if rest[0] in ("down_blocks", "up_blocks"):
-        side = rest[0].removesuffix("_blocks")
-        level = int(rest[1]) if side == "down" else levels - 1 - int(rest[1])
-        inner = f"block.{rest[3]}.{_short(rest[4])}" if rest[2] == "resnets" else f"{side}sample.conv"
+    if inside[0] in ("down_blocks", "up_blocks"):
+        side = inside[0].removesuffix("_blocks")
+        level = int(inside[1]) if side == "down" else levels - 1 - int(inside[1])
+        inner = f"block.{inside[3]}.{_short(inside[4])}" if inside[2] == "resnets" else f"{side}sample.conv"
         return f"{half}.{side}.{level}.{inner}.{leaf}"
-    return f"{half}.{rest[0].replace('conv_norm_out', 'norm_out')}.{leaf}"
+    return f"{half}.{inside[0].replace('conv_norm_out', 'norm_out')}.{leaf}"
 
 
 def _short(layer: str) -> str:

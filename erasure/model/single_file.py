@@ -205,7 +205,7 @@ def _own(path: Any, text: str) -> DetectedModel:
         stored = json.loads(text)
         files = {name: dict(values) for name, values in stored["files"].items()}
         if any(".." in Path(name).parts or Path(name).is_absolute() for name in files):
-            raise ValueError("a path leads out of the folder")
+            raise ValueError("it has a path outside of the folder")
         return DetectedModel("own", f"{files[INDEX]['_class_name']}, by its header", files, dict(stored["pads"]))
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ErasureError(f"{path}: its header's {HEADER} is damaged: {fault}") from None
