@@ -134,7 +134,7 @@ def free_port() -> str:
         return str(door.getsockname()[1])
 
 
-def crew_of_two(script: Path, folder: Path, mode: str) -> list[subprocess.Popen[str]]:
+def two_processes(script: Path, folder: Path, mode: str) -> list[subprocess.Popen[str]]:
     """Start two processes without a launcher, which would end one when the other dies."""
     both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, str(script), str(folder), mode]
@@ -204,7 +204,7 @@ def test_two_processes_draw_the_same_as_one(script, whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_dead_process_neither_hangs_the_others_nor_loses_their_work(script, whole, glyph, tmp_path):
-    first, second = crew_of_two(script, tmp_path / "x", "dies")
+    first, second = two_processes(script, tmp_path / "x", "dies")
     _, stderr = first.communicate(timeout=200)
     assert second.wait(timeout=20) == -signal.SIGKILL
     second.communicate()
@@ -218,7 +218,7 @@ def test_a_dead_process_neither_hangs_the_others_nor_loses_their_work(script, wh
 
 
 def test_a_failure_in_one_process_is_reported_in_all(script, whole, tmp_path):
-    for process in crew_of_two(script, tmp_path / "x", "faults"):
+    for process in two_processes(script, tmp_path / "x", "faults"):
         stdout, _ = process.communicate(timeout=200)
         full, strange = stdout.splitlines()
         assert "x: cannot be written: No space left on device" in full
