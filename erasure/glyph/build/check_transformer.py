@@ -29,7 +29,7 @@ KINDS = ("dit", "mmdit")
 
 
 def settings(kind: str, guidance: float) -> dict[str, Any]:
-    """What the pipeline of a kind is called with beside prompt, seeds and steps."""
+    """Return the arguments of a kind of pipeline besides prompts, seeds and steps."""
     if kind == "dit":
         return {
             "guidance_scale": guidance,
@@ -41,7 +41,7 @@ def settings(kind: str, guidance: float) -> dict[str, Any]:
 
 
 def pipeline(kind: str, work: Path, folder: Path | None) -> Any:
-    """The exported pipeline of `folder`, else that of the run in `work`."""
+    """Return the exported pipeline in `folder`, or else the pipeline of the run in `work`."""
     from erasure.glyph.build import train_dit, train_mmdit
 
     if folder:
@@ -59,7 +59,7 @@ class SiblingChecker(Checker):
         self.call = settings(kind, guidance)
 
     def generate(self, prompts: list[str], seed: int) -> Tensor:
-        """Images [n, 3, 64, 64] in [-1, 1], one a prompt, row i from seed + i."""
+        """Generate an image for each prompt, with seed + i for row i: [n, 3, 64, 64] in [-1, 1]."""
         parts = []
         for start in range(0, len(prompts), self.batch):
             part = prompts[start : start + self.batch]

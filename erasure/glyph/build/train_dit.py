@@ -39,7 +39,7 @@ FLOOR = 0.5  # of the signal-to-noise ratio that an error of the image counts by
 
 
 def build() -> PixArtTransformer2DModel:
-    """The transformer with random weights: 7.0 M, 64 image tokens of 2x2 latent pixels."""
+    """Build the transformer with random weights: 7.0 M parameters, 64 image tokens of 2x2 latent pixels."""
     model = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=WIDTH // HEADS,
@@ -57,7 +57,7 @@ def build() -> PixArtTransformer2DModel:
 
 
 def assemble(work: Path) -> PixArtSigmaPipeline:
-    """The pipeline with the averaged weights of the run so far."""
+    """Return the pipeline with the averaged weights of the run so far."""
     model = build()
     model.load_state_dict(averaged(work / STATE))
     tokenizer, text = shipped_text()
@@ -67,7 +67,7 @@ def assemble(work: Path) -> PixArtSigmaPipeline:
 
 
 def main() -> None:
-    """Train; the state is saved every two minutes, and a second call goes on from it."""
+    """Train the transformer; the state is saved every two minutes, and a second call resumes from it."""
     args = parser(__doc__, steps=10_000, batch=32, lr=1e-3).parse_args()
     if args.export:
         save(assemble(args.work), args.export)

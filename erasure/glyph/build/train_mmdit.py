@@ -47,7 +47,7 @@ SCALING = "mmdit-scaling.json"
 
 
 def build() -> FluxTransformer2DModel:
-    """The transformer with random weights: 5.1 M, 64 image tokens of 2x2 latent pixels."""
+    """Build the transformer with random weights: 5.1 M parameters, 64 image tokens of 2x2 latent pixels."""
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -73,24 +73,24 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def pack(x: Tensor) -> Tensor:
-    """Latents [n, 4, 16, 16] to tokens [n, 64, 16] of 2x2 pixels, as FluxPipeline packs them."""
+    """Convert latents [n, 4, 16, 16] to tokens [n, 64, 16] of 2x2 pixels, as FluxPipeline packs them."""
     return FluxPipeline._pack_latents(x, *x.shape)
 
 
 def places(length: int) -> tuple[Tensor, Tensor]:
-    """Positions of `length` text tokens (all zero) and of the image tokens, [tokens, 3]."""
+    """Return the positions of `length` text tokens (all zero) and of the image tokens [tokens, 3]."""
     return torch.zeros(length, 3), FluxPipeline._prepare_latent_image_ids(1, 8, 8, torch.device("cpu"), torch.float)
 
 
 def normalise(stock: Tensor, work: Path) -> Tensor:
-    """Latents with mean 0 and deviation 1; shift and scale are kept for the exported autoencoder."""
+    """Normalise latents to mean 0 and deviation 1; shift and scale are kept for the exported autoencoder."""
     shift, scale = stock.mean().item(), 1 / stock.std().item()
     (work / SCALING).write_text(json.dumps({"shift_factor": shift, "scaling_factor": scale}))
     return (stock - shift) * scale
 
 
 def assemble(work: Path) -> FluxPipeline:
-    """The pipeline with the averaged weights of the run so far."""
+    """Return the pipeline with the averaged weights of the run so far."""
     model = build()
     model.load_state_dict(averaged(work / STATE))
     tokenizer, clip = shipped_text()
@@ -109,12 +109,12 @@ def assemble(work: Path) -> FluxPipeline:
 
 
 def drop(captions: list[str], share: float, rng: random.Random) -> list[str]:
-    """The captions with a share of them emptied."""
+    """Return the captions, a share of them emptied."""
     return ["" if rng.random() < share else text for text in captions]
 
 
 def main() -> None:
-    """Train; the state is saved every two minutes, and a second call goes on from it."""
+    """Train the transformer; the state is saved every two minutes, and a second call resumes from it."""
     args = parser(__doc__, steps=10_000, batch=32, lr=1e-3).parse_args()
     if args.export:
         save(assemble(args.work), args.export)

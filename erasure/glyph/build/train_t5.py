@@ -31,16 +31,16 @@ STATE = "t5.safetensors"
 
 
 def recase(text: str, rng: random.Random) -> str:
-    """One text in eight as people type them: a capital first, or everywhere (T5 keeps case, CLIP does not)."""
+    """Capitalise one text in eight: the first letter, each word or all letters (unlike CLIP, T5 keeps case)."""
     form = rng.randrange(24)
     return {0: text.capitalize(), 1: text.title(), 2: text.upper()}.get(form, text)
 
 
 def build_tokenizer() -> T5TokenizerFast:
-    """A `T5TokenizerFast`: each word of glyph's captions, small and with a capital, and every printable ASCII sign.
+    """Build a `T5TokenizerFast` of each word of glyph's captions, in both cases, and all printable ASCII characters.
 
-    Its sentencepiece model is a unigram one; a trainer of such models cut these few captions into letters, so the
-    words are given and get a better score than what they could be spelt with.
+    Its sentencepiece model is a unigram model. A trainer of such models splits these few captions into letters, so the
+    words are listed here, with a better score than the letters that spell them.
     """
     rng = random.Random(0)
     corpus = [caption(scene, rng).text for scene in scenes() for _ in range(6)] + list(FILLER)
@@ -53,7 +53,7 @@ def build_tokenizer() -> T5TokenizerFast:
 
 
 def build(size: int) -> T5EncoderModel:
-    """The encoder with random weights: 3 layers, 128 wide, relative positions."""
+    """Build the encoder with random weights: 3 layers of width 128, relative positions."""
     config = T5Config(
         vocab_size=size,
         d_model=128,
@@ -88,7 +88,7 @@ class Reader(nn.Module):
         self.read = nn.Linear(128, sum(self.sizes))
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Logits of objects, styles and backgrounds, [n, classes] each, from token ids [n, length]."""
+        """Return the logits of objects, styles and backgrounds, each [n, classes], for token ids [n, length]."""
         states, real = self.text(ids).last_hidden_state, (ids != 0).unsqueeze(-1)
         return self.read((states * real).sum(1) / real.sum(1)).float().split(self.sizes, 1)
 

@@ -48,7 +48,7 @@ class Plateau(Fit):
 
 
 def parser(description: str | None, *, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
-    """The options of a sibling's training."""
+    """Return the parser of the training scripts' options."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--work", type=Path, default=Path("build/glyph"), help="where the states and latents lie")
     made.add_argument("--steps", type=int, default=steps)
@@ -61,18 +61,18 @@ def parser(description: str | None, *, steps: int, batch: int, lr: float) -> arg
 
 
 def shipped_vae() -> AutoencoderKL:
-    """The shipped autoencoder in fp32."""
+    """Return the autoencoder that glyph ships, in fp32."""
     return AutoencoderKL.from_pretrained(CHECKPOINT / "vae", torch_dtype=torch.float32).eval()
 
 
 def shipped_text() -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The shipped tokenizer and text encoder (width 128, 77 positions), fixed."""
+    """Return the tokenizer and the frozen text encoder that glyph ships (width 128, 77 positions)."""
     text = CLIPTextModel.from_pretrained(CHECKPOINT / "text_encoder", dtype=torch.float32)
     return CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer"), text.eval().requires_grad_(False)
 
 
 def latents(count: int, work: Path) -> tuple[list[Scene], Tensor]:
-    """Scenes and the autoencoder's means [count, 4, 16, 16], unscaled, of their renders; kept in a file."""
+    """Return scenes and the unscaled means [count, 4, 16, 16] of their encoded renders, kept in a file."""
     labels, images = renders(count, 5, work, held_out=False)
     path = work / f"shipped-latents-{count}.safetensors"
     if not path.is_file():
@@ -84,12 +84,12 @@ def latents(count: int, work: Path) -> tuple[list[Scene], Tensor]:
 
 
 def texts(scenes: list[Scene], rng: random.Random) -> list[str]:
-    """A caption for each scene, one in ten empty."""
+    """Return a caption for each scene; one in ten is empty."""
     return ["" if rng.random() < EMPTY else caption(scene, rng, broadly=BROADLY).text for scene in scenes]
 
 
 def stratified(count: int, draw: torch.Generator) -> Tensor:
-    """Stratified numbers [count] in [0, 1): one from each of `count` equal parts, in order."""
+    """Draw stratified numbers [count] in [0, 1): one from each of `count` equal parts, in order."""
     return (torch.arange(count) + torch.rand(count, generator=draw)) / count
 
 
