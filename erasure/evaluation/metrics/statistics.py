@@ -1,4 +1,4 @@
-"""Confidence intervals for shares and means, and a test for paired shares."""
+"""Confidence intervals for shares and means, a test for paired shares, and a correction for several tests."""
 
 from __future__ import annotations
 
@@ -72,3 +72,23 @@ def mcnemar(only_first: int, only_second: int) -> float:
         return 1.0
     tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for the number of tests, by the step-down procedure of Holm (1979).
+
+    Args:
+        p_values: one p-value for each test.
+
+    Returns:
+        The corrected p-values in the same order; each is at least the original and at most 1.
+
+    >>> holm([0.01, 0.5, 0.02])
+    [0.03, 0.5, 0.04]
+    """
+    corrected = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected

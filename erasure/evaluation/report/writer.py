@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.report import COLUMNS, AttackReport
 from erasure.evaluation.generate import Record, read_image
+from erasure.evaluation.report.attack_page import attack_page
+from erasure.evaluation.report.evaluation_page import page
 from erasure.evaluation.report.figures import ImagePair
-from erasure.evaluation.report.html import attack_page, page
 from erasure.evaluation.report.report import Report
 from erasure.evaluation.text_files import write_text
 

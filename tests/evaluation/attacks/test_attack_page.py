@@ -11,7 +11,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation.attacks.curves import curve
 from erasure.evaluation.attacks.report import AttackReport
 from erasure.evaluation.attacks.run import attack
-from erasure.evaluation.report.html import attack_page
+from erasure.evaluation.report.attack_page import attack_page
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.evaluation.attacks.test_run import QUICK, Likeness, outcome
 from tests.patch.making import delta_patch

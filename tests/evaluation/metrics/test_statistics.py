@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from erasure.evaluation.metrics.statistics import bootstrap_mean, mcnemar, wilson
+from erasure.evaluation.metrics.statistics import bootstrap_mean, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (33, 240), (239, 240)])
@@ -37,3 +37,9 @@ def test_the_bootstrap_is_close_to_the_normal_interval_and_repeatable():
     assert low == pytest.approx(np.mean(values) - half, abs=0.06)
     assert high == pytest.approx(np.mean(values) + half, abs=0.06)
     assert (low, high) == bootstrap_mean(values)
+
+
+def test_holm_steps_down_from_the_smallest():
+    # Worked by hand: 4 x 0.01, 3 x 0.02, 2 x 0.03 (raised to the one before it), and 0.9.
+    assert holm([0.9, 0.02, 0.01, 0.03]) == pytest.approx([0.9, 0.06, 0.04, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == [] and holm([0.03]) == [0.03]
