@@ -88,6 +88,27 @@ def test_the_loss_is_the_formula_with_the_attack_found(base):
     state.adapter.remove()
 
 
+@pytest.mark.parametrize("parity", [False, True])
+def test_the_published_attack_adds_its_gradients_up_and_drops_its_last_step(base, monkeypatch, parity):
+    """Each attack step's gradient is known here: 1, then -0.9; what Adam makes of them tells how they were kept."""
+    method = dataclasses.replace(AdvUnlearn(), **{**SMALL, "attack_steps": 3, "attack_init": "latest"}, parity=False)
+    state = method.prepare(base, [Concept("cat")], Run(progress=False))
+    method, slopes = dataclasses.replace(method, parity=parity), iter([1.0, -0.9, 0.5])
+    monkeypatch.setattr(AdvUnlearn, "attack_loss", lambda self, state, number, d, draw: next(slopes) * d.sum())
+    first = state.latest[0].clone()
+    method.loss(state, 0)
+    given = torch.tensor([1.0, -0.9, 0.5])
+    moved = torch.zeros(1, requires_grad=True)
+    adam, rate = torch.optim.Adam([moved], lr=method.attack_rate * state.unit), []
+    for gradient in given.cumsum(0) if parity else given:
+        rate.append(float(moved.detach()))
+        moved.grad = gradient.reshape(1)
+        adam.step()
+    expected = rate[-1] if parity else float(moved.detach())
+    assert torch.allclose(state.latest[0] - first, torch.full_like(first, expected), rtol=1e-3)
+    state.adapter.remove()
+
+
 def test_the_pool_is_what_sampling_anew_would_give(base):
     """Same seed and step: the same latents, timestep and answers, and so the same loss."""
     method = dataclasses.replace(AdvUnlearn(), **SMALL)

@@ -123,6 +123,27 @@ def test_parity_follows_the_official_script(base):
     assert patch.config["parity"] is True
 
 
+def test_the_published_trajectory_and_teacher_are_the_bases_and_not_the_students(base):
+    method = configure("esd", "object", {"parity": True, "sample_steps": 4, "resolution_scale": 1.0})
+    state = method.prepare(base, [Concept("cat")], Run(seed=3, progress=False))
+    step = next(step for step in range(20) if method.tuples(state, step).t < 900)  # at least one step walked
+    before = method.tuples(state, step)
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.mul_(1.5)
+    batch, loss = method.tuples(state, step), method.loss(state, step)["esd"]
+    cat, empty = base.encode(["cat"]), base.encode([""])
+    with torch.no_grad():
+        output = base.unet(batch.x, batch.t, cat).sample
+        with state.adapter.off():
+            e_c, e_0 = (base.unet(batch.x, batch.t, texts).sample for texts in (cat, empty))
+    assert torch.equal(batch.x, before.x) and torch.equal(batch.t, before.t)
+    assert torch.allclose(batch.concept, e_c, atol=1e-5) and torch.allclose(batch.neutral, e_0, atol=1e-5)
+    assert not torch.allclose(output, e_c, atol=1e-2)  # the student has left the base
+    assert torch.allclose(loss, ((output - (e_c - 2 * (e_c - e_0))) ** 2).mean(), rtol=1e-4)  # the script's own form
+    state.adapter.remove()
+
+
 def test_bf16_rounding_loses_small_updates(base):
     settings = {**SMALL, "iterations": 1, "learning_rate": 1e-5, "variant": "x-strict"}
     fine = erase(base, "cat", "esd", progress=False, **settings)

@@ -15,7 +15,7 @@ from erasure.errors import ErasureError
 from erasure.methods import configure
 from erasure.methods.salun import SalUn
 from erasure.model.base import Base
-from erasure.model.diffusion import add_noise
+from erasure.model.diffusion import add_noise, counting
 from erasure.training.image_latents import Images, shown
 from erasure.training.run import Run
 from erasure.training.saliency import read_mask, write_mask
@@ -78,6 +78,27 @@ def test_the_loss_is_the_formula(base, target):
     assert torch.allclose(terms["retain"], 0.3 * ((held - eps) ** 2).mean(), rtol=1e-4)
     sum(terms.values()).backward()
     assert any(param.grad is not None and param.grad.any() for param in state.adapter.parameters().values())
+    state.adapter.remove()
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_no_gradient_flows_through_the_target(base, parity):
+    method = dataclasses.replace(SalUn(), **SMALL, retain_weight=0.0, density=1.0, parity=parity)
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(seed=1, progress=False))
+    params = state.adapter.parameters()
+    with counting(base.unet) as counts:
+        method.loss(state, 2)["relabel"].backward()
+    assert (counts.forward, counts.backward) == (3 * 2, 2 * 2)
+    draw = torch.Generator().manual_seed(1_000_003 + 2)
+    forget, _ = (torch.randint(n, (2,), generator=draw) for n in (3, 4))
+    x, t, _ = method.noised(base, state.forget.sample(forget, draw), draw)
+    target = base.unet(x, t, base.encode(["dog", "dog"])).sample
+    output = base.unet(x, t, base.encode(["cat", "cat"])).sample
+    name, param = next((name, param) for name, param in params.items() if name.endswith("attn2.to_k.weight"))
+    (stopped,) = torch.autograd.grad(((output - target.detach()) ** 2).mean(), param, retain_graph=True)
+    (through,) = torch.autograd.grad(((output - target) ** 2).mean(), param)
+    assert torch.allclose(param.grad, stopped, rtol=1e-3, atol=1e-8), name
+    assert not torch.allclose(param.grad, through, rtol=1e-1)
     state.adapter.remove()
 
 
@@ -152,6 +173,12 @@ def test_the_published_target_sees_another_draw_of_the_posterior(base):
     state.forget = dataclasses.replace(images, std=torch.ones(3, *base.latent_shape()))
     assert clean.loss(state, 1)["relabel"] < 1e-9 and published.loss(state, 1)["relabel"] > 1e-6
     state.adapter.remove()
+
+
+def test_parity_has_the_published_settings():
+    method = configure("salun", "object", {"parity": True})
+    assert (method.iterations, method.batch_size, method.learning_rate) == (605, 8, 1e-5)  # 5 epochs of 121 batches
+    assert (method.variant, method.density, method.mask_guidance, method.target) == ("all", 0.5, 7.5, "current")
 
 
 def test_what_is_retained_is_near_the_concept_and_also_far(base):

@@ -60,6 +60,40 @@ def test_the_loss_is_the_formula(base):
     state.adapter.remove()
 
 
+def test_the_published_loss_is_the_formula_with_the_base_as_teacher(base):
+    """Walked with the membranes on, judged without; the anchor term is a mean over the anchors by their weights."""
+    method = dataclasses.replace(configure("spm", "object", {"parity": True}), anchor_weight=7.0, negative_guidance=1.5)
+    state = moved(method, base)
+    terms = method.loss(state, 1)
+    draw = torch.Generator().manual_seed(state.seed * 1_000_003 + 1)
+    batch = method.tuples(state, draw, 1)
+    anchors, weights = method.anchors(state, base.conditions(["cat"]), draw)
+    cat, empty = base.encode(["cat"]), base.encode([""])
+    x, t = batch.x.repeat(3, 1, 1, 1), batch.t.repeat(3)
+    with torch.no_grad():
+        output, kept = base.unet(batch.x, batch.t, cat).sample, base.unet(x, t, anchors.states).sample
+        with state.adapter.off():
+            e_c, e_n = (base.unet(batch.x, batch.t, e).sample for e in (cat, empty))
+            still = base.unet(x, t, anchors.states).sample
+    assert torch.allclose(batch.concept, e_c, atol=1e-5) and torch.allclose(batch.neutral, e_n, atol=1e-5)
+    assert not torch.allclose(e_c, output, atol=1e-3)  # the membranes do something here
+    assert torch.allclose(terms["erase"], ((output - (e_n - 1.5 * (e_c - e_n))) ** 2).mean(), rtol=1e-4)
+    drift = ((kept - still) ** 2).mean((1, 2, 3))
+    assert drift.min() > 0 and weights.tolist() == [0.5, 0.25, 0.25]
+    assert torch.allclose(terms["anchor"], 7.0 * (0.5 * drift[0] + 0.25 * drift[1] + 0.25 * drift[2]), rtol=1e-4)
+    state.adapter.remove()
+
+
+def test_the_published_trajectory_is_walked_with_the_membranes_on(base):
+    method = configure("spm", "object", {"parity": True})
+    state = moved(method, base)
+    on = method.tuples(state, torch.Generator().manual_seed(2), 0)
+    with state.adapter.off():
+        off = method.tuples(state, torch.Generator().manual_seed(2), 0)
+    assert torch.equal(on.t, off.t) and not torch.allclose(on.x, off.x, atol=1e-3)
+    state.adapter.remove()
+
+
 def test_a_refreshed_pool_is_walked_with_the_membranes_on_and_judged_without(base):
     method = dataclasses.replace(SPM(), **SMALL, refresh=2)
     state = moved(method, base)
@@ -154,6 +188,13 @@ def test_anchors_follow_the_papers_law_and_the_neighbours(base):
     assert state.near == ["dog", ""] and "cat" not in state.texts
     expected = 1 - cosines(base, state.texts, ["cat"]).abs()[:, 0]
     assert torch.allclose(state.odds, expected)
+    draw, n = torch.Generator().manual_seed(0), 400
+    state.odds = torch.zeros(len(state.texts))
+    state.odds[[1, 4]] = torch.tensor([0.75, 0.25])
+    drawn, _ = method.anchors(state, base.conditions(["cat"] * n), draw)
+    for text, share in ((state.texts[1], 0.375), (state.texts[4], 0.125), ("dog", 0.25), ("", 0.25)):
+        found = (drawn.states == base.encode([text])).flatten(1).all(1).float().mean()
+        assert abs(float(found) - share) < 0.06, text
     state.adapter.remove()
 
 
