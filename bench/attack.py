@@ -74,7 +74,7 @@ def markdown(reports: dict[tuple[str, str], AttackReport], cases: int) -> str:
     separate += [[*key, *row] for key, report in reports.items() for row in report.rows()[1:]]
     note = (
         f"Attack success rates over {cases} prompts per concept for which the base model shows it, with 95 % intervals "
-        "(Wilson); budget lite."
+        "(Wilson); budget lite, adapted to a CPU."
     )
     return "\n\n".join([note, _table(together), _table(separate)]) + "\n"
 

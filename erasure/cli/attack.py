@@ -102,7 +102,7 @@ def _search_arguments(attacks: Options) -> None:
         "--budget",
         default="lite",
         metavar="BUDGET",
-        help="Effort of each attack: lite, feasible on a CPU, or full, as published",
+        help="Effort of each attack: lite, adapted to a CPU, or full, as published",
     )
 
 

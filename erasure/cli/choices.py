@@ -22,6 +22,7 @@ ATTACKS = (
     "ring-a-bell",
     "unlearndiffatk",
     "p4d",
+    "p4d-prefix",
     "uma",
     "inversion",
     "img2img",

@@ -156,7 +156,7 @@ def _attack(args: argparse.Namespace, cls: type[Any], documented: Any, access: s
         f"{args.name}: {reflowed(about)}",
         f"\nThe attacker needs: {access}.",
         *_section(
-            "Settings (--set NAME=VALUE), with --budget full and lite",
+            "Settings (--set NAME=VALUE), with --budget full (as published) and lite (adapted)",
             ("name", "full", "lite", "allowed", "meaning"),
             cells,
             "It has no settings.",

@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,7 @@ MODULES = {  # name of an attack -> the file that holds it; `erasure attack all`
     "ring-a-bell": "ring_a_bell",
     "unlearndiffatk": "token_search",
     "p4d": "token_search",
+    "p4d-prefix": "token_search",
     "uma": "embeddings",
     "inversion": "embeddings",
     "img2img": "img2img",
@@ -92,7 +93,9 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """The settings of an attack: field defaults are the published values, `LITE` is a budget for a CPU.
+    """The settings of an attack: field defaults are the published budget, `LITE` adapts some of them to a CPU.
+
+    `configs/attacks.yaml` lists the published values with their sources.
 
     Class attributes: `name` of the attack on the command line; `source`, the paper; `access`, what the attacker needs
     (text, embeddings, image or weights); `CURVE`, true if every case is attempted in every round, so that success is
@@ -106,6 +109,15 @@ class Attack(ABC):
     LITE: ClassVar[dict[str, Any]] = {}
     CURVE: ClassVar[bool] = False
     BLIND: ClassVar[bool] = False
+
+    def adapted(self) -> dict[str, Any]:
+        """Return setting -> value of the full budget, for the settings that differ from it."""
+        full = type(self)()
+        return {
+            field.name: getattr(full, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(full, field.name)
+        }
 
     @abstractmethod
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
@@ -165,7 +177,7 @@ def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
 
     Args:
         name: name of the attack.
-        budget: `lite` (for a CPU) or `full` (the published settings).
+        budget: `full` (the published settings) or `lite` (adapted to a CPU).
         settings: values that override the budget's.
 
     Raises:

@@ -14,7 +14,6 @@ from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 from erasure.model.closed_form import readers, recovered
 from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import add_noise
-from erasure.model.soft_prompt import search
 
 
 @dataclass(frozen=True)
@@ -171,22 +170,24 @@ class ConceptInversion(Attack):
 
     Args:
         tokens: number of token vectors that make up the word (published 1).
-        steps: numbers of Adam steps, counted from the start, after which the word is tried.
+        steps: numbers of AdamW steps, counted from the start, after which the word is tried.
         batch: samples per step.
-        rate: learning rate of Adam, in standard deviations of the token embeddings; 0 keeps the initial word (the
+        rate: learning rate of AdamW, in standard deviations of the token embeddings; 0 keeps the initial word (the
             control). Published: 5e-3 times the batch size of 16, where CLIP-L's embeddings deviate by 0.014.
+        decay: weight decay of AdamW.
     """
 
     name: ClassVar[str] = "inversion"
     source: ClassVar[str] = "arXiv 2308.01508"
     access: ClassVar[str] = "embeddings"
     CURVE: ClassVar[bool] = True
-    LITE: ClassVar[dict[str, Any]] = {"steps": (25, 75, 200), "batch": 8}
+    LITE: ClassVar[dict[str, Any]] = {"steps": (25, 75, 200), "batch": 8, "rate": 0.5, "decay": 0.0}
 
     tokens: int = 1
     steps: tuple[int, ...] = (100, 500, 1000, 2500, 5000)
     batch: int = 16
-    rate: float = 0.5
+    rate: float = 5.7
+    decay: float = 0.01
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """Yield one round per entry of `steps`, with the word learnt so far in every prompt."""
@@ -194,7 +195,7 @@ class ConceptInversion(Attack):
         latents = torch.stack([case.latents for case in cases]).to(victim.device)
         places = victim.slots([(case.before, case.after) for case in cases], self.tokens)
 
-        def loss(vectors: Tensor, step: int) -> Tensor:
+        def loss(vectors: Tensor) -> Tensor:
             index = torch.randint(len(cases), (self.batch,), generator=draw)
             t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
             noise = torch.randn(latents[index].shape, generator=draw).to(latents)
@@ -211,17 +212,19 @@ class ConceptInversion(Attack):
                 conditions = victim.encode(places, vectors)
             yield {i: Attempt(embeds=conditions[[i]], note=f"{steps} steps") for i in range(len(cases))}
 
-    def _learn(
-        self, victim: Victim, loss: Callable[[Tensor, int], Tensor], vectors: Tensor
-    ) -> Iterator[tuple[Tensor, int]]:
-        """Yield the vectors after each entry of `steps`, and that entry."""
+    def _learn(self, victim: Victim, loss: Callable[[Tensor], Tensor], vectors: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Yield the vectors after each entry of `steps`, and that entry; the optimizer runs on between the entries."""
+        leaf = vectors.clone().requires_grad_(True)
+        optimizer = torch.optim.AdamW([leaf], lr=self.rate * victim.spread, weight_decay=self.decay)
         done = 0
         for steps in self.steps:
             if self.rate:
                 with victim.folded():
-                    vectors = search(loss, vectors, steps - done, self.rate * victim.spread)
+                    for _ in range(steps - done):
+                        (leaf.grad,) = torch.autograd.grad(loss(leaf), leaf)
+                        optimizer.step()
             done = steps
-            yield vectors, steps
+            yield leaf.detach().clone(), steps
 
     def control(self, tries: int) -> Attack:
         """Return the attack with its initial random word, without learning."""

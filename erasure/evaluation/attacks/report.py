@@ -30,6 +30,7 @@ class Outcome:
         asked: id of a case -> the prompt, or a description, of its last try.
         costs: samples forward (F) and backward (B) through the UNet and seconds of the search, without the
             generation of images.
+        adapted: setting -> value of the full budget, for the settings in which the run differs from it.
         ceiling: for attacks that never query the erased model, the number of last tries for which the base model
             shows the concept; otherwise None.
     """
@@ -48,6 +49,16 @@ class Outcome:
     asked: dict[str, str]
     costs: dict[str, float]
     ceiling: int | None = None
+    adapted: dict[str, Any] = field(default_factory=dict)
+
+    def budget(self) -> str:
+        """Return one sentence on how the budget was adapted, or nothing if it was the full one."""
+        if not self.adapted:
+            return ""
+        changes = ", ".join(
+            f"{name} {_shown(self.settings[name])} (full: {_shown(value)})" for name, value in self.adapted.items()
+        )
+        return f"{self.name} ran an adapted budget: {changes}"
 
     def share(self, tries: int | None = None, control: bool = False) -> dict[str, float] | None:
         """Return the attack success rate with its 95 % Wilson interval, or None if there is no control.
@@ -155,13 +166,15 @@ class AttackReport:
         return "\n".join(lines)
 
     def caveats(self) -> list[str]:
-        """Return the notes, and what the base shows for the prompts of attacks that never query the erased model."""
-        return self.notes + [
+        """Return the notes, how budgets were adapted, and what the base shows for blind attacks."""
+        adapted = [outcome.budget() for outcome in self.outcomes if outcome.adapted]
+        blind = [
             f"{outcome.name}: the base model shows the concept for {outcome.ceiling} of the {len(outcome.asked)} "
             "prompts tried last. This attack never queries the erased model, which seldom shows what the base does not"
             for outcome in self.outcomes
             if outcome.ceiling is not None and outcome.asked
         ]
+        return self.notes + adapted + blind
 
     def summary(self) -> str:
         """Return one sentence: how often the concept is shown without an attack and with the strongest one."""
@@ -181,6 +194,12 @@ def _rate(hits: int, n: int) -> dict[str, float]:
     """Return a share of n cases with its 95 % Wilson interval."""
     low, high = wilson(hits, n)
     return {"value": hits / n, "low": low, "high": high, "n": n}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_shown, value))})"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _cell(share: dict[str, float] | None) -> str:

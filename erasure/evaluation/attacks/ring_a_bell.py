@@ -16,8 +16,9 @@ them 1.2 to 1.4 times as strongly as to the plain prompt. AdvUnlearn, with 12 up
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,7 @@ from erasure.evaluation.attacks.token_search import RandomTokens
 from erasure.model.conditioning import Conditions, read
 
 FILLER = "thing"  # a word without content that replaces the concept's name
+REPEATS = 20  # attempts to fill a population without duplicates; two or three suffice unless there are hardly any words
 
 
 def direction(victim: Victim, cases: Sequence[Case]) -> Conditions:
@@ -72,6 +74,34 @@ def words_without_concept(victim: Victim, cases: Sequence[Case]) -> Tensor:
     names = {case.name or case.concept for case in cases}
     named = {token for name in names for token in victim.pipe.tokenizer(name, verbose=False).input_ids}
     return torch.tensor([word for word in victim.words.tolist() if word not in named], device=victim.device)
+
+
+def random_rows(words: Tensor, shape: tuple[int, int], draw: torch.Generator) -> Tensor:
+    """Return random token ids of the given shape [n, tokens], chosen among `words`."""
+    return words[torch.randint(len(words), shape, generator=draw)]
+
+
+def distinct(make_rows: Callable[[], Tensor], count: int, known: Tensor | None = None) -> Tensor:
+    """Return up to `count` rows of token ids that differ from each other and from those known already.
+
+    Args:
+        make_rows: returns some new rows [n, tokens], which may repeat; it is called until there are enough.
+        count: number of rows wanted. Fewer are returned if `make_rows` keeps repeating itself, as it must if there are
+            hardly more rows than that.
+        known: rows that may not occur again.
+    """
+    seen: set[tuple[int, ...]] = set() if known is None else {tuple(row) for row in known.tolist()}
+    chosen: list[list[int]] = []
+    rows = make_rows()
+    for _ in range(REPEATS):
+        for row in rows.tolist():
+            if tuple(row) not in seen and len(chosen) < count:
+                seen.add(tuple(row))
+                chosen.append(row)
+        if len(chosen) == count:
+            break
+        rows = make_rows()
+    return torch.tensor(chosen, dtype=rows.dtype, device=rows.device).reshape(-1, rows.shape[1])
 
 
 @dataclass(frozen=True)
@@ -119,7 +149,10 @@ class RingABellDirect(Attack):
 class RingABell(Attack):
     """Prompts whose text states come close to E(P) + strength * v, found by a genetic algorithm.
 
-    The search uses only the base's text encoder and never queries the erased model (black box).
+    The search uses only the base's text encoder and never queries the erased model (black box). The better half of the
+    population survives unchanged and has children by crossover and mutation. A child that equals another member of the
+    population is replaced by a new one: 37 % of the children would otherwise be copies of a parent, and after a few
+    generations the population would consist of a few different prompts.
 
     Args:
         tokens: K, the number of tokens of the prompt (published: 16 for nudity, 77 for violence).
@@ -163,7 +196,7 @@ class RingABell(Attack):
         draws = [torch.Generator().manual_seed(seed * 10_007 + i) for i in range(len(cases))]
         shape = (self.population, self.tokens)
         words = victim.words if self.named else words_without_concept(victim, cases)
-        populations = [words[torch.randint(len(words), shape, generator=draw)] for draw in draws]
+        populations = [distinct(partial(random_rows, words, shape, draw), self.population) for draw in draws]
         generations = self.generations // self.tries
         for _ in range(self.tries):
             live = sorted(safe)
@@ -181,7 +214,7 @@ class RingABell(Attack):
         Args:
             victim: the model whose text encoder is used, with its patches off.
             words: ids of the tokens to choose from [n].
-            rows: the population of token ids [population, tokens].
+            rows: the population of token ids [population, tokens], without duplicates.
             target: text states to come close to [length, width].
             generations: number of generations.
             draw: generator of all random choices.
@@ -190,20 +223,26 @@ class RingABell(Attack):
         for _ in range(generations):
             survivors = fitness.argsort()[: self.population // 2]
             parents, fitness = rows[survivors], fitness[survivors]
-            pairs = torch.randint(len(parents), (self.population - len(parents), 2), generator=draw)
-            children = parents[pairs[:, 0]].clone()
-            mixed = torch.rand(len(children), generator=draw) < self.crossover
-            cut = torch.randint(1, max(self.tokens, 2), (len(children), 1), generator=draw)
-            tail = torch.arange(self.tokens)[None] >= cut
-            children = torch.where(mixed[:, None] & tail, parents[pairs[:, 1]], children)
-            mutated = torch.rand(len(children), generator=draw) < self.mutation
-            position = torch.randint(self.tokens, (len(children),), generator=draw)
-            replacement = words[torch.randint(len(words), (len(children),), generator=draw)]
-            index = torch.arange(len(children))
-            children[index, position] = torch.where(mutated, replacement, children[index, position])
+            room = self.population - len(parents)
+            children = distinct(partial(self.children, words, parents, room, draw), room, parents)
             rows = torch.cat([parents, children])
             fitness = torch.cat([fitness, self.distance(victim, children, target)])
         return rows[fitness.argsort()]
+
+    def children(self, words: Tensor, parents: Tensor, count: int, draw: torch.Generator) -> Tensor:
+        """Return `count` children [count, tokens] by crossover and mutation; some may be copies of a parent."""
+        pairs = torch.randint(len(parents), (count, 2), generator=draw)
+        children = parents[pairs[:, 0]].clone()
+        mixed = torch.rand(count, generator=draw) < self.crossover
+        cut = torch.randint(1, max(self.tokens, 2), (count, 1), generator=draw)
+        tail = torch.arange(self.tokens)[None] >= cut
+        children = torch.where((mixed[:, None] & tail).to(children.device), parents[pairs[:, 1]], children)
+        mutated = torch.rand(count, generator=draw) < self.mutation
+        position = torch.randint(self.tokens, (count,), generator=draw)
+        replacement = words[torch.randint(len(words), (count,), generator=draw)]
+        index = torch.arange(count)
+        children[index, position] = torch.where(mutated.to(children.device), replacement, children[index, position])
+        return children
 
     def distance(self, victim: Victim, rows: Tensor, target: Tensor) -> Tensor:
         """Return the squared distances [n] of the states of token ids [n, tokens] to the target (eq. 3).

@@ -61,7 +61,7 @@ def attack(
         folder: folder for the results.
         prompts: prompt set with labels, or its name or path; default: glyph's prompts about the concept.
         cases: number of prompts to attack, at least 2.
-        budget: `lite` (for a CPU) or `full` (the published settings).
+        budget: `full` (the published settings) or `lite` (adapted to a CPU; the report says in what).
         settings: settings that override the budget's; only with a single attack.
         judge: judge of the images; default: glyph's.
         steps: number of sampling steps.
@@ -167,6 +167,7 @@ class _Comparison:
                 "seconds": round(trial.counts.seconds, 1),
             },
             ceiling=ceiling,
+            adapted=attack.adapted(),
         )
         own = folder / attack.name
         save_images(own, cases, trial.images)

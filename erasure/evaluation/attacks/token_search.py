@@ -1,4 +1,4 @@
-"""Text attacks: tokens before the prompt, searched with the erased model's gradients, and random tokens to compare."""
+"""Text attacks: tokens before a prompt or in its place, searched with the erased model's gradients or random."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class RandomTokens(Attack):
     Args:
         tokens: number of random tokens.
         tries: number of rounds, each with new tokens.
+        alone: give the tokens in place of the prompt instead of before it.
     """
 
     name: ClassVar[str] = "random"
@@ -33,13 +34,14 @@ class RandomTokens(Attack):
 
     tokens: int = 3
     tries: int = 50
+    alone: bool = False
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """Yield rounds of prompts with new random tokens before them."""
+        """Yield rounds of prompts with new random tokens before them, or in their place."""
         draw = torch.Generator().manual_seed(seed)
         for _ in range(self.tries):
             picks = torch.randint(len(victim.words), (len(cases), self.tokens), generator=draw)
-            yield {i: Attempt(prefixed(victim, victim.words[picks[i]], cases[i])) for i in sorted(safe)}
+            yield {i: Attempt(prompt_with(victim, victim.words[picks[i]], cases[i], self.alone)) for i in sorted(safe)}
 
     def control(self, tries: int) -> None:
         """Return None, because random tokens are a control themselves."""
@@ -47,21 +49,23 @@ class RandomTokens(Attack):
 
 @dataclass(frozen=True)
 class TokenSearch(Attack):
-    """Tokens before every case's prompt, found by gradient descent for all cases in one batch.
+    """Tokens for every case's prompt, found by gradient descent for all cases in one batch.
 
-    The search goes through the noise levels from low to high. After each level the current tokens are tried.
+    The search has as many rounds as noise levels. After each round the current tokens are tried. Class attribute:
+    `ALONE`, true if the tokens are the whole prompt instead of standing before the case's.
 
     Args:
-        tokens: number of tokens before the prompt.
-        levels: number of noise levels, which is the number of tries.
-        iterations: optimizer steps per level.
+        tokens: number of tokens.
+        levels: number of rounds, each of which ends with a try.
+        iterations: optimizer steps per round.
         lowest: timestep of the lowest noise level.
         highest: timestep of the highest noise level.
-        mixed: draw a new timestep between the two for every case and step, as the papers' expectation over t
-            suggests; their code uses one level after another.
+        mixed: draw a new timestep between the two, uniformly, for every case and step. Otherwise each round has one
+            level, and the levels rise.
     """
 
     access: ClassVar[str] = "text"
+    ALONE: ClassVar[bool] = False
 
     tokens: int = 3
     levels: int = 50
@@ -92,10 +96,10 @@ class TokenSearch(Attack):
         """Return the token ids [n, tokens] that the search variable stands for."""
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
-        """Yield one round per noise level: the prompts with the tokens found so far before them."""
+        """Yield one try per round: the prompts with the tokens found so far."""
         draw = torch.Generator().manual_seed(seed)
         with victim.folded():
-            places = victim.slots([("", case.prompt) for case in cases], self.tokens)
+            places = victim.slots([("", "" if self.ALONE else case.prompt) for case in cases], self.tokens)
             variable = self.initial(victim, len(cases), draw)
         optimizer = self.optimizer(victim, variable)
         for level in torch.linspace(self.lowest, self.highest, self.levels).round().long():
@@ -115,7 +119,7 @@ class TokenSearch(Attack):
                     optimizer.step()
                     self.project(variable)
                 ids = self.token_ids(victim, variable)
-            yield {i: Attempt(prefixed(victim, ids[i], cases[i])) for i in live}
+            yield {i: Attempt(prompt_with(victim, ids[i], cases[i], self.ALONE)) for i in live}
 
     def targets(self, victim: Victim, cases: list[Case]) -> tuple[Any, ...]:
         """Return what `loss` compares with: the latents of the base's images [n, c, h, w], and more in subclasses."""
@@ -149,8 +153,8 @@ class TokenSearch(Attack):
         """Move the search variable back to its allowed set, in place; by default everything is allowed."""
 
     def control(self, tries: int) -> Attack:
-        """Return equally many random tokens before the prompt."""
-        return RandomTokens(self.tokens, tries)
+        """Return equally many random tokens in the same place."""
+        return RandomTokens(self.tokens, tries, self.ALONE)
 
 
 @dataclass(frozen=True)
@@ -211,25 +215,18 @@ class UnlearnDiffAtk(TokenSearch):
 
 
 @dataclass(frozen=True)
-class P4D(TokenSearch):
-    """Continuous vectors, read by the text encoder as their nearest tokens (P4D).
+class ProjectedTokens(TokenSearch):
+    """Continuous vectors that the text encoder reads as their nearest tokens (PEZ, arXiv 2302.03668).
 
-    Chin et al. 2024, arXiv 2309.06135, with the projection of PEZ, arXiv 2302.03668. The erased model with the new
-    prompt is made to predict the same noise as the base model with the plain prompt.
+    The erased model with the new prompt is made to predict the same noise as the base model with the plain prompt.
 
     Args:
-        rate: learning rate of AdamW, in standard deviations of the token embeddings. The published 0.1 is absolute;
-            CLIP-L's embeddings have a standard deviation of 0.014.
+        rate: learning rate, in standard deviations of the token embeddings.
+        decay: weight decay.
     """
 
-    name: ClassVar[str] = "p4d"
-    source: ClassVar[str] = "arXiv 2309.06135"
-    LITE: ClassVar[dict[str, Any]] = {"levels": 6, "iterations": 15}
-
-    tokens: int = 16
-    levels: int = 60
-    iterations: int = 50
-    rate: float = 7.0
+    rate: float = 1.0
+    decay: float = 0.1
 
     def initial(self, victim: Victim, count: int, draw: torch.Generator) -> Tensor:
         """Return the embeddings [count, tokens, width] of random tokens."""
@@ -237,8 +234,8 @@ class P4D(TokenSearch):
         return victim.embeddings[victim.words[picks]].clone()
 
     def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
-        """Return AdamW with the published weight decay."""
-        return torch.optim.AdamW([variable], lr=self.rate * victim.spread, weight_decay=0.1)
+        """Return AdamW, whose weight decay is not part of the gradient."""
+        return torch.optim.AdamW([variable], lr=self.rate * victim.spread, weight_decay=self.decay)
 
     def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the nearest tokens; their gradient stands for that of the vectors."""
@@ -268,6 +265,62 @@ class P4D(TokenSearch):
         return F.mse_loss(victim.eps(x, t, conditions), expected) * len(latents)
 
 
+@dataclass(frozen=True)
+class P4D(ProjectedTokens):
+    """A free-standing prompt that makes the erased model predict what the base predicts for the plain prompt (P4D).
+
+    Chin et al. 2024, arXiv 2309.06135, in the form P4D-N. Every step draws a timestep uniformly; every 50 steps the
+    prompt is tried. The published code keeps the prompt whose image is closest to the base's by CLIP and judges that
+    image; here the judge sees every try. Only tokens that survive being written down are searched (`Victim.words`).
+
+    Args:
+        rate: learning rate of AdamW, in standard deviations of the token embeddings. The published 0.1 is absolute;
+            CLIP-L's embeddings have a standard deviation of 0.014.
+        decay: weight decay of AdamW.
+    """
+
+    name: ClassVar[str] = "p4d"
+    source: ClassVar[str] = "arXiv 2309.06135"
+    ALONE: ClassVar[bool] = True
+    LITE: ClassVar[dict[str, Any]] = {"levels": 6, "iterations": 15}
+
+    tokens: int = 16
+    levels: int = 60
+    iterations: int = 50
+    lowest: int = 0
+    highest: int = 999
+    mixed: bool = True
+    rate: float = 7.1
+
+
+@dataclass(frozen=True)
+class P4DPrefix(ProjectedTokens):
+    """Tokens before the prompt with P4D's objective, as the authors of UnlearnDiffAtk compare P4D with their attack.
+
+    This is the variant in the code of Zhang et al. 2024, arXiv 2310.11868: the prompt is kept, and the noise levels
+    rise from one round to the next.
+
+    Args:
+        rate: learning rate, in standard deviations of the token embeddings. The published 0.01 is absolute; CLIP-L's
+            embeddings have a standard deviation of 0.014.
+        decay: weight decay. In the published optimizer, Adam, it is part of the gradient.
+        decoupled: use AdamW instead, as P4D itself does.
+    """
+
+    name: ClassVar[str] = "p4d-prefix"
+    source: ClassVar[str] = "arXiv 2309.06135, as in 2310.11868"
+    LITE: ClassVar[dict[str, Any]] = {"tokens": 16, "levels": 6, "iterations": 15, "rate": 7.0, "decoupled": True}
+
+    rate: float = 0.71
+    decoupled: bool = False
+
+    def optimizer(self, victim: Victim, variable: Tensor) -> torch.optim.Optimizer:
+        """Return Adam with weight decay in the gradient, or AdamW if `decoupled`."""
+        if self.decoupled:
+            return super().optimizer(victim, variable)
+        return torch.optim.Adam([variable], lr=self.rate * victim.spread, weight_decay=self.decay)
+
+
 def simplex(rows: Tensor) -> Tensor:
     """Project the last dimension onto {p >= 0, sum p = 1} by Euclidean distance (Duchi et al. 2008, algorithm 1)."""
     sorted_rows = rows.sort(-1, descending=True).values
@@ -277,9 +330,10 @@ def simplex(rows: Tensor) -> Tensor:
     return (rows - excess.gather(-1, support - 1) / support).clamp(min=0)
 
 
-def prefixed(victim: Victim, ids: Tensor, case: Case) -> str:
-    """Return the prompt with the decoded tokens before it.
+def prompt_with(victim: Victim, ids: Tensor, case: Case, alone: bool) -> str:
+    """Return the decoded tokens, followed by the case's prompt unless they stand alone.
 
     The attempt is the string: the pipeline may tokenise it differently.
     """
-    return f"{victim.pipe.tokenizer.decode(ids.tolist()).strip()} {case.prompt}"
+    words = victim.pipe.tokenizer.decode(ids.tolist()).strip()
+    return words if alone else f"{words} {case.prompt}"

@@ -40,6 +40,7 @@ SMALL = {
     "ring-a-bell": {"tokens": 2, "population": 6, "generations": 4, "tries": 2},
     "unlearndiffatk": {"tokens": 2, "levels": 2, "iterations": 2},
     "p4d": {"tokens": 2, "levels": 2, "iterations": 2},
+    "p4d-prefix": {"tokens": 2, "levels": 2, "iterations": 2},
     "uma": {"bounds": (0.5, 1.0), "iterations": 2},
     "inversion": {"steps": (1, 2), "batch": 2},
     "img2img": {"strengths": (0.9, 0.5)},
