@@ -49,6 +49,9 @@ SMALL = {
 }
 
 
+OF = ("attack", "control")
+
+
 class Likeness:
     """Sees the cat in a picture that is near one of the first `count` that it was shown: the base's."""
 
@@ -144,6 +147,20 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
         assert values == [1.0]
     assert any(line["of"] == "control" for line in scores) == (result.control is not None)
     assert (result.control is None) == (make(name).control(1) is None)
+    played = {of: {line["asked"] for line in scores if line["of"] == of and line["asked"] != "base"} for of in OF}
+    assert played["attack"] == set(range(1, result.rounds + 1)) and played["control"] <= played["attack"]
+
+
+@pytest.mark.parametrize("name", sorted(set(SMALL) - {"random"}))
+def test_an_attack_that_recovers_nothing_has_as_many_tries_as_its_control(pipe, tmp_path, name):
+    pipe.load_patch(delta_patch(pipe, part="resnets", size=0.5), name="p")
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(near=1e-9), **QUICK)
+    scores = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
+    tries = {
+        of: sorted((line["id"], line["asked"]) for line in scores if line["of"] == of and line["asked"] != "base")
+        for of in OF
+    }
+    assert tries["attack"] == tries["control"] and len(tries["attack"]) == 3 * report.outcome(name).rounds
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL) - {"ring-a-bell"}))
@@ -258,6 +275,23 @@ def test_every_case_is_drawn_with_the_guidance_of_its_row(pipe, tmp_path):
     assert set(runner.draw(cases, {i: Attempt(case.prompt) for i, case in enumerate(cases)})) == {0, 1, 2}
     guidances = runner.provenance(cases, 0)["guidances"]
     assert sorted(guidances.values()) == [1.5, 6.0]
+
+
+def test_the_cases_are_the_prompts_for_which_the_base_shows_the_concept(pipe):
+    """The judge sees the cat in every second image that it is shown."""
+
+    class Half(Likeness):
+        seen = 0
+
+        def judge(self, images):
+            self.seen += len(images)
+            return [{"object": {"cat": float(self.seen % 2 == 0), "none": float(self.seen % 2)}} for _ in images]
+
+    rows = PromptSet("many", [Prompt(f"r{i}", "a cat in red", i, None, {"object": "cat"}) for i in range(12)])
+    runner = AttackRunner(Victim(pipe, switched_off), Half(), Target("object", ("cat",), None), 2, 3.0, 16)
+    cases, tried, pictures = runner.find_cases(rows, "cat", 4)
+    shown = [line["id"] for line in runner.log if line["verdict"]["object"]["cat"] == 1.0]
+    assert len(runner.log) == tried == 8 and [case.id for case in cases] == shown[:4] and len(pictures) == 4
 
 
 def test_a_second_call_runs_nothing_and_other_settings_are_refused(pipe, tmp_path, monkeypatch):
