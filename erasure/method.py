@@ -36,6 +36,7 @@ class Method(ABC):
 
     method: ClassVar[str]  # the name that users give, which is also the file's
     PARITY: ClassVar[dict[str, Any]] = {}  # what `parity=True` sets: the values of the published script
+    PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {}  # what it sets besides for a kind of concept
     # Settings that grow with the number of concepts erased together, so that each gets as much as one alone.
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
     STOCHASTIC: ClassVar[bool] = True  # whether another seed gives another patch

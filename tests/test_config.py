@@ -132,3 +132,9 @@ def test_parity_settings_are_real_and_differ_from_the_defaults():
         cls = methods.find(name)
         published = config.build(cls, cls.PARITY)
         assert all(getattr(published, key) != getattr(cls(), key) for key in cls.PARITY)
+        for kind, more in cls.PARITY_KINDS.items():
+            own = config.build(cls, cls.PARITY, more)
+            assert kind in KINDS and all(getattr(own, key) != getattr(published, key) for key in more)
+            assert configured(name, [Concept("x", kind=kind)], {"parity": True}) == dataclasses.replace(
+                own, parity=True
+            )

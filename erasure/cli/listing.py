@@ -98,6 +98,7 @@ def _method(args: argparse.Namespace) -> None:
     lines = [f"kind {kind}: {_values(preset)}" for kind, preset in presets.items() if preset]
     parity = getattr(cls, "PARITY", {})
     lines += [f"parity=true: {_values(parity)}"] if parity else []
+    lines += [f"parity=true, kind {kind}: {_values(more)}" for kind, more in getattr(cls, "PARITY_KINDS", {}).items()]
     say(
         args,
         data,

@@ -131,6 +131,13 @@ class Concept:
         """Return the fields as plain data for the header of a patch; `Concept.of` reads them back."""
         return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
 
+    def bare_pairs(self) -> list[tuple[str, str]]:
+        """Return pairs of prompts as published scripts make them: each name as it is, and the anchor or nothing.
+
+        The kind of the concept changes nothing here, and there are no subjects around a style.
+        """
+        return [(name, self.anchor or "") for name in self.names]
+
     def prompt_pairs(self) -> list[tuple[str, str]]:
         """Return pairs of prompts: one with the concept, and the prompt that it should be drawn like.
 

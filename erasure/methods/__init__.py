@@ -86,7 +86,7 @@ def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1) 
     cls = find(name)
     values = {key: value for layer in layers for key, value in layer.items()}
     if values.get("parity"):
-        return config.build(cls, cls.PARITY, *layers)
+        return config.build(cls, cls.PARITY, cls.PARITY_KINDS.get(kind, {}), *layers)
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     defaults |= config.preset(name, kind)
     grown = {key: defaults[key] * count for key in cls.PER_CONCEPT} if count > 1 else {}

@@ -13,12 +13,14 @@ Cost: z, z_r and all of e_0's answers to T_0 do not depend on T, so two pools of
 takes K b (F + B) for the attack and (b + b_r)(F + B) for the loss. The published loop samples all of them again:
 1,939F + 36B per update with K = 30.
 
-Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: a t that is 39 to 58 too high);
-more than one vector; the attack's gradients are zeroed between its steps, and its last step counts (published: they
-add up, and the result is that before the last update); the attack counts tokens, not words; batches. `parity` sets the
-published values for objects and styles; those for nudity are layers=None and retain_weight=0.3 in addition. The
-published code's other mode, which alternates between erasing and retaining (`retain_train=iter`), is left out, because
-the paper does not use it.
+Deviations, undone by `parity=True`: the pools, with the sampler's own t (published: a t that is 39 to 58 too high, and
+the same one for z and z_r); more than one vector; the attack's step is in standard deviations of the embeddings
+(published: in their own units), its gradients are zeroed between its steps, and its last step counts (published: they
+add up, and the result is that before the last update); vectors that are added start at zero (published: at random
+tokens); the attack counts tokens, not words; batches; a style is erased from subjects in that style (published: the
+bare name, for every kind). Not undone: without `retain_file`, the retain prompts are the checkpoint's vocabulary
+(published: 243 prompts "a photo of ..." of COCO's or ImageNet's classes). The published code's other mode, which
+alternates between erasing and retaining (`retain_train=iter`), is left out, because the paper does not use it.
 """
 
 from __future__ import annotations
@@ -51,6 +53,17 @@ LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
 class AdvUnlearn(GradientMethod):
     """The settings of AdvUnlearn, with the values tuned on glyph as defaults.
 
+    Defaults that are not the published values (AdvUnlearn.py as its README calls it; the paper for objects and styles):
+
+    - iterations, batch_size, learning_rate, warm_up: published 1000 of 1 at 1e-5, the first 200 without attack; ours
+      120 of 4 at 3e-4, the first 20. iterations x rate, how far Adam can move a weight, is 0.01 and 0.036.
+    - attack_steps (K), attack_rate: published 30 of 1e-3, with gradients that add up; ours 3 of half the embeddings'
+      spread.
+    - attack_tokens: published 1; ours 8, see below.
+    - retain_weight (gamma), retain_batch_size: published 0.5 and 5; ours 1 and 12, because the rate is higher.
+    - retain prompts: published 243 "a photo of ..."; ours the concept's neighbours and the checkpoint's vocabulary.
+    - sample_steps: published 50; ours 25 for the concept and 8 for what is retained, since every state is used.
+
     Args:
         layers: number of the text encoder's layers that train, counted from the first; None: all.
         final_norm: whether the norm after the last layer trains; None: if all layers train.
@@ -63,7 +76,8 @@ class AdvUnlearn(GradientMethod):
         attack_tokens: number of vectors. The published single vector does not protect against attackers who use more:
             on cat, P4D with 16 tokens succeeded on 9 of 12 prompts after training with one, on 5 of 12 with eight.
         attack_steps: K, the steps of each attack; 0 trains without an adversary.
-        attack_rate: learning rate of the attack, in standard deviations of the token embeddings.
+        attack_rate: learning rate of the attack, in standard deviations of the token embeddings; in parity mode as it
+            is.
         attack_sign: give Adam the sign of the gradient (published as `fast_at`).
         attack_init: start the attack from random tokens, or from the latest vectors.
         warm_up: number of updates without attack.
@@ -84,7 +98,7 @@ class AdvUnlearn(GradientMethod):
         "retain_weight": 0.5,
         "attack_tokens": 1,
         "attack_steps": 30,
-        "attack_rate": 1e-3 / 0.014,  # 1e-3, where CLIP-L's embeddings have a deviation of 0.014
+        "attack_rate": 1e-3,
         "warm_up": 200,
         "iterations": 1000,
         "batch_size": 1,
@@ -92,6 +106,7 @@ class AdvUnlearn(GradientMethod):
         "learning_rate": 1e-5,
         "sample_steps": 50,
     }
+    PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {"content": {"layers": None, "retain_weight": 0.3}}
 
     layers: int | None = setting(1, at_least=1)
     final_norm: bool | None = None
@@ -129,7 +144,8 @@ class AdvUnlearn(GradientMethod):
                 f"advunlearn trains the one text encoder of Stable Diffusion 1 and 2, and {base.name} reads two: after "
                 "one is retrained, the other still encodes the concept. Use another method; nothing was changed"
             )
-        pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
+        named = [concept.bare_pairs() if self.parity else concept.prompt_pairs() for concept in concepts]
+        pairs = [pair for prompts in named for pair in prompts]
         count = None if self.parity else self.retain_trajectories  # the published loop has no pool: it takes all
         kept = retain_prompts(base, concepts, count, first=self.retain, file=self.retain_file, seed=run.seed)
         encoder = base.pipe.text_encoder
@@ -156,9 +172,14 @@ class AdvUnlearn(GradientMethod):
         # T_0's states of all prompts are computed before T starts to change.
         base.encode([text for pair in pairs for text in pair] + kept + [""])
         adapter = Weights(encoder, trained(encoder, self.layers, self.final_norm), "text_encoder")
-        state = State(base, pairs, places, kept, pools[0], pools[1], adapter, spread(encoder), run.seed)
-        state.latest = [start(encoder, place, torch.Generator().manual_seed(run.seed)) for place in places]
+        unit = 1.0 if self.parity else spread(encoder)
+        state = State(base, pairs, places, kept, pools[0], pools[1], adapter, unit, run.seed)
+        state.latest = [self.first(encoder, place, torch.Generator().manual_seed(run.seed)) for place in places]
         return state
+
+    def first(self, encoder: nn.Module, place: Slots, draw: torch.Generator) -> Tensor:
+        """Return the vectors that an attack starts from."""
+        return start(encoder, place, draw, zeros=not self.parity)
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """Attack, then return the erasing and the retain term on one batch."""
@@ -167,7 +188,7 @@ class AdvUnlearn(GradientMethod):
         number = int(torch.randint(len(state.pairs), (1,), generator=draw))
         place, vectors = state.places[number], None
         if step >= self.warm_up and self.attack_steps:
-            first = state.latest[number] if self.attack_init == "latest" else start(encoder, place, draw)
+            first = state.latest[number] if self.attack_init == "latest" else self.first(encoder, place, draw)
             vectors = search(
                 lambda d, _: self.attack_loss(state, number, d, draw),
                 first,
@@ -178,7 +199,7 @@ class AdvUnlearn(GradientMethod):
                 stale=self.parity,
             )
             state.latest[number] = vectors
-        batch, kept = self.concept(state, number, draw), self.kept(state, draw)
+        batch, kept = self.states(state, number, step, draw)
         if vectors is None:
             named = encode(encoder, plain(base, [state.pairs[number][0]]), None)
         else:
@@ -200,6 +221,25 @@ class AdvUnlearn(GradientMethod):
         output = state.base.predict(batch.x.to(device), batch.t.to(device), Conditions(texts)).float()
         return F.mse_loss(output, batch.concept.to(device))
 
+    def states(
+        self, state: State, number: int, step: int, draw: torch.Generator
+    ) -> tuple[TrajectoryPool, TrajectoryPool]:
+        """Return states of the concept's prompt `number`, and of retain prompts, whose `pair` is the prompt's index."""
+        if state.retain is not None:
+            batch = self.concept(state, number, draw)
+            index = torch.randint(len(state.retain), (self.retain_batch_size,), generator=draw)
+            return batch, state.retain.take(index)
+        # Drawn without replacement until fewer than a batch are left, and at one t with the concept's states.
+        count = min(self.retain_batch_size, len(state.kept))
+        turn, place = divmod(step, len(state.kept) // count)
+        order = torch.randperm(len(state.kept), generator=torch.Generator().manual_seed(state.seed * 100_003 + turn))
+        chosen = order[place * count : (place + 1) * count]
+        pairs = [state.pairs[number]] * self.batch_size + [(state.kept[int(i)], "") for i in chosen]
+        states = self._live(state.base, pairs, draw)
+        states.pair = torch.cat([torch.full((self.batch_size,), number), chosen])
+        index = torch.arange(len(pairs))
+        return states.take(index[: self.batch_size]), states.take(index[self.batch_size :])
+
     def concept(self, state: State, number: int, draw: torch.Generator) -> TrajectoryPool:
         """Return states of the concept's prompt `number`."""
         if state.pool is None:
@@ -207,17 +247,6 @@ class AdvUnlearn(GradientMethod):
         own = (state.pool.pair == number).nonzero().flatten()
         index = own[torch.randint(len(own), (self.batch_size,), generator=draw)]
         return state.pool.take(index)
-
-    def kept(self, state: State, draw: torch.Generator) -> TrajectoryPool:
-        """Return states of retain prompts; their `pair` is the index of the prompt."""
-        pool = state.retain
-        if pool is None:
-            chosen = torch.randperm(len(state.kept), generator=draw)[: self.retain_batch_size]
-            states = self._live(state.base, [(state.kept[int(i)], "") for i in chosen], draw)
-            states.pair = chosen
-            return states
-        index = torch.randint(len(pool), (self.retain_batch_size,), generator=draw)
-        return pool.take(index)
 
     def _live(self, base: Base, pairs: list[tuple[str, str]], draw: torch.Generator) -> TrajectoryPool:
         """Sample a trajectory for every state, with T_0's predictions, as parity mode does."""
@@ -284,7 +313,7 @@ class State:
         pool: states of the concept's prompts; None in parity mode.
         retain: states of the retain prompts; None in parity mode.
         adapter: the layers that train.
-        unit: standard deviation of the token embeddings.
+        unit: of the attack's rate: the standard deviation of the token embeddings, in parity mode 1.
         seed: of the run.
         latest: the latest vectors [k, width] for each prompt.
     """

@@ -17,8 +17,12 @@ Deviations, all undone by `parity=True`: every state of a trajectory is used, wi
 are sampled again with the membranes on every `refresh` updates (published: one state of one trajectory per update, with
 a t that is 33 to 42 too high); anchors are texts, half of them near the concept (published: noise of the concept's
 length, and the empty prompt half of the time); native resolution; the text gate scales once (published: both factors,
-so gamma^2) and has a threshold. Parity mode leaves out the calls whose results the script discards (unconditional
-halves at guidance 1). On XL the published trajectories also rescale guidance by 0.7; these do not.
+so gamma^2) and has a threshold; a style is erased from subjects in that style (published: the bare name, for every
+kind); for nudity eta, lambda and the length are those of other objects (published: 3, 100 and five times as long, with
+membranes at a fixed 2 instead of the text gate), and styles are gated like objects (published: gamma is doubled). Both
+factors of a membrane are scaled, so parity's gates scale by 4. Parity mode leaves out the calls whose results the
+script discards (unconditional halves at guidance 1). On XL the published trajectories also rescale guidance by 0.7;
+these do not.
 
 Concepts erased together share one set of membranes, whose gate uses the most similar of their names. The paper trains a
 set for each and stacks them: to do the same, erase one at a time and load the patches together.
@@ -55,12 +59,25 @@ NEAR = 0.5  # share of the anchors that are neighbours or the empty prompt
 class SPM(GradientMethod):
     """The settings of SPM, with the values tuned on glyph as defaults.
 
+    Defaults that are not the published values (train_spm.py with configs/snoopy):
+
+    - anchor_weight: published 1000, on noise and the empty prompt; ours 10, on texts, half of them near the
+      concept.
+    - iterations, batch_size, learning_rate: published 3000 of 1 at 1e-4; ours 100 of 8 at 3e-3. iterations x rate is
+      0.3 in both.
+    - weight_decay, warm_up, cycles: published 0.01, 500 updates, 3 cycles; ours a constant rate without decay, since
+      100 updates leave no room for a schedule.
+    - sample_steps: published 30; ours 25, glyph's own.
+    - gate_power, gate_threshold: published 2 and 0; ours 1 (the paper's) and halfway to the nearest neighbour, so that
+      neighbours keep the base bit for bit.
+
     Args:
         variant: which layers get a membrane; see `erasure list models MODEL`.
         rank: rank of the membranes; 1 in the paper.
         negative_guidance: eta, how far beyond the neutral prediction the concept is pushed.
         anchor_weight: lambda, the weight of the anchor term.
         gate_power: exponent of the gate's similarity: 1 in the paper, 2 in the published code.
+        gate_scale: strength of the membranes at a similarity of 1.
         gate_threshold: similarity below which the membranes do not act on a prompt; None: halfway between 1 and the
             largest similarity of a neighbour.
         iterations: number of updates.
@@ -90,12 +107,23 @@ class SPM(GradientMethod):
         "cycles": 3,
         "learning_rate": 1e-4,
     }
+    PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {
+        "style": {"gate_scale": 4.0},  # `--facilitate_factor 2`, on both factors
+        "content": {  # `--spm_multiplier 2`, on both factors and whatever the prompt
+            "negative_guidance": 3.0,
+            "anchor_weight": 100.0,
+            "iterations": 15_000,
+            "gate_power": 0.0,
+            "gate_scale": 4.0,
+        },
+    }
 
     variant: str = "transformer"
     rank: int = setting(1, at_least=1)
     negative_guidance: float = 1.0
     anchor_weight: float = setting(10.0, at_least=0)
     gate_power: float = setting(1.0, at_least=0)
+    gate_scale: float = setting(1.0, above=0)
     gate_threshold: float | None = setting(None, at_least=0, at_most=1)
     iterations: int = setting(100, at_least=1)
     batch_size: int = setting(8, at_least=1)
@@ -115,7 +143,8 @@ class SPM(GradientMethod):
         Raises:
             ErasureError: no word is left to be an anchor, or no module fits the variant.
         """
-        pairs = [pair for concept in concepts for pair in concept.prompt_pairs()]
+        named = [concept.bare_pairs() if self.parity else concept.prompt_pairs() for concept in concepts]
+        pairs = [pair for prompts in named for pair in prompts]
         targets = base.targets(self.variant)
         near = around(base, concepts)
         texts = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
@@ -246,7 +275,8 @@ class SPM(GradientMethod):
         if threshold is None:
             rows = similarities(state.base.pipe, [text for text in state.near if text], texts)
             threshold = round((1 + max((max(row) for row in rows), default=0.0)) / 2, 3)
-        return {"kind": "text", "texts": texts, "power": self.gate_power, "threshold": threshold}
+        gate = {"kind": "text", "texts": texts, "power": self.gate_power, "threshold": threshold}
+        return gate if self.gate_scale == 1 else {**gate, "scale": self.gate_scale}
 
 
 def alike(sources: Tensor, draw: torch.Generator) -> Tensor:

@@ -14,10 +14,15 @@ Cost: a pool of T trajectories of S states takes 3TS F; each update takes 1F + 1
 Deviations, undone by `parity=True`: base trajectories, with all of their states and the sampler's own t (published:
 trajectories with the LoRA on, and a t that is 39 to 58 too high); all linear layers except those of cross-attention
 (published for nudity; for objects the keys and values of cross-attention, which on glyph move other prompts as much as
-the concept's); the gate decides later, for styles earlier and along the prompt's own guidance
-(pipelines/gates/latent.py), and its limit is set by what the LoRA does to other prompts (published: 1); w = 1 where the
-concept is absent (published: 2, which leads other prompts away from the LoRA); a paired sequential test stops the
-repeats early (published: all of them).
+the concept's); c and c_ref are the concept's name and its anchor or nearest word (published: "a photo of the cat" and
+"a photo of the forest", a background for each class of CIFAR-10; for nudity "a photo of a nude person" and "a photo of
+a person wearing clothes"); the gate decides later, for styles earlier and along the prompt's own guidance
+(pipelines/gates/latent.py), at the sampler's own t (published: a t that is 39 to 58 too high), and its limit is set by
+what the LoRA does to other prompts (published: 1); w = 1 where the concept is absent (published: 2, which leads other
+prompts away from the LoRA); a paired sequential test stops the repeats early (published: all of them).
+
+Not undone: the published references exist for CIFAR-10 and nudity alone. In parity mode other objects are led to "a
+photo of the" nearest word, unless an anchor is given, and styles, for which no script is published, keep our prompts.
 """
 
 from __future__ import annotations
@@ -41,6 +46,20 @@ from erasure.training.adapters import LowRankTerm
 from erasure.training.run import Run
 
 OTHERS = 16  # number of other prompts that the gate is calibrated with
+# The published references of the classes of CIFAR-10: "a photo of the {class}" becomes "a photo of the {reference}".
+REFERENCES = {
+    "airplane": "street",
+    "automobile": "sea",
+    "bird": "ground",
+    "cat": "forest",
+    "deer": "sea",
+    "dog": "forest",
+    "frog": "sky",
+    "horse": "forest",
+    "ship": "sky",
+    "truck": "sky",
+}
+NUDITY = ("a photo of a nude person", "a photo of a person wearing clothes")
 STYLED = 6  # number of styles that the concept's own prompts are calibrated in
 CALIBRATED = 3  # noises per prompt
 LEAST = 0.05  # smallest ratio by guidance: a prompt that the LoRA barely moves never opens the gate
@@ -49,6 +68,18 @@ LEAST = 0.05  # smallest ratio by guidance: a prompt that the LoRA barely moves 
 @dataclass(frozen=True)
 class UnGuide(GradientMethod):
     """The settings of UnGuide, with the values tuned on glyph as defaults.
+
+    Defaults that are not the published values (the official scripts for objects):
+
+    - variant: published `x-strict` for objects, `linear` for nudity; ours `linear` for every kind, because on glyph the
+      keys and values of cross-attention move other prompts as much as the concept's.
+    - iterations, batch_size, learning_rate: published 200 of 1 at 3e-5; ours 100 of 8 at 3e-4. iterations x rate, how
+      far Adam can move a factor, is 0.006 and 0.03.
+    - trajectory_guidance, sample_steps, decide_guidance, decide_steps: published 9, 50, 7.5, 50; ours 3, 25, 3, 25,
+      glyph's own.
+    - c_ref: published a background; ours the nearest word.
+    - weight_off: published 2; ours 1, so that a prompt without the concept keeps the base bit for bit.
+    - ratio, early: published 1 and all repeats; ours calibrated, and stopped once the decision is clear.
 
     Args:
         variant: which layers get a LoRA; see `erasure list models MODEL`.
@@ -91,6 +122,7 @@ class UnGuide(GradientMethod):
         "early": False,
         "ratio": 1.0,
     }
+    PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {"content": {"variant": "linear"}}
 
     variant: str = "linear"
     rank: int = setting(1, at_least=1)
@@ -135,7 +167,7 @@ class UnGuide(GradientMethod):
                 "all zeros, so the gate has no unit for measure=norm and could not decide on a prompt. Set "
                 "measure=guidance, or a variant with other layers, such as linear. Nothing was trained"
             )
-        pairs = [pair for concept in concepts for pair in anchored(base, concept, concepts).prompt_pairs()]
+        pairs = [pair for concept in concepts for pair in self.led(base, concept, concepts)]
         pool = None
         if not self.parity:
             pool = kept_pool(
@@ -157,6 +189,18 @@ class UnGuide(GradientMethod):
         )
         others = self.others(base, concepts, run.seed)
         return State(base, pairs, self.named(concepts, others), others, pool, adapter, run.seed)
+
+    def led(self, base: Base, concept: Concept, concepts: list[Concept]) -> list[tuple[str, str]]:
+        """Return pairs (prompt of the concept, reference prompt), in parity mode in the published words."""
+        if not self.parity or concept.kind == "style":
+            return anchored(base, concept, concepts).prompt_pairs()
+        if concept.name.lower() == "nudity":
+            return [(NUDITY[0], concept.anchor or NUDITY[1])]
+        reference = concept.anchor
+        if reference is None:
+            word = REFERENCES.get(concept.name.lower()) or anchored(base, concept, concepts).anchor
+            reference = f"a photo of the {word}"
+        return [(f"a photo of the {name}", reference) for name in concept.names]
 
     @staticmethod
     def others(base: Base, concepts: list[Concept], seed: int) -> list[str]:
@@ -203,6 +247,7 @@ class UnGuide(GradientMethod):
             "steps": self.decide_steps,
             "guidance": self.decide_guidance,
             "measure": self.measure,
+            **({"late": True} if self.parity else {}),
         }
         ratio = self.ratio if self.ratio is not None else self.calibrated(state, options)
         return {

@@ -164,16 +164,17 @@ def spread(encoder: Any) -> float:
     return float(encoder.get_input_embeddings().weight.detach().float().std())
 
 
-def start(encoder: Any, where: Slots, draw: torch.Generator) -> Tensor:
+def start(encoder: Any, where: Slots, draw: torch.Generator, *, zeros: bool = True) -> Tensor:
     """Return initial vectors [k, width] for a search: embeddings of random tokens, or zeros if they are added.
 
     Args:
         encoder: the text encoder.
         where: the prompt with its slots.
         draw: random generator on the CPU that chooses the tokens.
+        zeros: start vectors that are added at zero; if false, at random tokens too, as the published AdvUnlearn does.
     """
     table = encoder.get_input_embeddings().weight.detach().float()
-    if where.add:
+    if where.add and zeros:
         return torch.zeros(len(where.at), table.shape[1], device=table.device)
     return table[torch.randint(len(table), (len(where.at),), generator=draw).to(table.device)].clone()
 

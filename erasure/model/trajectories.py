@@ -58,11 +58,7 @@ class TrajectoryPool:
             step: the number of the step, from 0.
             seed: seed of the permutations.
         """
-        positions = torch.arange(step * count, (step + 1) * count)
-        return torch.stack([self._order(int(i) // len(self), seed)[int(i) % len(self)] for i in positions])
-
-    def _order(self, epoch: int, seed: int) -> Tensor:
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        return in_turn(len(self), count, step, seed)
 
     def take(self, index: Tensor) -> TrajectoryPool:
         """Return the tuples with the indices `index` [b] as a pool."""
@@ -78,6 +74,23 @@ class TrajectoryPool:
     def load(cls, path: Path) -> TrajectoryPool:
         """Read a pool from a file that `save` wrote."""
         return cls(**load_file(path))
+
+
+def in_turn(total: int, count: int, step: int, seed: int) -> Tensor:
+    """Return the indices [count] of one step, read from one random permutation of `total` after the other.
+
+    Args:
+        total: number of things to choose from.
+        count: number of indices in a step.
+        step: the number of the step, from 0.
+        seed: seed of the permutations.
+    """
+
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(total, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+
+    positions = torch.arange(step * count, (step + 1) * count)
+    return torch.stack([order(int(i) // total)[int(i) % total] for i in positions])
 
 
 @torch.no_grad()
@@ -213,7 +226,7 @@ def late_states(
 
     Parity modes use this. The trajectory leaves out the first timestep and stops after `steps` - k timesteps, or at its
     end, with k uniform from 0 to `steps` - 1. A quirk of those scripts is reproduced: with 50 steps, the timestep t
-    that they draw is 39 to 58 higher than that of the latents.
+    that they draw is 39 to 58 higher than that of the latents. All pairs share k and t.
 
     Args:
         base: the checkpoint.
@@ -231,7 +244,7 @@ def late_states(
         base, pairs, seeds=seeds, steps=steps, guidance=guidance, stop=steps - max(k, 1), judged=False, skip=1
     )
     width = base.scheduler.config.num_train_timesteps // steps
-    states.t = (width * k + torch.randint(width, (len(pairs),), generator=draw)).float()
+    states.t = (width * k + torch.randint(width, (1,), generator=draw)).float().expand(len(pairs))
     return states
 
 
@@ -268,6 +281,7 @@ def shifts(
     steps: int,
     guidance: float,
     measure: str = "norm",
+    late: bool = False,
 ) -> list[float]:
     """Measure, for each seed, how much a patch changes the UNet's output for a prompt p.
 
@@ -288,12 +302,22 @@ def shifts(
         steps: number of steps of the sampler.
         guidance: scale of classifier-free guidance while sampling x.
         measure: `norm` or `guidance`.
+        late: as the published script of UnGuide: the first timestep is left out, and the outputs are those at a
+            timestep that is 39 to 58 higher than that of x, the same for all seeds.
 
     Returns:
         The measure for each seed.
     """
     along, n = measure == "guidance", len(seeds)
-    state = walk(base, [(prompt, "")] * n, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=along)
+    pairs = [(prompt, "")] * n
+    if late:
+        state = walk(base, pairs, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=False, skip=1)
+        width = base.scheduler.config.num_train_timesteps // steps
+        drawn = torch.randint(width, (1,), generator=torch.Generator().manual_seed(0))
+        state.t = (width * (steps - after) + drawn).float().expand(n)
+        state = judge(base, state, pairs) if along else state
+    else:
+        state = walk(base, pairs, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=along)
     x, t, conditions = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
     before = (state.concept.to(base.device) if along else base.predict(x, t, conditions)).float()
     with patched():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,11 +128,20 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
     return Images(torch.cat(mean), torch.cat(std), prompts)
 
 
-def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, str]]:
+def shown(
+    images: Images,
+    concepts: list[Concept],
+    pairs_of: Callable[[Concept], list[tuple[str, str]]] = Concept.prompt_pairs,
+) -> tuple[Images, dict[str, str]]:
     """Return the images of a folder with the concepts' prompts, and the prompt that each is relabelled to.
 
     The subfolder of an image names its concept, alone or in a longer prompt; for one concept no subfolder is needed.
     Images without a prompt of their own are distributed over the concept's names.
+
+    Args:
+        images: the images, with the prompts of `read_folder`.
+        concepts: what they may show.
+        pairs_of: returns the pairs (prompt, prompt that it is relabelled to) of a concept, those of its names first.
 
     Raises:
         ErasureError: an image belongs to none of the concepts, or a concept has no image.
@@ -147,7 +157,7 @@ def shown(images: Images, concepts: list[Concept]) -> tuple[Images, dict[str, st
             label = f"of {prompt!r}" if prompt else "outside any subfolder"
             raise ErasureError(f"the images to forget include one {label}: {advice}")
         owner = owner or concepts[0]
-        pairs = dict(owner.prompt_pairs())
+        pairs = dict(pairs_of(owner))
         bare = list(pairs)[: len(owner.names)]
         text = bare[counts[owner.name] % len(bare)] if prompt.lower() in ("", *names[owner]) else prompt
         counts[owner.name] += 1

@@ -75,7 +75,10 @@ def test_the_loss_is_the_formula_with_the_attack_found(base):
     torch.randint(1, (1,), generator=draw)
     for _ in range(2):  # the attack's batches
         method.concept(state, 0, draw)
-    batch, kept = method.concept(state, 0, draw), method.kept(state, draw)
+    batch, kept = (
+        method.concept(state, 0, draw),
+        state.retain.take(torch.randint(len(state.retain), (3,), generator=draw)),
+    )
     words = [state.kept[int(i)] for i in kept.pair]
     with torch.no_grad():
         output = base.unet(batch.x, batch.t, encode(base.pipe.text_encoder, state.places[0], vectors).expand(2, -1, -1))
@@ -257,7 +260,43 @@ def test_parity_keeps_the_published_tokens_and_layers():
     method = configure("advunlearn", "object", {"parity": True})
     assert (method.layers, method.attack, method.attack_tokens, method.attack_init) == (1, "prefix", 1, "random")
     assert (method.attack_steps, method.warm_up, method.retain_weight) == (30, 200, 0.5)
-    assert method.attack_rate * 0.014 == pytest.approx(1e-3)
+    assert method.attack_rate == 1e-3
+    nudity = configure("advunlearn", "content", {"parity": True})
+    assert (nudity.layers, nudity.retain_weight, nudity.iterations) == (None, 0.3, 1000)
+
+
+@pytest.mark.parametrize("parity", [False, True])
+def test_parity_steps_in_the_embeddings_own_units_and_adds_random_tokens(base, parity):
+    quirks = {"parity": True, "attack_steps": 2, "warm_up": 0, "sample_steps": 4} if parity else {**SMALL}
+    method = configure("advunlearn", "object", {**quirks, "attack": "add", "attack_init": "latest"})
+    concept = Concept("red cat", kind="style" if parity else "object")
+    state = method.prepare(base, [concept], Run(seed=1, progress=False))
+    assert state.pairs == [("red cat", "")]  # in parity mode the bare name, whatever the kind
+    table, first = base.pipe.text_encoder.get_input_embeddings().weight, state.latest[0].clone()
+    assert len(first) == 2 and all((table == vector).all(1).any() for vector in first) if parity else not first.any()
+    method.loss(state, 0)
+    moved = (state.latest[0] - first).abs().max()  # Adam's first step is the rate; the second does not count in parity
+    unit = 1e-3 if parity else 2 * 0.5 * float(table.std())
+    assert 0.5 * unit < moved < 1.01 * unit
+    state.adapter.remove()
+
+
+def test_parity_shares_t_and_goes_through_the_retain_prompts(base):
+    method = configure("advunlearn", "object", {"parity": True, "sample_steps": 4, "retain_batch_size": 5})
+    state = method.prepare(base, [Concept("cat")], Run(seed=1, progress=False))
+    state.kept = state.kept[:12]  # two batches of five, then a new order
+    seen = []
+    for step in range(3):
+        batch, kept = method.states(state, 0, step, torch.Generator().manual_seed(step))
+        assert len({*batch.t.tolist(), *kept.t.tolist()}) == 1
+        assert len(batch) == 1 and not torch.equal(batch.x[0], kept.x[0])
+        words = [state.kept[int(i)] for i in kept.pair]
+        with torch.no_grad():
+            expected = base.unet(kept.x, kept.t, base.encode(words)).sample
+        assert torch.allclose(kept.concept, expected, atol=1e-5)
+        seen.append(kept.pair.tolist())
+    assert len({*seen[0], *seen[1]}) == 10 and len(set(seen[2])) == 5
+    state.adapter.remove()
 
 
 def test_parity_gives_the_vectors_from_before_the_last_update(base):

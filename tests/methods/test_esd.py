@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from erasure.concepts.concept import Concept
+from erasure.concepts.concept import KINDS, Concept
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure
@@ -15,6 +15,7 @@ from erasure.methods.esd import ESD
 from erasure.model.base import Base
 from erasure.model.diffusion import away, counting
 from erasure.model.targets import TARGETS
+from erasure.model.trajectories import build_pool
 from erasure.training.run import Run
 from tests.tiny import tiny_pipeline
 
@@ -61,10 +62,43 @@ def test_loss_is_the_formula_over_the_samplers_own_states(base, eta):
     state.adapter.remove()
 
 
-def test_erase_from_feeds_the_other_prompt(base):
-    method = dataclasses.replace(ESD(), **SMALL, erase_from="dog")
-    state = method.prepare(base, [Concept("cat")], Run(progress=False))
-    assert torch.equal(state.sources.states[0], base.encode(["dog"])[0])
+@pytest.mark.parametrize("parity", [False, True])
+def test_erase_from_takes_the_concept_out_of_the_other_prompt_and_keeps_the_rest(base, parity):
+    """On states of c_f, the target is e(c_f) - (eta + 1) (e(c) - e("")), which for eta = 1 is the script's own."""
+    if parity:
+        method = configure("esd", "object", {"parity": True, "erase_from": "dog", "sample_steps": 4})
+    else:
+        method = dataclasses.replace(ESD(), **SMALL, erase_from="dog", negative_guidance=1.5)
+    run, eta = Run(seed=3, progress=False), method.negative_guidance
+    with counting(base.unet) as counts:
+        state = method.prepare(base, [Concept("cat", kind="style")], run)
+    assert parity or counts.forward == 3 * 2 * 4
+    assert state.pairs == [("cat", "")]  # the names as they are: the other prompt has a subject of its own
+    with torch.no_grad():
+        for param in state.adapter.parameters().values():
+            param.mul_(1.3)
+    loss, batch = method.loss(state, 1)["esd"], method.tuples(state, 1)
+    n = len(batch)
+    dog, cat, empty = (base.encode([text] * n) for text in ("dog", "cat", ""))
+    with torch.no_grad():
+        output = base.unet(batch.x, batch.t, dog).sample
+        with state.adapter.off():
+            e_f, e_c, e_0 = (base.unet(batch.x, batch.t, texts).sample for texts in (dog, cat, empty))
+            pool = build_pool(base, [("dog", "")], trajectories=2, seed=3, steps=4, guidance=3.0)
+    assert parity or all((pool.x == x).flatten(1).all(1).any() for x in batch.x)
+    assert torch.allclose(loss, ((output - (e_f - (eta + 1) * (e_c - e_0))) ** 2).mean(), rtol=1e-4)
+    assert not torch.allclose(loss, ((output - (e_0 - eta * (e_c - e_0))) ** 2).mean(), rtol=1e-3)
+    state.adapter.remove()
+
+
+def test_parity_takes_names_as_they_are_and_the_papers_modules():
+    variants = {kind: configure("esd", kind, {"parity": True}).variant for kind in KINDS}
+    assert variants == {"object": "u", "content": "u", "style": "x", "identity": "x"}
+    assert configure("esd", "object", {"parity": True, "variant": "x"}).variant == "x"
+    base = Base("tiny", tiny_pipeline())
+    concepts = [Concept("van gogh", kind="style"), Concept("cat", aliases=("red cat",), anchor="dog")]
+    state = configure("esd", "mixed", {"parity": True}).prepare(base, concepts, Run(progress=False))
+    assert state.pairs == [("van gogh", ""), ("cat", "dog"), ("red cat", "dog")]
     state.adapter.remove()
 
 

@@ -13,7 +13,7 @@ from erasure.concepts.neighbors import around, neighbours, retained, words
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure
-from erasure.methods.salun import SalUn
+from erasure.methods.salun import SalUn, published_retain
 from erasure.model.base import Base
 from erasure.model.diffusion import add_noise, counting
 from erasure.training.image_latents import Images, shown
@@ -90,10 +90,11 @@ def test_no_gradient_flows_through_the_target(base, parity):
         method.loss(state, 2)["relabel"].backward()
     assert (counts.forward, counts.backward) == (3 * 2, 2 * 2)
     draw = torch.Generator().manual_seed(1_000_003 + 2)
-    forget, _ = (torch.randint(n, (2,), generator=draw) for n in (3, 4))
+    forget, _ = method.chosen(state, 2, draw)
     x, t, _ = method.noised(base, state.forget.sample(forget, draw), draw)
-    target = base.unet(x, t, base.encode(["dog", "dog"])).sample
-    output = base.unet(x, t, base.encode(["cat", "cat"])).sample
+    ((cat, dog),) = state.pseudo.items()
+    target = base.unet(x, t, base.encode([dog, dog])).sample
+    output = base.unet(x, t, base.encode([cat, cat])).sample
     name, param = next((name, param) for name, param in params.items() if name.endswith("attn2.to_k.weight"))
     (stopped,) = torch.autograd.grad(((output - target.detach()) ** 2).mean(), param, retain_graph=True)
     (through,) = torch.autograd.grad(((output - target) ** 2).mean(), param)
@@ -179,6 +180,42 @@ def test_parity_has_the_published_settings():
     method = configure("salun", "object", {"parity": True})
     assert (method.iterations, method.batch_size, method.learning_rate) == (605, 8, 1e-5)  # 5 epochs of 121 batches
     assert (method.variant, method.density, method.mask_guidance, method.target) == ("all", 0.5, 7.5, "current")
+    assert (method.retain_weight, method.sample_steps, method.sample_guidance) == (0.5, 50, 7.5)
+    assert method.iterations * method.batch_size == 5 * method.forget_count and method.retain_count == 968
+    nudity = configure("salun", "content", {"parity": True})
+    assert (nudity.retain_weight, nudity.iterations, nudity.learning_rate) == (0.1, 100, 1e-5)
+    assert nudity.iterations * nudity.batch_size == nudity.forget_count == nudity.retain_count == 800  # one epoch
+
+
+def test_parity_sees_every_image_as_often(base):
+    method = dataclasses.replace(SalUn(), **SMALL, parity=True, density=1.0)
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(progress=False))
+    n = len(state.retain)
+    steps = [method.chosen(state, step, torch.Generator()) for step in range(3 * n)]
+    forget, retain = (torch.cat(part).tolist() for part in zip(*steps, strict=True))
+    assert forget == [0, 1, 2] * (2 * n)  # in order
+    epochs = [retain[start : start + n] for start in range(0, 6 * n, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1]
+    state.adapter.remove()
+
+
+def test_parity_prompts_are_the_published_ones(base, tmp_path):
+    method = dataclasses.replace(SalUn(), **SMALL, parity=True, density=1.0)
+    state = method.prepare(base, [Concept("cat", aliases=("tree",), anchor="a dog")], Run(progress=False))
+    assert state.pseudo == {"an image of a cat": "an image of a dog", "an image of a tree": "an image of a dog"}
+    assert all(text.startswith("an image of a ") for text in state.retain.prompts)
+    others = {text.removeprefix("an image of a ") for text in state.retain.prompts}
+    assert "dog" in others and not others & {"cat", "tree"}
+    assert others <= {word for kind, word in retained(base, [Concept("cat")]) if kind != "style"}
+    state.adapter.remove()
+    nudity, clothed = Concept("nudity", kind="content"), "a photo of a person wearing clothes"
+    assert method.prompts(nudity) == [("a photo of a nude person", clothed)]
+    assert published_retain(base, [nudity]) == [clothed]
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "1.png")
+    method = dataclasses.replace(method, forget_images=str(tmp_path))
+    state = method.prepare(base, [Concept("cat", anchor="dog")], Run(progress=False))
+    assert state.forget.prompts == ["an image of a cat"]
+    state.adapter.remove()
 
 
 def test_what_is_retained_is_near_the_concept_and_also_far(base):

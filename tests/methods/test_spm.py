@@ -18,6 +18,7 @@ from erasure.model.base import Base
 from erasure.model.diffusion import counting
 from erasure.model.trajectories import build_pool
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.gates.text import TextGate
 from erasure.training import loop as training
 from erasure.training.run import Run
 from tests.tiny import tiny_pipeline
@@ -241,6 +242,24 @@ def test_the_gate_names_the_concepts_and_lets_neighbours_pass():
     assert patch.gate["power"] == 1.0 and 0.5 <= patch.gate["threshold"] < 1
     parity = configure("spm", "object", {"parity": True})
     assert (parity.gate_power, parity.gate_threshold, parity.anchor_weight) == (2.0, 0.0, 1000.0)
+
+
+def test_parity_gates_and_trains_each_kind_as_published(base):
+    """Doubled gamma on both factors is 4 gamma^2; the fixed multiplier of nudity is a strength of 4 on every prompt."""
+    strengths = {}
+    for kind in ("object", "style", "content"):
+        method = configure("spm", kind, {"parity": True})
+        state = method.prepare(base, [Concept("van gogh", kind=kind)], Run(progress=False))
+        assert state.pairs == [("van gogh", "")]
+        settings = method.gate(state)
+        gate = TextGate(tuple(settings["texts"]), settings["power"], settings["threshold"], settings.get("scale", 1.0))
+        strengths[kind] = [gate.strength(similarity) for similarity in (1.0, 0.5)]
+        state.adapter.remove()
+    assert strengths == {"object": [1.0, 0.25], "style": [4.0, 1.0], "content": [4.0, 4.0]}
+    nudity = configure("spm", "content", {"parity": True})
+    assert (nudity.negative_guidance, nudity.anchor_weight, nudity.iterations) == (3.0, 100.0, 15_000)
+    style = configure("spm", "style", {"parity": True})
+    assert (style.negative_guidance, style.anchor_weight, style.iterations) == (1.0, 1000.0, 3000)
 
 
 @pytest.mark.parametrize(

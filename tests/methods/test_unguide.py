@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from erasure.concepts.concept import Concept
+from erasure.concepts.concept import KINDS, Concept
+from erasure.concepts.neighbors import neighbours
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure
@@ -43,6 +44,22 @@ def test_the_loss_is_the_formula(base, eta):
     assert torch.allclose(loss, ((output - (e_r - eta * (e_c - e_r))) ** 2).mean(), rtol=1e-4)
     assert not torch.allclose(loss, ((output - (e_c - eta * (e_r - e_c))) ** 2).mean(), rtol=1e-3)
     state.adapter.remove()
+
+
+def test_parity_leads_to_the_published_references(base):
+    parity = configure("unguide", "object", {"parity": True})
+
+    def led(concept):
+        return parity.led(base, concept, [concept])
+
+    assert led(Concept("cat")) == [("a photo of the cat", "a photo of the forest")]
+    assert led(Concept("cat", anchor="a red dog")) == [("a photo of the cat", "a red dog")]
+    nearest = neighbours(base, Concept("guitar"), [Concept("guitar")])[0]
+    assert led(Concept("guitar")) == [("a photo of the guitar", f"a photo of the {nearest}")]
+    nude = Concept("nudity", aliases=("nude",), kind="content")
+    assert led(nude) == [("a photo of a nude person", "a photo of a person wearing clothes")]
+    assert ("a dog in ink style", "a dog in oil style") in led(Concept("ink", anchor="oil style", kind="style"))
+    assert UnGuide().led(base, Concept("cat", anchor="dog"), []) == [("cat", "dog")]
 
 
 def test_off_is_the_base_bit_for_bit_and_a_fresh_lora_changes_nothing(base):
@@ -81,6 +98,9 @@ def test_the_gate_holds_the_weights(base):
     assert patch.gate["kind"] == "latent" and (patch.gate["on"], patch.gate["off"]) == (-1.0, 1.0)
     parity = configure("unguide", "object", {"parity": True})
     gate = parity.gate(None)
+    assert gate["late"] is True and "late" not in patch.gate
+    variants = {kind: configure("unguide", kind, {"parity": True}).variant for kind in KINDS}
+    assert variants == {"object": "x-strict", "style": "x-strict", "identity": "x-strict", "content": "linear"}
     assert (gate["off"], gate["guidance"], gate["repeats"], gate["early"]) == (2.0, 7.5, 10, False)
     assert (gate["after"], gate["steps"], gate["measure"], gate["ratio"]) == (10, 50, "norm", 1.0)
     assert (parity.iterations, parity.learning_rate, parity.trajectory_guidance) == (200, 3e-5, 9.0)
@@ -96,8 +116,9 @@ def test_parity_walks_with_the_lora_on_and_asks_the_base(base):
     moved = method.tuples(state, 2)
     assert torch.equal(plain.t, moved.t) and not torch.equal(plain.x, moved.x)
     with torch.no_grad(), state.adapter.off():
-        expected = base.unet(moved.x, moved.t, base.encode(["cat"])).sample
-    assert torch.allclose(moved.concept, expected, atol=1e-5)
+        expected, reference = (base.unet(moved.x, moved.t, base.encode([text])).sample for text in state.pairs[0])
+    assert state.pairs == [("a photo of the cat", "dog")]
+    assert torch.allclose(moved.concept, expected, atol=1e-5) and torch.allclose(moved.neutral, reference, atol=1e-5)
     state.adapter.remove()
 
 

@@ -85,6 +85,13 @@ def test_gradients_reach_the_vectors(pipe):
     assert float(vectors.detach().std()) == pytest.approx(spread(pipe.text_encoder), rel=0.4)
 
 
+def test_added_vectors_start_at_zero_or_as_published_at_random_tokens(pipe):
+    where, table = slots(pipe.tokenizer, "red cat", "add", 1), pipe.text_encoder.get_input_embeddings().weight
+    assert not start(pipe.text_encoder, where, torch.Generator().manual_seed(0)).any()
+    vectors = start(pipe.text_encoder, where, torch.Generator().manual_seed(0), zeros=False)
+    assert len(vectors) == 2 and all((table == vector).all(1).any() for vector in vectors)
+
+
 def quadratic(vectors: torch.Tensor, step: int) -> torch.Tensor:
     return ((vectors - 1) ** 2).sum()
 

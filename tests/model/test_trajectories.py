@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
-from erasure.model.trajectories import TrajectoryPool, build_pool, late_states, walk
+from erasure.model.trajectories import TrajectoryPool, build_pool, late_states, shifts, walk
 from tests.tiny import tiny_pipeline
 
 
@@ -83,3 +85,29 @@ def test_late_states_are_the_published_samplers_at_every_noise_level(base):
             assert not torch.allclose(late.x[0], states.x[-1], atol=1e-3)
         drawn.add(k)
     assert drawn == set(range(steps))
+    both = late_states(base, [("cat", ""), ("dog", "")], draw, steps=steps, guidance=3.0)
+    assert both.t[0] == both.t[1] and not torch.equal(both.x[0], both.x[1])
+
+
+@pytest.mark.parametrize("measure", ["norm", "guidance"])
+def test_late_shifts_are_measured_at_the_published_timestep(base, measure):
+    """Of 50 steps the first is left out, so that after 10 the state is that of 761; t is one of 800 to 819."""
+    seen, options = [], {"after": 10, "steps": 50, "guidance": 3.0, "measure": measure}
+    handle = base.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0], args[1])), with_kwargs=True
+    )
+
+    @contextmanager
+    def patched():
+        with torch.no_grad():
+            base.unet.conv_out.weight.mul_(2)
+            yield
+            base.unet.conv_out.weight.div_(2)
+
+    late = shifts(base, "cat", [4, 5], patched, late=True, **options)
+    x, t = seen[-1]
+    states = walk(base, [("cat", "")] * 2, seeds=[4, 5], steps=50, guidance=3.0, skip=1, stop=10, judged=False)
+    handle.remove()
+    assert torch.equal(x, states.x) and set(states.t.tolist()) == {761.0}
+    assert 800 <= float(t[0]) < 820 and len(set(t.tolist())) == 1
+    assert late != shifts(base, "cat", [4, 5], patched, **options)

@@ -50,6 +50,8 @@ class LatentGate:
         ratio: limit of the decision. By `norm`, how many times more than the empty prompt the patch must affect a
             prompt; by `guidance`, the multiple of the prompt's own guidance that it must take back.
         measure: measure of the effect, `norm` or `guidance`.
+        late: whether the outputs are those at a timestep higher than that of the latents, as in the published code
+            (`trajectories.shifts`).
 
     Raises:
         ErasureError: a value is of the wrong type or out of range.
@@ -64,6 +66,7 @@ class LatentGate:
     early: bool = True
     ratio: float = 1.0
     measure: str = "norm"
+    late: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -72,9 +75,9 @@ class LatentGate:
                 if value not in MEASURES:
                     raise unknown("measure of a latent gate", value, MEASURES)
                 continue
-            if field.name == "early":
+            if field.name in ("early", "late"):
                 if not isinstance(value, bool):
-                    raise ErasureError(f"early of a latent gate must be true or false, not {value!r}")
+                    raise ErasureError(f"{field.name} of a latent gate must be true or false, not {value!r}")
             elif type(value) not in (int, float) or not math.isfinite(value):
                 raise ErasureError(f"{field.name} of a latent gate must be a finite number, not {value!r}")
         if self.ratio <= 0:
@@ -162,7 +165,7 @@ class Decider:
         return [self._empty_effects[key, seed] for seed in seeds]
 
     def _effects(self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]) -> list[float]:
-        names = ("after", "steps", "guidance", "measure")
+        names = ("after", "steps", "guidance", "measure", "late")
         return shifts(self._base, prompt, seeds, patched, **{name: getattr(gate, name) for name in names})
 
 

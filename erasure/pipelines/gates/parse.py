@@ -55,9 +55,8 @@ def parse_gate(patch: Patch) -> TextGate | LatentGate | None:
             for concept in patch.concepts
             for name in [concept.get("name"), *_text_list("aliases of a concept", concept.get("aliases"))]
         ]
-    return TextGate(
-        tuple(_text_list("texts of a text gate", texts)), settings.get("power", 1.0), settings.get("threshold", 0.0)
-    )
+    numbers = {key: settings[key] for key in ("power", "threshold", "scale") if key in settings}
+    return TextGate(tuple(_text_list("texts of a text gate", texts)), **numbers)
 
 
 def _text_list(noun: str, texts: Any) -> list[Any]:

@@ -26,6 +26,8 @@ def test_each_kind_is_read_with_its_settings(pipe):
         ({"kind": "always"}, None),
         (TEXT, TextGate(("cat", "kitten", "dog"))),
         ({**TEXT, "texts": ["tree"], "power": 2, "threshold": 0.5}, TextGate(("tree",), 2, 0.5)),
+        ({**TEXT, "texts": ["tree"], "scale": 4.0}, TextGate(("tree",), scale=4.0)),
+        ({"kind": "latent", "late": True}, LatentGate(late=True)),
         ({"kind": "latent", "after": 3, "early": False}, LatentGate(after=3, early=False)),
     ]
     for settings, gate in gates:
@@ -44,6 +46,8 @@ def test_gates_that_cannot_run_are_refused_at_loading(pipe):
         ({**TEXT, "powr": 1}, "did you mean 'power'"),
         ({**TEXT, "power": -1}, "power of a text gate must be a number"),
         ({**TEXT, "power": "1"}, "power of a text gate must be a number"),
+        ({**TEXT, "scale": -4}, "scale of a text gate must be a number"),
+        ({"kind": "latent", "late": 1}, "late of a latent gate must be true or false, not 1"),
         ({**TEXT, "threshold": True}, "threshold of a text gate must be a number"),
         ({**TEXT, "texts": "cat"}, "texts of a text gate must be a list"),
         ({"kind": "latent", "ratio": 0}, "ratio of a latent gate must be above 0"),
