@@ -20,7 +20,7 @@ from erasure.config import check_settings
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.model.base import Base
-from erasure.model.closed_form import Columns, Edit, Factors, applied
+from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied
 from erasure.model.conditioning import text_encoders
 from erasure.model.diffusion import Counts, counting
 from erasure.patch import LowRank
@@ -147,8 +147,8 @@ class ClosedFormMethod(Method):
     """A method that solves for new weights: no training loop, no seed, no UNet call, seconds.
 
     `columns` says which text states are edited, towards what, and which are kept; the weights of every layer that reads
-    them follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change. The previews show the
-    base (step 0) and the result (step 1).
+    them follow by regularised least squares (`model/closed_form.py`) as an exact low-rank change. A method that solves
+    something else overrides `edit`. The previews show the base (step 0) and the result (step 1).
     """
 
     STOCHASTIC: ClassVar[bool] = False
@@ -163,7 +163,11 @@ class ClosedFormMethod(Method):
         """Return the layers to solve for, by path: those that read text states, keys and values of cross-attention."""
         return base.targets("x-strict")
 
-    def solve(self, edit: Edit, path: str, module: nn.Module) -> Factors:
+    def edit(self, base: Base, concepts: list[Concept]) -> StateMap:
+        """Return what all layers share of the change: by default, the minimum of the objective for `columns`."""
+        return Edit(self.columns(base, concepts))
+
+    def solve(self, edit: StateMap, path: str, module: nn.Module) -> Factors:
         """Return the change of one module's weight; override it where the wanted answers are not those of guides."""
         return edit.factors(module.get_parameter("weight"))
 
@@ -171,7 +175,7 @@ class ClosedFormMethod(Method):
         """Solve for every layer, and return the factors."""
         modules = self.modules(base)
         with counting(base.unet, run.costs):
-            edit = Edit(self.columns(base, concepts))
+            edit = self.edit(base, concepts)
             layers = {path: self.solve(edit, path, module) for path, module in modules.items()}
         if run.previews is not None:
             with Engine(base, Computing(precision="fp32")):
@@ -193,7 +197,7 @@ class ClosedFormMethod(Method):
             raise ErasureError(f"{self.method} reads the text encoder, which has no weights here: it cannot be planned")
         counts = Counts()
         with counting(base.unet, counts):
-            edit = Edit(self.columns(base, concepts))
+            edit = self.edit(base, concepts)
         seconds = 0.0
         if base.device.type != "meta":
             seconds = counts.seconds + self._seconds(edit, modules)
@@ -214,7 +218,7 @@ class ClosedFormMethod(Method):
             weights=sum(map(_numbers, modules.values())),
         )
 
-    def _seconds(self, edit: Edit, modules: Mapping[str, nn.Module]) -> float:
+    def _seconds(self, edit: StateMap, modules: Mapping[str, nn.Module]) -> float:
         """Return the seconds of all solves, from a timed one for the largest layer."""
         path, largest = max(modules.items(), key=lambda item: _numbers(item[1]))
         self.solve(edit, path, largest)

@@ -9,14 +9,16 @@ columns c_k to keep (UCE, Gandikota et al. 2024, arXiv 2308.14761):
 
 Mostly v_e = W0 g_e, the answer to another state g_e. G does not depend on W0: it is factorised once for all layers
 that read the same states. The rank of the change is at most the number of edited columns, so the change is an exact
-low-rank patch. The same layers are attacked in closed form (RECE, arXiv 2407.12383): see `recovered`.
+low-rank patch. With such answers the change is W0 A B, and A [d, n] and B [n, d] are the same for all layers: a
+`StateMap`, which other closed forms than least squares also are. The same layers are attacked in closed form (RECE,
+arXiv 2407.12383): see `recovered`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,42 +72,63 @@ class Columns:
                 raise ErasureError(f"{name}={getattr(self, name)}: must be finite and above 0")
 
 
-class Edit:
-    """The part of a closed-form edit that all layers share: G, factorised once, in float64 on the CPU.
+    def principal(self, count: int) -> Columns:
+        """Return the same objective with at most `count` columns to edit, so that the change has that rank.
+
+        The objective depends on the edited columns only through sums over them, so an orthogonal change of their basis
+        leaves it as it is. The basis is that of the singular value decomposition of the columns next to their shifts,
+        [sqrt(s_e) c_e, sqrt(s_e) (g_e - c_e)]; the smallest directions are dropped. With `count` of 2 d or more, or of
+        all columns, the solution is the same.
+
+        Args:
+            count: the largest number of columns.
+        """
+        root = torch.as_tensor(self.edit_weight, dtype=torch.float64).cpu().expand(len(self.edit)).sqrt()[:, None]
+        edit = root * self.edit.double().cpu()
+        shift = root * (self.guide.double().cpu() - self.edit.double().cpu())
+        _, values, rows = torch.linalg.svd(torch.cat([edit, shift], dim=1), full_matrices=False)
+        kept = values[:count, None] * rows[:count]
+        width = edit.shape[1]
+        return replace(self, edit=kept[:, :width], guide=kept[:, :width] + kept[:, width:], edit_weight=1.0)
+
+
+def _width_checked(weight: Tensor, width: int) -> Tensor:
+    """Return a layer's weight in float64 on the CPU.
 
     Raises:
-        ErasureError: the ridge is too small for columns that nearly depend on each other.
+        ErasureError: the layer reads states of another width.
+    """
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ErasureError(
+            f"a layer with {'x'.join(map(str, weight.shape))} weights does not read text states of {width} numbers: "
+            "only layers that do can be solved for, keys and values of cross-attention"
+        )
+    return weight.detach().double().cpu()
+
+
+class StateMap:
+    """A change that maps the text states before every layer reads them: W - W0 = W0 left right.
+
+    Args:
+        left: A [d, n], float64.
+        right: B [n, d], float64.
     """
 
-    def __init__(self, columns: Columns) -> None:
-        edit, guide, keep = (states.double().cpu() for states in (columns.edit, columns.guide, columns.keep))
-        self.columns = edit  # [n, d]
-        self.weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).cpu().expand(len(edit))  # [n]
-        kept = torch.as_tensor(columns.keep_weight, dtype=torch.float64).cpu().expand(len(keep))
-        self.guide = guide  # [n, d]
-        gram = columns.ridge * torch.eye(edit.shape[1], dtype=torch.float64)
-        gram += edit.T @ (self.weights[:, None] * edit) + keep.T @ (kept[:, None] * keep)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            raise ErasureError(
-                f"ridge={columns.ridge:g} is too small: the columns nearly depend on each other, and the system has no "
-                "stable solution in float64. Give a larger one"
-            )
-        # c_e^T G^-1 = R^T Q^T. With orthonormal rows in `down` the product in fp32 loses nothing to cancellation.
-        basis, self._mix = torch.linalg.qr(torch.cholesky_solve(edit.T, factor))
-        self._down = basis.T.contiguous()
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        # With orthonormal rows in `right` the product in fp32 loses nothing to cancellation.
+        basis, mix = torch.linalg.qr(right.T)
+        self.left, self.right, self._mix = left @ mix.T, basis.T.contiguous(), mix
 
     @property
     def rank(self) -> int:
         """Return the rank of the factors: the number of edited columns, at most d."""
-        return len(self._down)
+        return len(self.right)
 
-    def factors(self, weight: Tensor, answers: Tensor | None = None) -> Factors:
+    def factors(self, weight: Tensor) -> Factors:
         """Return the change of a layer's weight as low-rank factors.
 
         Args:
             weight: W0 [out, d], of any floating-point type on any device.
-            answers: v_e [n, out]; None: the answers to the guides, W0 g_e.
 
         Returns:
             down [rank, d] and up [out, rank] in float32 on the CPU, and alpha = rank, so that loaders multiply the
@@ -114,19 +137,57 @@ class Edit:
         Raises:
             ErasureError: the layer reads states of another width.
         """
-        if weight.shape[1:] != self.columns.shape[1:]:
+        up = _width_checked(weight, len(self.left)) @ self.left
+        return self.right.float(), up.float(), float(self.rank)
+
+    def then(self, other: StateMap) -> StateMap:
+        """Return the map of applying this one and then, to the weights that result, another one.
+
+        W0 (I + A B)(I + A' B') - W0 = W0 [A, (I + A B) A'] [B; B'].
+        """
+        left = torch.cat([self.left, other.left + self.left @ (self.right @ other.left)], dim=1)
+        return StateMap(left, torch.cat([self.right, other.right]))
+
+
+class Edit(StateMap):
+    """The minimum of the objective for columns: G is factorised once for all layers, in float64 on the CPU.
+
+    Raises:
+        ErasureError: the ridge is too small for columns that nearly depend on each other.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        edit, guide, keep = (states.double().cpu() for states in (columns.edit, columns.guide, columns.keep))
+        self.columns, self.guide = edit, guide  # [n, d]
+        self.weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).cpu().expand(len(edit))  # [n]
+        kept = torch.as_tensor(columns.keep_weight, dtype=torch.float64).cpu().expand(len(keep))
+        gram = columns.ridge * torch.eye(edit.shape[1], dtype=torch.float64)
+        gram += edit.T @ (self.weights[:, None] * edit) + keep.T @ (kept[:, None] * keep)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
             raise ErasureError(
-                f"a layer with {'x'.join(map(str, weight.shape))} weights does not read text states of "
-                f"{self.columns.shape[1]} numbers: only layers that do can be solved for, keys and values of "
-                "cross-attention"
+                f"ridge={columns.ridge:g} is too small: the columns nearly depend on each other, and the system has no "
+                "stable solution in float64. Give a larger one"
             )
-        base = weight.detach().double().cpu()
-        if answers is None:
-            shift = (self.guide - self.columns) @ base.T
-        else:
-            shift = answers.double().cpu() - self.columns @ base.T
+        super().__init__((self.weights[:, None] * (guide - edit)).T, torch.cholesky_solve(edit.T, factor).T)
+
+    def towards(self, weight: Tensor, answers: Tensor) -> Factors:
+        """Return the change of a layer's weight for wanted answers that are not those to the guides.
+
+        Args:
+            weight: W0 [out, d], of any floating-point type on any device.
+            answers: v_e [n, out].
+
+        Returns:
+            The same as `factors`.
+
+        Raises:
+            ErasureError: the layer reads states of another width.
+        """
+        base = _width_checked(weight, self.columns.shape[1])
+        shift = answers.double().cpu() - self.columns @ base.T
         up = (self.weights[:, None] * shift).T @ self._mix.T
-        return self._down.float(), up.float(), float(self.rank)
+        return self.right.float(), up.float(), float(self.rank)
 
 
 @contextmanager

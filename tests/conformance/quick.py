@@ -28,6 +28,7 @@ QUICK = {
         "sample_steps": 2,
         "learning_rate": 1e-3,
     },
+    "uce": {},
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
     "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2, "ratio": 1.0},
 }

@@ -49,13 +49,12 @@ def test_the_change_is_the_minimum_of_the_objective_on_the_real_layers(method):
     assert payload.names("unet") == sorted(f"{path}.weight" for path in modules)
     assert payload.kind == "low-rank" and payload.ranks == [len(columns.edit)]
     edit, guide, keep = (states.double() for states in (columns.edit, columns.guide, columns.keep))
+    weighted = torch.as_tensor(columns.edit_weight) * edit.T
     gram = columns.ridge * torch.eye(edit.shape[1], dtype=torch.float64)
-    gram += columns.edit_weight * edit.T @ edit + columns.keep_weight * keep.T @ keep
+    gram += weighted @ edit + columns.keep_weight * keep.T @ keep
     for path, module in modules.items():
         old = module.weight.detach().double()
-        new = (
-            columns.ridge * old + columns.edit_weight * old @ guide.T @ edit + columns.keep_weight * old @ keep.T @ keep
-        )
+        new = columns.ridge * old + old @ (weighted @ guide).T + columns.keep_weight * old @ keep.T @ keep
         expected = torch.linalg.solve(gram, new.T).T - old
         assert torch.allclose(payload.change("unet", f"{path}.weight").double(), expected, atol=1e-6)
         assert not torch.allclose(-payload.change("unet", f"{path}.weight").double(), expected, atol=1e-3)

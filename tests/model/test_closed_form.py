@@ -71,10 +71,40 @@ def test_each_column_may_have_its_own_weight():
 
 def test_other_answers_than_those_of_guides():
     columns = Columns(EDITED, GUIDE, KEPT)
-    down, up, _ = Edit(columns).factors(WEIGHT, answers=GUIDE @ WEIGHT.T)
+    down, up, _ = Edit(columns).towards(WEIGHT, GUIDE @ WEIGHT.T)
     assert torch.allclose((up @ down).double(), change(columns), atol=1e-5)
-    down, up, _ = Edit(columns).factors(WEIGHT, answers=EDITED @ WEIGHT.T)  # what it answers already
+    down, up, _ = Edit(columns).towards(WEIGHT, EDITED @ WEIGHT.T)  # what it answers already
     assert (up @ down).abs().max() < 1e-5
+
+
+def test_fewer_columns_with_the_same_objective():
+    """Columns in another basis have the same solution; without the smallest directions it is nearly the same."""
+    draw = torch.Generator().manual_seed(2)
+    many, guides = (torch.randn(1, 5, generator=draw) + 0.05 * torch.randn(9, 5, generator=draw) for _ in range(2))
+    columns = Columns(many, guides, KEPT, torch.rand(9, generator=draw) + 0.5)
+    whole = Edit(columns)
+    old = WEIGHT.double()
+    exact = old @ whole.left @ whole.right
+    same = Edit(columns.principal(9))
+    assert torch.allclose(old @ same.left @ same.right, exact, atol=1e-9)
+    few, one = Edit(columns.principal(2)), Edit(columns.principal(1))
+    assert few.rank == 2 and one.rank == 1
+    errors = [float((old @ edit.left @ edit.right - exact).norm() / exact.norm()) for edit in (few, one)]
+    assert 1e-6 < errors[0] < 0.1 < 1 and errors[0] < errors[1]
+    first = Edit(Columns(many[:2], guides[:2], KEPT))  # not the same as taking the first two
+    assert (old @ first.left @ first.right - exact).norm() > 2 * errors[0] * exact.norm()
+
+
+def test_one_map_after_another():
+    one, two = Edit(Columns(EDITED, GUIDE, KEPT)), Edit(Columns(KEPT, GUIDE[[0, 0, 1]], EDITED))
+    both, eye, old = one.then(two), torch.eye(5, dtype=torch.float64), WEIGHT.double()
+    expected = old @ (eye + one.left @ one.right) @ (eye + two.left @ two.right) - old
+    assert both.rank == 5  # of 2 + 3 columns
+    assert torch.allclose(old @ both.left @ both.right, expected, atol=1e-9)
+    down, up, _ = both.factors(WEIGHT)
+    assert torch.allclose((up @ down).double(), expected, atol=1e-4)
+    swapped = two.then(one)
+    assert not torch.allclose(old @ swapped.left @ swapped.right, expected, atol=1e-2)
 
 
 def test_factors_of_nearly_equal_columns_lose_nothing_in_fp32():

@@ -1,0 +1,129 @@
+"""Columns for closed forms: the text states of prompts from the last token of a name to the end of the padding.
+
+A text encoder with a causal mask, such as CLIP's, writes a name into its last token and into every state behind it, the
+padding included; the states before it do not know of the name. So these states, or the last token's alone, are what a
+closed form edits. Where two encoders are concatenated (XL), both have the same tokens at the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from erasure.concepts.concept import Concept
+from erasure.concepts.similarity import tokens
+from erasure.errors import ErasureError
+from erasure.model.base import Base
+from erasure.model.conditioning import text_encoders
+
+Part = Literal["tail", "last", "all"]  # which states of a prompt
+Places = Literal["same", "ends"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt to edit, and the prompt that it should be answered like.
+
+    Args:
+        prompt: a prompt that holds the name.
+        name: the name, the states from whose last token on are edited.
+        instead: the prompt in its stead; empty for the empty prompt.
+    """
+
+    prompt: str
+    name: str
+    instead: str = ""
+
+
+def last_place(base: Base, text: str) -> int:
+    """Return the place of a text's last token; of the empty text, that of the start token, 0."""
+    return tokens(base, text) - 2  # the start and end tokens are counted
+
+
+def states_of(base: Base, prompts: Sequence[str], part: Part) -> Tensor:
+    """Return text states of prompts, one a row [n, d], in float64.
+
+    Args:
+        base: the checkpoint, for its text encoders.
+        prompts: the prompts; none give no rows.
+        part: tail: from the prompt's last token to the end of the padding; last: the last token alone; all: every
+            token of the encoder's length.
+    """
+    if not prompts:
+        return base.encode([""])[0, :0].double()
+    encoded = base.encode(list(prompts)).double()
+    starts = [0 if part == "all" else last_place(base, prompt) for prompt in prompts]
+    ends = [start + 1 if part == "last" else encoded.shape[1] for start in starts]
+    return torch.cat([row[start:end] for row, start, end in zip(encoded, starts, ends, strict=True)])
+
+
+def states_of_pair(base: Base, pair: Pair, part: Part, places: Places) -> tuple[Tensor, Tensor]:
+    """Return the states of a prompt to edit, and for each the state that it should be answered like.
+
+    Args:
+        base: the checkpoint, for its text encoders.
+        pair: the two prompts.
+        part: tail: the states from the name's last token on; last: this token alone; all: every state.
+        places: same: each state is answered like the one at its own place of the other prompt; ends: the places are
+            shifted so that the prompts' last tokens meet, and with them whatever both have behind the name.
+
+    Returns:
+        Two tensors [n, d] in float64.
+    """
+    before = pair.prompt[: pair.prompt.rindex(pair.name) + len(pair.name)]
+    edit, guide = base.encode([pair.prompt])[0].double(), base.encode([pair.instead])[0].double()
+    start = 0 if part == "all" else last_place(base, before)
+    shift = tokens(base, pair.instead) - tokens(base, pair.prompt) if places == "ends" else 0
+    start = max(start, -shift)
+    length = 1 if part == "last" else len(edit) - start - max(0, shift)
+    return edit[start : start + length], guide[start + shift : start + shift + length]
+
+
+def checked_names(base: Base, concepts: Sequence[Concept]) -> list[tuple[Concept, str]]:
+    """Return every name of the concepts with its concept, each once, after checking them by their tokens.
+
+    Spellings that a tokenizer reads alike ("Van Gogh", "van  gogh") are one name.
+
+    Args:
+        base: the checkpoint, for its tokenizers.
+        concepts: all concepts that are erased together.
+
+    Raises:
+        ErasureError: a name without tokens of its own, one that two concepts share, or one that is also kept.
+    """
+    owners: dict[tuple[tuple[int, ...], ...], tuple[Concept, str]] = {}
+    for concept in concepts:
+        for name in concept.names:
+            key = own_tokens(base, name)
+            if not any(key):
+                raise ErasureError(
+                    f"{name!r} has no tokens of its own: the text encoder reads it like the empty prompt, so there is "
+                    "nothing to erase. Nothing was changed"
+                )
+            owner, spelling = owners.setdefault(key, (concept, name))
+            if owner is not concept:
+                raise ErasureError(
+                    f"{name!r} and {spelling!r} are the same tokens to the text encoder, and they belong to two "
+                    "concepts: remove one of them. Nothing was changed"
+                )
+    for concept in concepts:
+        for word in concept.keep:
+            if found := owners.get(own_tokens(base, word)):
+                raise ErasureError(
+                    f"{word!r} is to be kept, and the text encoder reads it like {found[1]!r}, which is to be erased: "
+                    "take it out of one of the lists. Nothing was changed"
+                )
+    return list(owners.values())
+
+
+def own_tokens(base: Base, text: str) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of a text for each tokenizer of the checkpoint, without the special ones."""
+    found = []
+    for tokenizer, _ in text_encoders(base.pipe):
+        special = set(tokenizer.all_special_ids)
+        found.append(tuple(i for i in tokenizer(text, verbose=False).input_ids if i not in special))
+    return tuple(found)
