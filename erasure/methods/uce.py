@@ -6,10 +6,11 @@ The keys and values of cross-attention become the minimum of eq. 7 (`model/close
 
 c_e are text states of the concept's prompts, g_e those of the prompts in their stead, and c_k those of what is kept.
 
-There are two published conventions of which states these are. The older script (which RECE and UnlearnCanvas build on)
-takes all states from the name's last token to the end of the padding: `states=tail places=ends guide=null carriers=false
-keep=listed keep_states=all keep_weight=null keep_empty=true`. The present script (uce_sd_erase.py) takes the last token alone: `parity=True`. On
-glyph the last token alone erases little, because the padding still names the concept (docs/closed-forms.md).
+There are two published conventions of which states these are. The older script, which RECE and UnlearnCanvas build on,
+takes all states from the name's last token to the end of the padding: `states=tail places=ends guide=null
+carriers=false keep=listed keep_states=all keep_weight=null keep_empty=true`. The present script (uce_sd_erase.py) takes
+the last token alone: `parity=true`. On glyph the last token alone erases little, because the padding still names the
+concept (docs/closed-forms.md).
 
 Cost: no UNet call; one factorisation of a matrix as wide as the text states, and one product for each layer.
 

@@ -71,7 +71,6 @@ class Columns:
             if not (value > 0).all() or not torch.isfinite(value).all():
                 raise ErasureError(f"{name}={getattr(self, name)}: must be finite and above 0")
 
-
     def principal(self, count: int) -> Columns:
         """Return the same objective with at most `count` columns to edit, so that the change has that rank.
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from erasure.concepts.concept import Concept
-from erasure.errors import ErasureError
 from erasure.erasing import erase
+from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.text_columns import Pair, checked_names, last_place, states_of, states_of_pair
 from tests.tiny import LENGTH, tiny_pipeline
