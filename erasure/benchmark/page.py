@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from html import escape
 from typing import Any
@@ -24,43 +24,149 @@ from erasure.benchmark.table import (
     members,
 )
 from erasure.evaluation.metrics.gate_activity import GateActivity
+from erasure.evaluation.metrics.statistics import ALPHA, mcnemar
 from erasure.evaluation.report import charts
-from erasure.evaluation.report.html import INTERFERENCE, gate_log, page_head, picture
+from erasure.evaluation.report.html import (
+    FEW,
+    PairedTest,
+    Shot,
+    Tile,
+    folded,
+    gate_log,
+    looks,
+    page_head,
+    paired_table,
+    picture,
+    strips,
+    tiles,
+)
 from erasure.version import __version__
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> the content of its report.json
+MAIN = ("UA", "quality", "kept", "H")  # columns of the table of means; the others are folded away
 STYLE = """
 .tight th,.tight td{padding:.3rem .45rem;white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums}
 .tight td:first-child,.tight th:first-child{position:sticky;left:0;background:var(--page);
 white-space:normal;max-width:9rem}
-.tight .new td{border-top:2px solid var(--before)}
+.new td{border-top:2px solid var(--before)}.figures td:first-child{overflow-wrap:anywhere;min-width:0}
 .wide img{max-width:none;image-rendering:pixelated;display:block}h3{font-size:1rem;margin:1.4rem 0 .3rem}
 """
+INTERFERENCE = (
+    '<p class="soft">Rows: the erased concept. Columns: what the prompts ask for. Cells: change of the share of '
+    "correct images from the base in percentage points; below it, the number of images. Red for a loss and blue for a "
+    f"gain, only where McNemar's exact test over the same seeds finds a difference (p &lt; {ALPHA:g} after Holm's "
+    "correction for the row). Framed: what the row is meant to erase. Blank: no prompt asks for it, or fewer than "
+    f"{FEW} do.</p>"
+)
 
 
-def page(table: Table, reports: Reports, image: Image.Image) -> str:
+def page(
+    table: Table, reports: Reports, image: Image.Image, examples: Mapping[str, Sequence[Shot]] | None = None
+) -> str:
     """Return the page of the benchmark as self-contained HTML.
 
     Args:
         table: the results of the benchmark.
         reports: (method, concept) -> the content of the run's report.json.
         image: the base and all methods side by side.
+        examples: heading -> images for the strip at the top, as `strip` returns them.
     """
     methods = list(dict.fromkeys(row.method for row in table.rows))
+    tests = {group: paired_tests(table, reports, group) for group in dict.fromkeys(row.group for row in table.rows)}
+    largest = max(tests, key=lambda group: _weight(table, group))
+    others = {group: paired_table(found, "base", "patch", "result") for group, found in tests.items()}
+    first_tests = others.pop(largest)
+    wide_image = picture(image, "one line per concept: target prompts, then prompts to keep")
     parts = [
-        page_head("Benchmark: what is erased and what is kept", summary(table, methods), charts.STYLE + STYLE),
-        f"<h2>Means</h2>{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>",
+        page_head("Benchmark: what is erased and what is kept", STYLE),
+        tiles(verdict(table, largest, looks(tests[largest]))),
+        strips(examples or {}),
+        f"<p>{escape(summary(table, methods))}.</p>",
+        f'<h2>Means</h2><table class="figures">{means(table, main_columns(table))}</table>',
+        folded("All metrics and costs", f"{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>"),
+        f"<h2>Base against each method on the same seeds: {escape(largest)}</h2>{first_tests}" if first_tests else "",
+        *(folded(f"The same tests: {group}", text) for group, text in others.items()),
         "<h2>Erased against kept</h2>" + tradeoff(table, methods),
         "<h2>Interference: effect of erasing one concept on the others</h2>" + INTERFERENCE,
-        *(f"<h3>{escape(method)}</h3>{interference(table, method, reports)}" for method in methods),
-        "<h2>Every concept</h2>" + _wide(concepts(table)),
-        "<h2>The same seeds, before and after</h2>"
-        f'<div class="wide" tabindex="0">{picture(image, "one line per concept: target prompts, then prompts to keep")}'
-        "</div>",
-        gate_log(gates(table, reports), "method, concept"),
-        f"<h2>How this was made</h2><pre>{escape(json.dumps(provenance(table, reports), indent=1))}</pre></html>",
+        *(folded(method, interference(table, method, reports)) for method in methods),
+        "<h2>Details</h2>" + folded("Every concept", _wide(concepts(table))),
+        folded("The same seeds, before and after", f'<div class="wide" tabindex="0">{wide_image}</div>'),
+        folded("Gate log", gate_log(gates(table, reports), "method, concept")),
+        folded("How this was made", f"<pre>{escape(json.dumps(provenance(table, reports), indent=1))}</pre>"),
+        "</html>",
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
+
+
+def main_columns(table: Table) -> list[str]:
+    """Return the metrics of MAIN that the table has."""
+    entries = table.means()
+    return [name for name in MAIN if any(name in entry for entry in entries)]
+
+
+def _weight(table: Table, group: str) -> tuple[bool, int]:
+    """Rank groups of rows: single concepts before concepts that were erased together, then by the number of rows."""
+    rows = [row for row in table.rows if row.group == group and not row.tuned]
+    return any(len(members(row.concept)) == 1 for row in rows), len(rows)
+
+
+def paired_tests(table: Table, reports: Reports, group: str) -> list[PairedTest]:
+    """Return the tests of the base against each method over the images of all concepts of a group.
+
+    Concepts that settings were tuned on, and runs of older versions that lack a test, are left out.
+
+    Args:
+        table: the results of the benchmark.
+        reports: (method, concept) -> the content of the run's report.json.
+        group: title of the group.
+    """
+    counts: dict[tuple[str, str], list[int]] = {}
+    for row in table.rows:
+        if row.group != group or row.tuned:
+            continue
+        report = reports[row.method, row.concept]
+        for name, key in (("gone", "target"), ("still good", "quality"), ("kept", report["domain"])):
+            pair = report.get("paired", {}).get(key)
+            if pair is not None:
+                sums = counts.setdefault((row.method, name), [0, 0])
+                sums[0], sums[1] = sums[0] + int(pair["only_base"]), sums[1] + int(pair["only_patched"])
+    return [
+        PairedTest(f"{method}/{name}", f"{method}: {name}", first, second, mcnemar(first, second))
+        for (method, name), (first, second) in counts.items()
+    ]
+
+
+def verdict(table: Table, group: str, painted: Mapping[str, str]) -> list[Tile]:
+    """Return three tiles for the method with the highest H of a group, with the range of the other methods.
+
+    Args:
+        table: the results of the benchmark.
+        group: title of the group.
+        painted: key of a paired test -> how its figure is painted, as `looks` returns it.
+    """
+    entries = [entry for entry in table.means() if entry["group"] == group]
+    best = best_method(entries)
+    names = {"Gone": ("UA", "gone"), "Kept": ("kept", "kept"), "Picture still good": ("quality", "still good")}
+    shown = []
+    for title, (name, test) in names.items():
+        if best is None or name not in best:
+            shown.append(Tile(title, "", ["not measured"]))
+            continue
+        cell = best[name]
+        lines = [f"95 %: {interval(name, cell, '–')}", f"base {format_value(name, cell['base'])}"]
+        lines.append(f"{best['method']}, {group}" + (": highest H" if len(entries) > 1 else ""))
+        others = [entry[name]["value"] for entry in entries if entry is not best and name in entry]
+        if others:
+            lines.append(f"others: {interval(name, {'low': min(others), 'high': max(others)}, '–')}")
+        shown.append(Tile(title, format_value(name, cell["value"]), lines, painted.get(f"{best['method']}/{test}", "")))
+    return shown
+
+
+def best_method(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the entry with the highest H among the methods that ran on all concepts of a group, or None."""
+    most = max((entry["concepts"] for entry in entries), default=0)
+    complete = [entry for entry in entries if "H" in entry and entry["concepts"] == most]
+    return max(complete, key=lambda entry: entry["H"]["value"], default=None)
 
 
 def summary(table: Table, methods: list[str]) -> str:
@@ -69,38 +175,40 @@ def summary(table: Table, methods: list[str]) -> str:
     text = f"{_count(len(methods), 'method')}, {_count(len(names), 'concept')}, {_count(len(table.rows), 'run')}"
     best_methods = []
     for group, entries in _groups(table).items():
-        # Only methods that ran on all concepts of a group can be compared.
-        most = max(entry["concepts"] for entry in entries)
-        best = max(
-            (entry for entry in entries if "H" in entry and entry["concepts"] == most),
-            key=lambda entry: entry["H"]["value"],
-            default=None,
-        )
+        best = best_method(entries)
         if best is not None:
             shares = f"erased {best['UA']['value']:.0%}, kept {best['kept']['value']:.0%}"
             best_methods.append(f"{group} {best['method']} ({shares})")
     return text + ("; highest H: " + ", ".join(best_methods) if best_methods else "")
 
 
-def means(table: Table) -> str:
-    """Return the table rows of the means, with the base's line first in each group."""
-    rows = [_head("method")]
+def means(table: Table, shown: Sequence[str] | None = None) -> str:
+    """Return the table rows of the means, with the base's line first in each group.
+
+    Args:
+        table: the results of the benchmark.
+        shown: names of the metrics; None: all of them, and the costs.
+    """
+    names, costs = (SHOWN, True) if shown is None else (shown, False)
+    rows = [_head("method", names, costs)]
     for group, entries in _groups(table).items():
         best = max(entries, key=lambda entry: entry["concepts"])
-        rows.append(_base(group, {key: best[key]["base"] for key in SHOWN if key in best}))
+        rows.append(_base(group, {key: best[key]["base"] for key in names if key in best}, names, costs))
         for entry in entries:
-            cells = [_cell(key, entry[key]) if key in entry else "" for key in SHOWN]
-            rows.append(_line([escape(_named(entry, entries)), *cells, *_costs(entry, entry["bytes"])]))
+            cells = [_cell(key, entry[key]) if key in entry else "" for key in names]
+            spent = _costs(entry, entry["bytes"]) if costs else []
+            rows.append(_line([escape(_named(entry, entries)), *cells, *spent]))
     return "".join(rows)
 
 
 def concepts(table: Table) -> str:
     """Return the table rows of every run, with the base's line first for each concept."""
-    rows, last = [_head("method")], ""
+    rows, last = [_head("method", SHOWN, True)], ""
     for row in table.rows:
         if row.concept != last:
             name = short(row) + (" *" if row.tuned else "")
-            rows.append(_base(name, {key: cell.base for key, cell in row.cells.items() if key in SHOWN}))
+            base = {key: cell.base for key, cell in row.cells.items() if key in SHOWN}
+            rows.append(_base(name, base, SHOWN, True))
         last = row.concept
         cells = [_cell(key, asdict(row.cells[key])) if key in row.cells else "" for key in SHOWN]
         rows.append(_line([escape(row.method), *cells, *_costs(row.costs, row.bytes)]))
@@ -130,7 +238,10 @@ def tradeoff(table: Table, methods: list[str]) -> str:
 
 
 def interference(table: Table, method: str, reports: Reports) -> str:
-    """Return the interference matrix of one method: one row per erased concept, one column per label measured."""
+    """Return the interference matrix of one method: one row per erased concept, one column per label measured.
+
+    Cells of fewer than FEW images are blank in the matrix, and the complete matrix is folded away below it.
+    """
     rows: dict[str, dict[str, charts.Change]] = {}
     own: dict[str, list[str]] = {}
     columns: dict[str, dict[str, None]] = {}
@@ -145,7 +256,9 @@ def interference(table: Table, method: str, reports: Reports) -> str:
             for label, after in labels.items():
                 before = report["accuracies"]["base"][head].get(label, (0, 0))
                 columns.setdefault(head, {})[label] = None
-                cells[f"{head}/{label}"] = charts.Change(tuple(before), tuple(after))
+                pair = report.get("paired_labels", {}).get(head, {}).get(label)  # runs of older versions have none
+                p = pair["p"] if pair is not None and after[1] >= FEW else None
+                cells[f"{head}/{label}"] = charts.Change(tuple(before), tuple(after), p)
     # Erased labels come first, in the order of the rows, so that the framed cells form a diagonal.
     erased = list(dict.fromkeys(key for keys in own.values() for key in keys))
     order = {key: position for position, key in enumerate(erased)}
@@ -153,7 +266,17 @@ def interference(table: Table, method: str, reports: Reports) -> str:
         head: sorted(names, key=lambda name: (order.get(f"{head}/{name}", len(order)), name))
         for head, names in columns.items()
     }
-    return charts.matrix(rows, listed, own)
+    many = {
+        name: {key: change for key, change in cells.items() if change.after[1] >= FEW} for name, cells in rows.items()
+    }
+    kept = {key for cells in many.values() for key in cells}
+    if not kept:
+        return charts.matrix(rows, listed, own)
+    filled = {head: [name for name in names if f"{head}/{name}" in kept] for head, names in listed.items()}
+    if filled == listed and many == rows:
+        return charts.matrix(rows, listed, own)
+    complete = folded(f"With cells of fewer than {FEW} images", charts.matrix(rows, listed, own))
+    return charts.matrix(many, filled, own) + complete
 
 
 def gates(table: Table, reports: Reports) -> list[GateActivity]:
@@ -221,14 +344,15 @@ def _costs(costs: Mapping[str, float], size: float) -> list[str]:
     return [*(f"{costs[cost]:,.0f}" for cost in COSTS), f"{size / 1000:,.0f}"]
 
 
-def _head(first: str) -> str:
-    titles = [first, *(f"{name} {BETTER.get(name, '↑')}" for name in SHOWN), *COSTS, "KB"]
+def _head(first: str, shown: Sequence[str], costs: bool) -> str:
+    titles = [first, *(f"{name} {BETTER.get(name, '↑')}" for name in shown), *([*COSTS, "KB"] if costs else [])]
     return f"<tr>{''.join(f'<th>{escape(title)}' for title in titles)}</tr>"
 
 
-def _base(name: str, values: Mapping[str, float]) -> str:
-    cells = [f"<i>{format_value(key, values[key])}</i>" if key in values else "" for key in SHOWN]
-    return _line([f"<b>{escape(name)}</b><small>base</small>", *cells, *[""] * (len(COSTS) + 1)], "new")
+def _base(name: str, values: Mapping[str, float], shown: Sequence[str], costs: bool) -> str:
+    cells = [f"<i>{format_value(key, values[key])}</i>" if key in values else "" for key in shown]
+    blank = [""] * (len(COSTS) + 1) if costs else []
+    return _line([f"<b>{escape(name)}</b><small>base</small>", *cells, *blank], "new")
 
 
 def _line(cells: list[str], kind: str = "") -> str:

@@ -100,6 +100,7 @@ def write(table: Table, folder: Path) -> None:
         ErasureError: the report of a run is missing or damaged.
     """
     from erasure.benchmark.page import page
+    from erasure.benchmark.strip import strip
 
     image = picture(table.rows, folder)
     image.save(folder / "bench.tmp", format="PNG", optimize=True)
@@ -114,7 +115,9 @@ def write(table: Table, folder: Path) -> None:
                 f"{path} cannot be read, so bench.html was not written: {fault}. "
                 f"Delete {path.with_name('result.json')} and run the bench again to repeat the judging of that run"
             ) from None
-    _write_text(folder / "bench.html", page(table, reports, image))
+    folders = {(row.method, row.concept): _run_folder(folder, row.method, row.concept) for row in table.rows}
+    examples = strip(table.rows, reports, folders, folder / "base")
+    _write_text(folder / "bench.html", page(table, reports, image, examples))
 
 
 def _run_folder(folder: Path, method: str, concept: str) -> Path:

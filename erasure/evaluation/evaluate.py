@@ -21,8 +21,8 @@ from erasure.evaluation.metrics.target import JudgedImage, Target
 from erasure.evaluation.report.caveats import caveats, judge_misses, member_metrics, renamed_labels
 from erasure.evaluation.report.report import Report
 from erasure.evaluation.report.writer import write_report
-from erasure.evaluation.score import judge_run, paired_accuracy, paired_erasure
-from erasure.evaluation.select import check_labels, concept_names, find_target, select_prompts
+from erasure.evaluation.score import judge_run, paired_accuracy, paired_erasure, paired_labels, paired_quality
+from erasure.evaluation.select import check_labels, concept_names, find_target, select_prompts, with_anchors
 from erasure.model import presets
 from erasure.model.loading import name_of
 from erasure.pipelines.strengths import switched_off
@@ -92,7 +92,8 @@ def evaluate(
     rows = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
     if judge is None:
         judge = find_judge("glyph")
-    target = find_target(concept, rows, judge)
+    loaded: dict[str, dict[str, Any]] = getattr(pipe, "get_list_patches", dict)()
+    target = with_anchors(find_target(concept, rows, judge), concept, loaded, judge)
     distances = ImageDistances.load(judge, features, lpips, reference)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
@@ -182,7 +183,9 @@ def _report(
         },
         accuracies={name: {head: accuracy_by_label(run, head) for head in judge.heads} for name, run in runs.items()},
         paired={head: paired_accuracy(runs, target, head) for head in judge.heads}
-        | {"target": paired_erasure(runs, target)},
+        | {"target": paired_erasure(runs, target)}
+        | paired_quality(runs, target),
+        paired_labels={head: paired_labels(runs, head) for head in judge.heads},
         provenance={
             **provenance,
             "judge": {"name": judge.name, **judge.versions()},

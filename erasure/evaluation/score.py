@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from erasure.evaluation.generate import Record, read_image
 from erasure.evaluation.judges.judge import qualities, verdicts
+from erasure.evaluation.metrics.quality import is_well_formed
 from erasure.evaluation.metrics.statistics import mcnemar
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 from erasure.evaluation.text_files import write_lines
@@ -128,6 +129,49 @@ def paired_erasure(runs: dict[str, list[JudgedImage]], target: Target) -> dict[s
         return {image.record.id: not target.is_shown(image) for image in images}
 
     return _compare(erased("base"), erased("patched"))
+
+
+def paired_quality(runs: dict[str, list[JudgedImage]], target: Target) -> dict[str, dict[str, float]]:
+    """Count the prompts for which only one of the two runs is well formed, with McNemar's exact test.
+
+    Args:
+        runs: "base" and "patched" -> judged images of the same prompts.
+        target: what should be erased.
+
+    Returns:
+        "quality" (target prompts) and "quality_kept" (kept prompts) -> `only_base`, `only_patched` and `p`; empty if
+        the judge does not measure quality.
+    """
+    if all(image.quality is None for images in runs.values() for image in images):
+        return {}
+
+    def good(name: str, kept: bool) -> dict[str, bool]:
+        part = [image for image in runs[name] if target.is_kept(image) == kept and image.role not in TARGET_ROLES]
+        return {image.record.id: is_well_formed(image) for image in part}
+
+    return {
+        name: _compare(good("base", kept), good("patched", kept))
+        for name, kept in (("quality", False), ("quality_kept", True))
+    }
+
+
+def paired_labels(runs: dict[str, list[JudgedImage]], head: str) -> dict[str, dict[str, float]]:
+    """Count for each label the prompts that only one of the two runs draws correctly, with McNemar's exact test.
+
+    Args:
+        runs: "base" and "patched" -> judged images of the same prompts.
+        head: the head of the judge that decides what is correct.
+
+    Returns:
+        Label -> `only_base`, `only_patched` and `p`, for every label that a prompt asks for.
+    """
+    after = {image.record.id: image.is_correct(head) for image in runs["patched"]}
+    by_label: dict[str, dict[str, bool]] = {}
+    for image in runs["base"]:
+        label = image.record.labels.get(head)
+        if label and image.record.id in after:
+            by_label.setdefault(label, {})[image.record.id] = image.is_correct(head)
+    return {label: _compare(before, {key: after[key] for key in before}) for label, before in by_label.items()}
 
 
 def _compare(before: dict[str, bool], after: dict[str, bool]) -> dict[str, float]:

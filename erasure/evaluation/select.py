@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
@@ -56,6 +58,33 @@ def find_target(concept: str | list[str] | Concept, rows: PromptSet, judge: Judg
     others = [head for head in judge.heads if head != domain and rows.label_values(head)]
     anchor = getattr(concept, "anchor", None) or ""
     return Target(domain, tuple(dict.fromkeys(labels)), others[0] if others else None, anchor)
+
+
+def with_anchors(target: Target, concept: Any, loaded: Mapping[str, Mapping[str, Any]], judge: Judge) -> Target:
+    """Return the target with the labels of its anchors, which the concept or the headers of active patches name.
+
+    An anchor that is no label of the target's domain, such as "a painting", is left out.
+
+    Args:
+        target: what should be erased.
+        concept: the concept as the user gave it.
+        loaded: name -> description of each loaded patch, as `get_list_patches` returns it.
+        judge: the judge.
+    """
+    named: dict[str, str] = {}
+    for patch in loaded.values():
+        named |= patch.get("anchors", {}) if patch["strength"] else {}
+    if getattr(concept, "anchor", None):
+        named |= dict.fromkeys(concept_names(concept), concept.anchor)
+    anchors: dict[str, tuple[str, ...]] = {}
+    for name, anchor in named.items():
+        try:
+            (head, labels), (place, instead) = judge.find(name), judge.find(anchor)
+        except ErasureError:
+            continue
+        if head == place == target.domain:
+            anchors |= {label: tuple(instead) for label in labels if label in target.labels}
+    return replace(target, anchors=anchors)
 
 
 def check_labels(rows: PromptSet, judge: Judge) -> None:

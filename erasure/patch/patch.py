@@ -99,6 +99,16 @@ class Patch:
         return [str(concept.get("name", "?")) for concept in self.concepts]
 
     @property
+    def anchors(self) -> dict[str, str]:
+        """Return every erased name, aliases included, that has an anchor -> the anchor."""
+        return {
+            str(name): str(concept["anchor"])
+            for concept in self.concepts
+            if concept.get("anchor")
+            for name in (concept.get("name", "?"), *concept.get("aliases", ()))
+        }
+
+    @property
     def components(self) -> list[str]:
         """Return the components that the patch changes, sorted."""
         return self.payload.components

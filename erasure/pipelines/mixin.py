@@ -92,7 +92,8 @@ class PatchMixin(LoraMixin):
         """Return for each loaded patch, by name and in order of loading, its strength and what its header says.
 
         Returns:
-            Name -> a table with `strength`, `method`, `concepts`, `gate`, `kind`, `components`, `costs` and `bytes`.
+            Name -> a table with `strength`, `method`, `concepts`, `anchors`, `gate`, `kind`, `components`, `costs` and
+            `bytes`.
         """
         return patch_stack(self).get_list_patches()
 

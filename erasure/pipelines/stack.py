@@ -213,14 +213,15 @@ class PatchStack:
         """Return for each loaded patch, by name and in order of loading, its strength and what its header says.
 
         Returns:
-            Name -> a table with `strength`, `method`, `concepts` (names), `gate` (its kind), `kind` (of the payload),
-            `components`, `costs` and `bytes` (size of its file; None if it was not loaded from one).
+            Name -> a table with `strength`, `method`, `concepts` (names), `anchors` (by name), `gate` (its kind),
+            `kind` (of the payload), `components`, `costs` and `bytes` (of its file; None if not loaded from one).
         """
         return {
             name: {
                 "strength": entry.strength,
                 "method": entry.patch.method,
                 "concepts": entry.patch.names,
+                "anchors": entry.patch.anchors,
                 "gate": entry.patch.gate["kind"],
                 "kind": entry.patch.payload.kind,
                 "components": entry.patch.components,

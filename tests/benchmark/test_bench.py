@@ -144,10 +144,10 @@ def test_the_page_holds_tables_plots_and_matrices(tmp_path):
     page = (tmp_path / "bench.html").read_text()
     assert "<script" not in page and "http:" not in page and "https:" not in page and "<other>" not in page
     assert page.count("<svg") == 2  # objects, and two together
-    assert page.count('class="matrix"') == 2 and "−50" in page and "dog + 1 more" in page
+    assert page.count('class="matrix"') == 2 and "−50" in page and "color-mix" not in page and "dog + 1 more" in page
     assert "highest H: 2 together (1) esd (erased 40%, kept 40%), objects (1) esd (erased 80%, kept 80%)." in page
     assert "2 methods, 3 concepts, 4 runs" in page and "cat *" in page and "&quot;torch&quot;" in page
-    log = page[page.index("<h2>Gate log") :]
+    log = page[page.index("<summary>Gate log") :]
     assert "<td>esd, dog<small>text gate" in log and "3 of 4<td>0.75<small>0.00 to 1.00" in log
     assert log.count("text gate") == 2 and "esd, cat" not in log  # the two methods' dogs
     assert "data:image/png;base64," in page and (tmp_path / "bench.png").is_file()

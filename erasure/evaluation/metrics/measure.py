@@ -5,7 +5,7 @@ from __future__ import annotations
 from erasure.evaluation.metrics.accuracy import accuracy_metrics, mace_harmonic_mean
 from erasure.evaluation.metrics.clip_metrics import clip_metrics, name_metrics
 from erasure.evaluation.metrics.metric import Metric
-from erasure.evaluation.metrics.quality import quality_metrics
+from erasure.evaluation.metrics.quality import anchor_metric, quality_metrics
 from erasure.evaluation.metrics.set_distances import distances_to_base
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 
@@ -33,6 +33,7 @@ def measure(
     measured = [
         *accuracy_metrics(images, target),
         *quality_metrics(images, target),
+        anchor_metric(images, target),
         *clip_metrics(images, target, base_by_id),
         *distances_to_base(kept, base_by_id, feature_source),
         *name_metrics(erased),

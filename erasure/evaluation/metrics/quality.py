@@ -16,6 +16,11 @@ GOOD = 0.5  # probability above which an image counts as well formed
 NOT_JUDGED = "not judged"
 
 
+def is_well_formed(image: JudgedImage) -> bool:
+    """Return whether the judge considers an image well formed; one that could not be judged counts as broken."""
+    return image.quality is not None and image.quality > GOOD
+
+
 def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metric | None]:
     """Yield `quality` of the target images and `quality_kept` of the kept images, if the judge measures quality.
 
@@ -30,8 +35,27 @@ def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metri
     if all(image.quality is None for image in images):
         return
     for name, part, whose in (("quality", erased, "target"), ("quality_kept", kept, "kept")):
-        marks = [image.quality is not None and image.quality > GOOD for image in part]
-        yield share_metric(name, marks, True, f"{whose} images that are well formed, whatever they show")
+        yield share_metric(
+            name, map(is_well_formed, part), True, f"{whose} images that are well formed, whatever they show"
+        )
+
+
+def anchor_metric(images: list[JudgedImage], target: Target) -> Metric | None:
+    """Return the share of target images that show the anchor, or None if no anchor is a label of the judge.
+
+    An image that could not be judged counts as not showing it.
+
+    Args:
+        images: the images of one run.
+        target: what should be erased.
+    """
+    asked = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
+    expected = [(image, target.anchors.get(image.record.labels[target.domain])) for image in asked]
+    marks = [
+        image.verdict is not None and image.top_label(target.domain) in labels for image, labels in expected if labels
+    ]
+    names = ", ".join(dict.fromkeys(label for labels in target.anchors.values() for label in labels))
+    return share_metric("anchor", marks, True, f"target images that show the anchor, {names}")
 
 
 def drawn_instead(runs: dict[str, list[JudgedImage]], target: Target) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+ALPHA = 0.05  # a difference is significant if its corrected p-value is below this
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -64,12 +65,14 @@ class Target:
         labels: the labels.
         other: a second head that the prompts have labels for, or None.
         anchor: what should appear in the concept's place; empty if nothing in particular.
+        anchors: label of the target -> labels of its anchor, where the judge knows the anchor.
     """
 
     domain: str
     labels: tuple[str, ...]
     other: str | None
     anchor: str = ""
+    anchors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def matches(self, record: Record) -> bool:
         """Return whether the record's prompt asks for the target."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from erasure.evaluation.metrics.statistics import ALPHA, holm
+
 WIDTH, HEIGHT = 360, 300  # size of a plot in CSS pixels
 LEFT, TOP, RIGHT, BOTTOM = 52, 10, 112, 40  # margins; the right one contains the names
 LINE = 15  # distance between two names
@@ -151,10 +153,12 @@ class Change:
     Args:
         before: correct images and all images of the base.
         after: correct images and all images of the patched pipeline.
+        p: p-value of McNemar's exact test of the two over the same prompts; None if it was not recorded.
     """
 
     before: tuple[int, int]
     after: tuple[int, int]
+    p: float | None = None
 
     @property
     def points(self) -> float | None:
@@ -168,7 +172,9 @@ def matrix(
     columns: Mapping[str, Sequence[str]],
     own: Mapping[str, Sequence[str]],
 ) -> str:
-    """Draw a scrollable table of changes, coloured by how far the share fell (red) or rose (blue).
+    """Draw a scrollable table of changes; significant ones are coloured by how far the share fell (red) or rose (blue).
+
+    The p-values of all changes of a row are corrected together (Holm 1979).
 
     Args:
         rows: name of the row -> "heading/name" of the column -> change; cells without images are blank.
@@ -189,15 +195,23 @@ def matrix(
     lines = [f"<thead><tr><th>{top}</tr><tr><th>erased{heads}</tr></thead>"]
     for row, cells in rows.items():
         line = [f'<th scope="row">{escape(row)}']
+        painted = significant(cells)
         for key in names:
             column = "/".join(key)
             frame = _class_attribute(own=column in own.get(row, ()), gap=key in firsts)
-            line.append(f"<td{frame}{_cell(cells.get(column))}")
+            line.append(f"<td{frame}{_cell(cells.get(column), column in painted)}")
         lines.append(f"<tr>{''.join(line)}</tr>")
     return f'<div class="wide" tabindex="0"><table class="matrix">{"".join(lines)}</table></div>'
 
 
-def _cell(change: Change | None) -> str:
+def significant(changes: Mapping[str, Change]) -> set[str]:
+    """Return the names of the changes that are significant after Holm's correction for all that have a p-value."""
+    tested = {name: change.p for name, change in changes.items() if change.p is not None}
+    corrected = holm(list(tested.values()))
+    return {name for name, p in zip(tested, corrected, strict=True) if p < ALPHA}
+
+
+def _cell(change: Change | None, painted: bool) -> str:
     """Return a cell from its style attribute on: the change and the number of images."""
     points = None if change is None else change.points
     if change is None or points is None:
@@ -205,7 +219,7 @@ def _cell(change: Change | None) -> str:
     whole = round(points)
     # At most 60 %, so that the text is readable on it in light and dark mode.
     colour, depth = (GAIN if whole > 0 else LOSS), round(0.6 * min(abs(whole), 100))
-    fill = f' style="background:color-mix(in srgb,{colour} {depth}%,transparent)"' if whole else ""
+    fill = f' style="background:color-mix(in srgb,{colour} {depth}%,transparent)"' if painted and whole else ""
     sign = f"{whole:+d}".replace("-", "−") if whole else "0"
     (correct_before, n_before), (correct, n) = change.before, change.after
     return f'{fill} title="{correct_before} of {n_before}, then {correct} of {n}">{sign}<small>{n}</small>'

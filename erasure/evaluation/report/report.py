@@ -26,7 +26,8 @@ class Report:
         rows: "base" and "patched" -> metrics.
         accuracies: "base" and "patched" -> head -> label -> (correct images, images).
         paired: head -> kept images that only the base and that only the patched pipeline drew correctly, with the
-            p-value of McNemar's test; "target" -> the same for target images without the target.
+            p-value of McNemar's test; "target" -> the same for target images without the target; "quality" and
+            "quality_kept" -> the same for well-formed target and kept images, if the judge measures quality.
         provenance: settings, versions, hashes and patches.
         faults: images that could not be judged, and why.
         missing: what was requested but could not be measured, and why.
@@ -35,6 +36,7 @@ class Report:
         counts: images that show each part, if the judge is a detector.
         gates: how strongly gated patches acted.
         drawn: "base" and "patched" -> label -> target images with that label (`drawn_instead`).
+        paired_labels: head -> label -> as `paired`, for the prompts that ask for the label.
     """
 
     concept: tuple[str, ...]
@@ -50,6 +52,7 @@ class Report:
     gates: list[GateActivity] = field(default_factory=list)
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
     drawn: dict[str, dict[str, int]] = field(default_factory=dict)
+    paired_labels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """Return a metric by its name, or None if it was not measured.
@@ -87,7 +90,7 @@ class Report:
         run = self.provenance
         strengths = run.get("patches", {}).values()
         patches = [
-            f"{name} ({', '.join([str(patch['method'])] * ('method' in patch) + [f'strength {strength:g}'])})"
+            f"{name} ({patch['method'] + ', ' if 'method' in patch else ''}strength {strength:g})"
             for (name, patch), strength in zip(self.active_patches().items(), strengths, strict=True)
         ]
         parts = [f"patches: {', '.join(patches)}" if patches else "no patch is active, so both columns show the base"]
@@ -128,6 +131,7 @@ class Report:
             "rows": {row: [metric.to_json() for metric in metrics] for row, metrics in self.rows.items()},
             "accuracies": self.accuracies,
             "paired": self.paired,
+            "paired_labels": self.paired_labels,
             "provenance": self.provenance,
             "faults": self.faults,
             "missing": self.missing,

@@ -58,10 +58,10 @@ def write_attack_report(report: AttackReport, folder: Path, lines: dict[str, lis
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        image = attack_grid(report, folder, lines)
-        _write_image(folder / "grid.png", image)
+        images = attack_images(report, folder, lines)
+        _write_image(folder / "grid.png", attack_grid(report, images))
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=1))
-        write_text(folder / "report.html", attack_page(report, image))
+        write_text(folder / "report.html", attack_page(report, images))
     except OSError as fault:
         raise ErasureError(f"{folder}: the report cannot be written: {fault.strerror or fault}") from None
 
@@ -117,32 +117,43 @@ def grid(images: list[ImagePair], columns: int = 4) -> Image.Image:
     return page
 
 
-def attack_grid(report: AttackReport, folder: Path, lines: dict[str, list[Image.Image]]) -> Image.Image:
-    """Draw one row of images for the base, the erased model and each attack; recovered concepts have a red frame.
+def attack_images(
+    report: AttackReport, folder: Path, lines: dict[str, list[Image.Image]]
+) -> dict[str, list[Image.Image | None]]:
+    """Return name of a row -> one image for each of the first COLUMNS cases, None where there is none.
 
     Args:
         report: the report.
         folder: the folder with the images of each attack's last tries.
         lines: name -> one image for each case, for the first rows.
     """
+    cases = report.provenance["cases"][:COLUMNS]
+    images: dict[str, list[Image.Image | None]] = {name: [*line[: len(cases)]] for name, line in lines.items()}
+    for outcome in report.outcomes:
+        paths = [folder / outcome.name / f"{case}.png" for case in cases]
+        images[outcome.name] = [Image.open(path).convert("RGB") if path.is_file() else None for path in paths]
+    return images
+
+
+def attack_grid(report: AttackReport, images: dict[str, list[Image.Image | None]]) -> Image.Image:
+    """Draw one row of images for the base, the erased model and each attack; recovered concepts have a red frame.
+
+    Args:
+        report: the report.
+        images: the rows, as `attack_images` returns them.
+    """
     side, gap, font = 96, 6, ImageFont.load_default(14)
     shown = report.provenance["cases"][:COLUMNS]
-    rows = [*lines, *(outcome.name for outcome in report.outcomes)]
-    head = 3 * gap + int(max(font.getlength(name) for name in rows))
-    page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(rows) * (side + gap) + gap), "white")
+    head = 3 * gap + int(max(font.getlength(name) for name in images))
+    page = Image.new("RGB", (head + len(shown) * (side + gap) + gap, len(images) * (side + gap) + gap), "white")
     pen = ImageDraw.Draw(page)
     won = {outcome.name: outcome.won for outcome in report.outcomes}
-    for line, name in enumerate(rows):
+    for line, (name, row) in enumerate(images.items()):
         y = gap + line * (side + gap)
         pen.text((gap, y + side // 2 - 8), name, fill="black", font=font)
-        for column, case in enumerate(shown):
+        for column, (case, image) in enumerate(zip(shown, row, strict=True)):
             x = head + column * (side + gap)
-            path = folder / name / f"{case}.png"
-            if name in lines:
-                image = lines[name][column]
-            elif path.is_file():
-                image = Image.open(path)
-            else:
+            if image is None:
                 continue
             if case in won.get(name, {}):
                 pen.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), fill="#b00020")

@@ -20,21 +20,24 @@ from tests.tiny import tiny_pipeline
 
 def page(*outcomes, **more):
     report = AttackReport(("cat",), "object", 10, 12, 2, list(outcomes), {"cases": ["a", "b"]}, **more)
-    return report, attack_page(report, Image.new("RGB", (8, 8)))
+    return report, attack_page(
+        report, {"base": [Image.new("RGB", (8, 8))] * 2, **dict.fromkeys(("x", "y"), [None] * 2)}
+    )
 
 
 def test_the_shares_come_first_each_with_its_interval():
     text = page(outcome(control=None))[1]
     head, row = re.findall(r"<tr>(.*?)</tr>", text)[:2]
-    assert re.findall(r"<th>(\w+)", head) == ["attack", "before", "after", "control", "tries", "F"]
-    assert "<td>20%<small>6 to 51</small><td><b>40%</b><small>17 to 69</small><td><small></small><td>3" in row
+    assert re.findall(r"<th>(\w+)", head) == ["attack", "before", "after", "control"]
+    assert row.endswith("<td>20%<small>6 to 51</small><td><b>40%</b><small>17 to 69</small><td><small></small>")
 
 
 def test_what_was_asked_stands_beside_the_prompt_it_replaces():
     text = page(outcome(asked={"a": "xq cat", "z": "zz cat"}), prompts={"a": "a <cat>", "z": "a dog"})[1]
-    assert "a &lt;cat&gt;<td>1<td>xq cat" in text and "a dog<td>not recovered<td>zz cat" in text
+    plain = re.sub(r"<td [^>]*>", "<td>", text)
+    assert "a &lt;cat&gt;<td>1<td>xq cat" in plain and "a dog<td>not recovered<td>zz cat" in plain
     assert "Last prompts" not in page(outcome())[1]  # nothing was left to attack
-    assert "One column for each of 10 prompts (of 10)" in text and "recognised as the concept have a red frame" in text
+    assert "each attack for 10 prompts (of 10)" in text and "recognised as the concept have a red frame" in text
 
 
 def test_one_attack_is_the_only_one_and_not_the_strongest():

@@ -135,7 +135,7 @@ def test_every_attack_runs_and_leaves_the_model_as_it_was(pipe, tmp_path, name):
     jsonschema.validate(data, SCHEMA)
     entry = data["attacks"][name]
     assert entry["after"]["value"] >= entry["before"]["value"] and len(entry["at"]) == result.rounds
-    assert (tmp_path / "report.html").read_text().count("<h2>") == 3 + (result.rounds > 1)
+    assert (tmp_path / "report.html").read_text().count("<h2>Attack success rate") == (result.rounds > 1)
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["asked"] for line in scores] == ["base"] * 3 + ["plain"] * 3
     scores = [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]

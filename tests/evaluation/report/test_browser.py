@@ -28,6 +28,8 @@ WINDOWS = {"phone": (390, 844), "desk": (1280, 800)}
 LIMIT = 300  # seconds; the start of a browser on a busy machine
 LONG = "a very long prompt about a cat in the style of somebody whosenameisonewordwithoutanyplacewhereitmightbreak"
 
+METRICS = ("UA", "IRA", "CRA", "CLIP_target", "quality", "leak", "neighbours", "H")
+
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no chromium, chromium-browser or google-chrome (Debian: apt install chromium)"
 )
@@ -36,16 +38,28 @@ pytestmark = pytest.mark.skipif(
 MEASURE = """
 function look(frame) {
   const page = frame.contentDocument, view = frame.contentWindow, first = page.querySelector("p");
-  const box = first ? first.getBoundingClientRect() : {top: 1e9, bottom: 1e9, left: 0, right: 0};
-  const images = [...page.images];
+  const images = [...page.images], over = () => page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  const inView = (element) => {
+    const box = element.getBoundingClientRect();
+    return box.bottom > box.top && box.top >= 0 && box.bottom <= view.innerHeight && box.right <= view.innerWidth;
+  };
+  const scrolls = (element) =>
+    !element.closest("details:not([open])") && element.scrollWidth > element.clientWidth + 1;
+  const name = (element) => `${element.tagName}.${element.className} ${element.textContent.slice(0, 40)}`;
+  const before = over(), inner = [...page.body.querySelectorAll("div, table, section")].filter(scrolls).map(name);
+  const tiles = [...page.querySelectorAll(".tile strong")].filter(inView).length;
+  const picture = images.length > 0 && inView(images[0]);
+  for (const folded of page.querySelectorAll("details")) folded.open = true;
   return {
-    over: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    over: Math.max(before, over()),
+    inner: inner,
+    tiles: tiles,
+    picture: picture,
     width: view.innerWidth,
     room: page.documentElement.clientWidth,
     images: images.length,
     broken: images.filter(image => !(image.complete && image.naturalWidth > 0)).length,
     summary: first ? first.textContent : "",
-    seen: box.bottom > box.top && box.top >= 0 && box.bottom <= view.innerHeight && box.right <= view.innerWidth,
   };
 }
 addEventListener("load", () => {
@@ -97,8 +111,10 @@ def check(page: Path, folder: Path, images: int, summary: str) -> None:
         window = windows[name]
         assert window["width"] == window["room"] == width, name
         assert window["over"] <= 0, f"{name}: {window['over']} px too wide"
+        assert window["inner"] == [], f"{name}: these parts scroll sideways"
         assert window["images"] == images and window["broken"] == 0, name
-        assert summary in window["summary"] and window["seen"], name
+        assert summary in window["summary"] and window["tiles"] == 3, name
+        assert window["picture"], f"{name}: the first image is below the fold"
 
 
 def test_the_page_of_an_evaluation(tmp_path):
@@ -109,9 +125,9 @@ def test_the_page_of_an_evaluation(tmp_path):
     report = Report(
         concept=("cat",),
         domain="object",
-        rows={row: [metric(name, 0.9) for name in ("UA", "IRA", "CRA", "CLIP_target")] for row in ("base", "patched")},
+        rows={row: [metric(name, 0.9) for name in METRICS] for row in ("base", "patched")},
         accuracies={row: {"object": {label: (2, 3) for label in labels}} for row in ("base", "patched")},
-        paired={"object": {"only_base": 3, "only_patched": 1, "p": 0.6}},
+        paired={key: {"only_base": 3, "only_patched": 12, "p": 1.2e-17} for key in ("target", "object", "quality")},
         provenance={
             "prompts": {"name": "tiny", "sha256": "0" * 64},
             "patches": {"p": 1.0},
@@ -135,7 +151,7 @@ def test_the_page_of_an_evaluation(tmp_path):
                 noise(i).save(folder / "images" / f"r{i}.png")
         pairs.append((record, i < 3))
     write_report(report, tmp_path, pairs, tmp_path / "base")
-    check(tmp_path / "report.html", tmp_path / "look", 10, "absent from 90% of 36 target images")
+    check(tmp_path / "report.html", tmp_path / "look", 20, "absent from 90% of 36 target images")
 
 
 def test_the_page_of_attacks(tmp_path):
@@ -164,7 +180,19 @@ def test_the_page_of_attacks(tmp_path):
         for i, case in enumerate(cases):
             noise(i).save(tmp_path / attacked.name / f"{case}.png")
     write_attack_report(report, tmp_path, {"base": [noise(i) for i in range(10)]})
-    check(tmp_path / "report.html", tmp_path / "look", 1, "for 1 of 10 prompts")
+    # Eight columns of the base and an attack, and ten images of each attack.
+    check(tmp_path / "report.html", tmp_path / "look", 36, "for 1 of 10 prompts")
+
+
+def draw(*places: Path | str) -> None:
+    """Leave the images of two prompts in two folders, and their records in the first."""
+    *folders, name = places
+    for folder in folders:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for identity in ("t", "k"):
+            noise(1).save(folder / "images" / f"{identity}.png")
+    records = [{"id": "t", "labels": {"object": name}}, {"id": "k", "labels": {"object": "cow"}}]
+    (folders[0] / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
 def test_the_page_of_the_benchmark(tmp_path):
@@ -176,27 +204,34 @@ def test_the_page_of_the_benchmark(tmp_path):
         "accuracies": {"base": {"object": labels}, "patched": {"object": {key: [1, 3] for key in labels}}},
         "provenance": {"judge": {"name": "glyph", "classifier": "0" * 64}},
         "gates": [GateActivity("p", "text", which, 20, 36, 0.5, 0, 1.5).to_json() for which in ("target", "kept")],
+        "paired": {key: {"only_base": 3, "only_patched": 9, "p": 0.1} for key in ("target", "object", "quality")},
     }
     for method in ("first", "second", "a-method-with-a-long-name"):
         for i, name in enumerate(names):
             cells = {
-                key: Cell(0.5 + i / 60, 0.4, 1.0, 16, 0.1) for key in ("UA", "leak", "IRA", "CRA", "H", "CLIP_kept")
+                key: Cell(0.5 + i / 60, 0.4, 1.0, 16, 0.1)
+                for key in ("UA", "quality", "leak", "IRA", "CRA", "H", "CLIP_kept")
             }
             rows.append(Row(method, name, "object", i == 0, cells, {"F": 5000, "B": 3000, "seconds": 70}, 30_000_000))
             place = tmp_path / method / name.replace(" ", "-")
             place.mkdir(parents=True)
             (place / "report.json").write_text(json.dumps({**report, "concept": name.split("+")}))
+            if i == 1:
+                draw(place / "patched", tmp_path / "base", name)
     write(Table(rows, {"limit": None}), tmp_path)
-    check(tmp_path / "bench.html", tmp_path / "look", 1, "3 methods, 29 concepts, 87 runs")
+    # A target prompt and a kept one by the base and by three methods, and all images side by side.
+    check(tmp_path / "bench.html", tmp_path / "look", 9, "3 methods, 29 concepts, 87 runs")
 
 
 def test_a_bad_page_is_recognised(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
         '<!doctype html><div style="height:900px;width:600px">too wide for a phone</div><p>late</p>'
+        '<div style="overflow-x:auto"><p style="width:500px">scrolls</p></div>'
         '<img src="data:image/png;base64,AAAA"><script>console.error("trouble")</script>'
     )
     windows, messages = look(page, tmp_path / "look")
     assert windows["phone"]["over"] > 200 and windows["desk"]["over"] <= 0
-    assert windows["phone"]["broken"] == 1 and not windows["phone"]["seen"]
+    assert windows["phone"]["broken"] == 1 and not windows["phone"]["picture"] and windows["phone"]["tiles"] == 0
+    assert [part[:4] for part in windows["phone"]["inner"]] == ["DIV."] and not windows["desk"]["inner"]
     assert any("trouble" in line for line in messages)

@@ -65,8 +65,8 @@ def test_labels_are_spread():
 def test_a_matrix_has_percentage_points_and_blanks():
     rows = {
         "cat": {
-            "object/cat": Change((4, 4), (1, 4)),
-            "object/dog": Change((1, 2), (2, 2)),
+            "object/cat": Change((4, 4), (1, 4), 0.001),
+            "object/dog": Change((1, 2), (2, 2), 0.02),
             "object/cow": Change((0, 0), (0, 0)),
             "style/ink": Change((3, 3), (3, 3)),
         }
@@ -76,3 +76,15 @@ def test_a_matrix_has_percentage_points_and_blanks():
     assert [(text, n) for _, text, n in cells] == [("−75", "4"), ("+50", "2"), ("", ""), ("0", "3")]
     assert "own" in cells[0][0] and "--bad" in cells[0][0] and "--bar" in cells[1][0]
     assert "own" not in cells[1][0] and "color-mix" not in cells[3][0] and "4 of 4, then 1 of 4" in cells[0][0]
+
+
+def test_a_matrix_paints_only_what_is_significant():
+    def painted(**p_values):
+        cells = {f"object/{label}": Change((9, 9), (1, 9), p) for label, p in p_values.items()}
+        page = matrix({"cat": cells}, {"object": list(p_values)}, {})
+        return [label for label, cell in zip(p_values, re.findall(r"<td([^>]*)>", page), strict=True) if "mix" in cell]
+
+    assert painted(a=0.04) == ["a"] and painted(a=0.06) == [] and painted(a=None) == []
+    # Holm: of two tests the smaller p-value is doubled, and a test that is not significant stops the others.
+    assert painted(a=0.02, b=0.04) == ["a", "b"] and painted(a=0.03, b=0.04) == []
+    assert painted(a=0.04, b=None) == ["a"]  # a label without a test does not count

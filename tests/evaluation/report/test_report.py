@@ -57,10 +57,8 @@ def test_the_report_matches_its_schema(place):
     assert data["provenance"]["loaded"]["gated"]["gate"] == "text"
     assert set(data["paired"]) == {"object", "style", "target"}
     page = (place / "report.html").read_text()
-    assert (
-        "target prompts<small>target absent only with the base" in page
-        and "kept prompts, object<small>correct only" in page
-    )
+    assert "<td>cat gone<td>" in page and "<td>object kept<td>" in page and "<td>style kept<td>" in page
+    assert set(data["paired_labels"]["object"]) == {"cat", "dog"} and set(data["paired_labels"]["style"]) == {"flat"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_the_form_of_eval_unlearn(place):
 
 def test_the_gate_log_contains_gated_patches_only(place):
     page = (place / "report.html").read_text()
-    log = page[page.index("<h2>Gate log") : page.index("<h2>Cost of the erasure")]
+    log = page[page.index("<summary>Gate log") : page.index("<h2>Cost of the erasure")]
     # cat opens the gate on all four target prompts, dog on none; strength 1.5 where it is open.
     assert "4 of 4<td>1.50" in log and "0 of 4<td>0.00" in log
     assert ">gated<" in log and "text gate" in log and "plain" not in log and ">off<" not in log
@@ -143,11 +141,11 @@ def test_the_page_shows_the_costs_of_active_patches(place):
     assert loaded["plain"]["costs"] == {"F": 12345, "B": 67, "seconds": 8.9} and loaded["plain"]["bytes"] == size
     assert loaded["gated"]["costs"] == {} and loaded["gated"]["bytes"] is None
     page = (place / "report.html").read_text()
-    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index("Cost of the erasure") : page.index("Erased against")])
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", page[page.index("Cost of the erasure") : page.index("Settings and")])
     assert rows == [f"<td>plain<td>12,345<td>67<td>9<td>{size / 1000:,.0f}"]
 
 
-def test_the_page_has_the_tradeoff_plot_and_the_matrix(place):
+def test_the_page_has_the_tradeoff_plot_and_the_accuracy_for_each_label(place):
     page, data = (place / "report.html").read_text(), json.loads((place / "report.json").read_text())
     names = re.findall(r"<title>([^<]*): kept \(IRA\) (\d+)%[^<]*erased \(UA\) (\d+)%", page)
     rows = {row: {m["name"]: round(100 * m["value"]) for m in data["rows"][row]} for row in ("base", "patched")}
@@ -155,16 +153,16 @@ def test_the_page_has_the_tradeoff_plot_and_the_matrix(place):
         "&lt;narrow&gt; + random": (rows["patched"]["IRA"], rows["patched"]["UA"]),
         "base": (rows["base"]["IRA"], rows["base"]["UA"]),
     }
-    line = page[page.index('<th scope="row">cat') :]
-    cells = re.findall(r'<td([^>]*)title="(\d+) of (\d+), then (\d+) of (\d+)"', line[: line.index("</tr>")])
+    shown = page[page.index("<h2>Interference") :]
+    rows = re.findall(r'<div class="row( target)?"><span>(\w+)<.*?>(\d+)/(\d+) → (\d+)/(\d+)<', shown)
     accuracies = data["accuracies"]
     expected = [
-        (*accuracies["base"][h][x], *accuracies["patched"][h][x])
+        (label, *accuracies["base"][h][label], *accuracies["patched"][h][label])
         for h in ("object", "style")
-        for x in accuracies["base"][h]
+        for label in accuracies["base"][h]
     ]
-    assert [tuple(map(int, numbers)) for _, *numbers in cells] == expected
-    assert ["own" in frame for frame, *_ in cells] == [True, False, False]
+    assert [(label, *map(int, numbers)) for _, label, *numbers in rows] == expected
+    assert [label for target, label, *_ in rows if target] == ["cat"]
 
 
 def test_without_gates_there_is_no_gate_log_and_without_patches_no_technique(tmp_path):
