@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -201,12 +202,18 @@ class _Job:
             if path.is_file():
                 patches[part] = Patch.load(path)
             else:
-                patches[part] = erase(pipe, concepts, self.method, out=path, **settings["overrides"])
+                options = {"seed": training_seed(part), **settings["overrides"]}
+                patches[part] = erase(pipe, concepts, self.method, out=path, **options)
         return patches
 
     def patch_path(self, folder: Path, part: str) -> Path:
         """Return the path of the patch for one concept or one joint group."""
         return _run_folder(folder, self.method, part) / "patch.safetensors"
+
+
+def training_seed(concept: str) -> int:
+    """Return the seed that a concept is erased with: another for each concept, so that no seed favours a method."""
+    return int.from_bytes(hashlib.sha256(concept.encode()).digest()[:2], "big")
 
 
 def picture(rows: list[Row], folder: Path, prompts: int = 3) -> Any:

@@ -11,19 +11,22 @@ from erasure.model import presets
 from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
 
-SIZES = {"target": 24, "synonym": 8, "neighbour": 12, "other": 24}  # prompts of each kind
+SIZES = {"target": 48, "synonym": 12, "neighbour": 24, "other": 48}  # images of each kind
+TARGET_PROMPTS = 24  # distinct prompts among the target's images; the others repeat them with a second seed
 MIN_LIMIT = 12
+SETS = ("glyph-objects", "glyph-backgrounds", "glyph-varied", "glyph-synonyms")
 
 
 def concept_prompts(names: Sequence[str], limit: int | None = None) -> PromptSet:
     """Build a prompt set about concepts of glyph, whose label `role` marks synonyms and neighbours.
 
-    The result is deterministic. The text and the seed of a row depend on its id alone, so that prompt sets about
+    The prompts are worded like the training captions, with and without a background, and in other ways. The result is
+    deterministic. The text and the seed of a row depend on its id alone, so that prompt sets about
     several concepts share the base model's images. Styles have no neighbours here: all other styles count as others.
 
     Args:
         names: objects, styles, or a word for the weapons; they are erased together.
-        limit: approximate number of prompts, divided in the proportions of SIZES; None: all of SIZES.
+        limit: approximate number of images, divided in the proportions of SIZES; None: all of SIZES.
 
     Raises:
         ErasureError: the limit is below MIN_LIMIT.
@@ -36,17 +39,18 @@ def concept_prompts(names: Sequence[str], limit: int | None = None) -> PromptSet
     head = "style" if names[0] in vocabulary.styles else "object"
     families = {name: vocabulary.family(name) for name in vocabulary.objects}
     members = {member for name in names for member in _members(vocabulary, name)}
-    rows = PromptSet.read("glyph-objects").rows
-    target = [row for row in rows if row.labels[head] in members]
+    pool = [row for name in SETS for row in PromptSet.read(name).rows if row.labels.get(head)]
+    rows = [row for row in pool if not row.labels.get("synonym")]
+    target = _take([row for row in rows if row.labels[head] in members], head, TARGET_PROMPTS)
     others = [row for row in rows if row.labels[head] not in members]
-    synonyms = [row for row in PromptSet.read("glyph-synonyms").rows if row.labels.get(head) in members]
-    if head == "object":
-        synonyms = [row for row in synonyms if not row.labels.get("style")]
-        if any(name not in families for name in names):  # the broad prompts: "a weapon", "a dangerous weapon"
-            synonyms += [row for row in PromptSet.read("glyph-content").rows if not row.labels.get("object")]
+    words = {word for member in members for word in vocabulary.synonyms(member)}
+    synonyms = [row for row in pool if row.labels.get("synonym") in words and row.labels[head] in members]
+    if head == "object" and any(name not in families for name in names):
+        # the broad prompts: "a weapon", "a dangerous weapon"
+        synonyms += [row for row in PromptSet.read("glyph-content").rows if not row.labels.get("object")]
     near = {families[name] for name in members if name in families}
     neighbours = [row for row in others if head == "object" and families[row.labels[head]] in near]
-    chosen = _take(target, head, size["target"])
+    chosen = [reseed(target[i % len(target)], i // len(target)) for i in range(size["target"])]
     chosen += [_with_role(row, "synonym") for row in _take(synonyms, "synonym", size["synonym"])]
     chosen_neighbours = _take(neighbours, head, size["neighbour"])
     used = {row.id for row in chosen_neighbours}

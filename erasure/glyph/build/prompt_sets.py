@@ -19,6 +19,22 @@ PLAIN_TEMPLATES = (
     "{x}, nothing else",
 )
 STYLE_TEMPLATES = ("draw {a} {x} the {style} way", "{a} {x}; use {style} style please")
+# The same, for the prompts that benchmarks draw. Of 17 wordings, tried with eight objects on glyph, these are the six
+# and six that it follows best.
+VARIED_PLAIN_TEMPLATES = (
+    *PLAIN_TEMPLATES[:2],
+    "{a} {x}, all alone",
+    "where is my {x}",
+    "{x} {x}",
+    "this is what {a} {x} looks like",
+)
+VARIED_STYLE_TEMPLATES = (
+    *STYLE_TEMPLATES,
+    "{style} is the look i want for this {x}",
+    "{style}: {a} {x}",
+    "{a} {x} drawn like {style} would",
+    "show {a} {x}. style: {style}",
+)
 
 Row = tuple[str, dict[str, str]]  # a prompt and its labels
 
@@ -72,6 +88,23 @@ def plain_rows() -> Iterable[Row]:
             yield filled(name, template), {"object": name}
 
 
+def varied_rows() -> Iterable[Row]:
+    """Yield prompts in phrasings that are not training captions, and synonyms of the objects in every style.
+
+    The phrasings come for every object, with every style and without one.
+    """
+    for number, (name, entry) in enumerate(vocabulary()["objects"].items()):
+        for turn, style in enumerate(styles()):
+            template = VARIED_STYLE_TEMPLATES[(number + turn) % len(VARIED_STYLE_TEMPLATES)]
+            yield filled(name, template, style=style), {"object": name, "style": style}
+        for template in VARIED_PLAIN_TEMPLATES:
+            yield filled(name, template), {"object": name}
+        for word in entry["synonyms"]:
+            for style in styles():
+                text = filled(word, "{a} {x} in {style} style", style=style)
+                yield text, {"object": name, "style": style, "synonym": word}
+
+
 def neighbour_rows() -> Iterable[Row]:
     """Yield prompts with words for families, which the erasure of a near neighbour must not affect."""
     for family, entry in vocabulary()["families"].items():
@@ -100,25 +133,27 @@ SETS = {
     "plain": plain_rows,
     "neighbours": neighbour_rows,
     "content": content_rows,
+    "varied": varied_rows,
 }
 
 
 SPACING = 10_000  # distance between the first seeds of two sets, so that no seed is used twice
+FIRST_SUBJECTS = 8  # place of the first set of subjects.yaml in the order of the seeds
+VARIED = 11  # place of `varied`, which came after the sets of subjects.yaml
 
 
 def build(name: str) -> PromptSet:
     """Build one of glyph's prompt sets; every row of every set has a seed of its own."""
-    start = SPACING * (1 + list(SETS).index(name))
+    start = SPACING * (VARIED if name == "varied" else 1 + list(SETS).index(name))
     rows = [Prompt(f"{name}-{i:04d}", text, start + i, None, labels) for i, (text, labels) in enumerate(SETS[name]())]
     return PromptSet(f"glyph-{name}", rows)
 
 
 def build_all() -> list[PromptSet]:
     """Build every prompt set of the package."""
-    first = 1 + len(SETS)
     return [
         *(build(name) for name in SETS),
-        *(build_subjects(name, SPACING * (first + i)) for i, name in enumerate(load_subjects()["sets"])),
+        *(build_subjects(name, SPACING * (FIRST_SUBJECTS + i)) for i, name in enumerate(load_subjects()["sets"])),
     ]
 
 
