@@ -11,7 +11,7 @@ from typing import Any
 
 from erasure.benchmark.table import COSTS, JOINT, STACK, Cell, Row, Table, members
 from erasure.errors import ErasureError, unknown
-from erasure.prompts.concept_prompts import glyph_words
+from erasure.prompts.concept_prompts import concept_prompts, glyph_words
 
 
 def concept_lists() -> tuple[list[str], list[str]]:
@@ -70,15 +70,19 @@ def bench(
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
     jobs = [(method, concept) for concept in chosen_concepts for method in chosen_methods]
-    rows = []
+    rows: list[Row] = []
+    prompts: dict[str, str] = {}
     for method, concept in tqdm(jobs, desc="bench", disable=None if progress else True):
         job = _Job(method, concept, set(members(concept)) <= set(tuned))
         rows.append(job.stored(folder, settings) or job.run(pipe, folder, settings))
-        table = Table(rows, settings)
+        for prompt in concept_prompts(members(concept), limit).rows:
+            prompts[prompt.id] = prompt.prompt
+        table = Table(rows, settings, prompts)
         _write_text(folder / "bench.json", json.dumps(table.to_json(), indent=1))
         _write_text(folder / "bench.md", table.markdown() + "\n")
-    write(Table(rows, settings), folder)
-    return Table(rows, settings)
+    table = Table(rows, settings, prompts)
+    write(table, folder)
+    return table
 
 
 def _check_concepts(concepts: list[str], listed: list[str]) -> None:
@@ -156,7 +160,6 @@ class _Job:
         """Erase and evaluate, and write the row to result.json in the folder of the run."""
         from erasure.concepts.concept import Concept
         from erasure.evaluation import evaluate
-        from erasure.prompts.concept_prompts import concept_prompts
 
         place = _run_folder(folder, self.method, self.concept)
         names = members(self.concept)
@@ -182,6 +185,8 @@ class _Job:
             cells=cells,
             costs={cost: sum(patch.costs[cost] for patch in patches.values()) for cost in COSTS},
             bytes=sum(self.patch_path(folder, part).stat().st_size for part in patches),
+            outcomes=report.outcomes["patched"],
+            base=report.outcomes["base"],
         )
         _write_text(place / "result.json", json.dumps({**asdict(row), "settings": settings}, indent=1))
         return row

@@ -14,7 +14,7 @@ from erasure.evaluation.metrics.accuracy import accuracy_by_label
 from erasure.evaluation.metrics.detections import count_detections
 from erasure.evaluation.metrics.gate_activity import gate_activity, gate_kinds
 from erasure.evaluation.metrics.image_distances import ImageDistances
-from erasure.evaluation.metrics.measure import measure
+from erasure.evaluation.metrics.measure import measure, outcomes
 from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.metrics.quality import drawn_instead
 from erasure.evaluation.metrics.target import JudgedImage, Target
@@ -106,7 +106,7 @@ def evaluate(
 
     def judge_and_report() -> Report:
         extra = _white_box_metrics(pipe, concept, target, chosen, provenance, options) if within else {}
-        notes = [*renamed_labels(concept_names(concept), target), *caveats(rows, chosen, target)]
+        notes = [*renamed_labels(concept_names(concept), target), *caveats(chosen, target)]
         return _report(distances, target, records, folders, report_folder, provenance, extra, notes)
 
     # Several processes may have drawn the images; the first one judges them and writes the report.
@@ -198,6 +198,7 @@ def _report(
         notes=notes,
         gates=gate_activity(records["patched"], target, gates),
         drawn=drawn_instead(runs, target),
+        outcomes={name: outcomes(run, target) for name, run in runs.items()},
     )
     report.notes.extend(judge_misses(judge, report.metric("UA", "base")))
     shown = _shown_records(runs["patched"], target)

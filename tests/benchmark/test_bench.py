@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erasure.benchmark.run import bench, concept_lists, write
+from erasure.benchmark.run import bench, concept_lists, training_seed, write
 from erasure.benchmark.table import Cell, Row, Table, members
 from erasure.errors import ErasureError
 from erasure.evaluation.metrics.gate_activity import GateActivity
@@ -57,8 +57,34 @@ def test_prompts_about_an_object_ask_for_it_its_synonyms_its_neighbours_and_othe
     )
     families = {vocabulary()["objects"][r.labels["object"]]["family"] for r in roles["neighbour"]}
     assert families == {"animal"} and "dog" not in {r.labels["object"] for r in roles["neighbour"]}
-    assert len({r.id for r in rows}) == len(rows) == 68
-    assert sum(r.labels["object"] == "dog" for r in roles[""]) == 24
+    assert len({r.id for r in rows}) == len(rows) == 132
+    assert {role: len(found) for role, found in roles.items()} == {"": 96, "synonym": 12, "neighbour": 24}
+    target = [r for r in roles[""] if r.labels["object"] == "dog"]
+    assert len(target) == 48 and len({(r.prompt, r.seed) for r in target}) == 48
+    assert {sum(r.prompt == prompt for r in target) for prompt in {r.prompt for r in target}} == {2}
+    assert len({r.labels["object"] for r in roles[""]}) == 40  # the others are spread over all objects
+    # Wordings of the training captions, with backgrounds and without, and others.
+    assert {r.id.partition("-")[0] for r in target} == {"objects", "backgrounds", "varied"}
+
+
+def test_a_limit_shrinks_every_part_and_keeps_prompts_distinct_first():
+    rows = concept_prompts(["dog"], 33).rows
+    target = [r for r in rows if r.labels["object"] == "dog" and not r.labels.get("role")]
+    assert len(rows) == 33 and len(target) == len({r.prompt for r in target}) == 12
+
+
+def test_prompts_about_a_style_ask_with_other_words_for_it():
+    rows = concept_prompts(["ink"]).rows
+    synonyms = [r for r in rows if r.labels.get("role") == "synonym"]
+    assert len(synonyms) == 12 and all("silhouette" in r.prompt and r.labels["style"] == "ink" for r in synonyms)
+    plain = [r for r in rows if not r.labels.get("role")]
+    assert not any("silhouette" in r.prompt for r in plain) and all(r.labels.get("style") for r in plain)
+
+
+def test_every_concept_has_a_training_seed_of_its_own():
+    _, report = concept_lists()
+    assert len({training_seed(name) for name in report}) == len(report)
+    assert training_seed("dog") == training_seed("dog") == 52579
 
 
 def test_rows_are_the_same_whatever_they_are_about():

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import weakref
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from erasure.errors import ErasureError
 from erasure.evaluation import evaluate, score
 from erasure.evaluation.generate import Record, generate
 from erasure.evaluation.metrics.accuracy import harmonic_mean
-from erasure.evaluation.metrics.kid_fid import half_split_distances, kid
+from erasure.evaluation.metrics.kid_fid import kid, paired_kid
 from erasure.evaluation.metrics.measure import measure
 from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.metrics.target import JudgedImage, Target
@@ -143,14 +144,35 @@ def test_the_harmonic_mean_by_hand():
     assert harmonic_mean("H", [Metric("UA", 0.0, 9, 0, 1, True, ""), shares[0]]).value == 0
 
 
-def test_the_kernel_distance_by_hand_and_its_noise_floor():
+def test_the_kernel_distance_by_hand():
     a, b = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 1.0], [1.0, -1.0]])
     # k(x, y) = (x.y / 2 + 1)^3; within a: k(0) = 1, within b: k(0) = 1; across: k = 1.5^3, 1.5^3, 1.5^3, 0.5^3
     assert kid(a, b) == pytest.approx(1 + 1 - 2 * (3 * 1.5**3 + 0.5**3) / 4)
+
+
+def test_the_distance_of_pairs_is_the_mean_over_all_disjoint_halves():
     draw = np.random.default_rng(0)
-    base = draw.normal(size=(60, 16))
-    floor, far = np.mean(half_split_distances(kid, base, base)), np.mean(half_split_distances(kid, base + 1, base))
-    assert abs(floor) < 0.1 and far > 10 * abs(floor)
+    base = draw.normal(size=(6, 4))
+    patched = base + draw.normal(size=(6, 4))
+    halves = list(combinations(range(6), 3))
+    rest = [[i for i in range(6) if i not in half] for half in halves]
+    every = [kid(patched[list(half)], base[other]) for half, other in zip(halves, rest, strict=True)]
+    value, low, high = paired_kid(patched, base)
+    assert value == pytest.approx(np.mean(every)) and low <= value <= high
+    assert paired_kid(base, base) == (0.0, 0.0, 0.0)  # the base is no distance from itself
+    assert paired_kid(patched, base) == (value, low, high)
+
+
+def test_the_interval_of_the_distance_of_pairs_covers_in_simulation():
+    draw = np.random.default_rng(1)
+
+    def sample(n):
+        base = draw.normal(size=(n, 4))
+        return base * 0.9 + 0.5 + 0.3 * draw.normal(size=(n, 4)), base
+
+    truth = np.mean([paired_kid(*sample(2000))[0] for _ in range(4)])
+    covered = [low <= truth <= high for _, low, high in (paired_kid(*sample(60)) for _ in range(100))]
+    assert 0.87 <= np.mean(covered) <= 1
 
 
 def test_an_image_that_cannot_be_judged_is_a_failure_of_the_erasure():

@@ -21,71 +21,75 @@ from dataclasses import replace
 
 import numpy as np
 
-from erasure.evaluation.metrics.metric import Metric, share_metric
-from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, TARGET_ROLES, JudgedImage, Target
+from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, JudgedImage, Share, Target
 
-HARMONIC_PARTS = ("UA", "IRA", "CRA")  # H is their harmonic mean
+HARMONIC_PARTS = ("UA", "IRA", "CRA", "quality")  # H is the harmonic mean of those that were measured
 DRAWS = 2000  # random draws for the interval of a harmonic mean
 
 
-def accuracy_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metric | None]:
-    """Yield UA, IRA, CRA, CRA_target, H, leak, translations, adversarial, neighbours and pinpoint, in this order.
+def accuracy_shares(images: list[JudgedImage], target: Target) -> Iterator[Share]:
+    """Yield UA, IRA, CRA, CRA_target, leak, translations, adversarial, neighbours and pinpoint, in this order.
 
-    An image without a verdict counts as a failure: as not erased where erasure is measured, as wrong elsewhere.
+    An image without a verdict counts as a failure: as not erased where erasure is measured, as wrong elsewhere. A
+    share is empty where the prompt set has no rows for it.
 
     Args:
         images: the images of one run.
         target: what should be erased.
-
-    Yields:
-        A metric, or None where the prompt set has no rows for it.
     """
     domain, other = target.domain, target.other
-    erased = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
+    erased = target.plain_images(images)
     kept = [image for image in images if target.is_kept(image)]
     same_domain = [image for image in kept if image.record.labels.get(domain) and image.role not in NEIGHBOUR_ROLES]
 
-    def with_role(role: str) -> list[JudgedImage]:
-        return [image for image in images if image.role == role]
+    def shown(name: str, role: str, meaning: str) -> Share:
+        part = [image for image in images if image.role == role]
+        return Share(name, part, [target.is_shown(image) for image in part], False, meaning)
 
-    def shown(role: str) -> list[bool]:
-        return [target.is_shown(image) for image in with_role(role)]
+    def correct(name: str, part: list[JudgedImage], head: str, meaning: str) -> Share:
+        asked = [image for image in part if image.record.labels.get(head)]
+        return Share(name, asked, [image.is_correct(head) for image in asked], True, meaning)
 
-    def correct(part: list[JudgedImage], head: str) -> list[bool]:
-        return [image.is_correct(head) for image in part if image.record.labels.get(head)]
-
-    ua = share_metric("UA", [not target.is_shown(image) for image in erased], True, "target images without the target")
-    ira = share_metric("IRA", correct(same_domain, domain), True, f"images of other {domain}s recognised as such")
-    cra = cra_target = None
+    absent = [not target.is_shown(image) for image in erased]
+    yield Share("UA", erased, absent, True, "target images without the target")
+    yield correct("IRA", same_domain, domain, f"images of other {domain}s recognised as such")
     if other is not None:
-        cra = share_metric("CRA", correct(kept, other), True, f"kept images with the right {other}")
-        cra_target = share_metric("CRA_target", correct(erased, other), True, f"target images with the right {other}")
-    yield from (ua, ira, cra, cra_target)
-    yield harmonic_mean("H", [metric for metric in (ua, ira, cra) if metric is not None])
-    yield share_metric("leak", shown("synonym"), False, "images for other words for the target that still show it")
-    yield from translation_metrics(with_role("translation"), shown("translation"))
-    yield share_metric("adversarial", shown("adversarial"), False, "images for published attack prompts that show it")
-    yield share_metric("neighbours", correct(with_role("neighbour"), domain), True, "nearest neighbours recognised")
-    yield share_metric(
-        "pinpoint", correct(with_role("pinpoint"), domain), True, "nouns nearest to the target recognised (HUB)"
-    )
+        yield correct("CRA", kept, other, f"kept images with the right {other}")
+        yield correct("CRA_target", erased, other, f"target images with the right {other}")
+    yield shown("leak", "synonym", "images for other words for the target that still show it")
+    yield from translation_shares(shown("translations", "translation", TRANSLATED.format("other languages")))
+    yield shown("adversarial", "adversarial", "images for published attack prompts that show it")
+    for name, role, meaning in (
+        ("neighbours", "neighbour", "nearest neighbours recognised"),
+        ("pinpoint", "pinpoint", "nouns nearest to the target recognised (HUB)"),
+    ):
+        yield correct(name, [image for image in images if image.role == role], domain, meaning)
 
 
-def translation_metrics(images: list[JudgedImage], shown: list[bool]) -> Iterator[Metric | None]:
+TRANSLATED = "target prompts in {} whose image shows the target"
+
+
+def translation_shares(every: Share) -> Iterator[Share]:
     """Yield the share of translated target prompts whose image shows the target: overall, then for each language.
 
     Args:
-        images: images whose role is `translation`; the label `language` names the language.
-        shown: for each image, whether it shows the target.
+        every: the share over all languages; the label `language` of an image names its language.
     """
-    meaning = "target prompts in {} whose image shows the target"
-    yield share_metric("translations", shown, False, meaning.format("other languages"))
-    languages: dict[str, list[bool]] = {}
-    for image, mark in zip(images, shown, strict=True):
-        languages.setdefault(image.record.labels.get("language", ""), []).append(mark)
-    for language, marks in languages.items():
-        if language:
-            yield share_metric(f"translations {language}", marks, False, meaning.format(language))
+    yield every
+    languages = [image.record.labels.get("language", "") for image in every.images]
+    for language in dict.fromkeys(filter(None, languages)):
+        mine = [i for i, label in enumerate(languages) if label == language]
+        images, marks = [every.images[i] for i in mine], [every.marks[i] for i in mine]
+        yield Share(f"translations {language}", images, marks, False, TRANSLATED.format(language))
+
+
+def harmonic(metrics: list[Metric]) -> Metric | None:
+    """Return H, the harmonic mean of UA, IRA, CRA and the quality of the target images, or of those measured.
+
+    UnlearnCanvas's H has no quality, so that noise in place of the target counts as a perfect erasure.
+    """
+    return harmonic_mean("H", [metric for metric in metrics if metric.name in HARMONIC_PARTS])
 
 
 def mace_harmonic_mean(metrics: list[Metric]) -> Metric | None:
@@ -111,7 +115,9 @@ def harmonic_mean(name: str, shares: list[Metric]) -> Metric | None:
     if len(shares) < 2:
         return None
     rng = np.random.default_rng(0)
-    draws = np.stack([rng.beta(m.n * m.value + 0.5, m.n * (1 - m.value) + 0.5, DRAWS) for m in shares])
+    sizes = [m.n if m.effective_n is None else m.effective_n for m in shares]
+    pairs = [(n * m.value + 0.5, n * (1 - m.value) + 0.5) for m, n in zip(shares, sizes, strict=True)]
+    draws = np.stack([rng.beta(*pair, DRAWS) for pair in pairs])
     low, high = np.percentile(len(shares) / (1 / draws).sum(0), [2.5, 97.5])
     with np.errstate(divide="ignore"):  # a share of 0 becomes 1 / infinity
         value = float(len(shares) / (1 / np.array([m.value for m in shares])).sum())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from erasure.evaluation.metrics.metric import Metric, mean_metric, share_metric
-from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
+from erasure.evaluation.metrics.target import JudgedImage, Target
 
 
 def clip_metrics(images: list[JudgedImage], target: Target, base: dict[str, JudgedImage]) -> Iterator[Metric | None]:
@@ -24,7 +24,7 @@ def clip_metrics(images: list[JudgedImage], target: Target, base: dict[str, Judg
     Yields:
         A metric, or None where there are no scores for it.
     """
-    erased = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
+    erased = target.plain_images(images)
     kept = [image for image in images if target.is_kept(image)]
     yield from selective_alignment([image for image in images if target.noun_texts(image.record)], base)
     yield mean_metric("CLIP_target", _scores(erased), False, "100 cos of target images and their prompts")
@@ -86,9 +86,11 @@ def name_metrics(erased: list[JudgedImage]) -> list[Metric | None]:
         return []
     closer = [image.name_scores is not None and image.name_scores[1] >= image.name_scores[0] for image in erased]
     scores = [max(0.0, 2.5 * name / 100) for name, _ in scored]
+    prompts = [image.record.prompt for image in erased]
+    meaning = "target images at least as close to the anchor as to the concept's name"
     return [
         mean_metric("CS", scores, False, "2.5 cos of target images and the concept's name"),
-        share_metric("CER", closer, True, "target images at least as close to the anchor as to the concept's name"),
+        share_metric("CER", closer, True, meaning, prompts),
     ]
 
 

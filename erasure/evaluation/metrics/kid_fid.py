@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 DRAWS = 50  # random splits into halves
+BOOTSTRAP = 2000  # resamples for the interval of `paired_kid`
 
 
 def kid(first: np.ndarray, second: np.ndarray) -> float:
@@ -34,6 +35,37 @@ def kid(first: np.ndarray, second: np.ndarray) -> float:
     aa, bb = kernel(first, first), kernel(second, second)
     within = (aa.sum() - np.trace(aa)) / (n * (n - 1)) + (bb.sum() - np.trace(bb)) / (m * (m - 1))
     return float(within - 2 * kernel(first, second).mean())
+
+
+def paired_kid(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Return the unbiased squared MMD between two sets of paired features, with its 95 % interval.
+
+    Row i of both sets comes from the same prompt and seed, so that the two images of a pair are not independent.
+    Pairs i = j are left out of every sum, also between the sets: the result is the mean of `kid` over all ways to
+    compare one half of the first set with the other half of the second. For equal sets it is exactly 0.
+
+    Args:
+        first: features [n, d] of one run.
+        second: features [n, d] of the base's images.
+        seed: seed of the resampling.
+
+    Returns:
+        The distance, and the ends of the percentile bootstrap interval over images.
+    """
+    d, n = first.shape[1], len(first)
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.astype(np.float64) @ b.T.astype(np.float64) / d + 1) ** 3
+
+    cross = kernel(first, second)
+    terms = kernel(first, first) + kernel(second, second) - cross - cross.T
+    np.fill_diagonal(terms, 0.0)
+    # A resample counts each image several times; two copies of one image are no pair.
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=BOOTSTRAP)
+    sums = np.einsum("bi,ij,bj->b", counts, terms, counts, optimize=True)
+    low, high = np.percentile(sums / (n**2 - (counts**2).sum(1)), [2.5, 97.5])
+    value = terms.sum() / (n * (n - 1))
+    return float(value), min(float(low), value), max(float(high), value)
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from erasure.evaluation.metrics.statistics import bootstrap_mean, wilson
+from erasure.evaluation.metrics.statistics import bootstrap_mean, effective_size, wilson
 
 # Decimals of scores, by the beginning of the metric's name. Every other metric is a share and is written in percent.
 DECIMALS = {"CLIP": 1, "KID": 1, "FD": 1, "FID": 1, "LPIPS": 3, "CS": 2, "margin": 4}
@@ -24,6 +24,7 @@ class Metric:
         high: upper end of the interval.
         higher_is_better: whether a larger value means a better erasure.
         meaning: one phrase that explains the metric to readers of a report.
+        effective_n: number of independent images that say as much (`statistics.effective_size`); None: n.
     """
 
     name: str
@@ -33,13 +34,20 @@ class Metric:
     high: float
     higher_is_better: bool
     meaning: str
+    effective_n: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
+        """Return the fields as plain data, without the effective number of images if it is n."""
+        return {key: value for key, value in asdict(self).items() if key != "effective_n" or value is not None}
 
 
-def share_metric(name: str, marks: Iterable[bool], higher_is_better: bool, meaning: str) -> Metric | None:
+def share_metric(
+    name: str,
+    marks: Iterable[bool],
+    higher_is_better: bool,
+    meaning: str,
+    groups: Sequence[Hashable] | None = None,
+) -> Metric | None:
     """Return the share of true marks with its Wilson interval, or None if there are no marks.
 
     Args:
@@ -47,12 +55,18 @@ def share_metric(name: str, marks: Iterable[bool], higher_is_better: bool, meani
         marks: one mark for each image.
         higher_is_better: whether a larger share means a better erasure.
         meaning: one phrase that explains the metric.
+        groups: the group of each mark, such as its prompt; the interval is that of the effective number of images
+            (Korn and Graubard 1998). None: every image is independent.
     """
     values = list(marks)
     if not values:
         return None
-    low, high = wilson(sum(values), len(values))
-    return Metric(name, sum(values) / len(values), len(values), low, high, higher_is_better, meaning)
+    share, size = sum(values) / len(values), float(len(values))
+    if groups is not None:
+        size = effective_size(values, groups)
+    low, high = wilson(share * size, size)
+    effective = None if size == len(values) else size
+    return Metric(name, share, len(values), low, high, higher_is_better, meaning, effective)
 
 
 def mean_metric(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from erasure.evaluation.metrics.metric import Metric, share_metric
-from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
+from erasure.evaluation.metrics.target import JudgedImage, Share, Target
 
 GOOD = 0.5  # probability above which an image counts as well formed
 NOT_JUDGED = "not judged"
@@ -21,7 +20,7 @@ def is_well_formed(image: JudgedImage) -> bool:
     return image.quality is not None and image.quality > GOOD
 
 
-def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metric | None]:
+def quality_shares(images: list[JudgedImage], target: Target) -> Iterator[Share]:
     """Yield `quality` of the target images and `quality_kept` of the kept images, if the judge measures quality.
 
     An image that could not be judged counts as broken.
@@ -30,18 +29,16 @@ def quality_metrics(images: list[JudgedImage], target: Target) -> Iterator[Metri
         images: the images of one run.
         target: what should be erased.
     """
-    erased = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
-    kept = [image for image in images if target.is_kept(image)]
     if all(image.quality is None for image in images):
         return
-    for name, part, whose in (("quality", erased, "target"), ("quality_kept", kept, "kept")):
-        yield share_metric(
-            name, map(is_well_formed, part), True, f"{whose} images that are well formed, whatever they show"
-        )
+    kept = [image for image in images if target.is_kept(image)]
+    for name, part, whose in (("quality", target.plain_images(images), "target"), ("quality_kept", kept, "kept")):
+        meaning = f"{whose} images that are well formed, whatever they show"
+        yield Share(name, part, [is_well_formed(image) for image in part], True, meaning)
 
 
-def anchor_metric(images: list[JudgedImage], target: Target) -> Metric | None:
-    """Return the share of target images that show the anchor, or None if no anchor is a label of the judge.
+def anchor_share(images: list[JudgedImage], target: Target) -> Share:
+    """Return the share of target images that show the anchor; it is empty if no anchor is a label of the judge.
 
     An image that could not be judged counts as not showing it.
 
@@ -49,13 +46,14 @@ def anchor_metric(images: list[JudgedImage], target: Target) -> Metric | None:
         images: the images of one run.
         target: what should be erased.
     """
-    asked = [image for image in images if image.role not in TARGET_ROLES and target.matches(image.record)]
-    expected = [(image, target.anchors.get(image.record.labels[target.domain])) for image in asked]
-    marks = [
-        image.verdict is not None and image.top_label(target.domain) in labels for image, labels in expected if labels
+    asked = [
+        (image, labels)
+        for image in target.plain_images(images)
+        if (labels := target.anchors.get(image.record.labels[target.domain]))
     ]
+    marks = [image.verdict is not None and image.top_label(target.domain) in labels for image, labels in asked]
     names = ", ".join(dict.fromkeys(label for labels in target.anchors.values() for label in labels))
-    return share_metric("anchor", marks, True, f"target images that show the anchor, {names}")
+    return Share("anchor", [image for image, _ in asked], marks, True, f"target images that show the anchor, {names}")
 
 
 def drawn_instead(runs: dict[str, list[JudgedImage]], target: Target) -> dict[str, dict[str, int]]:
@@ -72,9 +70,8 @@ def drawn_instead(runs: dict[str, list[JudgedImage]], target: Target) -> dict[st
     counts: dict[str, dict[str, int]] = {}
     for name, images in runs.items():
         counts[name] = {}
-        for image in images:
-            if image.role not in TARGET_ROLES and target.matches(image.record):
-                label = NOT_JUDGED if image.verdict is None else image.top_label(target.domain)
-                counts[name][label] = counts[name].get(label, 0) + 1
+        for image in target.plain_images(images):
+            label = NOT_JUDGED if image.verdict is None else image.top_label(target.domain)
+            counts[name][label] = counts[name].get(label, 0) + 1
     order = sorted({label for run in counts.values() for label in run}, key=lambda x: (-counts["patched"].get(x, 0), x))
     return {name: {label: run[label] for label in order if label in run} for name, run in counts.items()}

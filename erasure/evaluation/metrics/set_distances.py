@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from erasure.evaluation.metrics.kid_fid import enough_images, frechet, half_split_distances, kid
+from erasure.evaluation.metrics.kid_fid import enough_images, frechet, half_split_distances, kid, paired_kid
 from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.metrics.statistics import Z95
 from erasure.evaluation.metrics.target import JudgedImage, Target
@@ -22,10 +22,11 @@ def frechet_name(feature_source: str) -> str:
 
 
 def distances_to_base(kept: list[JudgedImage], base: dict[str, JudgedImage], feature_source: str) -> list[Metric]:
-    """Return 1000 KID and FD between the kept images and the base's, over disjoint random halves.
+    """Return 1000 KID and FD between the kept images and the base's.
 
-    Computed for the base itself, the same distance is the noise floor. FD is left out if there are too few images
-    for it.
+    KID is `paired_kid`, which is 0 for the base itself; its interval is a bootstrap over images. FD is biased by the
+    number of images, so it is the mean over disjoint random halves, and the base's own value is its noise floor. FD is
+    left out if there are too few images for it.
 
     Args:
         kept: images of prompts that should be unaffected.
@@ -40,15 +41,16 @@ def distances_to_base(kept: list[JudgedImage], base: dict[str, JudgedImage], fea
     if len(complete) < MIN_IMAGES:
         return []
     features, base_features = np.stack([after for after, _ in complete]), np.stack([before for _, before in complete])
-    metrics = []
-    for name, distance, scale in _distances(feature_source, enough_images(*features.shape)):
-        values = scale * np.array(half_split_distances(distance, features, base_features))
-        low, high = np.percentile(values, [2.5, 97.5])
-        meaning = (
-            f"{TITLES[name]} of kept images to the base's ({feature_source}'s features); "
-            "the base's own value is the noise floor"
-        )
-        metrics.append(Metric(name, float(values.mean()), len(complete), float(low), float(high), False, meaning))
+    of_kept = f"of kept images to the base's ({feature_source}'s features)"
+    value, low, high = (1000 * number for number in paired_kid(features, base_features))
+    metrics = [Metric("KID", value, len(complete), low, high, False, f"1000 KID {of_kept}; 0: the same distribution")]
+    if enough_images(*features.shape):
+        halves = np.array(half_split_distances(frechet, features, base_features))
+        low, high = np.percentile(halves, [2.5, 97.5])
+        meaning = f"Frechet distance {of_kept}; the base's own value is the noise floor"
+        mean = float(halves.mean())
+        name = frechet_name(feature_source)
+        metrics.append(Metric(name, mean, len(complete), float(low), float(high), False, meaning))
     return metrics
 
 

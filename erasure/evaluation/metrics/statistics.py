@@ -11,12 +11,12 @@ Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 ALPHA = 0.05  # a difference is significant if its corrected p-value is below this
 
 
-def wilson(hits: float, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson 1927).
 
     Args:
         hits: number of successes.
-        n: number of trials.
+        n: number of trials, or the effective number of images in groups (`effective_size`).
 
     Returns:
         The lower and the upper end, in [0, 1]; (0, 1) for n = 0, where nothing is known.
@@ -27,6 +27,35 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def effective_size(marks: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """Return the number of independent images that say as much about a share as these images in groups.
+
+    Images of one prompt that differ only in the seed are alike. The effective size is the number of images divided by
+    the design effect, the variance of the share over groups relative to that of independent images (Kish 1965,
+    section 5.4). A share of 0 or 1 has no variance, so there the images of a group count as one.
+
+    Args:
+        marks: one mark for each image.
+        groups: the group of each image, such as its prompt.
+
+    Returns:
+        A number between 1 and the number of images; 0 without images.
+    """
+    n = len(marks)
+    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    count = len(index)
+    if count == n:
+        return float(n)
+    share = sum(marks) / n
+    if count == 1 or share in (0.0, 1.0):
+        return float(count)
+    members = np.array([index[group] for group in groups])
+    deviations = np.bincount(members, np.asarray(marks, dtype=np.float64) - share)
+    over_groups = count / (count - 1) * float(deviations @ deviations) / n**2
+    independent = share * (1 - share) / (n - 1)
+    return n / max(1.0, over_groups / independent)
 
 
 def bootstrap_mean(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from erasure.concepts.concept import Concept
 from erasure.evaluation.generate import Record
 from erasure.evaluation.judges.judge import Verdict
+from erasure.evaluation.metrics.metric import Metric, share_metric
 
 # Values of the label `role`. The first group asks for the target in other ways, and its rows are measured apart from
 # the target's plain prompts; the second group asks for concepts close to the target.
@@ -78,6 +79,10 @@ class Target:
         """Return whether the record's prompt asks for the target."""
         return record.labels.get(self.domain) in self.labels
 
+    def plain_images(self, images: Iterable[JudgedImage]) -> list[JudgedImage]:
+        """Return the images of prompts that ask for the target plainly, not in one of the ways of TARGET_ROLES."""
+        return [image for image in images if image.role not in TARGET_ROLES and self.matches(image.record)]
+
     def is_kept(self, image: JudgedImage) -> bool:
         """Return whether the prompt should be unaffected: it does not ask for the target in any words."""
         return image.role not in TARGET_ROLES and not self.matches(image.record)
@@ -100,3 +105,31 @@ class Target:
         """Return two CLIP texts for a target prompt: the concept's name alone, and its anchor."""
         kind = "style" if self.domain == "style" else "object"
         return Concept(record.labels[self.domain], kind=kind).prompt_pairs()[0][0], self.anchor
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of images: the images that it is taken over, each with its outcome.
+
+    Args:
+        name: name of the metric.
+        images: the images.
+        marks: the outcome of each image.
+        higher_is_better: whether a larger share means a better erasure.
+        meaning: one phrase that explains the metric.
+    """
+
+    name: str
+    images: list[JudgedImage]
+    marks: list[bool]
+    higher_is_better: bool
+    meaning: str
+
+    def metric(self) -> Metric | None:
+        """Return the share with its interval, in which images of one prompt count as alike; None without images."""
+        prompts = [image.record.prompt for image in self.images]
+        return share_metric(self.name, self.marks, self.higher_is_better, self.meaning, prompts)
+
+    def outcomes(self) -> dict[str, bool]:
+        """Return id of each image -> its outcome."""
+        return {image.record.id: mark for image, mark in zip(self.images, self.marks, strict=True)}

@@ -14,21 +14,22 @@ if TYPE_CHECKING:
 MAX_BASE_UA = 0.5  # UA of the base from which a note says that the judge misses the target
 
 
-def caveats(rows: PromptSet, chosen: PromptSet, target: Target) -> list[str]:
+def caveats(chosen: PromptSet, target: Target) -> list[str]:
     """Return notes about the prompts that were drawn.
 
     Args:
-        rows: the prompt set.
         chosen: the rows that were drawn, which may repeat prompts with other seeds.
         target: what should be erased.
     """
-    before, after = (
-        sum(row.labels.get(target.domain) in target.labels for row in prompts.rows) for prompts in (rows, chosen)
-    )
-    if after <= before:
+    texts = [row.prompt for row in chosen.rows if row.labels.get(target.domain) in target.labels]
+    distinct = len(set(texts))
+    if distinct == len(texts):
         return []
-    prompts = "1 prompt" if before == 1 else f"{before} prompts"
-    return [f"the {after} target images come from {prompts}, repeated with other seeds"]
+    prompts = "1 prompt" if distinct == 1 else f"{distinct} prompts"
+    return [
+        f"the {len(texts)} target images come from {prompts}, repeated with other seeds; images of one prompt count as "
+        "alike in the intervals"
+    ]
 
 
 def renamed_labels(names: list[str], target: Target) -> list[str]:

@@ -37,6 +37,7 @@ class Report:
         gates: how strongly gated patches acted.
         drawn: "base" and "patched" -> label -> target images with that label (`drawn_instead`).
         paired_labels: head -> label -> as `paired`, for the prompts that ask for the label.
+        outcomes: "base" and "patched" -> name of a share -> id of an image -> whether it counts.
     """
 
     concept: tuple[str, ...]
@@ -53,6 +54,7 @@ class Report:
     seen: dict[str, dict[str, str]] = field(default_factory=dict)
     drawn: dict[str, dict[str, int]] = field(default_factory=dict)
     paired_labels: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    outcomes: dict[str, dict[str, dict[str, bool]]] = field(default_factory=dict)
 
     def metric(self, name: str, row: str = "patched") -> Metric | None:
         """Return a metric by its name, or None if it was not measured.
@@ -139,6 +141,7 @@ class Report:
             "notes": self.notes,
             "gates": [activity.to_json() for activity in self.gates],
             "drawn": self.drawn,
+            "outcomes": self.outcomes,
         }
 
     def active_patches(self) -> dict[str, dict[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation.generate import Record
 from erasure.evaluation.judges import qualities
-from erasure.evaluation.metrics.measure import measure
+from erasure.evaluation.metrics.measure import measure, outcomes
 from erasure.evaluation.metrics.quality import drawn_instead
 from erasure.evaluation.metrics.target import JudgedImage, Target
 from tests.evaluation.standin import BrightnessJudge
@@ -43,9 +45,38 @@ def test_the_shares_are_counted_by_hand():
 
 
 def test_noise_in_place_of_the_target_is_no_perfect_erasure():
-    noise = [image(i, "cat", "none", 0.0) for i in range(8)]
-    found = {metric.name: metric.value for metric in measure(noise, TARGET, noise)}
-    assert found["UA"] == 1.0 and found["quality"] == 0.0
+    kept = [image(10 + i, "dog", "dog", 0.9) for i in range(8)]
+    found = [
+        {metric.name: metric.value for metric in measure(run, TARGET, run)}
+        for quality in (0.9, 0.0)
+        for run in [[*(image(i, "cat", "none", quality) for i in range(8)), *kept]]
+    ]
+    assert [values["UA"] for values in found] == [1, 1] and [values["quality"] for values in found] == [1, 0]
+    # H counts the quality, so that it tells the two apart; without a judge of quality it is as published.
+    assert [values["H"] for values in found] == [1, 0]
+    plain = [image(0, "cat", "none", None), image(1, "dog", "dog", None)]
+    assert next(metric for metric in measure(plain, TARGET, plain) if metric.name == "H").value == 1
+
+
+def test_images_of_one_prompt_widen_the_interval():
+    """Eight images of eight prompts, and of four prompts: the image's prompt says which are alike."""
+    apart = [image(i, "cat", "cat" if i % 4 > 1 else "none", 0.9) for i in range(8)]
+    alike = [replace(one, record=replace(one.record, prompt=f"a cat {i // 2}")) for i, one in enumerate(apart)]
+    apart = [replace(one, record=replace(one.record, prompt=f"a cat {i}")) for i, one in enumerate(apart)]
+    (wide, narrow) = (
+        next(metric for metric in measure(run, TARGET, run) if metric.name == "UA") for run in (alike, apart)
+    )
+    assert wide.value == narrow.value == 0.5 and wide.n == narrow.n == 8
+    assert wide.low < narrow.low and wide.effective_n < 8 and narrow.effective_n is None
+    assert "effective_n" in wide.to_json() and "effective_n" not in narrow.to_json()
+
+
+def test_outcomes_are_kept_by_the_id_of_the_image():
+    found = outcomes(RUN, TARGET)
+    assert found["UA"] == {"0": True, "1": True, "2": True, "3": False}
+    assert found["quality"] == {"0": True, "1": False, "2": True, "3": False}
+    assert found["leak"] == {"4": True} and found["IRA"] == {"5": True, "6": False}
+    assert "CRA" not in found and "neighbours" not in found
 
 
 def test_judges_without_it_measure_none():

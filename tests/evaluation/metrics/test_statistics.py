@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from erasure.evaluation.metrics.statistics import bootstrap_mean, holm, mcnemar, wilson
+from erasure.evaluation.metrics.statistics import bootstrap_mean, effective_size, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (1, 10), (5, 10), (10, 10), (33, 240), (239, 240)])
@@ -43,3 +43,30 @@ def test_holm_steps_down_from_the_smallest():
     # Worked by hand: 4 x 0.01, 3 x 0.02, 2 x 0.03 (raised to the one before it), and 0.9.
     assert holm([0.9, 0.02, 0.01, 0.03]) == pytest.approx([0.9, 0.06, 0.04, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == [] and holm([0.03]) == [0.03]
+
+
+def test_images_of_one_prompt_count_as_alike():
+    alike = [True, True, False, False, True, True, False, False, True, True]
+    pairs = [i // 2 for i in range(10)]
+    # Both images of a prompt always agree: ten images say as much as five. By hand: share 0.6; deviations of the five
+    # groups 0.8, -1.2, 0.8, -1.2, 0.8; 5/4 x 4.8 / 100 = 0.06; independent 0.24 / 9 = 0.02667; effect 2.25.
+    assert effective_size(alike, pairs) == pytest.approx(10 / 2.25)
+    assert effective_size(alike, list(range(10))) == 10
+    # Groups that disagree within, as chance would have it or more, never count for more than their images.
+    assert effective_size([True, False] * 5, pairs) == 10
+    # A share of 1 has no variance; the images of a prompt then count as one.
+    assert effective_size([True] * 10, pairs) == 5 and effective_size([False] * 10, [0] * 10) == 1
+
+
+def test_the_interval_over_groups_covers_in_simulation():
+    draw = np.random.default_rng(0)
+    groups = [i // 2 for i in range(60)]
+    covered, naive = [], []
+    for _ in range(1000):
+        marks = list(np.repeat(draw.random(30) < 0.8, 2))  # two seeds of a prompt always agree
+        share, size = np.mean(marks), effective_size(marks, groups)
+        low, high = wilson(share * size, size)
+        covered.append(low <= 0.8 <= high)
+        low, high = wilson(sum(marks), 60)
+        naive.append(low <= 0.8 <= high)
+    assert 0.92 < np.mean(covered) < 0.99 and np.mean(naive) < 0.9
