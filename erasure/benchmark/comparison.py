@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from erasure.benchmark.row import Row
 from erasure.evaluation.metrics.metric import format_estimate
 from erasure.evaluation.metrics.statistics import holm, mcnemar
-
-if TYPE_CHECKING:
-    from erasure.benchmark.table import Row
 
 TESTED = ("UA", "quality", "leak", "IRA", "neighbours", "CRA")
 KEPT = ("quality", "IRA", "neighbours", "CRA")  # compared with the base too; the others differ from it by design

@@ -10,20 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from erasure.benchmark.table import (
-    BETTER,
-    COSTS,
-    JOINT,
-    NOTE,
-    SHOWN,
-    STACK,
-    Row,
-    Table,
-    format_value,
-    interval,
-    members,
-)
+from erasure.benchmark.row import JOINT, STACK, Row, members
+from erasure.benchmark.table import BETTER, COSTS, NOTE, SHOWN, Table, interval
 from erasure.evaluation.metrics.gate_activity import GateActivity
+from erasure.evaluation.metrics.metric import format_value
 from erasure.evaluation.metrics.statistics import ALPHA, mcnemar
 from erasure.evaluation.report import charts
 from erasure.evaluation.report.html import (

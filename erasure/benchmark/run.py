@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from erasure.benchmark.table import COSTS, JOINT, STACK, Cell, Row, Table, members
+from erasure.benchmark.row import JOINT, STACK, Cell, Row, members
+from erasure.benchmark.table import COSTS, Table
 from erasure.errors import ErasureError, unknown
 from erasure.prompts.concept_prompts import concept_prompts, glyph_words
 

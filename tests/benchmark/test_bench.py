@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from erasure.benchmark.row import Cell, Row, members
 from erasure.benchmark.run import bench, concept_lists, training_seed, write
-from erasure.benchmark.table import Cell, Row, Table, members
+from erasure.benchmark.table import Table
 from erasure.errors import ErasureError
 from erasure.evaluation.metrics.gate_activity import GateActivity
 from erasure.evaluation.metrics.statistics import wilson

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from erasure.benchmark.comparison import BASE, bootstrap_concepts, compare, differences, marks
-from erasure.benchmark.table import Cell, Row, Table
+from erasure.benchmark.row import Cell, Row
+from erasure.benchmark.table import Table
 from erasure.evaluation.metrics.statistics import holm, mcnemar
 
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from erasure.benchmark.run import write
-from erasure.benchmark.table import Cell, Row, Table
+from erasure.benchmark.row import Cell, Row
+from erasure.benchmark.table import Table
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics.detections import DetectionCount
