@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from erasure.benchmark.run import write
 from erasure.benchmark.row import Cell, Row
+from erasure.benchmark.run import write
 from erasure.benchmark.table import Table
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.generate import Record
