@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from erasure.benchmark.table import Row, members
+from erasure.benchmark.row import Row, members
 from erasure.evaluation.report.html import Shot
 
 CONCEPTS = 2  # concepts that are shown

@@ -53,11 +53,7 @@ def shares(images: list[JudgedImage], target: Target) -> list[Share]:
     """
     erased, *accuracies = accuracy_shares(images, target)
     quality, *others = [*quality_shares(images, target)] or [Share("quality", [], [], True, "")]
-    return [
-        share
-        for share in (erased, quality, *accuracies, *others, anchor_share(images, target))
-        if share.images
-    ]
+    return [share for share in (erased, quality, *accuracies, *others, anchor_share(images, target)) if share.images]
 
 
 def outcomes(images: list[JudgedImage], target: Target) -> dict[str, dict[str, bool]]:
