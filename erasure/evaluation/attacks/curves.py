@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 320, 190  # size of a plot in CSS pixels
 LEFT, TOP, RIGHT, BOTTOM = 40, 10, 100, 36  # its margins; the right one holds the names of the lines
+ALL_WIDTH, ALL_HEIGHT, ALL_RIGHT = 480, 300, 160  # of the plot that compares all attacks
+LOOKS = 6  # colours and shapes of lines; after these, lines are dashed
 AXIS_TITLES = {"steps": "training steps", "bounds": "bound", "strengths": "strength"}  # by the setting that grows
 NAME_DISTANCE = 14  # smallest vertical distance between the names of two lines
 
@@ -21,7 +23,7 @@ Line = list[tuple[float, float, float]]  # for each round a success rate and the
 
 
 def lines(outcome: Outcome) -> dict[str, Line]:
-    """Return the success rates of the attack after each round, and those of its control if there is one.
+    """Return the success rates of the attack after each round, and those of its control and on the base if there are.
 
     If every case is attempted in every round (`outcome.curve`), a point is the success rate of that round. For any
     other attack it is the success rate within the first k tries, ASR@k, which cannot fall.
@@ -29,6 +31,8 @@ def lines(outcome: Outcome) -> dict[str, Line]:
     drawn = {"attack": _line(outcome, outcome.curve, outcome.won)}
     if outcome.control is not None:
         drawn["control"] = _line(outcome, outcome.control_curve, outcome.control)
+    if outcome.base is not None:
+        drawn["base"] = _line(outcome, None, outcome.base)
     return drawn
 
 
@@ -91,12 +95,57 @@ def curve(outcome: Outcome) -> str:
     return f"<figure><figcaption>{escape(outcome.name)}</figcaption>{drawing}</figure>"
 
 
+def by_tries(outcomes: Sequence[Outcome]) -> str:
+    """Return one plot of ASR@k, the share of prompts recovered within k tries, with a line for every attack.
+
+    It compares attacks of unequal budgets: lines that still rise at their last try have not been given enough tries.
+    Returns an empty string if fewer than two attacks had two rounds.
+    """
+    drawn = [outcome for outcome in outcomes if outcome.rounds > 1]
+    if len(drawn) < 2:
+        return ""
+    most = max(outcome.rounds for outcome in drawn)
+    width, height = ALL_WIDTH - LEFT - ALL_RIGHT, ALL_HEIGHT - TOP - BOTTOM
+
+    def place(tries: int, share: float) -> tuple[float, float]:
+        return LEFT + width * (tries - 0.5) / most, TOP + height * (1 - share)
+
+    parts = [f'<rect class="rule" x="{LEFT}" y="{TOP}" width="{width}" height="{height}"/>']
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        down = place(1, share)[1]
+        parts.append(
+            f'<path class="rule" d="M{LEFT} {down:.1f}h{width}"/>' + _text(LEFT - 5, down + 4, f"{share:.0%}", "end")
+        )
+    every = -(-most // 10)
+    parts += [_text(place(k, 0)[0], TOP + height + 14, str(k)) for k in range(1, most + 1, every)]
+    parts.append(_text(LEFT + width / 2, ALL_HEIGHT - 6, "tries k →"))
+    shares = [[value for value, _, _ in _line(outcome, None, outcome.won)] for outcome in drawn]
+    order = sorted(range(len(drawn)), key=lambda i: -shares[i][-1])
+    rows = spread_labels([place(1, shares[i][-1])[1] for i in order], NAME_DISTANCE, TOP + 4, TOP + height - 2)
+    start = LEFT + width + 14
+    for look, (i, row) in enumerate(zip(order, rows, strict=True)):
+        points = [place(k + 1, share) for k, share in enumerate(shares[i])]
+        path = "L".join(f"{across:.1f} {down:.1f}" for across, down in points)
+        across, down = points[-1]
+        dashes = ' stroke-dasharray="5 3"' if look >= LOOKS else ""
+        values = ", ".join(f"{k + 1}: {share:.0%}" for k, share in enumerate(shares[i]))
+        parts.append(f'<path class="lead" d="M{across:.1f} {down:.1f}L{start - 6:.1f} {row:.1f}"/>')
+        parts.append(f'<g stroke="var(--c{look % LOOKS})" fill="var(--c{look % LOOKS})" stroke-width="1.6">')
+        parts.append(f'<path fill="none"{dashes} d="M{path}"/>{mark(across, down, look % LOOKS, 3.5)}')
+        parts.append(f"{mark(start, row, look % LOOKS, 3.5)}<title>{escape(f'{drawn[i].name}: {values}')}</title></g>")
+        parts.append(_text(start + 10, row + 4, f"{drawn[i].name} {shares[i][-1]:.0%}", "start"))
+    label = "share of prompts recovered within k tries, for every attack"
+    drawing = f'<svg viewBox="0 0 {ALL_WIDTH} {ALL_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>All attacks: prompts recovered within k tries (ASR@k)</figcaption>{drawing}</figure>"
+
+
 def curves(outcomes: Sequence[Outcome]) -> str:
     """Return the plots of all attacks with a heading, or an empty string if no attack had two rounds."""
     figures = [figure for figure in map(curve, outcomes) if figure]
     if not figures:
         return ""
-    return f'<h2>Attack success rate by tries or steps</h2><div class="plots">{"".join(figures)}</div>'
+    plots = "".join(figures)
+    return f'<h2>Attack success rate by tries or steps</h2>{by_tries(outcomes)}<div class="plots">{plots}</div>'
 
 
 def _key(x: float, y: float, look: int | None) -> str:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from erasure.evaluation.attacks.curves import curve, curves, lines, rounds
+from erasure.evaluation.attacks.curves import by_tries, curve, curves, lines, rounds
 from erasure.evaluation.metrics.statistics import wilson
 from tests.evaluation.attacks.test_run import outcome
 
@@ -46,3 +46,30 @@ def test_a_plot_is_whole_and_has_its_points():
 def test_one_round_is_no_curve():
     assert curve(outcome(rounds=1)) == "" and curves([outcome(rounds=1)]) == ""
     assert curves([outcome(), outcome(rounds=1)]).count("<svg") == 1
+
+
+def test_all_attacks_share_one_plot_of_successes_within_k_tries():
+    results = [
+        outcome(name="slow", won={"a": 6}, rounds=6),
+        outcome(name="q<i>ck", won={"a": 1, "b": 2, "c": 2}, rounds=2),
+        outcome(name="trained", won={"a": 2}, curve=[9, 9], rounds=2),
+        outcome(name="once", rounds=1),
+    ]
+    drawn = by_tries(results)
+    svg = ElementTree.fromstring(drawn).find("svg")
+    titles = {title.text.split(":")[0]: title.text for title in svg.iter("title")}
+    assert titles == {
+        "q<i>ck": "q<i>ck: 1: 30%, 2: 50%",
+        "slow": "slow: 1: 20%, 2: 20%, 3: 20%, 4: 20%, 5: 20%, 6: 30%",
+        "trained": "trained: 1: 20%, 2: 30%",
+    }
+    texts = [text.text for text in svg.iter("text")]
+    assert {"q<i>ck 50%", "slow 30%", "trained 30%", "6"} <= set(texts)
+    width, height = map(float, svg.get("viewBox").split()[2:])
+    for text in svg.iter("text"):
+        assert 0 <= float(text.get("x")) <= width and 0 <= float(text.get("y")) <= height
+    paths = [group.find("{*}path").get("d") for group in svg.iter("g")]
+    assert [path.count("L") for path in paths] == [1, 5, 1]  # each line ends with the last try of its attack
+    ends = [float(path.split()[-1]) for path in paths]
+    assert ends == sorted(ends)  # the most successful is at the top
+    assert drawn in curves(results) and by_tries(results[:1]) == by_tries([results[0], results[3]]) == ""
