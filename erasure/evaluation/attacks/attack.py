@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from erasure.config import build
+from erasure.config import build, check_settings
 from erasure.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from erasure.model.conditioning import Conditions
@@ -35,6 +36,9 @@ MODULES = {  # name of an attack -> the file that holds it; `erasure attack all`
     "uma": "embeddings",
     "inversion": "embeddings",
     "img2img": "img2img",
+    "inpainting": "probes",
+    "completion": "probes",
+    "noise-scale": "probes",
     "relearning": "relearning",
     "random": "token_search",
 }
@@ -75,20 +79,42 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Sampling(ABC):
+    """A way to sample images other than from noise with the pipeline's own scheduler; its settings are its fields."""
+
+    @abstractmethod
+    def draw(
+        self, victim: Victim, cases: Sequence[Case], texts: list[str], options: dict[str, Any]
+    ) -> list[Image.Image]:
+        """Return one image for each case.
+
+        Args:
+            victim: the erased pipeline.
+            cases: the cases of one batch.
+            texts: the prompt of each case's attempt.
+            options: `num_inference_steps`, `guidance_scale`, and `generator`, a list with one generator per case.
+        """
+
+
+@dataclass(frozen=True)
 class Attempt:
     """The input that replaces a case's prompt in one round of an attack.
 
     Args:
         prompt: a text; gates read it as they read any prompt.
         embeds: text conditions of one sample, used instead of a text.
-        strength: for img2img: start from the base's image with this share of the noise, in (0, 1].
-        note: description for the record when there is no prompt to quote.
+        sampling: how the image is sampled; None samples as usual.
+        note: what characterises the attempt besides its prompt, for the record.
     """
 
     prompt: str | None = None
     embeds: Conditions | None = None
-    strength: float | None = None
+    sampling: Sampling | None = None
     note: str = ""
+
+    def described(self) -> str:
+        """Return the prompt, the note, or both."""
+        return f"{self.prompt} [{self.note}]" if self.prompt and self.note else self.prompt or self.note
 
 
 @dataclass(frozen=True)
@@ -139,6 +165,10 @@ class Attack(ABC):
         """
         return make("random", tries=tries)
 
+    def on_base(self, tries: int) -> Attack | None:
+        """Return the attack to run on the base as well, limited to `tries` rounds; None for most attacks."""
+        return None
+
 
 LEAST = 2  # the smallest number of cases that an attack success rate is reported for
 
@@ -186,7 +216,9 @@ def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
     cls = find(name)
     if budget not in ("lite", "full"):
         raise unknown("budget", budget, ("lite", "full"))
-    return build(cls, cls.LITE if budget == "lite" else {}, settings)
+    attack = build(cls, cls.LITE if budget == "lite" else {}, settings)
+    check_settings(attack)
+    return attack
 
 
 class Victim:
@@ -308,6 +340,16 @@ class Victim:
                 ).images
                 batches.append(latents.float())
         return torch.cat(batches)
+
+    def decoded(self, latents: Tensor) -> list[Image.Image]:
+        """Decode latents [n, c, h, w], scaled as the UNet takes them, to images."""
+        import torch
+
+        from erasure.model.diffusion import wide
+
+        with torch.no_grad(), wide(self.pipe.vae):
+            unscaled = latents.to(self.device, self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
+            return self.pipe.image_processor.postprocess(self.pipe.vae.decode(unscaled).sample)
 
     def eps(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Predict the noise in noisy latents x [n, c, h, w] at timesteps t [n]; v-prediction is converted."""

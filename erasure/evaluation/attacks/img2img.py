@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
+import torch
+from PIL import Image
+
+from erasure import pipelines
+from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Sampling, Victim
+
+
+@dataclass(frozen=True)
+class FromImage(Sampling):
+    """Image-to-image generation from the base's image of each case.
+
+    Args:
+        strength: share of the noise schedule that is applied to the image, in (0, 1].
+    """
+
+    strength: float
+
+    def draw(
+        self, victim: Victim, cases: Sequence[Case], texts: list[str], options: dict[str, Any]
+    ) -> list[Image.Image]:
+        """Return one image for each case, sampled from its noisy latents."""
+        img2img = pipelines.sibling(victim.pipe, image_to_image_class(victim))
+        latents = torch.stack([case.latents for case in cases]).to(victim.device, victim.pipe.unet.dtype)
+        return img2img(texts, image=latents, strength=self.strength, **options).images
+
+
+def image_to_image_class(victim: Victim) -> Any:
+    """Return the image-to-image class of the victim's architecture."""
+    if len(victim.encoders) > 1:
+        return pipelines.ErasedStableDiffusionXLImg2ImgPipeline
+    return pipelines.ErasedStableDiffusionImg2ImgPipeline
 
 
 @dataclass(frozen=True)
@@ -34,7 +64,8 @@ class Img2ImgAttack(Attack):
         for strength in self.strengths:
             yield {
                 i: Attempt(
-                    cases[i].prompt if self.named else f"{cases[i].before} {cases[i].after}".strip(), strength=strength
+                    cases[i].prompt if self.named else f"{cases[i].before} {cases[i].after}".strip(),
+                    sampling=FromImage(strength),
                 )
                 for i in sorted(safe)
             }

@@ -30,6 +30,9 @@ class Outcome:
         asked: id of a case -> the prompt, or a description, of its last try.
         costs: samples forward (F) and backward (B) through the UNet and seconds of the search, without the
             generation of images.
+        base: as `won`, for the same tries on the base, if the attack is also run there; otherwise None.
+        tries: "attack", "control" or "base" -> id of a case -> whether each of its tries showed the concept. Tries end
+            with the first success, unless every case is attempted in every round.
         adapted: setting -> value of the full budget, for the settings in which the run differs from it.
         ceiling: for attacks that never query the erased model, the number of last tries for which the base model
             shows the concept; otherwise None.
@@ -49,7 +52,9 @@ class Outcome:
     asked: dict[str, str]
     costs: dict[str, float]
     ceiling: int | None = None
+    base: dict[str, int] | None = None
     adapted: dict[str, Any] = field(default_factory=dict)
+    tries: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
 
     def budget(self) -> str:
         """Return one sentence on how the budget was adapted, or nothing if it was the full one."""
@@ -86,6 +91,7 @@ class Outcome:
             "after": self.share(),
             "at": [self.share(tries) for tries in range(1, self.rounds + 1)],
             "control_after": self.share(control=True),
+            "base_after": None if self.base is None else _rate(self.plain + len(self.base), self.n),
         }
         if self.control is not None:
             only = len(self.won.keys() - self.control.keys()), len(self.control.keys() - self.won.keys())
@@ -166,7 +172,7 @@ class AttackReport:
         return "\n".join(lines)
 
     def caveats(self) -> list[str]:
-        """Return the notes, how budgets were adapted, and what the base shows for blind attacks."""
+        """Return the notes, how budgets were adapted, and what the base shows for blind attacks and probes."""
         adapted = [outcome.budget() for outcome in self.outcomes if outcome.adapted]
         blind = [
             f"{outcome.name}: the base model shows the concept for {outcome.ceiling} of the {len(outcome.asked)} "
@@ -174,7 +180,14 @@ class AttackReport:
             for outcome in self.outcomes
             if outcome.ceiling is not None and outcome.asked
         ]
-        return self.notes + adapted + blind
+        on_base = [
+            f"{outcome.name}: with the same tries, the base model shows the concept for "
+            f"{outcome.plain + len(outcome.base)} of {outcome.n} prompts, and the erased model for "
+            f"{outcome.plain + len(outcome.control or ())} with random prompts"
+            for outcome in self.outcomes
+            if outcome.base is not None
+        ]
+        return self.notes + adapted + blind + on_base
 
     def summary(self) -> str:
         """Return one sentence: how often the concept is shown without an attack and with the strongest one."""

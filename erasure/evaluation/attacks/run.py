@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -25,6 +25,9 @@ from erasure.prompts.prompt_set import PromptSet
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.evaluation.judges.judge import Judge
+
+
+T = TypeVar("T")
 
 
 def attack(
@@ -134,20 +137,13 @@ class _Comparison:
     progress: bool
 
     def run(self, attack: Attack, folder: Path) -> Outcome:
-        """Run the attack and its control, and write the outcome, images and verdicts to `folder/<attack>`."""
+        """Run the attack and its comparisons, and write the outcome, images and verdicts to `folder/<attack>`."""
         from tqdm import tqdm
 
-        runner, cases = self.runner, self.cases
-        runner.log.clear()
+        cases = self.cases
         with tqdm(desc=attack.name, unit="image", disable=None if self.progress else True, leave=False) as bar:
-            trial = self.play(attack, self.seed, bar.update)
-            split = len(runner.log)
-            control = attack.control(trial.rounds)
-            baseline = None if control is None else self.play(control, self.seed + 1, bar.update)
-        ceiling = None
-        if attack.BLIND:
-            with runner.victim.unpatched():
-                ceiling = len(runner.shows(runner.draw(cases, trial.attempts), cases, "base"))
+            trials, log, ceiling = self._play_all(attack, bar.update)
+        trial, control, base = trials["attack"], trials.get("control"), trials.get("base")
         outcome = Outcome(
             name=attack.name,
             access=attack.access,
@@ -155,28 +151,59 @@ class _Comparison:
             settings=asdict(attack),
             n=len(cases),
             plain=len(self.plain_hits),
-            won={cases[i].id: tries for i, tries in trial.won.items()},
+            won=_by_id(cases, trial.won),
             rounds=trial.rounds,
             curve=trial.curve if attack.CURVE else None,
-            control=None if baseline is None else {cases[i].id: tries for i, tries in baseline.won.items()},
-            control_curve=baseline.curve if baseline is not None and attack.CURVE else None,
-            asked={cases[i].id: attempt.prompt or attempt.note for i, attempt in trial.attempts.items()},
+            control=None if control is None else _by_id(cases, control.won),
+            control_curve=control.curve if control is not None and attack.CURVE else None,
+            asked=_by_id(cases, {i: attempt.described() for i, attempt in trial.attempts.items()}),
             costs={
                 "F": trial.counts.forward,
                 "B": trial.counts.backward,
                 "seconds": round(trial.counts.seconds, 1),
             },
             ceiling=ceiling,
+            base=None if base is None else _by_id(cases, base.won),
             adapted=attack.adapted(),
+            tries={of: _by_id(cases, played.tries) for of, played in trials.items()},
         )
         own = folder / attack.name
         save_images(own, cases, trial.images)
-        lines = ({"of": "attack" if i < split else "control", **entry} for i, entry in enumerate(runner.log))
-        write_lines(own / "scores.jsonl", map(json.dumps, lines))
+        write_lines(own / "scores.jsonl", map(json.dumps, log))
         result = {"shared": self.provenance, "outcome": asdict(outcome)}
         (own / "outcome.tmp").write_text(json.dumps(result, indent=1), encoding="utf-8")
         os.replace(own / "outcome.tmp", own / "outcome.json")
         return outcome
+
+    def _play_all(
+        self, attack: Attack, tick: Callable[[int], Any]
+    ) -> tuple[dict[str, _Trial], list[dict[str, Any]], int | None]:
+        """Play the attack, its control, and the attack on the base if it asks for that, each with equally many tries.
+
+        Returns:
+            "attack", "control" or "base" -> trial; the judge's verdicts, each with the same name as `of`; and, for a
+            blind attack, the number of last tries for which the base shows the concept.
+        """
+        runner, log, ceiling = self.runner, list[dict[str, Any]](), None
+
+        def logged(of: str, trial: _Trial) -> _Trial:
+            log.extend({"of": of, **entry} for entry in runner.log)
+            runner.log.clear()
+            return trial
+
+        runner.log.clear()
+        trial = logged("attack", self.play(attack, self.seed, tick))
+        trials = {"attack": trial}
+        if (control := attack.control(trial.rounds)) is not None:
+            trials["control"] = logged("control", self.play(control, self.seed + 1, tick))
+        if (on_base := attack.on_base(trial.rounds)) is not None:
+            with runner.victim.unpatched():
+                trials["base"] = logged("base", self.play(on_base, self.seed, tick))
+        if attack.BLIND:
+            with runner.victim.unpatched():
+                ceiling = len(runner.shows(runner.draw(self.cases, trial.attempts), self.cases, "base"))
+            logged("base", trial)
+        return trials, log, ceiling
 
     def play(self, attack: Attack, seed: int, tick: Callable[[int], Any]) -> _Trial:
         """Run the rounds of one attack until no case is left or the attack ends.
@@ -206,6 +233,7 @@ class _Comparison:
                 trial.curve.append(len(hits))
                 tick(len(images))
                 for i in attempts:
+                    trial.tries.setdefault(i, []).append(i in hits)
                     if i not in trial.won and i not in self.plain_hits:
                         trial.attempts[i], trial.images[i] = attempts[i], images[i]
                 trial.won |= {i: trial.rounds for i in hits & safe}
@@ -224,6 +252,7 @@ class _Trial:
     Args:
         won: case -> the round that recovered the concept.
         curve: for each round, the number of images that show the concept.
+        tries: case -> whether each of its tries showed the concept.
         attempts: case -> its last attempt.
         images: case -> the image of its last attempt.
         counts: forward and backward passes and time of the search, without generating the images.
@@ -231,6 +260,7 @@ class _Trial:
 
     won: dict[int, int] = field(default_factory=dict)
     curve: list[int] = field(default_factory=list)
+    tries: dict[int, list[bool]] = field(default_factory=dict)
     attempts: dict[int, Attempt] = field(default_factory=dict)
     images: dict[int, Image.Image] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
@@ -239,6 +269,10 @@ class _Trial:
     def rounds(self) -> int:
         """Return the number of rounds played."""
         return len(self.curve)
+
+
+def _by_id(cases: Sequence[Case], values: dict[int, T]) -> dict[str, T]:
+    return {cases[i].id: value for i, value in values.items()}
 
 
 def _stored(folder: Path, attack: Attack, provenance: dict[str, Any]) -> Outcome | None:

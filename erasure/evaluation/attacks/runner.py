@@ -19,7 +19,6 @@ from erasure.evaluation.judges.judge import verdicts
 from erasure.evaluation.judges.registry import find_judge
 from erasure.evaluation.select import find_target
 from erasure.model.conditioning import Conditions, unconditional
-from erasure.model.diffusion import wide
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
@@ -67,7 +66,7 @@ class AttackRunner:
         """
         groups: dict[Any, list[int]] = {}
         for i, attempt in attempts.items():
-            kind = attempt.embeds is None, attempt.strength, self.guidances.get(cases[i].id)
+            kind = attempt.embeds is None, attempt.sampling, self.guidances.get(cases[i].id)
             groups.setdefault(kind, []).append(i)
         images: dict[int, Image.Image] = {}
         for indices in groups.values():
@@ -95,18 +94,11 @@ class AttackRunner:
                     options["pooled_prompt_embeds"] = positive.pooled.to(empty.pooled)
                     options["negative_pooled_prompt_embeds"] = negative.pooled
                 return pipe(**options).images
-        texts = [attempt.prompt for attempt in attempts]
-        if attempts[0].strength is None:
+        texts = [attempt.prompt or "" for attempt in attempts]
+        sampling = attempts[0].sampling
+        if sampling is None:
             return pipe(texts, **options).images
-        from erasure import pipelines
-
-        xl = len(self.victim.encoders) > 1
-        img2img = pipelines.sibling(
-            pipe,
-            pipelines.ErasedStableDiffusionXLImg2ImgPipeline if xl else pipelines.ErasedStableDiffusionImg2ImgPipeline,
-        )
-        latents = torch.stack([case.latents for case in cases]).to(self.victim.device, pipe.unet.dtype)
-        return img2img(texts, image=latents, strength=attempts[0].strength, **options).images
+        return sampling.draw(self.victim, cases, texts, options)
 
     def shows(self, images: dict[int, Image.Image], cases: Sequence[Case], label: str | int) -> set[int]:
         """Return the indices of the images that show the target; the judge's answers go to `log`.
@@ -168,7 +160,7 @@ class AttackRunner:
             batch = candidates[tried : tried + max(LEAST, count - len(cases))]
             self.guidances |= {row.id: row.guidance for row in batch if row.guidance is not None}
             latents = self._base_latents(batch)
-            images = self.decoded(latents)
+            images = self.victim.decoded(latents)
             drawn = [
                 Case(row.id, row.prompt, row.seed, row.labels[domain], x, *split_at_name(row.prompt, words))
                 for row, x in zip(batch, latents, strict=True)
@@ -204,13 +196,6 @@ class AttackRunner:
             "judge": {"name": self.judge.name, **self.judge.versions()},
             "seed": seed,
         }
-
-    def decoded(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Decode latents [n, c, h, w], scaled as the UNet takes them, to images."""
-        pipe = self.victim.pipe
-        with torch.no_grad(), wide(pipe.vae):
-            unscaled = latents.to(self.victim.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-            return pipe.image_processor.postprocess(pipe.vae.decode(unscaled).sample)
 
 
 def prepare(
