@@ -4,6 +4,11 @@ Each method erases one concept twice, as published (`parity=True`: the published
 trajectories) and with the default settings. Each run has its own process. It measures F and B (samples forward and
 backward through the UNet), seconds, the growth of memory (in a separate short run), and what was erased and kept.
 
+The published ESD was made for Stable Diffusion 1: it trains in bf16 at twice the native size. LOOPS lists it twice, as
+its loop alone (in fp32 at glyph's own size) and as it is, both with the modules that this project trains: the first
+row compares loops at similar results, the second shows what precision and size do. SalUn's published loop learns from
+photographs: the pictures that are drawn in their place are not counted as its cost.
+
 A published loop of more than `--most` F is not run. Instead `erasure plan` counts F and B over a few steps with a UNet
 that does no work, and the counts are extrapolated to the full length. This project's loop is then forecast in the same
 way, so that the seconds are comparable. The cost of a latent gate's decision is counted over the prompts of the
@@ -39,42 +44,55 @@ DECISION = "latent gate, per prompt"
 SHORT = (20, 60)  # iterations after the warm-up that a forecast is extrapolated from
 TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3, DECISION: 3}
 MEASURED = ("UA", "IRA", "CRA")  # metrics to show
+# Rows of methods whose published loop is not run with parity's settings alone: label -> settings besides.
+LOOPS: dict[str, dict[str, dict[str, Any]]] = {
+    "esd": {
+        "esd": {"variant": "x", "resolution_scale": 1.0, "weight_rounding": "none"},
+        "esd, bf16 at twice the size": {"variant": "x"},
+    },
+}
 
 
-def forecast(pipe: Any, concept: str, method: str, *, parity: bool) -> dict[str, Any]:
+def loops(method: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a method: label -> settings of the published loop besides parity's."""
+    return LOOPS.get(method, {method: {}})
+
+
+def forecast(pipe: Any, concept: str, method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Forecast F, B and seconds of a training loop; a long loop is extrapolated from two short ones.
 
     Args:
         pipe: the base model.
         concept: concept to erase.
         method: name of the method.
-        parity: forecast the published loop.
+        settings: its settings; with `parity` it is the published loop.
     """
-    quirks = find(method).PARITY if parity else {}
+    quirks = find(method).PARITY if settings.get("parity") else {}
     length, warm_up = quirks.get("iterations", 0), quirks.get("warm_up", 0)
     if length <= 200:
-        return plan(pipe, concept, method, parity=parity).to_json()
+        return plan(pipe, concept, method, **settings).to_json()
     counts = [warm_up + count for count in SHORT]
-    first, second = (plan(pipe, concept, method, parity=parity, iterations=count).to_json() for count in counts)
+    first, second = (plan(pipe, concept, method, iterations=count, **settings).to_json() for count in counts)
     steps = (length - counts[1]) / (counts[1] - counts[0])
     totals = {name: second[name] + (second[name] - first[name]) * steps for name in ("F", "B", "seconds")}
-    return {"F": round(totals["F"]), "B": round(totals["B"]), "seconds": totals["seconds"]}
+    drawn = 2 * quirks.get("sample_steps", 0) * (quirks.get("forget_count", 0) + quirks.get("retain_count", 0))
+    share = 1 - drawn / totals["F"]  # without the pictures that stand for photographs
+    return {"F": round(totals["F"]) - drawn, "B": round(totals["B"]), "seconds": totals["seconds"] * share}
 
 
-def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int) -> dict[str, Any]:
+def measure(concept: str, method: str, folder: Path, settings: dict[str, Any], limit: int) -> dict[str, Any]:
     """Erase and evaluate in this process, and return costs and metrics.
 
     Args:
         concept: concept to erase.
         method: name of the method.
         folder: folder for the patch and the images.
-        parity: run the published loop.
+        settings: of the method; with `parity` it is the published loop.
         limit: approximate number of prompts.
     """
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
     target = folder / "patch.safetensors"
-    settings: dict[str, Any] = {"parity": True} if parity else {}
     patch = Patch.load(target) if target.is_file() else erase(pipe, concept, method, out=target, **settings)
     pipe.load_patch(patch, name="costs")
     shared: dict[str, Any] = {"base_folder": folder.parent / "base", "progress": False, "whole": True}
@@ -86,7 +104,7 @@ def measure(concept: str, method: str, folder: Path, *, parity: bool, limit: int
     return {**patch.costs, **cells, "base": base}
 
 
-def memory(concept: str, method: str, *, parity: bool) -> dict[str, Any]:
+def memory(concept: str, method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return how many bytes this process grows during the preparation and two updates; more updates need no more."""
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
@@ -101,7 +119,6 @@ def memory(concept: str, method: str, *, parity: bool) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        settings: dict[str, Any] = {"parity": True} if parity else {}
         erase(pipe, concept, method, progress=False, iterations=2, **settings)
     finally:
         stop.set()
@@ -131,22 +148,32 @@ def decision(pipe: ErasedStableDiffusionPipeline, patch: Patch, prompts: list[st
     return {"published": {"F": published, "B": 0}, "ours": {"F": round(total.forward / len(prompts), 1), "B": 0}}
 
 
-def compare(pipe: ErasedStableDiffusionPipeline, method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure both loops of a method, each in its own process; a published loop that is too long is forecast."""
+def options(method: str, label: str, side: str) -> dict[str, Any]:
+    """Return the settings of one side of a row."""
+    return {"parity": True, **loops(method)[label]} if side == "published" else {}
+
+
+def place(work: Path, method: str, label: str, side: str) -> Path:
+    """Return the folder of one side of a row; all rows of a method share this project's side."""
+    return work / f"{(label if side == 'published' else method).replace(', ', '-').replace(' ', '-')}-{side}"
+
+
+def compare(pipe: ErasedStableDiffusionPipeline, method: str, label: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both loops of a row, each in its own process; a published loop that is too long is forecast."""
     sides: dict[str, Any] = {}
-    published = forecast(pipe, args.concept, method, parity=True)
+    published = forecast(pipe, args.concept, method, options(method, label, "published"))
     if published["F"] > args.most:
-        sides["forecast"] = {"published": published, "ours": forecast(pipe, args.concept, method, parity=False)}
+        sides["forecast"] = {"published": published, "ours": forecast(pipe, args.concept, method, {})}
     for side in ("published", "ours"):
         sides[side] = {}
         for part in ("run", "memory"):
             if part == "run" and side == "published" and "forecast" in sides:
                 sides[side] |= published
                 continue
-            path = args.work / f"{method}-{side}" / f"{part}.json"
+            path = place(args.work, method, label, side) / f"{part}.json"
             if not path.is_file():
                 command = [sys.executable, __file__, "--concept", args.concept, "--limit", str(args.limit)]
-                command += ["--work", str(args.work), "--one", method, "--side", side, "--part", part]
+                command += ["--work", str(args.work), "--one", method, "--label", label, "--side", side, "--part", part]
                 subprocess.run(command, check=True)
             sides[side] |= json.loads(path.read_text())
     return sides
@@ -228,17 +255,18 @@ def main() -> None:
         "--out", type=Path, default=Path("bench/results/costs"), help="path of the results without a suffix"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # for the processes that this script starts
+    parser.add_argument("--label", help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet()
     if args.one:
-        folder = args.work / f"{args.one}-{args.side}"
-        parity = args.side == "published"
+        folder = place(args.work, args.one, args.label, args.side)
+        settings = options(args.one, args.label, args.side)
         if args.part == "memory":
-            result = memory(args.concept, args.one, parity=parity)
+            result = memory(args.concept, args.one, settings)
         else:
-            result = measure(args.concept, args.one, folder, parity=parity, limit=args.limit)
+            result = measure(args.concept, args.one, folder, settings, args.limit)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{args.part}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
@@ -246,7 +274,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows: list[dict[str, Any]] = []
     for method in args.methods:
-        rows.append(row(method, compare(pipe, method, args)))
+        for label in loops(method):
+            rows.append(row(label, compare(pipe, method, label, args)))
         path = args.work / f"{method}-ours" / "patch.safetensors"
         if Patch.load(path).gate["kind"] == "latent":
             prompts = list(dict.fromkeys(prompt.prompt for prompt in concept_prompts([args.concept], args.limit).rows))

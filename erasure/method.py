@@ -23,6 +23,7 @@ from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied
 from erasure.model.conditioning import text_encoders
 from erasure.model.diffusion import Counts, counting
+from erasure.model.trajectories import TrajectoryPool, build_pool
 from erasure.patch import LowRank
 from erasure.training.compute import Computing, Engine
 from erasure.training.dry_run import Forecast, forecast_runtime, forecast_training
@@ -103,6 +104,7 @@ class GradientMethod(Method):
     learning_rate: float
     weight_decay: float = 0.0
     weight_rounding: str = "none"
+    measure_every: int = 0
 
     @abstractmethod
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:
@@ -119,6 +121,18 @@ class GradientMethod(Method):
     def gate(self, state: Any) -> dict[str, Any]:
         """Return the gate of the patch, once training has ended."""
         return {"kind": "always"}
+
+    def held_out(self, state: Any, **options: Any) -> tuple[TrajectoryPool, list[str]]:
+        """Return states to measure on, and the prompt for each of their pairs (`training/curves.py`).
+
+        Args:
+            state: of the run, with `pairs` of the concept's prompts and neutral ones.
+            options: of `build_pool`.
+
+        Returns:
+            A pool whose outputs give the objective's target by `away`, and the prompts that the target is for.
+        """
+        return build_pool(state.base, state.pairs, **options), [prompt for prompt, _ in state.pairs]
 
     def snapshot(self, state: Any) -> dict[str, Tensor]:
         """Return the tensors, besides the trained ones, that change from step to step."""

@@ -90,6 +90,8 @@ class AdvUnlearn(GradientMethod):
         retain_trajectories: number of retain trajectories in the pool, of different prompts as far as there are enough.
         retain_sample_steps: states per retain trajectory.
         trajectory_guidance: classifier-free guidance scale of all trajectories.
+        measure_every: updates between measurements of how much is erased and kept, on states held out of training
+            (`training/curves.py`); the patch's header records them. 0 measures nothing.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -130,6 +132,7 @@ class AdvUnlearn(GradientMethod):
     retain_trajectories: int = setting(96, at_least=1)
     retain_sample_steps: int = setting(8, at_least=1)
     trajectory_guidance: float = 3.0
+    measure_every: int = setting(0, at_least=0)
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

@@ -39,7 +39,7 @@ from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions, text_encoders
 from erasure.model.diffusion import away
-from erasure.model.trajectories import TrajectoryPool, kept_pool, walk
+from erasure.model.trajectories import TrajectoryPool, build_pool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
 from erasure.training.run import Run
 
@@ -75,6 +75,8 @@ class ESD(GradientMethod):
         pool: train on every state of a pool; if false, on one fresh trajectory per update, stopped at a random state.
         resolution_scale: size of the trained images, as a multiple of the native size.
         weight_rounding: bf16 rounds the weights after every update, as training in pure bf16 does.
+        measure_every: updates between measurements of how much is erased and kept, on states held out of training
+            (`training/curves.py`); the patch's header records them. 0 measures nothing.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -108,6 +110,7 @@ class ESD(GradientMethod):
     pool: bool = True
     resolution_scale: float = setting(1.0, above=0)
     weight_rounding: Literal["none", "bf16"] = "none"
+    measure_every: int = setting(0, at_least=0)
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
@@ -175,6 +178,14 @@ class ESD(GradientMethod):
                 states = without(state.base, states, [state.pairs[i][0] for i in chosen])
         states.pair = torch.tensor(chosen)
         return states
+
+    def held_out(self, state: State, **options: Any) -> tuple[TrajectoryPool, list[str]]:
+        """Return states to measure on: of c_f if there is one, with its target."""
+        pairs = self.walked(state.pairs)
+        pool = build_pool(state.base, pairs, **options)
+        if self.erase_from is not None:
+            pool = without(state.base, pool, [prompt for prompt, _ in state.pairs])
+        return pool, [prompt for prompt, _ in pairs]
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """Return the objective on one batch."""

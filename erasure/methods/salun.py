@@ -42,7 +42,7 @@ from erasure.errors import ErasureError
 from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.diffusion import add_noise, guide, to_eps
-from erasure.model.trajectories import in_turn
+from erasure.model.trajectories import TrajectoryPool, build_pool, in_turn
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
 from erasure.training.run import Run
@@ -83,6 +83,8 @@ class SalUn(GradientMethod):
         iterations: number of updates.
         batch_size: forget images per update, and as many retain images.
         learning_rate: Adam's learning rate.
+        measure_every: updates between measurements of how much is erased and kept, on states held out of training
+            (`training/curves.py`); the patch's header records them. 0 measures nothing.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -115,6 +117,7 @@ class SalUn(GradientMethod):
     iterations: int = setting(100, at_least=1)
     batch_size: int = setting(8, at_least=1)
     learning_rate: float = setting(5e-5, above=0, below=1)
+    measure_every: int = setting(0, at_least=0)
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:
@@ -248,6 +251,11 @@ class SalUn(GradientMethod):
         # The published loader of forget images does not shuffle, that of retain images does.
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         return positions % sizes[0], in_turn(sizes[1], self.batch_size, step, state.seed)
+
+    def held_out(self, state: State, **options: Any) -> tuple[TrajectoryPool, list[str]]:
+        """Return states to measure on; their target is the prediction for c'."""
+        pairs = list(state.pseudo.items())
+        return build_pool(state.base, pairs, **options), [prompt for prompt, _ in pairs]
 
     def loss(self, state: State, step: int) -> dict[str, Tensor]:
         """Return the relabelling and the retain term on one batch."""

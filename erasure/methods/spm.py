@@ -90,6 +90,8 @@ class SPM(GradientMethod):
         weight_decay: AdamW's weight decay.
         warm_up: updates in which the learning rate rises to its full value.
         cycles: cosine cycles of the learning rate after the warm-up; 0 keeps it constant.
+        measure_every: updates between measurements of how much is erased and kept, on states held out of training
+            (`training/curves.py`); the patch's header records them. 0 measures nothing.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -135,6 +137,7 @@ class SPM(GradientMethod):
     weight_decay: float = setting(0.0, at_least=0)
     warm_up: int = setting(0, at_least=0)
     cycles: int = setting(0, at_least=0)
+    measure_every: int = setting(0, at_least=0)
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

@@ -104,6 +104,8 @@ class UnGuide(GradientMethod):
             the concept's prompts from those of its neighbours and a sample of other words.
         repeats: largest number of noises to decide by.
         early: stop the repeats once the decision is clear.
+        measure_every: updates between measurements of how much is erased and kept, on states held out of training
+            (`training/curves.py`); the patch's header records them. 0 measures nothing.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -143,6 +145,7 @@ class UnGuide(GradientMethod):
     ratio: float | None = None
     repeats: int = setting(10, at_least=1)
     early: bool = True
+    measure_every: int = setting(0, at_least=0)
     parity: bool = False
 
     def __post_init__(self) -> None:

@@ -139,8 +139,10 @@ def walk(
         base.conditions([n for _, n in pairs]),
         base.conditions([""] * len(pairs)),
     )
-    # The neutral prompt is mostly empty, as guidance's is: two forwards are then enough, and one if both are empty.
-    same = all(n == "" for _, n in pairs)
+    # The neutral prompt is mostly empty, as guidance's is, or not asked for: two forwards are then enough, and one if
+    # the concept's prompt is empty too.
+    same = not judged or all(n == "" for _, n in pairs)
+    neutral = empty if same else neutral
     all_empty = same and all(c == "" for c, _ in pairs)
     conditions = concept if all_empty else Conditions.cat([concept, neutral] if same else [concept, neutral, empty])
     states: list[tuple[Tensor, ...]] = []

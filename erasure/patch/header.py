@@ -30,11 +30,12 @@ JSON: dict[str, type] = {
     "gate": dict,
     "versions": dict,
     "costs": dict,
+    "curves": dict,
     "results": dict,
     "modules": dict,
     "sparse": dict,
 }
-OPTIONAL = ("results", "modules", "sparse")
+OPTIONAL = ("curves", "results", "modules", "sparse")
 TEXTS = ("method", "base", "kind", "dtype")
 # Width of the text embedding -> names of the architecture for other loaders.
 ARCHITECTURES = {

@@ -50,6 +50,7 @@ class Patch:
         versions: the versions of the libraries that made the patch.
         seed: the random seed of the run.
         costs: F and B (forward and backward passes of the UNet, counted in samples), seconds, and peak memory.
+        curves: how much was erased and kept in the course of the run, or None where it was not measured.
         results: the measurements of `verify`, or None.
         stored: for a loaded patch, the path, bytes, dtype and dtype_error of the file, its number of different alphas
             (1 in files that we write), and for a patch from the hub the repository and revision; otherwise empty.
@@ -68,6 +69,7 @@ class Patch:
     versions: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     costs: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, Any] | None = None
     results: Mapping[str, Any] | None = None
     stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -90,8 +92,9 @@ class Patch:
         check_fields(values)
         for name, value in values.items():
             object.__setattr__(self, name, tuple(value) if name == "concepts" else value)
-        if self.results is not None:
-            object.__setattr__(self, "results", json.loads(to_json("results", dict(self.results))))
+        for name in ("curves", "results"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, json.loads(to_json(name, dict(value))))
 
     @property
     def names(self) -> list[str]:
@@ -131,14 +134,16 @@ class Patch:
     def scale(self, factor: float) -> Patch:
         """Return a patch with every change multiplied by `factor`.
 
-        The measured results are dropped, because they no longer hold.
+        Curves and measured results are dropped, because they no longer hold.
 
         Raises:
             ErasureError: `factor` is not a finite number.
         """
         if not isinstance(factor, int | float) or not math.isfinite(factor):
             raise ErasureError(f"a patch can only be scaled by a finite number, not by {factor!r}")
-        return dataclasses.replace(self, payload=self.payload.scaled(float(factor)), results=None, stored={})
+        return dataclasses.replace(
+            self, payload=self.payload.scaled(float(factor)), curves=None, results=None, stored={}
+        )
 
     def info(self) -> dict[str, Any]:
         """Return a description of the patch as plain JSON values.
@@ -191,8 +196,8 @@ class Patch:
             "dtype_error": to_json("dtype_error", cast_error(self.payload, dtype)),
         }
         fields |= {name: to_json(name, getattr(self, name)) for name in FIELDS}
-        if self.results is not None:
-            fields["results"] = to_json("results", self.results)
+        optional = {"curves": self.curves, "results": self.results}
+        fields |= {name: to_json(name, value) for name, value in optional.items() if value is not None}
         metadata: dict[str, str] = {}
         if isinstance(self.payload, LowRank):
             fields["modules"] = to_json("modules", modules)

@@ -14,9 +14,11 @@ from erasure.concepts.neighbors import neighbours, prompt_of
 from erasure.errors import ErasureError, unknown
 from erasure.model.base import Base
 from erasure.training.compute import cast
+from erasure.training.curves import Curves
 
 STEPS, GUIDANCE, SEEDS = 20, 5.0, 2
 KEPT = 2  # neighbours in a preview
+PLOT = 64  # pixels: height of the curves below a preview
 
 
 class Previews:
@@ -48,8 +50,13 @@ class Previews:
         return step % self.every == 0
 
     @torch.no_grad()
-    def draw(self, step: int) -> Path:
-        """Draw the prompts with the model in its present state, and return the path of the picture."""
+    def draw(self, step: int, curves: Curves | None = None) -> Path:
+        """Draw the prompts with the model in its present state, and return the path of the picture.
+
+        Args:
+            step: number of updates so far.
+            curves: how much has been erased and kept so far, to be drawn below; None draws no curves.
+        """
         from PIL import Image
 
         pipe, own = self.base.pipe, self.base.pipe.scheduler
@@ -71,12 +78,36 @@ class Previews:
         sheet = Image.new("RGB", (width * len(self.prompts), height * SEEDS))
         for i, image in enumerate(rows):
             sheet.paste(image, (i % len(self.prompts) * width, i // len(self.prompts) * height))
+        if curves is not None and curves.steps:
+            strip = plot(curves, sheet.width)
+            taller = Image.new("RGB", (sheet.width, sheet.height + strip.height))
+            taller.paste(sheet, (0, 0))
+            taller.paste(strip, (0, sheet.height))
+            sheet = taller
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:06d}.png"
         temporary = path.with_suffix(".tmp")
         sheet.save(temporary, format="PNG")
         os.replace(temporary, path)
         return path
+
+
+def plot(curves: Curves, width: int) -> Any:
+    """Return a picture of the curves: the least erased noise level in blue, the largest drift in red, from 0 to 1."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, PLOT), "white")
+    pen = ImageDraw.Draw(strip)
+    lines = {"blue": [min(row) for row in curves.erased], "red": [max(row) for row in curves.drift]}
+    last, bottom = curves.steps[-1], PLOT - 2
+    for colour, values in lines.items():
+        points = [(0.0, float(bottom))]  # the base: nothing erased, nothing drifted
+        for step, value in zip(curves.steps, values, strict=True):
+            points.append(((width - 1) * step / last, bottom - (PLOT - 4) * min(max(value, 0.0), 1.0)))
+        pen.line(points, fill=colour, width=2)
+    latest = ", ".join(f"{name} {lines[colour][-1]:.2f}" for name, colour in (("erased", "blue"), ("drift", "red")))
+    pen.text((4, 2), latest, fill="black")
+    return strip
 
 
 def available() -> dict[str, bool]:

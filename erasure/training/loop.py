@@ -19,7 +19,9 @@ from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
+from erasure.model.trajectories import TrajectoryPool
 from erasure.training.adapters import Adapter
+from erasure.training.curves import Curves
 from erasure.training.run import Run
 
 CHECKPOINT_EVERY = 25  # steps
@@ -46,8 +48,15 @@ class Trainable(Protocol):
     def weight_rounding(self) -> str:
         """Return "none", or "bf16" to round the weights after every update."""
 
+    @property
+    def measure_every(self) -> int:
+        """Return the updates between measurements of what is erased and kept; 0 for none."""
+
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:
         """Return the state of a run, with an `adapter`."""
+
+    def held_out(self, state: Any, **options: Any) -> tuple[TrajectoryPool, list[str]]:
+        """Return states to measure on, with outputs that give the target, and the prompt of each of their pairs."""
 
     def loss(self, state: Any, step: int) -> dict[str, Tensor]:
         """Return the terms of the loss at a step."""
@@ -80,6 +89,9 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
     else:
         run.costs.forward, run.costs.backward, run.costs.seconds = int(spent[0]), int(spent[1]), float(spent[2])
     try:
+        if method.measure_every:
+            run.curves = Curves.start(method, base, concepts, state, method.measure_every, run.seed)
+            run.curves.restore({key[7:]: value for key, value in restored.items() if key.startswith("curves.")})
         _descend(method, base, state, run, restored)
     except BaseException:
         state.adapter.remove()
@@ -117,10 +129,12 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
             scaler.step(optimizer)
             scaler.update()
             _round(params, method.weight_rounding)
+            run.measure(step + 1)
             run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
             bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
             if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
                 extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
+                extra |= {f"curves.{name}": value for name, value in run.curves.tensors().items()} if run.curves else {}
                 extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
                 _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)
 

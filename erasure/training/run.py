@@ -20,6 +20,7 @@ from erasure.model.diffusion import Counts
 from erasure.patch import Delta, LowRank
 from erasure.training.callbacks import Previews, Trackers
 from erasure.training.compute import Engine
+from erasure.training.curves import Curves
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Run:
         trackers: take the losses; None logs nothing.
         costs: UNet calls and seconds so far.
         engine: how the UNet computes, already entered; None: as the base is, in this process alone.
+        curves: how much is erased and kept in the course of the run; None measures nothing.
         group: the processes that work on the run together.
     """
 
@@ -52,6 +54,7 @@ class Run:
     trackers: Trackers | None = None
     costs: Counts = field(default_factory=Counts)
     engine: Engine | None = None
+    curves: Curves | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -90,6 +93,13 @@ class Run:
         except json.JSONDecodeError:
             raise ErasureError(f"{note} cannot be read; delete {self.folder} to start again") from None
 
+    def measure(self, step: int) -> None:
+        """Measure how much is erased and kept if it is due after a step, in all processes; its cost is not counted."""
+        if self.curves is not None and self.curves.due(step):
+            forward = self.costs.forward
+            self.curves.measure(step)
+            self.costs.forward = forward
+
     def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
         """Log the losses of a step and draw its preview if one is due, in the main process; its cost is not counted."""
         if not self.group.main:
@@ -106,7 +116,7 @@ class Run:
         """Draw the preview of a step, in the main process."""
         if self.previews is not None and self.group.main:
             with self.engine.alone() if self.engine else nullcontext():
-                self.previews.draw(step)
+                self.previews.draw(step, self.curves)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return the scaler of the loss, which does something in fp16 only."""

@@ -139,6 +139,7 @@ def resize(
         payload=payload,
         config=history("resize", [(patch, 1.0)], **details, error=total, errors=errors),
         base_fingerprint=fingerprints([patch], payload, base, force),
+        curves=None,
         results=None,
         stored={},
     )

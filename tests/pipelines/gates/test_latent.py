@@ -13,6 +13,7 @@ from erasure.model.diffusion import Counts, counting
 from erasure.model.trajectories import walk
 from erasure.patch import LowRank, Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.pipelines.gates import latent
 from erasure.pipelines.gates.latent import clear, pick
 from erasure.pipelines.stack import patch_stack
 from tests.tiny import tiny_pipeline
@@ -198,6 +199,15 @@ def test_clear_decisions_stop_early(pipe):
     assert forwards(early=False) == 9 * (4 + 2) + 9 * (2 + 2) + 3 * 2
     assert forwards(early=True) <= forwards(early=False)
     assert clear([1.0, 1.1, 0.9]) and not clear([1.0, -1.0, 0.2]) and not clear([1.0, 1.0])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gate_may_ask_at_the_published_timestep(pipe, monkeypatch, late):
+    asked = []
+    monkeypatch.setattr(latent, "shifts", lambda *given, **how: asked.append(how["late"]) or [1.0] * len(given[2]))
+    pipe.load_patch(patch(pipe, **({"late": True} if late else {})))
+    draw(pipe, "cat")
+    assert set(asked) == {late}
 
 
 def test_gates_of_both_kinds_act_together(pipe, monkeypatch):
