@@ -205,7 +205,7 @@ def test_clear_decisions_stop_early(pipe):
 def test_a_gate_may_ask_at_the_published_timestep(pipe, monkeypatch, late):
     asked = []
     monkeypatch.setattr(latent, "shifts", lambda *given, **how: asked.append(how["late"]) or [1.0] * len(given[2]))
-    pipe.load_patch(patch(pipe, **({"late": True} if late else {})))
+    pipe.load_patch(patch(pipe, **({"late": True} if late else {})), force=True)
     draw(pipe, "cat")
     assert set(asked) == {late}
 
