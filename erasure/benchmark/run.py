@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def bench(
     limit: int | None = None,
     progress: bool = True,
     overrides: dict[str, Any] | None = None,
+    rows_from: Path | None = None,
 ) -> Table:
     """Erase every concept from glyph with every method and measure the results.
 
@@ -52,9 +53,11 @@ def bench(
         limit: approximate number of prompts per concept; None takes all.
         progress: show a progress bar.
         overrides: settings for every method.
+        rows_from: a table (bench.json) whose rows are taken instead of being measured again. They come without images,
+            so the page and the picture leave them out.
 
     Raises:
-        ErasureError: an unknown method or concept, or a folder with results of other settings.
+        ErasureError: an unknown method or concept, or a folder or table with results of other settings.
     """
     from tqdm import tqdm
 
@@ -68,6 +71,7 @@ def bench(
     for method in chosen_methods:
         registry.find(method)
     settings = {"limit": limit, "overrides": overrides or {}}
+    earlier = {} if rows_from is None else _earlier_rows(rows_from, settings)
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
     jobs = [(method, concept) for concept in chosen_concepts for method in chosen_methods]
@@ -75,7 +79,7 @@ def bench(
     prompts: dict[str, str] = {}
     for method, concept in tqdm(jobs, desc="bench", disable=None if progress else True):
         job = _Job(method, concept, set(members(concept)) <= set(tuned))
-        rows.append(job.stored(folder, settings) or job.run(pipe, folder, settings))
+        rows.append(job.stored(folder, settings) or earlier.get((method, concept)) or job.run(pipe, folder, settings))
         for prompt in concept_prompts(members(concept), limit).rows:
             prompts[prompt.id] = prompt.prompt
         table = Table(rows, settings, prompts)
@@ -84,6 +88,20 @@ def bench(
     table = Table(rows, settings, prompts)
     write(table, folder)
     return table
+
+
+def _earlier_rows(path: Path, settings: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """Return (method, concept) -> row of a table that an earlier run wrote with the same settings."""
+    try:
+        table = Table.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise ErasureError(f"{path}: not a table of `erasure bench` (bench.json): {fault}") from None
+    if table.settings != settings:
+        raise ErasureError(
+            f"{path} was measured with the settings {table.settings}, not {settings}: rows of both in one table would "
+            "not be comparable. Give the same --limit and --set, or another table"
+        )
+    return {(row.method, row.concept): row for row in table.rows}
 
 
 def _check_concepts(concepts: list[str], listed: list[str]) -> None:
@@ -96,7 +114,7 @@ def _check_concepts(concepts: list[str], listed: list[str]) -> None:
 
 
 def write(table: Table, folder: Path) -> None:
-    """Write bench.png and bench.html from a table and the runs in its folder.
+    """Write bench.png and bench.html from a table and the runs in its folder; rows without a run are left out.
 
     Args:
         table: the rows to show.
@@ -108,6 +126,9 @@ def write(table: Table, folder: Path) -> None:
     from erasure.benchmark.page import page
     from erasure.benchmark.strip import strip
 
+    table = replace(table, rows=[r for r in table.rows if _run_folder(folder, r.method, r.concept).is_dir()])
+    if not table.rows:
+        return
     image = picture(table.rows, folder)
     image.save(folder / "bench.tmp", format="PNG", optimize=True)
     os.replace(folder / "bench.tmp", folder / "bench.png")

@@ -163,6 +163,12 @@ def _bench_arguments(parser: Parser) -> None:
     )
     runs.add("--limit", type=int, metavar="N", shown="all", help="Number of prompts per concept, approximately")
     add_settings(runs, "every run")
+    runs.add(
+        "--rows-from",
+        type=Path,
+        metavar="FILE",
+        help="Take rows from an earlier table (bench.json) with the same settings instead of measuring them again",
+    )
     add_folder(Options(parser, "output"), "build/bench")
 
 
@@ -293,5 +299,6 @@ def run_bench(args: argparse.Namespace) -> None:
         limit=args.limit,
         progress=not args.json,
         overrides=parse_overrides(args.set),
+        rows_from=args.rows_from,
     )
     say(args, results.to_json(), results.markdown())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,23 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     with pytest.raises(ErasureError, match="at least"):
         concept_prompts(["dog"], limit=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_an_earlier_table_are_not_measured_again(tmp_path):
+    earlier, folder = tmp_path / "earlier.json", tmp_path / "bench"
+    first = replace(row("dog", 0.8), outcomes={"UA": {"a": True, "b": False}}, base={"UA": {"a": False, "b": False}})
+    earlier.write_text(json.dumps(Table([first], {"limit": 12, "overrides": {}}, {"a": "a dog"}).to_json()))
+    options = {"limit": 12, "progress": False, "rows_from": earlier}
+    table = bench(["esd"], ["dog"], folder, **options)
+    assert table.rows == [first]
+    assert Table.from_json(json.loads((folder / "bench.json").read_text())).rows == [first]
+    assert "| dog |" in (folder / "bench.md").read_text()
+    assert not (folder / "bench.html").exists() and not (folder / "esd").exists()  # they have no images
+    with pytest.raises(ErasureError, match="not .*'limit': 20.* not be comparable"):
+        bench(["esd"], ["dog"], folder, **{**options, "limit": 20})
+    earlier.write_text("{")
+    with pytest.raises(ErasureError, match="not a table of `erasure bench`"):
+        bench(["esd"], ["dog"], folder, **options)
 
 
 @pytest.mark.slow
