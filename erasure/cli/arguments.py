@@ -159,7 +159,7 @@ class Commands:
         self,
         name: str,
         about: str,
-        run: Callable[[argparse.Namespace], None] | None,
+        run: Callable[[argparse.Namespace], int | None] | None,
         arguments: Callable[[Parser], None] = lambda parser: None,
         details: str = "",
         examples: str = "",
@@ -169,7 +169,7 @@ class Commands:
         Args:
             name: as users type it.
             about: what it does, as one sentence without a full stop.
-            run: does it, given the parsed command line.
+            run: does it, given the parsed command line, and returns the exit code; None stands for 0.
             arguments: adds its own arguments, in groups.
             details: more for its help page.
             examples: command lines, one a line.

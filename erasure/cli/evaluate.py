@@ -139,8 +139,8 @@ def run_generate(args: argparse.Namespace) -> None:
     )
 
 
-def run_evaluate(args: argparse.Namespace) -> None:
-    """Run `erasure evaluate`."""
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Run `erasure evaluate`, and return its exit code."""
     from erasure.evaluation import evaluate
 
     concept = erased_concepts(args)
@@ -154,16 +154,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
     }
     measures = {"features": args.features, "lpips": args.lpips, "reference": args.reference}
     if args.suite:
-        _run_suite(args, concept, measures, options)
-        return
+        return _run_suite(args, concept, measures, options)
     rows = prompt_rows(args)
     if rows is not None:
         options["prompts"] = rows
     report = evaluate(pipeline(args), concept, judge=judge(args), within=args.inside, **measures, **options)
     say(args, report.to_json(), *reports.evaluation(report), _written(args))
+    return 0
 
 
-def _run_suite(args: argparse.Namespace, concept: Any, measures: dict[str, Any], options: dict[str, Any]) -> None:
+def _run_suite(args: argparse.Namespace, concept: Any, measures: dict[str, Any], options: dict[str, Any]) -> int:
     from erasure.evaluation.judges.registry import check_judge
     from erasure.evaluation.suite import Suite, run_suite
 
@@ -177,6 +177,7 @@ def _run_suite(args: argparse.Namespace, concept: Any, measures: dict[str, Any],
     outcome = run_suite(pipeline(args), concept, suite, data=args.data, judge=args.judge, measures=measures, **options)
     written = _written(args) if outcome.report else f"\nWritten: {args.out / 'suite.json'}"
     say(args, outcome.to_json(), *reports.suite(outcome), written)
+    return 1 if outcome.missing else 0
 
 
 def _written(args: argparse.Namespace) -> str:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parsed(words)
     _quiet()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ErasureError as fault:
         return _fail(args, str(fault), 2)
     except KeyboardInterrupt:
@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         return _fail(args, f"{type(fault).__name__}: {fault} (--debug shows the traceback)", 1)
-    return 0
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def evaluate(
     guidance: float | None = None,
     batch_size: int = 16,
     progress: bool = True,
+    notes: Sequence[str] = (),
 ) -> Report:
     """Measure what the patches on a pipeline erase and what they keep.
 
@@ -80,6 +82,7 @@ def evaluate(
         guidance: guidance scale of rows that set none; default: GUIDANCE of generate.py.
         batch_size: images per batch on an accelerator.
         progress: show the progress.
+        notes: sentences to add to the notes of the report.
 
     Returns:
         The report.
@@ -106,8 +109,8 @@ def evaluate(
 
     def judge_and_report() -> Report:
         extra = _white_box_metrics(pipe, concept, target, chosen, provenance, options) if within else {}
-        notes = [*renamed_labels(concept_names(concept), target), *caveats(chosen, target)]
-        return _report(distances, target, records, folders, report_folder, provenance, extra, notes)
+        remarks = [*notes, *renamed_labels(concept_names(concept), target), *caveats(chosen, target)]
+        return _report(distances, target, records, folders, report_folder, provenance, extra, remarks)
 
     # Several processes may have drawn the images; the first one judges them and writes the report.
     with process_group(on_cpu(pipe)) as group:

@@ -1,12 +1,12 @@
 """Suites: named protocols of prompts, judge, sampling and attacks (`configs/suites/*.yaml`, or a file of the user).
 
 A suite consists of parts, each a prompt set or a template. Together they form one prompt set, which `evaluate` runs.
-Whatever is not available (a file, the network, a judge's model) is reported as missing, and the rest still runs.
+Whatever is not available (a file, the network, a judge's model) is reported as missing, and the rest still runs; the
+command then ends with exit code 1.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import CONFIGS, build, read_yaml
 from erasure.errors import ErasureError, unknown
-from erasure.evaluation.metrics.target import NEIGHBOUR_ROLES, TARGET_ROLES
+from erasure.evaluation.suite_part import HEADS, ROLES, Part, substitute
 from erasure.evaluation.text_files import write_text
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
@@ -27,105 +27,24 @@ if TYPE_CHECKING:
     from erasure.evaluation.report.report import Report
 
 FOLDER = CONFIGS / "suites"
-ROLES = ("", *TARGET_ROLES, *NEIGHBOUR_ROLES)
-HEADS = ("object", "style", "identity")  # heads whose labels a suite can pass on to its judge
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a suite, whose rows come either from a prompt set (`prompts`) or from a template.
+class Peers:
+    """Concepts of one kind, from which the judge of a suite chooses when it looks for one of them.
 
-    In `prompts`, `template` and `where`, {concept} stands for the name of the first concept, and {data} for the user's
-    data folder.
+    The list does not depend on the target. Labels chosen for their nearness to the target would take its images for
+    theirs, and so flatter the erasure.
 
     Args:
-        prompts: name, file or hub source of a prompt set; "about": glyph's prompts about the concepts, with roles.
-        where: conditions that rows must meet.
-        labels: name of a column in the file -> head of the judge.
-        put: labels to add to every row.
-        only: concepts for which the part is used; empty: all.
-        role: role of the rows, one of ROLES (target.py).
-        first: number of rows to take from the beginning; None: all.
-        limit: largest number of those rows, chosen at regular intervals; None: all.
-        template: a text with names of `fill` in braces; every combination of their values becomes a row.
-        fill: name -> its values; names that are heads become labels.
-        seeds: seeds with which every row of a template is repeated.
-        get: where the user can get the file, for the message about a missing part.
+        concepts: names of the concepts.
+        otherwise: label of an image that shows none of them.
+        template: text with {} for the judge to compare images with.
     """
 
-    prompts: str | None = None
-    where: tuple[str, ...] = ()
-    labels: dict[str, str] = field(default_factory=dict)
-    put: dict[str, str] = field(default_factory=dict)
-    only: tuple[str, ...] = ()
-    role: str = ""
-    first: int | None = None
-    limit: int | None = None
-    template: str | None = None
-    fill: dict[str, list[str]] = field(default_factory=dict)
-    seeds: tuple[str, ...] = ("0",)
-    get: str = ""
-
-    def rows(self, name: str, concepts: Sequence[str], data: Path | None) -> list[Prompt]:
-        """Return the rows of the part, whose ids begin with its name.
-
-        Args:
-            name: name of the part.
-            concepts: names of the concepts.
-            data: the user's data folder, or None.
-
-        Raises:
-            ErasureError: a file or the data folder is missing, or the part is malformed.
-        """
-        if self.only and not set(self.only) & set(concepts):
-            return []
-        values = {"concept": concepts[0], "data": "" if data is None else os.fspath(data)}
-        source_rows = self._source_rows(concepts, values, data)
-        rows: Sequence[Prompt] = [
-            replace(row, id=f"{name}-{row.id}", labels=self._with_labels(row.labels, values)) for row in source_rows
-        ]
-        if self.where:
-            rows = PromptSet(name, rows).where(*(_substitute(text, values) for text in self.where)).rows
-        rows = rows[: self.first]
-        if self.limit is not None and len(rows) > self.limit and self.prompts != "about":
-            rows = [rows[i * len(rows) // self.limit] for i in range(self.limit)]
-        return list(rows)
-
-    def _source_rows(self, concepts: Sequence[str], values: dict[str, str], data: Path | None) -> Sequence[Prompt]:
-        if self.template is not None:
-            return self._template_rows(values)
-        if self.prompts == "about":
-            from erasure.prompts.concept_prompts import concept_prompts
-
-            return concept_prompts(concepts, self.limit).rows
-        source = _substitute(self.prompts or "", values)
-        if "{data}" in (self.prompts or "") and data is None:
-            raise ErasureError(f"{self.prompts} needs a data folder: give one with --data")
-        return PromptSet.read(source).rows
-
-    def _with_labels(self, labels: Mapping[str, str], values: dict[str, str]) -> dict[str, str]:
-        renamed = {self.labels.get(key, key): value for key, value in labels.items()}
-        renamed |= {key: _substitute(value, values) for key, value in self.put.items()}
-        return {**renamed, "role": self.role} if self.role else renamed
-
-    def _template_rows(self, values: dict[str, str]) -> list[Prompt]:
-        names = list(self.fill)
-        rows: list[Prompt] = []
-        for combination in itertools.product(*self.fill.values()):
-            chosen = {name: _substitute(value, values) for name, value in zip(names, combination, strict=True)}
-            text = _substitute(self.template or "", {**values, **chosen})
-            for seed in self.seeds:
-                rows.append(Prompt(f"{len(rows):05d}", text, int(seed), None, chosen))
-        return rows
-
-
-def _substitute(text: str, values: Mapping[str, str]) -> str:
-    try:
-        return text.format(**values)
-    except (KeyError, IndexError, ValueError) as fault:
-        raise ErasureError(
-            f"{text!r}: cannot fill in {fault}; the allowed fields are {', '.join(f'{{{name}}}' for name in values)}"
-        ) from None
+    concepts: tuple[str, ...]
+    otherwise: str
+    template: str = "a photo of {}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +56,8 @@ class Suite:
         source: the paper or project that it follows.
         parts: name -> part.
         judge: a judge as `find_judge` takes it; {data} stands for the user's data folder, and {objects}, {styles} and
-            {identities} for comma-separated lists of the labels of all rows, regardless of any limit.
+            {identities} for comma-separated lists of the labels of all rows, regardless of any limit; {peers} and
+            {peers_template} for the labels and the template of the concept's `peers`.
         base: the checkpoint for which results are published.
         steps: sampling steps; None: the default.
         guidance: guidance scale; None: the default.
@@ -145,6 +65,7 @@ class Suite:
         attacks: names of the attacks that follow.
         cases: number of prompts to attack.
         differs: how the suite differs from the published protocol.
+        peers: kind of concept -> the concepts of that kind.
         name: name of the suite.
     """
 
@@ -159,6 +80,7 @@ class Suite:
     attacks: tuple[str, ...] = ()
     cases: int = 12
     differs: str = ""
+    peers: dict[str, Peers] = field(default_factory=dict)
     name: str = ""
 
     @classmethod
@@ -190,10 +112,11 @@ class Suite:
                     raise ErasureError(f"part {name!r} needs either prompts or a template")
                 if part.role not in ROLES:
                     raise unknown("role", part.role, ROLES)
+            peers = {kind: build(Peers, entry) for kind, entry in content.pop("peers", {}).items()}
             suite = build(cls, {"about": "", "source": "", "parts": {}, **content})
         except ErasureError as fault:
             raise ErasureError(f"{path}: {fault}") from None
-        return replace(suite, parts=parts, name=path.stem)
+        return replace(suite, parts=parts, peers=peers, name=path.stem)
 
     def rows(self, concepts: Sequence[str], data: Path | None = None) -> tuple[PromptSet, list[str]]:
         """Return one prompt set of all parts that are available, and a message for each part that is not.
@@ -216,6 +139,25 @@ class Suite:
             raise ErasureError(f"suite {self.name}: there are no prompts. " + ". ".join(missing))
         return PromptSet(f"suite-{self.name}", rows), missing
 
+    def judge_fields(self, concept: str, rows: PromptSet) -> dict[str, str]:
+        """Return the fields of the judge's text besides {data}, by name.
+
+        Args:
+            concept: name of the first concept.
+            rows: all rows of the suite.
+
+        Raises:
+            ErasureError: the suite has `peers`, and the concept is none of them.
+        """
+        fields = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
+        if not self.peers:
+            return fields
+        group = next((peers for peers in self.peers.values() if concept in peers.concepts), None)
+        if group is None:
+            known = [name for peers in self.peers.values() for name in peers.concepts]
+            raise unknown(f"concept of suite {self.name}", concept, known)
+        return {**fields, "peers": ",".join([*group.concepts, group.otherwise]), "peers_template": group.template}
+
 
 @dataclass(frozen=True)
 class SuiteResult:
@@ -225,7 +167,8 @@ class SuiteResult:
         suite: the suite.
         report: the evaluation, or None without a judge.
         attacks: the attacks, or None if the suite has none.
-        missing: parts, judges and measurements that were not available, and why.
+        missing: parts, judges, measurements and attacks that are missing from the results, and why. A suite with such
+            a list is incomplete, and the command ends with exit code 1.
     """
 
     suite: Suite
@@ -300,7 +243,7 @@ def run_suite(
     data_folder = None if data is None else Path(data)
     rows, missing = protocol.rows(concepts, data_folder)
     # The judge knows the labels of the whole suite. Among fewer labels it would be right more often.
-    labels = {f"{head}s".replace("ys", "ies"): ",".join(rows.label_values(head)) for head in HEADS}
+    labels = protocol.judge_fields(concepts[0], rows)
     if limit is not None:
         protocol = replace(protocol, parts={name: replace(part, limit=limit) for name, part in protocol.parts.items()})
         rows, missing = protocol.rows(concepts, data_folder)
@@ -308,11 +251,13 @@ def run_suite(
     settings: dict[str, Any] = {"steps": protocol.steps, "guidance": protocol.guidance}
     settings |= {key: value for key, value in sampling.items() if value is not None}
     report = attacks = None
-    spec = _substitute(judge or protocol.judge, {"data": os.fspath(data or "data"), **labels})
+    spec = substitute(judge or protocol.judge, {"data": os.fspath(data or "data"), **labels})
     try:
         suite_judge: Judge = find_judge(spec)
     except ErasureError as fault:
         missing.append(f"judge {spec[:120]}: {fault}. The images were drawn; judge them by a run with another --judge")
+        if protocol.attacks:
+            missing.append(f"attacks {', '.join(protocol.attacks)}: not run, for they need the judge")
         drawing = {**settings, "steps": settings["steps"] or STEPS, "guidance": settings["guidance"] or GUIDANCE}
         generate(pipe, rows, out / "patched", progress=progress, **drawing)
         with switched_off(pipe):
@@ -329,6 +274,10 @@ def run_suite(
     return result
 
 
+def _differences(suite: Suite) -> list[str]:
+    return [f"Suite {suite.name} differs from the published protocol: {suite.differs}"] if suite.differs else []
+
+
 def _measure(
     pipe: Any,
     concepts: list[str],
@@ -342,12 +291,17 @@ def _measure(
     from erasure.evaluation.evaluate import evaluate
 
     try:
-        report = evaluate(pipe, concepts, folder=folder, whole=True, **options, **extra)
+        report = evaluate(pipe, concepts, folder=folder, whole=True, notes=_differences(suite), **options, **extra)
     except ErasureError as fault:  # possibly caused by the missing parts
         raise ErasureError(". Missing: ".join([str(fault), *missing])) from None
+    missing += report.missing
     if not suite.attacks:
         return report, None
     from erasure.evaluation.attacks.run import attack
 
-    attacks = attack(pipe, concepts, suite.attacks, folder=folder / "attacks", cases=suite.cases, **options)
+    try:
+        attacks = attack(pipe, concepts, suite.attacks, folder=folder / "attacks", cases=suite.cases, **options)
+    except ErasureError as fault:  # such as a base that does not show the concept
+        missing.append(f"attacks {', '.join(suite.attacks)}: {fault}")
+        return report, None
     return report, attacks

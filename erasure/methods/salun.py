@@ -41,7 +41,7 @@ from erasure.config import setting
 from erasure.errors import ErasureError
 from erasure.method import GradientMethod
 from erasure.model.base import Base
-from erasure.model.diffusion import add_noise, guide, to_eps
+from erasure.model.diffusion import add_noise, count_metadata, count_stored, counting, guide, to_eps
 from erasure.model.trajectories import TrajectoryPool, build_pool, in_turn
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
@@ -211,10 +211,12 @@ class SalUn(GradientMethod):
                 )
         elif path is not None and path.is_file():
             masks = read_mask(path, state.base.unet)
+            count_stored(state.base.unet, path)
         else:
-            masks = top(self.saliency(state), self.density)
+            with counting(state.base.unet) as spent:
+                masks = top(self.saliency(state), self.density)
             if path is not None:
-                write_mask(masks, path)
+                write_mask(masks, path, metadata=count_metadata(spent))
         if self.save_mask is not None and run.group.main:
             write_mask(masks, self.save_mask)
         state.adapter.mask(masks)

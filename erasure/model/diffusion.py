@@ -5,14 +5,19 @@ Symbols: x latents [n, c, h, w], t timesteps, eps noise, a = alphas_cumprod[t].
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+
+COSTS = "erasure.costs"  # key of a safetensors file's metadata
 
 
 @dataclass
@@ -32,6 +37,10 @@ class Counts:
     def to_json(self) -> dict[str, float]:
         """Return the costs as plain data with the keys F, B and seconds, for headers and reports."""
         return {"F": self.forward, "B": self.backward, "seconds": round(self.seconds, 4)}
+
+
+# The contexts of `counting` that are open, each with its network; `count_stored` adds to their counts.
+_OPEN: list[tuple[nn.Module, Counts]] = []
 
 
 @contextmanager
@@ -54,11 +63,35 @@ def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
             sample.register_hook(back)
 
     handle, begun = unet.register_forward_hook(forward), time.perf_counter()
+    _OPEN.append(entry := (unet, counts))
     try:
         yield counts
     finally:
+        _OPEN[:] = [other for other in _OPEN if other is not entry]
         handle.remove()
         counts.seconds += time.perf_counter() - begun
+
+
+def count_metadata(counts: Counts) -> dict[str, str]:
+    """Return the costs of the tensors in a safetensors file as its metadata, from which `count_stored` reads them."""
+    return {COSTS: json.dumps([counts.forward, counts.backward, counts.seconds])}
+
+
+def count_stored(unet: nn.Module, path: Path) -> None:
+    """Add the costs of a file that an interrupted run wrote to the open contexts of `counting` of a network.
+
+    A run that reads a file instead of calling the UNet then reports the same costs as one that was not interrupted.
+
+    Args:
+        unet: the network.
+        path: a safetensors file; one without costs counts nothing.
+    """
+    with safe_open(path, "pt") as file:
+        forward, backward, seconds = json.loads((file.metadata() or {}).get(COSTS, "[0, 0, 0.0]"))
+    for network, counts in _OPEN:
+        if network is unet:
+            counts.forward, counts.backward = counts.forward + forward, counts.backward + backward
+            counts.seconds += seconds
 
 
 def signal_and_noise(scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor]:

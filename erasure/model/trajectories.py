@@ -20,7 +20,7 @@ from torch import Tensor
 
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions
-from erasure.model.diffusion import guide
+from erasure.model.diffusion import count_metadata, count_stored, counting, guide
 
 
 @dataclass
@@ -64,10 +64,10 @@ class TrajectoryPool:
         """Return the tuples with the indices `index` [b] as a pool."""
         return TrajectoryPool(*(value[index] for value in vars(self).values()))
 
-    def save(self, path: Path) -> None:
-        """Write the pool to a safetensors file, from which a resumed run reads it."""
+    def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the pool to a safetensors file with metadata, from which a resumed run reads it."""
         temporary = path.with_suffix(".tmp")
-        save_file({key: value.contiguous() for key, value in vars(self).items()}, temporary)
+        save_file({key: value.contiguous() for key, value in vars(self).items()}, temporary, metadata)
         os.replace(temporary, path)
 
     @classmethod
@@ -214,10 +214,12 @@ def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **opt
         options: arguments of `build_pool`.
     """
     if path is not None and path.is_file():
+        count_stored(base.unet, path)
         return TrajectoryPool.load(path)
-    pool = build_pool(base, pairs, **options)
+    with counting(base.unet) as spent:
+        pool = build_pool(base, pairs, **options)
     if path is not None:
-        pool.save(path)
+        pool.save(path, count_metadata(spent))
     return pool
 
 

@@ -7,8 +7,9 @@ Besides our own columns (id, prompt, seed, guidance, labels), these are understo
   except IGNORED, which describe how somebody else's image was drawn.
 - RECE's and Ring-A-Bell's prompt pairs: the sensitive prompt is drawn, and the normal one becomes the label
   `normal prompt`.
-- HUB (2410.05664): one prompt per line without a header; translations, where each language becomes a row with the
-  label `language`; nouns, which become "a photo of NOUN" with the label `object`; JSON lists of prompts and nouns.
+- HUB (2410.05664): one prompt per line without a header, where the NUL characters of attack prompts are left out;
+  translations, where each language becomes a row with the label `language`; nouns, which become "a photo of NOUN" with
+  the label `object`; JSON lists of prompts and nouns.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ INDEX = re.compile(r"(unnamed: [\d.]+|index)?", re.IGNORECASE)
 IGNORED = ("sd_image_width", "sd_image_height", "sd_model", "lexica_url")
 LANGUAGES = ("Original", "Spanish", "French", "German", "Italian", "Portuguese")
 NOUN_PROMPT = "a photo of {noun}"
+LFS = "version https://git-lfs"
+MAX_NUL = 1000  # a text file has at most one NUL in so many characters
 SEEDS = range(-(2**63), 2**64)  # the seeds that torch accepts
 
 
@@ -107,10 +110,16 @@ def _read_text(path: Path) -> str:
         raise ErasureError(
             f"{path}, line {line}, byte {column}: 0x{byte:02x} is not valid UTF-8; save the file as UTF-8"
         ) from None
-    if "\0" in text:
+    if text.startswith(LFS):
+        raise ErasureError(
+            f"{path} is only Git LFS's pointer to the file: fetch the file itself with `git lfs pull` in its repository"
+        )
+    # HUB's attack prompts, decoded from searched tokens, hold single NUL characters, which CLIP's published tokenizer
+    # drops. A file with many of them is not text, or is text in UTF-16.
+    if text.count("\0") * MAX_NUL > len(text):
         line, column = _position(text, text.index("\0"), "\n")
-        raise ErasureError(f"{path}, line {line}, character {column}: a NUL byte; this is not a text file")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        raise ErasureError(f"{path}, line {line}, character {column}: a NUL byte; this is not a text file in UTF-8")
+    return text.replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _position(data: Any, offset: int, newline: Any) -> tuple[int, int]:

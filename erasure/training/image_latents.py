@@ -15,7 +15,7 @@ from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import naming
 from erasure.errors import ErasureError
 from erasure.model.base import Base
-from erasure.model.diffusion import guide, wide
+from erasure.model.diffusion import count_metadata, count_stored, counting, guide, wide
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -68,24 +68,26 @@ def drawn(
     """
     texts = [prompts[i % len(prompts)] for i in range(count)]
     if path is not None and path.is_file():
+        count_stored(base.unet, path)
         mean = load_file(path)["mean"]
         return Images(mean, torch.zeros_like(mean), texts)
     schedule = base.sampler("ddim")
     parts = []
-    for start in range(0, count, batch):
-        part = texts[start : start + batch]
-        schedule.set_timesteps(steps, device=base.device)
-        noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
-        x = torch.stack([torch.randn(base.latent_shape(), generator=generator) for generator in noise])
-        x = x.to(base.device, base.unet.dtype) * schedule.init_noise_sigma
-        conditions = base.conditions([""] * len(part) + part)
-        for t in schedule.timesteps:
-            empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, conditions).chunk(2)
-            x = schedule.step(guide(empty, named, guidance), t, x).prev_sample
-        parts.append(x.float().cpu())
+    with counting(base.unet) as spent:
+        for start in range(0, count, batch):
+            part = texts[start : start + batch]
+            schedule.set_timesteps(steps, device=base.device)
+            noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
+            x = torch.stack([torch.randn(base.latent_shape(), generator=generator) for generator in noise])
+            x = x.to(base.device, base.unet.dtype) * schedule.init_noise_sigma
+            conditions = base.conditions([""] * len(part) + part)
+            for t in schedule.timesteps:
+                empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, conditions).chunk(2)
+                x = schedule.step(guide(empty, named, guidance), t, x).prev_sample
+            parts.append(x.float().cpu())
     mean = torch.cat(parts)
     if path is not None:
-        save_file({"mean": mean}, path.with_suffix(".tmp"))
+        save_file({"mean": mean}, path.with_suffix(".tmp"), count_metadata(spent))
         os.replace(path.with_suffix(".tmp"), path)
     return Images(mean, torch.zeros_like(mean), texts)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Run:
         if self.folder is None:
             return
         note = self.folder / "run.json"
+        shutil.rmtree(self._discarded(self.folder), ignore_errors=True)
         try:
             if note.is_file():
                 if json.loads(note.read_text()).get("key") != key:
@@ -134,6 +135,17 @@ class Run:
         return path if exists or self.group.main else None
 
     def close(self) -> None:
-        """Delete the state, once the patch is written."""
-        if self.folder is not None and self.group.main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the state, once the patch is written.
+
+        The folder is renamed first: deleted only in part, it could be taken for the state of another run.
+        """
+        if self.folder is None or not self.group.main:
+            return
+        discarded = self._discarded(self.folder)
+        with suppress(OSError):
+            os.replace(self.folder, discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+
+    @staticmethod
+    def _discarded(folder: Path) -> Path:
+        return folder.with_name(f"{folder.name}.discarded")

@@ -71,7 +71,10 @@ def _bin(parts: Iterable[Tensor], wanted: int) -> tuple[int, int]:
 
 
 def write_mask(
-    masks: Mapping[str, Tensor], path: str | os.PathLike[str], names: Mapping[str, str] | None = None
+    masks: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    names: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write masks as safetensors, with one bit per weight.
 
@@ -82,6 +85,7 @@ def write_mask(
         masks: boolean tensors by parameter name.
         path: of the file.
         names: other names for the parameters, such as `compvis_names` gives.
+        metadata: further metadata of the file, such as the costs of the masks.
 
     Raises:
         ErasureError: the file cannot be written.
@@ -92,7 +96,7 @@ def write_mask(
     temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"erasure.mask": "1", **shapes})
+        save_file(tensors, temporary, metadata={"erasure.mask": "1", **(metadata or {}), **shapes})
         os.replace(temporary, target)
     except (OSError, SafetensorError) as fault:
         with suppress(OSError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +12,8 @@ from erasure.errors import ErasureError
 from erasure.evaluation.judges import registry as judges
 from erasure.evaluation.suite import Suite, names, run_suite
 from erasure.pipelines import ErasedStableDiffusionPipeline
+from erasure.prompts.prompt_set import PromptSet
+from erasure.prompts.row import Prompt
 from tests.evaluation.judging import Fixed
 from tests.evaluation.standin import BrightnessJudge
 from tests.patch.making import delta_patch
@@ -95,7 +99,7 @@ def test_maces_judge_uses_the_template_of_its_script(monkeypatch, tmp_path):
     monkeypatch.setattr(judges, "factory", lambda kind: Told)
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     with pytest.raises(ErasureError, match="has no such object"):  # the stand-in has two of the ten
-        run_suite(pipe, "cat", "mace-objects", folder=tmp_path, limit=1, **QUICK)
+        run_suite(pipe, "cat", "mace-objects", folder=tmp_path, limit=2, **QUICK)
     assert options["template"] == "a photo of the {}" and len(options["labels"].split(",")) == 10
 
 
@@ -137,11 +141,11 @@ class Obliging(Fixed):
     [
         ("esd-styles", "Vincent van Gogh", 20, {"UA": (0, 1)}),
         ("mace-objects", "airplane", 10, {"UA": (0, 2), "IRA": (0, 18), "leak": (1, 20)}),
-        ("unlearncanvas", "Abstractionism", 51, {"UA": (0, 2), "IRA": (0, 100), "CRA": (0.5, 100)}),
+        ("unlearncanvas", "Abstractionism", 51, {"UA": (0, 2), "IRA": (0, 100), "CRA": (0.04, 100)}),
         ("i2p", "nudity", 2, {"UA": (1, 2), "IRA": (1, 2)}),
     ],
 )
-def test_published_suites_run_through_to_a_report(name, concept, count, figures, monkeypatch, tmp_path):
+def test_published_suites_run_through_to_a_report(name, concept, count, figures, nothing, monkeypatch, tmp_path):
     """Only the judge is a substitute; the tiny pipeline draws."""
     from erasure.prompts import hub_sets
 
@@ -162,7 +166,8 @@ def test_published_suites_run_through_to_a_report(name, concept, count, figures,
     limit = {"unlearncanvas": 102, "esd-styles": 20}.get(name, 2 if name == "i2p" else 20)
     options = {"data": tmp_path, "limit": limit, "steps": 1, "progress": False, "measures": {"lpips": None}}
     result = run_suite(pipe, concept, name, folder=tmp_path / "out", **options)
-    assert not result.missing and len(next(iter(built[0].heads.values()))) == count
+    assert [text[:10] for text in result.missing] == ["lpips alex"] * (name == "esd-styles")
+    assert len(next(iter(built[0].heads.values()))) == count
     values = {metric.name: (metric.value, metric.n) for metric in result.report.rows["patched"]}
     assert {key: values.get(key) for key in figures} == figures
     if name == "unlearncanvas":
@@ -197,10 +202,108 @@ def test_the_command_names_the_file_that_was_written(tmp_path, monkeypatch, caps
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     out = tmp_path / "out"
     options = ["--limit", "1", "--steps", "1", "--judge", "clip:nowhere?labels=ship,truck", "-o", str(out)]
-    assert main(["evaluate", "ship", "--suite", "mace-objects", *options]) == 0
+    assert main(["evaluate", "ship", "--suite", "mace-objects", *options]) == 1
     output = " ".join(capsys.readouterr().out.split())  # however long the path is, and so where lines break
     assert "missing: judge clip:nowhere" in output and output.endswith(f"Written: {out / 'suite.json'}")
     assert (out / "suite.json").is_file() and not (out / "report.html").exists()
+
+
+def test_a_limit_leaves_every_theme_object_and_seed_of_unlearncanvas():
+    suite = Suite.read("unlearncanvas")
+    limited = replace(suite, parts={name: replace(part, limit=102) for name, part in suite.parts.items()})
+    rows = limited.rows(["Van Gogh"])[0].rows
+    assert rows == limited.rows(["Van Gogh"])[0].rows and len(rows) == 102
+    for value, count in (("style", 51), ("object", 20)):
+        found = Counter(row.labels[value] for row in rows)
+        assert len(found) == count and max(found.values()) - min(found.values()) <= 1
+    assert set(Counter(row.seed for row in rows).values()) <= {20, 21}
+    alone = replace(suite, parts={name: replace(part, limit=1) for name, part in suite.parts.items()})
+    assert alone.rows(["Van Gogh"])[0].rows[0].labels["style"] == "Van Gogh"  # the concept comes first
+
+
+def test_suites_for_stable_diffusion_name_their_sampling():
+    for name in names():
+        suite = Suite.read(name)
+        assert suite.base == "glyph" or (suite.steps, suite.guidance) == {"unlearncanvas": (100, 9)}.get(
+            name, (50, 7.5)
+        )
+
+
+@pytest.mark.parametrize(
+    ("concept", "others", "template"),
+    [
+        ("Picasso", ["Andy Warhol", "Van Gogh", "another artist"], "style"),
+        ("Emma Watson", ["Tom Cruise", "another person"], "photo"),
+        ("Nudity", ["Nudity", "Violent", "Disturbing", "harmless"], "content"),
+    ],
+)
+def test_hubs_judge_chooses_among_the_concepts_of_the_kind(concept, others, template):
+    suite = Suite.read("hub")
+    fields = suite.judge_fields(concept, PromptSet("x", [Prompt("a", "a dog", 1, None, {"object": "dog"})]))
+    labels = fields["peers"].split(",")
+    assert concept in labels and set(others) <= set(labels) and "dog" not in labels and fields["objects"] == "dog"
+    assert template in fields["peers_template"] and len(labels) == {"Nudity": 4}.get(concept, 11)
+    assert sum(len(peers.concepts) for peers in suite.peers.values()) == 33
+    with pytest.raises(ErasureError, match="did you mean 'Snoopy'"):
+        suite.judge_fields("snoopy", PromptSet("x", [Prompt("a", "a dog", 1)]))
+
+
+ATTACKED = "attacks: [random, encoder]\ncases: 2\n"
+
+
+def run_command(monkeypatch, capsys, pipe, *words):
+    """Run `erasure evaluate cat` on a pipeline, and return the exit code and what it printed, on one line."""
+    from erasure.cli import evaluate
+    from erasure.cli.main import main
+
+    monkeypatch.setattr(evaluate, "pipeline", lambda args: pipe)
+    code = main(["evaluate", "cat", "--steps", "1", *words])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "listed"),
+    [
+        (lambda text: text[: text.index("  away:")], 0, []),
+        (lambda text: text, 1, ["part away: "]),
+        (lambda text: text[: text.index("  away:")].replace("brightness", "nobody"), 1, ["judge nobody: "]),
+        (lambda text: text[: text.index("  away:")] + "lpips: alex\n", 1, ["lpips alex"]),
+        (
+            lambda text: text.replace("brightness", "nobody") + ATTACKED,
+            1,
+            ["part away: ", "judge nobody: ", "attacks random, encoder: not run, for they need the judge"],
+        ),
+    ],
+)
+def test_the_exit_code_says_whether_the_suite_was_complete(
+    small, nothing, change, code, listed, tmp_path, monkeypatch, capsys
+):
+    small.write_text(change(SMALL))
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    out = str(tmp_path / "out")
+    found, output = run_command(monkeypatch, capsys, pipe, "--suite", str(small), "-o", out)
+    missing = json.loads((tmp_path / "out" / "suite.json").read_text())["missing"]
+    assert found == code and [text[: len(start)] for text, start in zip(missing, listed, strict=True)] == listed
+    assert all(f"missing: {start}" in output for start in listed)
+
+
+def test_attacks_that_cannot_run_are_listed_and_the_report_is_kept(small, tmp_path, monkeypatch):
+    """The base of this judge never shows the target, so that there is nothing to attack."""
+    monkeypatch.setattr(judges, "factory", lambda kind: NeverCat)
+    small.write_text(SMALL[: SMALL.index("  away:")] + ATTACKED)
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    result = run_suite(pipe, "cat", str(small), folder=tmp_path / "out", **QUICK)
+    assert result.report.metric("UA").value == 1 and result.attacks is None
+    assert len(result.missing) == 1 and result.missing[0].startswith(
+        "attacks random, encoder: the base model shows cat"
+    )
+
+
+class NeverCat(BrightnessJudge):
+    """A judge that sees a dog in every image."""
+
+    def judge(self, images):
+        return [{"object": {"cat": 0.0, "dog": 1.0, "none": 0.0}, "style": {"flat": 1.0, "round": 0.0}} for _ in images]
 
 
 def test_the_judge_keeps_all_labels_under_a_limit(small, tmp_path, monkeypatch):

@@ -267,6 +267,28 @@ def test_invalid_files(reading, text, message):
         reading(text)
 
 
+def test_hubs_attack_prompts_are_read_without_their_nul_characters(reading):
+    """As published: one prompt per line, 1,000 of them, with a few NULs in some of the files."""
+    lines = [f"snoop mous{i} snowy, regular pup \x05 nearby parks" for i in range(50)]
+    lines[7] = lines[7].replace("snowy", "sn\0owy")
+    rows = reading("\n".join(lines) + "\n", "Snoopy.csv").rows
+    assert [row.prompt for row in rows] == [line.replace("\0", "") for line in lines]
+    assert "\x05" in rows[7].prompt and [row.seed for row in rows] == list(range(50))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-be"])
+def test_text_of_another_encoding_is_refused_although_its_bytes_are_utf_8(reading, encoding):
+    with pytest.raises(ErasureError, match="line 1, character .: a NUL byte; this is not a text file"):
+        reading("a cat\na dog\n".encode(encoding), "x.csv")
+
+
+def test_a_pointer_of_git_lfs_is_not_a_list_of_prompts(reading):
+    """One of HUB's attack files is stored with LFS."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:6c73\nsize 103509\n"
+    with pytest.raises(ErasureError, match="x.csv is only Git LFS's pointer .*`git lfs pull`"):
+        reading(pointer, "x.csv")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
