@@ -221,6 +221,7 @@ def header_results(report: Report, attack_report: AttackReport | None) -> dict[s
                 "tries": outcome["rounds"],
                 "access": outcome["access"],
                 "settings": outcome["settings"],
+                "adapted": outcome["adapted"],
             }
             for name, outcome in outcomes.items()
         },

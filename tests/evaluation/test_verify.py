@@ -55,6 +55,7 @@ def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source,
     card = verification.card.read_text()
     for part in ("evaluation", "attacks"):
         assert str(tmp_path / "out" / part / "report.html") in verification.text()
+    assert "adapted budget" not in card  # `encoder` has one budget only
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: images of other objects recognised as such" in card
     again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"
@@ -98,3 +99,11 @@ def test_bad_input(pipe, source, tmp_path):
     source.write_bytes(source.read_bytes()[:100])
     with pytest.raises(ErasureError, match="cat.safetensors"):
         verify(pipe, source, folder=tmp_path / "x", judge=Judge(), **QUICK)
+
+
+def test_the_card_says_what_an_adapted_budget_changes(pipe, source, tmp_path):
+    options = {"attacks": ["noise-scale"], "judge": Judge(), **QUICK}
+    verification = verify(pipe, source, folder=tmp_path / "out", **options)
+    assert verification.results["attacks"]["noise-scale"]["adapted"].keys() == {"etas", "scales"}
+    text = "noise-scale ran an adapted budget: etas (1, 1.34, 1.68) (full: (1, 1.17, 1.34, 1.51, 1.68, 1.85)), "
+    assert text in verification.card.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,12 +59,7 @@ class Outcome:
 
     def budget(self) -> str:
         """Return one sentence on how the budget was adapted, or nothing if it was the full one."""
-        if not self.adapted:
-            return ""
-        changes = ", ".join(
-            f"{name} {_shown(self.settings[name])} (full: {_shown(value)})" for name, value in self.adapted.items()
-        )
-        return f"{self.name} ran an adapted budget: {changes}"
+        return budget_note(self.name, self.settings, self.adapted)
 
     def share(self, tries: int | None = None, control: bool = False) -> dict[str, float] | None:
         """Return the attack success rate with its 95 % Wilson interval, or None if there is no control.
@@ -207,6 +203,18 @@ def _rate(hits: int, n: int) -> dict[str, float]:
     """Return a share of n cases with its 95 % Wilson interval."""
     low, high = wilson(hits, n)
     return {"value": hits / n, "low": low, "high": high, "n": n}
+
+
+def budget_note(name: str, settings: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
+    """Return one sentence on how the budget of an attack was adapted, or nothing if it was the full one.
+
+    Args:
+        name: name of the attack.
+        settings: the settings that it ran with.
+        adapted: setting -> value of the full budget, for the settings that differ from it.
+    """
+    changes = [f"{key} {_shown(settings[key])} (full: {_shown(value)})" for key, value in adapted.items()]
+    return f"{name} ran an adapted budget: {', '.join(changes)}" if changes else ""
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
+from erasure.evaluation.attacks.report import budget_note
 from erasure.evaluation.metrics.metric import format_estimate, format_value
 from erasure.patch.loaders import as_it_is
 
@@ -55,6 +56,11 @@ def table(results: dict[str, Any]) -> str:
                 f"| {name} | {cell['access']} | {cell['before']:.0%} | {estimate_text('', cell)} | {control} "
                 f"| {cell['n']} |"
             )
+        notes = [
+            budget_note(name, cell.get("settings", {}), cell.get("adapted", {}))
+            for name, cell in results["attacks"].items()
+        ]
+        lines += [f"\n{note}." for note in notes if note]
     return "\n".join(lines)
 
 
