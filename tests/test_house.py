@@ -13,6 +13,7 @@ import pytest
 
 import erasure
 from erasure import methods
+from erasure.evaluation.attacks import attack as attacks
 
 ROOT = Path(erasure.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -111,7 +112,8 @@ def test_files_and_functions_stay_small(path):
 
 
 def test_no_method_is_named_by_pipelines_and_evaluation():
-    words = re.compile(rf"\b({'|'.join(methods.names())})\b", re.IGNORECASE)
+    """RECE is an attack too, which evaluation may name."""
+    words = re.compile(rf"\b({'|'.join(set(methods.names()) - set(attacks.names()))})\b", re.IGNORECASE)
     for path in FILES:
         if module(path).split(".")[1:2] in (["pipelines"], ["evaluation"], ["patch"]):
             assert not [text for text in spoken(path) if words.search(text)], path

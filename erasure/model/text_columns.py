@@ -44,6 +44,11 @@ def last_place(base: Base, text: str) -> int:
     return tokens(base, text) - 2  # the start and end tokens are counted
 
 
+def fits(base: Base, text: str) -> bool:
+    """Tell whether the text encoder reads all tokens of a text."""
+    return tokens(base, text) <= int(base.pipe.tokenizer.model_max_length)
+
+
 def states_of(base: Base, prompts: Sequence[str], part: Part) -> Tensor:
     """Return text states of prompts, one a row [n, d], in float64.
 

@@ -11,12 +11,13 @@ from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure, configured
 from erasure.methods.uce import orthogonal
+from erasure.model import concept_columns
 from erasure.model.base import Base
 from erasure.model.closed_form import READERS
 from tests.tiny import LENGTH, tiny_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-LISTED = {"keep": "listed", "keep_states": "all"}
+LISTED = {"keep": "listed", "keep_states": "all", "guide": "empty", "contexts": False, "ridge": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +67,76 @@ def test_the_tail_of_a_name_is_answered_like_the_same_places_of_the_empty_prompt
         assert np.abs(found - twin).max() > 1e-4, name
 
 
+def test_the_default_guide_is_beyond_the_mean_of_the_other_names(base, monkeypatch):
+    """The state at each place is moved to the mean of the other names' states there, and 0.4 of the way beyond."""
+    words = [("object", "dog"), ("object", "red car"), ("style", "x")]
+    monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
+    weight, cat, others = weight_of(base), states(base, "cat"), [states(base, text) for text in ("dog", "red car")]
+    mean = np.mean(others, axis=0)
+    kept = np.vstack([others[0][1:], others[1][2:], states(base, "x style")[2:]])
+    found = change(base, "cat", beyond=0.4, ridge=5.0, contexts=False)
+
+    def solved(guide, kept=kept, ridge=5.0):
+        return least_squares(weight, cat[1:], guide[1:] @ weight.T, kept, ridge=ridge)
+
+    assert np.abs(found - solved(1.4 * mean - 0.4 * cat)).max() < 1e-6
+    everything = np.mean([*others, states(base, "x")], axis=0)
+    for twin in (mean, 0.6 * mean + 0.4 * cat, 1.4 * everything - 0.4 * cat, states(base, "")):
+        assert np.abs(found - solved(twin)).max() > 1e-4
+    assert np.abs(found - solved(1.4 * mean - 0.4 * cat, ridge=0.5)).max() > 1e-4
+    monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: [("style", "x")])
+    with pytest.raises(ErasureError, match="no other name.*'cat'.*give an anchor.*Nothing was changed"):
+        change(base, "cat")
+
+
+def test_an_object_is_also_edited_in_styles(base, monkeypatch):
+    """Six styles at most, each answered like the mean of the other objects in that style; together as much as alone."""
+    styles = [("style", f"{word} red") for word in ("a", "the", "of", "in", "by", "at", "on")]
+    words = [
+        ("object", "dog"),
+        ("object", "car"),
+        ("object", "z" * 8),
+        *styles,
+    ]  # the last object's prompts are too long
+    monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
+    (concept,) = Concept.list_of("cat")
+    columns = configured("uce", [concept], {"beyond": 0.0}).columns(base, [concept])
+    assert len(columns.edit) == 7 * (LENGTH - 1)
+    last = slice(6 * (LENGTH - 1), None)
+    assert np.allclose(columns.edit[last], states(base, "cat in at red style")[1:], atol=1e-6)
+    mean = (states(base, "dog in at red style") + states(base, "car in at red style"))[1:] / 2
+    assert np.allclose(columns.guide[last], mean, atol=1e-6)
+    weights = torch.as_tensor(columns.edit_weight)
+    assert (weights[: LENGTH - 1] == 1).all() and torch.allclose(weights[last], torch.tensor(1 / 6).double())
+
+
+def test_means_in_contexts_are_taken_over_a_spread_of_names():
+    assert concept_columns.spread("abc") == ["a", "b", "c"]
+    assert concept_columns.spread(range(24)) == list(range(0, 24, 2))
+
+
+def test_the_mean_of_styles_is_taken_in_the_same_prompts(base, monkeypatch):
+    words = [("style", "red"), ("style", "blue"), ("object", "dog")]
+    monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
+    (concept,) = Concept.list_of({"name": "monet", "kind": "style"})
+    columns = configured("uce", [concept], {"contexts": True, "beyond": 0.0}).columns(base, [concept])
+    alone = (states(base, "red style") + states(base, "blue style"))[1:] / 2
+    carried = (states(base, "a dog in red style") + states(base, "a dog in blue style"))[4:] / 2
+    assert np.allclose(columns.guide[: LENGTH - 1], alone, atol=1e-6)
+    assert np.allclose(columns.guide[LENGTH - 1 :][:8], carried, atol=1e-6)
+
+
 def test_the_older_script(base):
     """The ends of both prompts meet: the last token of "van gogh" (place 2) is answered like that of "art"."""
-    settings = {"states": "tail", "places": "ends", "guide": None, "carriers": False, "keep_weight": None}
+    settings = LISTED | {"states": "tail", "places": "ends", "guide": "script", "keep_weight": None}
     concept = {"name": "van gogh", "keep": ["blue", "red"]}
-    found = change(base, concept, **settings, **LISTED, keep_empty=True)
+    found = change(base, concept, **settings, keep_empty=True)
     weight, edit, guide = weight_of(base), states(base, "van gogh"), states(base, "")
     keep = np.vstack([states(base, text) for text in ("blue", "red", "")])
     right = least_squares(weight, edit[2:], guide[:-2] @ weight.T, keep, keep_weight=1 / 3)
     assert np.abs(found - right).max() < 1e-6
     many = {"name": "van gogh", "keep": [f"red {word}" for word in "a the of in by at photo cat dog car tree".split()]}
-    assert configured("uce", Concept.list_of(many), settings | LISTED).columns(base, Concept.list_of(many)).keep_weight
-    columns = configured("uce", [Concept.of(many)], settings | LISTED).columns(base, [Concept.of(many)])
+    columns = configured("uce", [Concept.of(many)], settings).columns(base, [Concept.of(many)])
     assert columns.keep_weight == 0.1  # never less
 
 
@@ -105,7 +164,7 @@ def test_other_names_are_columns_and_anchors_are_guides(base):
 
 def test_a_style_is_erased_from_subjects_towards_the_subjects(base):
     (concept,) = Concept.list_of({"name": "monet", "kind": "style"})
-    columns = configured("uce", [concept], LISTED).columns(base, [concept])
+    columns = configured("uce", [concept], {**LISTED, "contexts": True}).columns(base, [concept])
     weight = torch.as_tensor(columns.edit_weight)
     alone = LENGTH - 1
     assert torch.equal(columns.edit[:alone], torch.tensor(states(base, "monet style")[1:]))
@@ -113,7 +172,7 @@ def test_a_style_is_erased_from_subjects_towards_the_subjects(base):
     assert torch.equal(columns.edit[alone : alone + 7], torch.tensor(states(base, "a dog in monet style")[4:11]))
     assert torch.allclose(columns.guide[alone : alone + 7], torch.tensor(states(base, "a dog")[4:11]), atol=1e-6)
     assert (weight[:alone] == 1).all() and torch.allclose(weight[alone:], torch.tensor(1 / 6, dtype=torch.float64))
-    fewer = configured("uce", [concept], {**LISTED, "carriers": False}).columns(base, [concept])
+    fewer = configured("uce", [concept], LISTED).columns(base, [concept])
     assert len(fewer.edit) == alone
 
 
@@ -187,4 +246,4 @@ def test_every_layer_that_reads_text_is_solved_on_both_encoders_of_xl():
     (concept,) = Concept.list_of("cat")
     wide = Base("xl", pipe)
     columns = configured("uce", [concept]).columns(wide, [concept])
-    assert torch.equal(columns.edit, wide.encode(["cat"])[0, 1:].double())
+    assert torch.equal(columns.edit[: LENGTH - 1], wide.encode(["cat"])[0, 1:].double())
