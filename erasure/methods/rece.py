@@ -29,7 +29,7 @@ from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, StateMap, readers, recovered
 from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts
-from erasure.model.text_columns import Part, states_of
+from erasure.model.text_columns import Part, Places, states_of
 
 OLDER_RIDGE, OLDER_KEEP_WEIGHT = 0.1, 0.1  # of the published script's edits, which keep " " alone
 
@@ -50,6 +50,7 @@ class RECE(ClosedFormMethod):
         keep_states: which states of kept prompts are kept: `all`, the `tail`, or the `last` token.
         keep_weight: weight of each kept state.
         ridge: lambda of the edit; greater values keep the weights nearer to where they were.
+        rank: the largest rank of the change, for each name; null: the number of edited states, at most the width.
         parity: reproduce the published script, with its defaults.
     """
 
@@ -63,7 +64,9 @@ class RECE(ClosedFormMethod):
         "keep_states": "all",
         "keep_weight": 0.1,
         "ridge": 0.1,
+        "rank": None,
     }
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("rank",)
 
     rounds: int = setting(2, at_least=0)
     attack_ridge: float = setting(0.1, above=0)
@@ -75,11 +78,12 @@ class RECE(ClosedFormMethod):
     keep_states: Part = "tail"
     keep_weight: float = setting(1.0, above=0)
     ridge: float = setting(5.0, above=0)
+    rank: int | None = setting(16, at_least=1)
     parity: bool = False
 
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
         """Return UCE's columns, which the rounds begin with."""
-        places = "ends" if self.parity else "same"
+        places: Places = "ends" if self.parity else "same"
         choice = Choice("tail", places, self.guide, self.beyond, self.contexts, bare=self.parity)
         edited = choice.edited(base, concepts)
         kept = kept_prompts(base, concepts, self.keep) + ([""] if self.parity else [])
@@ -95,7 +99,7 @@ class RECE(ClosedFormMethod):
     def edit(self, base: Base, concepts: list[Concept]) -> StateMap:
         """Solve for the concept, then in each round also for the states that recover it."""
         first = columns = self.columns(base, concepts)
-        solution: StateMap = Edit(columns)
+        solution: StateMap = self._solved(columns)
         before = readers(base.unet)
         before = before if before.is_meta else before.cpu()
         for _ in range(self.rounds):
@@ -110,8 +114,11 @@ class RECE(ClosedFormMethod):
                     guide=torch.cat([columns.guide.cpu(), first.guide.cpu()]),
                     edit_weight=torch.cat([torch.as_tensor(columns.edit_weight), weights]),
                 )
-                solution = Edit(columns)
+                solution = self._solved(columns)
         return solution
+
+    def _solved(self, columns: Columns) -> Edit:
+        return Edit(columns if self.rank is None else columns.principal(self.rank))
 
     def _next(self, base: Base, found: Tensor, first: Columns) -> StateMap:
         """Return the published script's edit of the weights of the round before."""

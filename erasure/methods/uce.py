@@ -70,7 +70,8 @@ class UCE(ClosedFormMethod):
         edit_weight: s_e, of each edited state.
         keep_weight: s_k, of each kept state; null: 1 divided by the number of kept prompts, at least 0.1.
         ridge: lambda; greater values keep the weights nearer to where they were.
-        rank: the largest rank of the change; null: the number of edited states. See `Columns.principal`.
+        rank: the largest rank of the change, for each name; null: the number of edited states, at most the width. The
+            states of a name differ little, so that few directions hold nearly all of them (`Columns.principal`).
         parity: reproduce the present published script, with its defaults.
     """
 
@@ -83,7 +84,9 @@ class UCE(ClosedFormMethod):
         "ridge": 0.5,
         "keep": "listed",
         "keep_states": "last",
+        "rank": None,
     }
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("rank",)
 
     states: Literal["tail", "last"] = "tail"
     places: Places = "same"
@@ -99,14 +102,14 @@ class UCE(ClosedFormMethod):
     edit_weight: float = setting(1.0, above=0)
     keep_weight: float | None = setting(1.0, above=0)
     ridge: float = setting(5.0, above=0)
-    rank: int | None = setting(None, at_least=1)
+    rank: int | None = setting(8, at_least=1)
     parity: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choice()
         if self.answer == "orthogonal" and (self.rank is not None or self.attributes):
-            raise ErasureError("answer=orthogonal: leave out rank and attributes, which are for answers to guides")
+            raise ErasureError("answer=orthogonal needs rank=null and no attributes, which are for answers to guides")
 
     def _choice(self) -> Choice:
         return Choice(self.states, self.places, self.guide, self.beyond, self.contexts, self.templates, self.parity)

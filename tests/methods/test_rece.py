@@ -13,7 +13,7 @@ from tests.conformance.quick import ALONE
 from tests.tiny import LENGTH, tiny_pipeline
 
 CAT = {"name": "cat", "keep": ["dog"]}
-SETTINGS = {**ALONE, "ridge": 0.5, "attack_ridge": 1e-2}
+SETTINGS = {**ALONE, "ridge": 0.5, "attack_ridge": 1e-2, "rank": None}
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_the_rounds_are_those_solved_by_hand(base, rounds):
 
 
 def test_no_rounds_are_uce(base):
-    uce = erase(base, CAT, "uce", progress=False, **ALONE).payload
-    rece = erase(base, CAT, "rece", progress=False, **ALONE, rounds=0).payload
+    uce = erase(base, CAT, "uce", progress=False, **ALONE, rank=None).payload
+    rece = erase(base, CAT, "rece", progress=False, **ALONE, rank=None, rounds=0).payload
     for name in uce.names("unet"):
         assert torch.equal(uce.change("unet", name), rece.change("unet", name))
 

@@ -17,7 +17,7 @@ from erasure.model.closed_form import READERS
 from tests.tiny import LENGTH, tiny_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-LISTED = {"keep": "listed", "keep_states": "all", "guide": "empty", "contexts": False, "ridge": 0.5}
+LISTED = {"keep": "listed", "keep_states": "all", "guide": "empty", "contexts": False, "ridge": 0.5, "rank": None}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_default_guide_is_beyond_the_mean_of_the_other_names(base, monkeypat
     weight, cat, others = weight_of(base), states(base, "cat"), [states(base, text) for text in ("dog", "red car")]
     mean = np.mean(others, axis=0)
     kept = np.vstack([others[0][1:], others[1][2:], states(base, "x style")[2:]])
-    found = change(base, "cat", beyond=0.4, ridge=5.0, contexts=False)
+    found = change(base, "cat", beyond=0.4, ridge=5.0, contexts=False, rank=None)
 
     def solved(guide, kept=kept, ridge=5.0):
         return least_squares(weight, cat[1:], guide[1:] @ weight.T, kept, ridge=ridge)
@@ -100,7 +100,7 @@ def test_an_object_is_also_edited_in_styles(base, monkeypatch):
     ]  # the last object's prompts are too long
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
     (concept,) = Concept.list_of("cat")
-    columns = configured("uce", [concept], {"beyond": 0.0}).columns(base, [concept])
+    columns = configured("uce", [concept], {"beyond": 0.0, "rank": None}).columns(base, [concept])
     assert len(columns.edit) == 7 * (LENGTH - 1)
     last = slice(6 * (LENGTH - 1), None)
     assert np.allclose(columns.edit[last], states(base, "cat in at red style")[1:], atol=1e-6)
@@ -119,7 +119,7 @@ def test_the_mean_of_styles_is_taken_in_the_same_prompts(base, monkeypatch):
     words = [("style", "red"), ("style", "blue"), ("object", "dog")]
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
     (concept,) = Concept.list_of({"name": "monet", "kind": "style"})
-    columns = configured("uce", [concept], {"contexts": True, "beyond": 0.0}).columns(base, [concept])
+    columns = configured("uce", [concept], {"contexts": True, "beyond": 0.0, "rank": None}).columns(base, [concept])
     alone = (states(base, "red style") + states(base, "blue style"))[1:] / 2
     carried = (states(base, "a dog in red style") + states(base, "a dog in blue style"))[4:] / 2
     assert np.allclose(columns.guide[: LENGTH - 1], alone, atol=1e-6)
@@ -217,7 +217,7 @@ def test_what_is_kept(base):
 
 
 def test_a_rank_gives_a_smaller_patch_that_does_nearly_the_same(base):
-    whole = change(base, "cat")
+    whole = change(base, "cat", rank=None)
     few = erase(base, "cat", "uce", progress=False, rank=4).payload
     assert few.ranks == [4]
     other = few.change("unet", f"{LAYER}.weight").double().numpy()
@@ -228,7 +228,7 @@ def test_a_rank_gives_a_smaller_patch_that_does_nearly_the_same(base):
     ("settings", "says"),
     [
         ({"templates": ["a photo"]}, "needs {x} in the place of the name"),
-        ({"answer": "orthogonal", "rank": 3}, "leave out rank"),
+        ({"answer": "orthogonal", "rank": 3}, "needs rank=null"),
         ({"states": "first"}, "states.*tail, last"),
         ({"ridge": 0}, "ridge.*above 0"),
     ],
@@ -245,5 +245,5 @@ def test_every_layer_that_reads_text_is_solved_on_both_encoders_of_xl():
     assert payload.names("unet") == sorted(f"{path}.weight" for path in readers)
     (concept,) = Concept.list_of("cat")
     wide = Base("xl", pipe)
-    columns = configured("uce", [concept]).columns(wide, [concept])
+    columns = configured("uce", [concept], {"rank": None}).columns(wide, [concept])
     assert torch.equal(columns.edit[: LENGTH - 1], wide.encode(["cat"])[0, 1:].double())
