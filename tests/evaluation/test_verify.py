@@ -56,6 +56,8 @@ def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source,
     for part in ("evaluation", "attacks"):
         assert str(tmp_path / "out" / part / "report.html") in verification.text()
     assert "adapted budget" not in card  # `encoder` has one budget only
+    parts = ["# cat, erased from", "**gone**", "](grid.png)", "A patch made by", "## Results"]
+    assert [card.index(part) for part in parts] == sorted(card.index(part) for part in parts)
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: images of other objects recognised as such" in card
     again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"

@@ -64,6 +64,25 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verdict(results: Mapping[str, Any]) -> str:
+    """Return the results that a reader needs first as one line of Markdown, each with its interval and the base's.
+
+    Args:
+        results: the results as `verify` writes them.
+    """
+    metrics, attacks = results["metrics"], results["attacks"]
+    parts = []
+    for title, name in (("gone", "UA"), ("kept", "IRA"), ("picture still good", "quality")):
+        if name in metrics:
+            cell = metrics[name]
+            base = "" if cell["base"] is None else f", base {format_value(name, cell['base'])}"
+            parts.append(f"**{title}** {estimate_text(name, cell)}{base}")
+    if attacks:
+        worst = max(attacks, key=lambda name: attacks[name]["value"])
+        parts.append(f"**back under attack** {estimate_text('', attacks[worst])}, by {worst}")
+    return "; ".join(parts)
+
+
 def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", license: str | None = None) -> str:
     """Write the model card of a patch for the hub: the text of README.md with its metadata.
 
@@ -81,6 +100,7 @@ def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", licen
 
     try:
         data, measured = metadata(patch, repository, license), _measured(patch, file)
+        first = verdict(patch.results) if patch.results else ""
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise ErasureError(
             f"{file}: the results in its header do not have the form that verify writes "
@@ -89,8 +109,9 @@ def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", licen
     base = _base_name(patch.base)
     parts = [
         f"# {', '.join(patch.names)}, erased from {base}",
-        _description(patch),
+        first,
         f"![The same prompts and seeds, without the patch and with it]({grid})" if grid else "",
+        _description(patch),
         f"## Results\n{measured}",
         f"## How to load it\n{_loading(patch, repository or file, file)}",
     ]

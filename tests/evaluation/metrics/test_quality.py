@@ -98,3 +98,12 @@ def test_what_is_drawn_instead_is_counted_with_none_and_the_unjudged():
     found = drawn_instead({"base": base, "patched": RUN}, TARGET)
     assert found == {"base": {"cat": 4}, "patched": {"none": 2, "dog": 1, "not judged": 1}}
     assert list(found["patched"]) == ["none", "dog", "not judged"]
+
+
+def test_the_anchor_is_counted_among_the_images_of_the_concept_that_has_one():
+    target = Target("object", ("cat", "cow"), None, anchors={"cat": ("dog", "wolf")})
+    run = [*RUN, image(7, "cow", "dog", 0.9), image(8, "cat", "dog", 0.9, role="synonym")]
+    found = {metric.name: metric for metric in measure(run, target, run)}["anchor"]
+    assert (found.value, found.n) == (0.25, 4) and found.higher_is_better  # the one that was not judged counts
+    assert found.meaning == "target images that show the anchor, dog, wolf"
+    assert "anchor" not in {metric.name for metric in measure(run, TARGET, run)}

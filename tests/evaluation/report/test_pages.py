@@ -12,6 +12,7 @@ from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics.metric import Metric
 from erasure.evaluation.report.attack_page import attack_page
+from erasure.evaluation.report.card import verdict
 from erasure.evaluation.report.evaluation_page import page
 from erasure.evaluation.report.report import Report
 
@@ -58,17 +59,22 @@ class Folds(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.depth, self.shown, self.hidden, self.inside = 0, "", "", []
-        self.feed(text.replace("</summary>", "</summary><folded>").replace("</details>", "</folded></details>"))
+        self.folds: list[bool] = []  # for each open <details>, whether its summary has ended
+        self.shown, self.hidden = "", ""
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.depth += tag == "folded"
+        if tag == "details":
+            self.folds.append(False)
 
     def handle_endtag(self, tag):
-        self.depth -= tag == "folded"
+        if tag == "details":
+            self.folds.pop()
+        elif tag == "summary" and self.folds:
+            self.folds[-1] = True
 
     def handle_data(self, data):
-        if self.depth:
+        if any(self.folds):
             self.hidden += data
         else:
             self.shown += data
@@ -223,3 +229,17 @@ def test_the_strip_of_attacks_shows_what_came_back_first_in_a_frame():
     assert 'alt="strong: prompt of c0"' not in strip and "missing" not in text  # there was nothing to attack
     gallery = text[text.index("Recovered images") : text.index("Tries and costs")]
     assert gallery.count("<img") == 27 and gallery.count("hit") == 3 and gallery.count("<small>at try 1<") == 3
+
+
+def test_the_card_begins_with_the_same_figures_and_the_strongest_attack():
+    def cell(value: float, base: float | None = 0.03) -> dict[str, float | None]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.05, "base": base}
+
+    metrics = {"UA": cell(0.94), "CRA": cell(0.5), "quality": cell(0.63, None), "IRA": cell(0.81, 0.84)}
+    attacks = {name: cell(value) for name, value in (("rece", 0.7), ("inversion", 0.9), ("random", 0.2))}
+    text = verdict({"metrics": metrics, "attacks": attacks})
+    assert text == (
+        "**gone** 94% [84, 99], base 3%; **kept** 81% [71, 86], base 84%; **picture still good** 63% [53, 68]; "
+        "**back under attack** 90% [80, 95], by inversion"
+    )
+    assert verdict({"metrics": {"UA": cell(0.94)}, "attacks": {}}) == "**gone** 94% [84, 99], base 3%"
