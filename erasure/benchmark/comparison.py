@@ -10,12 +10,11 @@ import numpy as np
 
 from erasure.benchmark.row import Row
 from erasure.evaluation.metrics.metric import format_estimate
-from erasure.evaluation.metrics.statistics import holm, mcnemar
+from erasure.evaluation.metrics.statistics import ALPHA, holm, mcnemar
 
 TESTED = ("UA", "quality", "leak", "IRA", "neighbours", "CRA")
 KEPT = ("quality", "IRA", "neighbours", "CRA")  # compared with the base too; the others differ from it by design
 LOWER_IS_BETTER = ("leak",)
-LEVEL = 0.05
 DRAWS = 2000
 BASE = "base"
 
@@ -56,8 +55,8 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Return whether the two differ: the corrected p-value is below LEVEL and the interval excludes 0."""
-        return self.corrected < LEVEL and not self.low <= 0 <= self.high
+        """Return whether the two differ: the corrected p-value is below ALPHA and the interval excludes 0."""
+        return self.corrected < ALPHA and not self.low <= 0 <= self.high
 
     @property
     def better(self) -> str:

@@ -10,22 +10,20 @@ from typing import Any
 
 from PIL import Image
 
+from erasure.benchmark.comparison import BASE, Comparison, marks
 from erasure.benchmark.row import JOINT, STACK, Row, members
 from erasure.benchmark.table import BETTER, COSTS, NOTE, SHOWN, Table, interval
 from erasure.evaluation.metrics.gate_activity import GateActivity
-from erasure.evaluation.metrics.metric import format_value
-from erasure.evaluation.metrics.statistics import ALPHA, mcnemar
+from erasure.evaluation.metrics.metric import format_interval, format_value
+from erasure.evaluation.metrics.statistics import ALPHA
 from erasure.evaluation.report import charts
 from erasure.evaluation.report.html import (
     FEW,
-    PairedTest,
     Shot,
     Tile,
     folded,
     gate_log,
-    looks,
     page_head,
-    paired_table,
     picture,
     strips,
     tiles,
@@ -33,7 +31,11 @@ from erasure.evaluation.report.html import (
 from erasure.version import __version__
 
 Reports = Mapping[tuple[str, str], Mapping[str, Any]]  # (method, concept) -> the content of its report.json
-MAIN = ("UA", "quality", "kept", "H")  # columns of the table of means; the others are folded away
+MAIN = ("UA", "quality", "IRA", "H")  # columns of the table of means; the others are folded away
+MARKS = (
+    '<p class="soft">Bold and blue: no other method is significantly better, and some are significantly worse. Red and '
+    "†: significantly worse than the base. H is not tested.</p>"
+)
 STYLE = """
 .tight th,.tight td{padding:.3rem .45rem;white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums}
 .tight td:first-child,.tight th:first-child{position:sticky;left:0;background:var(--page);
@@ -62,20 +64,20 @@ def page(
         examples: heading -> images for the strip at the top, as `strip` returns them.
     """
     methods = list(dict.fromkeys(row.method for row in table.rows))
-    tests = {group: paired_tests(table, reports, group) for group in dict.fromkeys(row.group for row in table.rows)}
-    largest = max(tests, key=lambda group: _weight(table, group))
-    others = {group: paired_table(found, "base", "patch", "result") for group, found in tests.items()}
-    first_tests = others.pop(largest)
+    main_group = max(dict.fromkeys(row.group for row in table.rows), key=lambda group: _weight(table, group))
+    found = [comparison for comparison in table.comparisons if comparison.significant]
     wide_image = picture(image, "one line per concept: target prompts, then prompts to keep")
     parts = [
         page_head("Benchmark: what is erased and what is kept", STYLE),
-        tiles(verdict(table, largest, looks(tests[largest]))),
+        tiles(verdict(table, main_group)),
         strips(examples or {}),
         f"<p>{escape(summary(table, methods))}.</p>",
-        f'<h2>Means</h2><table class="figures">{means(table, main_columns(table))}</table>',
+        f'<h2>Means</h2><table class="figures">{means(table, main_columns(table))}</table>{MARKS}',
         folded("All metrics and costs", f"{_wide(means(table))}<p class='soft'>{escape(NOTE)}</p>"),
-        f"<h2>Base against each method on the same seeds: {escape(largest)}</h2>{first_tests}" if first_tests else "",
-        *(folded(f"The same tests: {group}", text) for group, text in others.items()),
+        "<h2>Paired tests: significant differences</h2>" + comparison_table(found, len(table.comparisons))
+        if table.comparisons
+        else "",
+        folded("All paired tests", comparison_table(table.comparisons)),
         "<h2>Erased against kept</h2>" + tradeoff(table, methods),
         "<h2>Interference: effect of erasing one concept on the others</h2>" + INTERFERENCE,
         *(folded(method, interference(table, method, reports)) for method in methods),
@@ -100,45 +102,46 @@ def _weight(table: Table, group: str) -> tuple[bool, int]:
     return any(len(members(row.concept)) == 1 for row in rows), len(rows)
 
 
-def paired_tests(table: Table, reports: Reports, group: str) -> list[PairedTest]:
-    """Return the tests of the base against each method over the images of all concepts of a group.
-
-    Concepts that settings were tuned on, and runs of older versions that lack a test, are left out.
+def comparison_table(comparisons: Sequence[Comparison], tested: int | None = None) -> str:
+    """Return a table of paired tests of two methods, or of a method and the base, or nothing without any.
 
     Args:
-        table: the results of the benchmark.
-        reports: (method, concept) -> the content of the run's report.json.
-        group: title of the group.
+        comparisons: the tests.
+        tested: number of tests that the comparisons were chosen from, for a sentence on how they were chosen.
     """
-    counts: dict[tuple[str, str], list[int]] = {}
-    for row in table.rows:
-        if row.group != group or row.tuned:
-            continue
-        report = reports[row.method, row.concept]
-        for name, key in (("gone", "target"), ("still good", "quality"), ("kept", report["domain"])):
-            pair = report.get("paired", {}).get(key)
-            if pair is not None:
-                sums = counts.setdefault((row.method, name), [0, 0])
-                sums[0], sums[1] = sums[0] + int(pair["only_base"]), sums[1] + int(pair["only_patched"])
-    return [
-        PairedTest(f"{method}/{name}", f"{method}: {name}", first, second, mcnemar(first, second))
-        for (method, name), (first, second) in counts.items()
-    ]
+    chosen = (
+        ""
+        if tested is None
+        else f'<p class="soft">{len(comparisons)} of {tested} tests on the same images: p &lt; {ALPHA:g} after '
+        "Holm's correction, and the interval of the difference excludes 0. McNemar's exact test; bootstrap over concepts and prompts.</p>"
+    )
+    rows = []
+    for test in comparisons:
+        sign = 1 if test.better == test.first else -1
+        low, high = sorted((sign * test.low, sign * test.high))
+        counts = (test.only_first, test.only_second)[::sign]
+        look = ' class="worse"' if test.significant and test.second == BASE and test.worse == test.first else ""
+        value = f"<b{look}>{sign * test.difference:+.0%}</b>" if test.significant else f"{sign * test.difference:+.0%}"
+        rows.append(
+            f"<tr><td>{escape(test.better)} over {escape(test.worse)}<small>{escape(test.metric)}, {escape(test.group)}"
+            f" ({test.concepts})</small><td>{value}<small>{format_interval(test.metric, low, high, ' to ')}</small>"
+            f"<td>{counts[0]} / {counts[1]}<small>of {test.n}</small><td>{test.corrected:.2g}</tr>"
+        )
+    head = "<tr><th>better<th>difference<th>only better / only worse<th>p<small>Holm</small></tr>"
+    return chosen + (f'<table class="figures">{head}{"".join(rows)}</table>' if rows else "")
 
 
-def verdict(table: Table, group: str, painted: Mapping[str, str]) -> list[Tile]:
+def verdict(table: Table, group: str) -> list[Tile]:
     """Return three tiles for the method with the highest H of a group, with the range of the other methods.
 
     Args:
         table: the results of the benchmark.
         group: title of the group.
-        painted: key of a paired test -> how its figure is painted, as `looks` returns it.
     """
     entries = [entry for entry in table.means() if entry["group"] == group]
     best = best_method(entries)
-    names = {"Gone": ("UA", "gone"), "Kept": ("kept", "kept"), "Picture still good": ("quality", "still good")}
     shown = []
-    for title, (name, test) in names.items():
+    for title, name in (("Gone", "UA"), ("Kept", "IRA"), ("Picture still good", "quality")):
         if best is None or name not in best:
             shown.append(Tile(title, "", ["not measured"]))
             continue
@@ -148,7 +151,8 @@ def verdict(table: Table, group: str, painted: Mapping[str, str]) -> list[Tile]:
         others = [entry[name]["value"] for entry in entries if entry is not best and name in entry]
         if others:
             lines.append(f"others: {interval(name, {'low': min(others), 'high': max(others)}, '–')}")
-        shown.append(Tile(title, format_value(name, cell["value"]), lines, painted.get(f"{best['method']}/{test}", "")))
+        below_base = marks(table.comparisons, group, name, best["method"])[1]
+        shown.append(Tile(title, format_value(name, cell["value"]), lines, "worse" if below_base else ""))
     return shown
 
 
@@ -185,7 +189,8 @@ def means(table: Table, shown: Sequence[str] | None = None) -> str:
         best = max(entries, key=lambda entry: entry["concepts"])
         rows.append(_base(group, {key: best[key]["base"] for key in names if key in best}, names, costs))
         for entry in entries:
-            cells = [_cell(key, entry[key]) if key in entry else "" for key in names]
+            looks = {key: marks(table.comparisons, entry["group"], key, entry["method"]) for key in names}
+            cells = [_cell(key, entry[key], *looks[key]) if key in entry else "" for key in names]
             spent = _costs(entry, entry["bytes"]) if costs else []
             rows.append(_line([escape(_named(entry, entries)), *cells, *spent]))
     return "".join(rows)
@@ -326,8 +331,12 @@ def _ends(entry: Mapping[str, float]) -> tuple[float, float, float]:
     return entry["value"], entry["low"], entry["high"]
 
 
-def _cell(name: str, cell: Mapping[str, float]) -> str:
-    return f"<b>{format_value(name, cell['value'])}</b><small>{interval(name, cell, ' to ')}</small>"
+def _cell(name: str, cell: Mapping[str, float], best: bool = False, below_base: bool = False) -> str:
+    """Return a metric with its interval, painted only where a paired test is significant."""
+    value = format_value(name, cell["value"])
+    value = f'<b class="better">{value}</b>' if best else value
+    value = f'<span class="worse">{value} †</span>' if below_base else value
+    return f"{value}<small>{interval(name, cell, ' to ')}</small>"
 
 
 def _costs(costs: Mapping[str, float], size: float) -> list[str]:

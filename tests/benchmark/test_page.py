@@ -9,15 +9,20 @@ import pytest
 from PIL import Image
 
 from erasure.benchmark.page import page
+from erasure.benchmark.row import Cell, Row
 from erasure.benchmark.strip import strip
-from erasure.benchmark.table import Cell, Row, Table
+from erasure.benchmark.table import Table
 from tests.evaluation.report.test_pages import Folds, pair, tiles
 
 
-def row(method: str, concept: str, ua: float, h: float, tuned: bool = False) -> Row:
-    values = {"UA": ua, "IRA": 0.8, "H": h, "leak": 0.123}
+def row(method: str, concept: str, ua: float, h: float, tuned: bool = False, **marks: list[int]) -> Row:
+    """Return a row; `marks` are outcomes, with those of the base under names that end with `_base`."""
+    values = {"UA": ua, "IRA": 0.8, "quality": 0.6, "H": h, "leak": 0.123}
     cells = {name: Cell(value, value - 0.1, min(1.0, value + 0.1), 20, 0.04) for name, value in values.items()}
-    return Row(method, concept, "object", tuned, cells, {"F": 10, "B": 4, "seconds": 1.5}, 2000)
+    outcomes = {name: {f"{concept}{i}": bool(mark) for i, mark in enumerate(marks[name])} for name in marks}
+    base = {name.removesuffix("_base"): outcomes.pop(name) for name in list(outcomes) if name.endswith("_base")}
+    costs = {"F": 10, "B": 4, "seconds": 1.5}
+    return Row(method, concept, "object", tuned, cells, costs, 2000, outcomes, base)
 
 
 ROWS = [row("esd", "dog", 0.7, 0.5), row("spm", "dog", 0.9, 0.6), row("esd", "dog+owl", 0.3, 0.9)]
@@ -46,38 +51,55 @@ def drawn(rows: list[Row] = ROWS, **changes) -> str:
 
 
 def test_the_verdict_comes_first_then_the_table_then_the_tests():
-    text = drawn()
+    text = drawn([row("esd", "dog", 0.7, 0.5, UA=[1] * 20), row("spm", "dog", 0.9, 0.6, UA=[0] * 20), ROWS[2]])
     marks = [
         'class="tiles"',
         "2 methods, 2 concepts, 3 runs",
         "<h2>Means",
-        "<h2>Base against",
+        "<h2>Paired tests",
         "<h2>Erased",
         "<h2>Inter",
     ]
     places = [text.index(mark) for mark in marks]
     assert places == sorted(places)
     folds = Folds(text)
-    for hidden in ("leak", "seconds", "2 together", "With cells of fewer"):
-        assert hidden not in folds.shown.replace("2 together (1)", "").replace("tests: 2 together", ""), hidden
-    assert "esd: gone" in folds.shown and folds.hidden.count("leak ↓") == 2  # the means in full, and every concept
+    for hidden in ("leak", "seconds", "CLIP", "dog + 1 more"):
+        assert hidden in folds.hidden and hidden not in folds.shown, hidden
+    assert "esd over spm" in folds.shown and "All paired tests" in folds.shown
+    assert folds.hidden.count("leak ↓") == 2  # the means in full, and every concept
+    assert "Paired tests" not in drawn()  # older tables have no outcomes
 
 
 def test_the_tiles_show_the_method_with_the_highest_h_among_single_concepts():
     gone, kept, good = tiles(drawn())
     assert "90%" in gone and "95 %: 80–100" in gone and "base 4%" in gone and "others: 70–70" in gone
-    assert "spm, objects: highest H" in gone and "80%" in kept and "not measured" in good
+    assert "spm, objects: highest H" in gone and "80%" in kept and "60%" in good and "50–70" in good
     tuned = [*ROWS, row("esd", "cat", 1.0, 1.0, tuned=True)]
     assert tiles(drawn(tuned))[0] == gone  # settings were tuned on it
+    without = row("esd", "dog", 0.7, 0.5)
+    del without.cells["quality"]
+    assert "not measured" in tiles(drawn([without]))[2]
 
 
-def test_tiles_and_tests_add_up_the_prompts_of_all_concepts():
-    """Six wins over two concepts are 12 of 12: p = 1/2048, times six tests."""
-    rows = [*ROWS, row("esd", "owl", 0.7, 0.5), row("spm", "owl", 0.9, 0.6)]
-    text = drawn(rows, wins=6)
-    assert '<td>spm: gone<td>0<td>12<td>0.00049<td><b class="better">0.0029</b>' in text
-    assert '<strong class="better">' in tiles(text)[0] and '<strong class="' not in tiles(text)[1]
-    assert '<strong class="' not in tiles(drawn(ROWS, wins=6))[0]  # one concept: 1/32, times six
+@pytest.mark.parametrize(("lost", "painted"), [(20, True), (5, False)])
+def test_only_significant_differences_are_painted(lost, painted):
+    """Five losses of twenty images: p = 1/16 before any correction."""
+    worse = [0] * lost + [1] * (20 - lost)
+    rows = [
+        row("esd", "dog", 0.7, 0.9, UA=[1] * 20, quality=worse, quality_base=[1] * 20, IRA=[1] * 20, IRA_base=[1] * 20),
+        row("spm", "dog", 0.9, 0.6, UA=worse, quality=[1] * 20, quality_base=[1] * 20, IRA=[1] * 20, IRA_base=[1] * 20),
+    ]
+    text = drawn(rows)
+    gone, kept, good = tiles(text)
+    assert ('<strong class="worse">60%' in good) == painted and "class=" not in gone.split("<small>")[0][8:]
+    assert '<strong class="' not in kept
+    means = text[text.index("<h2>Means") : text.index("<details>")]
+    assert means.count('class="better"') == 2 * painted and means.count("†") == 1 + painted  # one in the legend
+    assert ('<b class="better">70%</b>' in means) == painted  # UA of esd, which is significantly better than spm's
+    tests = text[text.index("<h2>Paired tests") : text.index("All paired tests")]
+    assert ("esd over spm<small>UA, objects (1)" in tests) == ("20 / 0<small>of 20" in tests) == painted
+    assert ("base over esd<small>quality" in tests) == ('<b class="worse">+100%</b>' in tests) == painted
+    assert f"{3 * painted} of 7 tests" in tests
 
 
 @pytest.mark.parametrize(("p", "painted"), [(0.04, True), (0.06, False), (None, False)])
