@@ -113,7 +113,8 @@ def comparison_table(comparisons: Sequence[Comparison], tested: int | None = Non
         ""
         if tested is None
         else f'<p class="soft">{len(comparisons)} of {tested} tests on the same images: p &lt; {ALPHA:g} after '
-        "Holm's correction, and the interval of the difference excludes 0. McNemar's exact test; bootstrap over concepts and prompts.</p>"
+        "Holm's correction, and the interval of the difference excludes 0. McNemar's exact test; bootstrap over "
+        "concepts and prompts.</p>"
     )
     rows = []
     for test in comparisons:
