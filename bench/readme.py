@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from erasure.benchmark.comparison import differences
 from erasure.benchmark.table import Table
 from erasure.formats import matrix
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-COLUMNS, COSTS = ("UA", "leak", "IRA", "neighbours", "CRA", "H"), ("F", "B")  # of the table in docs/results.md
-README_COLUMNS = ("UA", "leak", "IRA", "CRA", "H")
+COSTS = ("F", "B")
+COLUMNS = ("UA", "quality", "leak", "IRA", "neighbours", "CRA", "H")  # of the table in docs/results.md
+TOGETHER_COLUMNS = tuple(name for name in COLUMNS if name != "quality")  # measured before there was a quality
+README_COLUMNS = ("UA", "quality", "leak", "IRA", "CRA", "H")
 README_GROUPS = ("objects", "styles")
 
 
@@ -30,12 +33,17 @@ def summary(table: Table) -> str:
 
 def pages() -> dict[str, dict[str, str]]:
     """Return path of a page -> name of a block -> the text of the block."""
-    methods = Table.from_json(json.loads((RESULTS / "glyph.json").read_text(encoding="utf-8")))
+    methods, together = (
+        Table.from_json(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+        for name in ("glyph", "together")
+    )
     return {
         "README.md": {"summary": summary(methods)},
         "docs/formats.md": {"formats": matrix()},
         "docs/results.md": {
             "methods": methods.summary(COLUMNS, COSTS),
+            "differences": differences(methods.comparisons),
+            "together": together.summary(TOGETHER_COLUMNS, COSTS),
             "attacked": section("attack", 1),
             "costs": section("costs", 1),
             "drawing": "\n\n".join([section("pipelines", 0).partition("\n")[2], section("pipelines", 1)]),
