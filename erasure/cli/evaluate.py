@@ -98,6 +98,11 @@ def _evaluate_arguments(parser: Parser) -> None:
         help="Also measure LPIPS between the images with and without the patches, with one of these backbones",
     )
     measures.add(
+        "--scorer",
+        metavar="KIND:SOURCE",
+        help="Also rate the images, for example with aesthetic:FILE.safetensors, LAION's predictor over CLIP",
+    )
+    measures.add(
         "--reference",
         type=Path,
         metavar="FOLDER",
@@ -152,7 +157,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "progress": not args.json,
     }
-    measures = {"features": args.features, "lpips": args.lpips, "reference": args.reference}
+    measures = {"features": args.features, "lpips": args.lpips, "reference": args.reference, "scorer": args.scorer}
     if args.suite:
         return _run_suite(args, concept, measures, options)
     rows = prompt_rows(args)

@@ -32,6 +32,7 @@ from erasure.prompts.prompt_set import PromptSet, order_by_hash
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.evaluation.judges.judge import Judge
+    from erasure.evaluation.metrics.scorers import Scorer
 
 SHOWN = 12  # image pairs of each kind on the report's page
 
@@ -50,6 +51,7 @@ def evaluate(
     features: str | Judge | None = None,
     lpips: str | None = None,
     reference: str | os.PathLike[str] | None = None,
+    scorer: str | Scorer | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 16,
@@ -78,6 +80,7 @@ def evaluate(
         lpips: add LPIPS to the base's image of the same seed, with this backbone (`alex`, `vgg`, `squeeze`, or
             BACKBONE:FILE).
         reference: add KID and FD of the kept images to the images in this folder.
+        scorer: add the scores of a network that rates images, such as `aesthetic:FILE` (scorers.py).
         steps: sampling steps; default: STEPS of generate.py.
         guidance: guidance scale of rows that set none; default: GUIDANCE of generate.py.
         batch_size: images per batch on an accelerator.
@@ -97,7 +100,7 @@ def evaluate(
         judge = find_judge("glyph")
     loaded: dict[str, dict[str, Any]] = getattr(pipe, "get_list_patches", dict)()
     target = with_anchors(find_target(concept, rows, judge), concept, loaded, judge)
-    distances = ImageDistances.load(judge, features, lpips, reference)
+    distances = ImageDistances.load(judge, features, lpips, reference, scorer)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
     sampling = {"steps": STEPS if steps is None else steps, "guidance": GUIDANCE if guidance is None else guidance}

@@ -1,4 +1,4 @@
-"""Distances between images that the judge alone does not give: other features, LPIPS, and a reference folder.
+"""What the judge alone does not give: distances over other features, LPIPS, a reference folder, a scorer.
 
 Whatever is not installed on this machine is listed in the report as missing; everything else is still measured.
 """
@@ -23,6 +23,7 @@ from erasure.evaluation.judges.judge import Judge
 from erasure.evaluation.judges.registry import find_judge
 from erasure.evaluation.metrics.kid_fid import enough_images
 from erasure.evaluation.metrics.metric import Metric, mean_metric
+from erasure.evaluation.metrics.scorers import Scorer, find_scorer, scorer_metrics
 from erasure.evaluation.metrics.set_distances import distances_to_reference, frechet_name
 from erasure.evaluation.metrics.target import TARGET_ROLES, JudgedImage, Target
 from erasure.evaluation.text_files import write_lines
@@ -64,6 +65,7 @@ class ImageDistances:
         feature_source: name of the network whose features are compared.
         features_requested: whether features were requested by name.
         lpips: the LPIPS network, or None.
+        scorer: the network that rates the images, or None.
         reference: paths of the reference images.
         missing: what was requested but is not available, and why.
         provenance: names, versions and hashes for the report.
@@ -73,6 +75,7 @@ class ImageDistances:
     feature_source: str
     features_requested: bool = False
     lpips: Lpips | None = None
+    scorer: Scorer | None = None
     reference: tuple[Path, ...] = ()
     missing: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +87,7 @@ class ImageDistances:
         features: str | Judge | None = None,
         lpips: str | None = None,
         reference: str | os.PathLike[str] | None = None,
+        scorer: str | Scorer | None = None,
     ) -> ImageDistances:
         """Load what an evaluation requests; networks that are not installed are listed in `missing`.
 
@@ -92,9 +96,10 @@ class ImageDistances:
             features: a judge, or the name of one, whose features KID and FD compare; default: `judge`.
             lpips: an LPIPS backbone, or BACKBONE:FILE; default: no LPIPS.
             reference: a folder of reference images; default: none.
+            scorer: a scorer, or the name of one as `find_scorer` reads it; default: none.
 
         Raises:
-            ErasureError: there is no such judge or backbone, or the folder contains too few images.
+            ErasureError: there is no such judge, backbone or scorer, or the folder contains too few images.
         """
         from erasure.evaluation.judges.networks import NotInstalled
 
@@ -115,20 +120,23 @@ class ImageDistances:
             from erasure.evaluation.metrics.lpips import Lpips
 
             network = available(lambda: Lpips(lpips))
+        rating = available(lambda: find_scorer(scorer)) if isinstance(scorer, str) else scorer
         source = "none" if lender is None else lender.name
         provenance: dict[str, Any] = {"features": source, "KID and FD": "erasure's own, in float64"}
         if lender is not None and lender is not judge:
             provenance["features"] = {"name": source, **lender.versions()}
         if network is not None:
             provenance["LPIPS"] = network.versions()
+        if rating is not None:
+            provenance["scorer"] = {"name": rating.name, **rating.versions()}
         images = _image_paths(Path(reference)) if reference is not None else ()
         combined = judge if lender is judge else cast(Judge, BorrowedFeatures(judge, lender))
-        return cls(combined, source, features is not None, network, images, missing, provenance)
+        return cls(combined, source, features is not None, network, rating, images, missing, provenance)
 
     def metrics(
         self, runs: Mapping[str, list[JudgedImage]], folders: Mapping[str, Path], target: Target
     ) -> dict[str, list[Metric]]:
-        """Measure LPIPS and the distances to the reference images, for the base and the patched run.
+        """Measure LPIPS, the scores and the distances to the reference images, for the base and the patched run.
 
         Args:
             runs: "base" and "patched" -> judged images.
@@ -151,6 +159,10 @@ class ImageDistances:
                 floor = _lpips_between_seeds(self.lpips, kept, folders["base"])
                 for name in metrics:
                     metrics[name] += [floor] if floor is not None else []
+        if self.scorer is not None:
+            with self._or_missing(self.scorer.name):
+                for name, scores in scorer_metrics(self.scorer, runs, folders, target).items():
+                    metrics[name] += scores
         if self.reference:
             with self._or_missing(f"distances to {self.reference[0].parent.name}"):
                 reference = self._reference_features()

@@ -9,7 +9,7 @@ from typing import Any
 from erasure.evaluation.metrics.statistics import bootstrap_mean, effective_size, wilson
 
 # Decimals of scores, by the beginning of the metric's name. Every other metric is a share and is written in percent.
-DECIMALS = {"CLIP": 1, "KID": 1, "FD": 1, "FID": 1, "LPIPS": 3, "CS": 2, "margin": 4}
+DECIMALS = {"CLIP": 1, "KID": 1, "FD": 1, "FID": 1, "LPIPS": 3, "SCORE": 2, "CS": 2, "margin": 4}
 
 
 @dataclass(frozen=True)
