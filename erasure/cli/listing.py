@@ -99,10 +99,12 @@ def _method(args: argparse.Namespace) -> None:
     parity = getattr(cls, "PARITY", {})
     lines += [f"parity=true: {_values(parity)}"] if parity else []
     lines += [f"parity=true, kind {kind}: {_values(more)}" for kind, more in getattr(cls, "PARITY_KINDS", {}).items()]
+    deviations = (inspect.getdoc(cls) or "").partition("Args:")[0].partition("\n\n")[2].strip()
     say(
         args,
         data,
         reflowed(inspect.getdoc(inspect.getmodule(cls)) or ""),
+        *(["\n" + re.sub(r"\n +", " ", deviations)] if deviations else []),  # one line for each item
         heading("Settings (--set NAME=VALUE)"),
         table(("name", "default", "allowed", "meaning"), [row.cells() for row in settings]),
         *([heading("Other defaults"), *lines] if lines else []),

@@ -105,6 +105,7 @@ def test_a_method_shows_each_setting_with_default_range_and_meaning(capsys):
     assert text.startswith("ESD: Erased Stable Diffusion") and "Deviations from the official scripts" in text
     assert "kind style: iterations=200" in text and "parity=true: iterations=200, batch_size=1" in text
     assert "parity=true, kind object: variant=u" in text
+    assert "Defaults that are not the published values" in text and "published 5e-5 with bf16 weights" in text
     for name, entry in data.items():
         value = entry["default"]
         default = str(value).lower() if value is None or isinstance(value, bool) else f"{value}".removesuffix(".0")
