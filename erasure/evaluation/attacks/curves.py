@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 320, 190  # size of a plot in CSS pixels
 LEFT, TOP, RIGHT, BOTTOM = 40, 10, 100, 36  # its margins; the right one holds the names of the lines
-ALL_WIDTH, ALL_HEIGHT, ALL_RIGHT = 480, 300, 160  # of the plot that compares all attacks
+ALL_WIDTH, ALL_HEIGHT, ALL_RIGHT = 400, 280, 150  # of the plot that compares all attacks
 LOOKS = 6  # colours and shapes of lines; after these, lines are dashed
 AXIS_TITLES = {"steps": "training steps", "bounds": "bound", "strengths": "strength"}  # by the setting that grows
 NAME_DISTANCE = 14  # smallest vertical distance between the names of two lines
@@ -80,7 +80,7 @@ def curve(outcome: Outcome) -> str:
     for row, (_, name) in zip(rows, ends, strict=True):
         parts += [_key(LEFT + width + 14, row, looks.get(name)), _text(LEFT + width + 24, row + 4, name, "start")]
     for look, (name, line) in enumerate(drawn.items()):
-        shift = 3 * (2 * look - 1) if len(drawn) > 1 else 0  # keeps the two intervals of a round from overlapping
+        shift = 3 * (2 * look + 1 - len(drawn))  # keeps the intervals of a round from overlapping
         points = [(x(i) + shift, y(value), y(low), y(up)) for i, (value, low, up) in enumerate(line)]
         path = "L".join(f"{across:.1f} {down:.1f}" for across, down, _, _ in points)
         whiskers = "".join(f"M{across:.1f} {low:.1f}V{up:.1f}" for across, _, low, up in points)
