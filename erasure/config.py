@@ -1,4 +1,4 @@
-"""Settings: their declaration, and their values from defaults, YAML presets, a file and key=value overrides."""
+"""Settings: their declaration, and their values from defaults, a file and key=value overrides."""
 
 from __future__ import annotations
 
@@ -131,15 +131,6 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def preset(method: str, kind: str) -> dict[str, Any]:
-    """Return what `configs/methods/<method>.yaml` sets for all kinds of concept (`all`) and for this kind."""
-    path = CONFIGS / "methods" / f"{method}.yaml"
-    if not path.is_file():
-        return {}
-    values = read_yaml(path)
-    return {**(values.get("all") or {}), **(values.get(kind) or {})}
-
-
 def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
     """Build a dataclass from layers of values; later layers override earlier ones.
 
@@ -197,3 +188,12 @@ def readable(hint: Any) -> str:
     if choices := literal_choices(hint):
         return " or ".join(map(str, choices))
     return getattr(hint, "__name__", str(hint)).replace("NoneType", "none")
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML and users write it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""`erase`: run a method on a checkpoint and concepts, and assemble the patch."""
+"""`erase`: choose the settings, run a method on a checkpoint and concepts, and assemble the patch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erasure.config import shown
 from erasure.errors import ErasureError
-from erasure.methods import configured
+from erasure.methods import Chosen, choose, configured, count_of, kind_of, worded
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.method import Method
     from erasure.model.base import Base
+    from erasure.model.presets import Family
     from erasure.patch import Patch
     from erasure.training.compute import Computing
     from erasure.training.run import FitResult, Run
@@ -37,6 +39,7 @@ def erase(
     progress: bool | None = None,
     preview_every: int | None = None,
     trackers: Sequence[str] = (),
+    preset: str | None = None,
     **overrides: Any,
 ) -> Patch:
     """Erase concepts and return the patch; the model is left as it was.
@@ -54,11 +57,12 @@ def erase(
         preview_every: draw the concept and its neighbours every so many steps, into `<out>.previews`; a closed form
             draws the base and the result.
         trackers: log the losses with accelerate, into `<out>.logs`: tensorboard, wandb.
+        preset: the preset whose settings are taken; None: that of the family which the model belongs to.
         overrides: single settings of the method and of `Computing`, which override everything else.
 
     Raises:
         ErasureError: an unknown method, setting, model or concept, an option without meaning for the method, an output
-            that cannot be written, or a loss that is NaN.
+            that cannot be written, a model of no known family without settings, or a loss that is NaN.
     """
     from erasure.concepts.concept import Concept
     from erasure.config import read_yaml
@@ -73,10 +77,94 @@ def erase(
     output.check()
     base = Base.of(model)
     check_resident(base)
-    concepts = Concept.list_of(concept, base.vocabulary)
-    chosen = configured(method, concepts, *layers)
-    warn_of_unknown_names(base, concepts)
-    return _run(chosen, base, concepts, computing, seed, sys.stderr.isatty() if progress is None else progress, output)
+    settled = settle(base, concept, method, dict(zip(LAYERS, layers, strict=True)), preset=preset)
+    settled.log()
+    shown = sys.stderr.isatty() if progress is None else progress
+    return _run(settled.chosen.method, base, settled.concepts, computing, seed, shown, output)
+
+
+LAYERS = ("the file of --config", "given")  # where settings that override a preset come from, the stronger one last
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run will do: the concepts, and the method's settings with their sources.
+
+    Args:
+        base: the checkpoint.
+        concepts: what is erased, with the prompts and anchors of the preset.
+        chosen: the method with its settings, and where each came from.
+        family: the family whose preset was taken.
+        assumed: names of which no list knows the kind, so that they are erased as objects.
+    """
+
+    base: Base
+    concepts: list[Concept]
+    chosen: Chosen
+    family: Family
+    assumed: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return for people where each setting came from: the family, the kinds, then a line for each source."""
+        lines = [f"settings of {self.chosen.method.method} for {self.base.name}: {self.family.text}"]
+        lines += [f"{concept.name!r} is erased as {_as_kind(concept)}" for concept in self.concepts]
+        for source, values in self.chosen.by_source().items():
+            lines.append(f"{', '.join(f'{key}={shown(value)}' for key, value in values.items())}: {source}")
+        return lines
+
+    def log(self) -> None:
+        """Log where each setting came from, and warn of what was guessed."""
+        for line in self.lines():
+            LOG.info("%s", line)
+        if not self.family.named:
+            LOG.warning("%s is no checkpoint that a preset names: %s", self.base.name, self.family.text)
+        for name in self.assumed:
+            LOG.warning("no list knows %r: it is erased as an object (kind= or --kind says what it is)", name)
+        warn_of_unknown_names(self.base, self.concepts)
+
+
+def settle(
+    base: Base, concept: Any, method: str, layers: Mapping[str, Mapping[str, Any]], *, preset: str | None = None
+) -> Settled:
+    """Choose the settings of a run: those of the model's family and the concepts' kinds, then those of `layers`.
+
+    Args:
+        base: the checkpoint.
+        concept: as for `erase`.
+        method: the name of a method.
+        layers: settings of the method by where they come from; later layers override earlier ones.
+        preset: the preset whose settings are taken; None: that of the family which the model belongs to.
+
+    Raises:
+        ErasureError: anything that `choose` and `Concept.list_of` refuse.
+    """
+    from erasure.concepts.concept import Concept
+
+    family = base.family(preset)
+    concepts = Concept.list_of(concept, base.words)
+    count = count_of(concepts, family.preset is None or family.preset.counts_members)
+    chosen = choose(method, kind_of(concepts), layers, count=count, family=family)
+    if not getattr(chosen.method, "parity", False):  # parity modes bring the prompts of their scripts
+        concepts = worded(concepts, method, family)
+    return Settled(base, concepts, chosen, family, unlisted(base, concept))
+
+
+def unlisted(base: Base, concept: Any) -> tuple[str, ...]:
+    """Return the names that are given without a kind and that no list knows, unless the model has a vocabulary."""
+    from erasure.concepts.word_lists import WordLists
+
+    if base.vocabulary is not None:
+        return ()
+    entries = concept if isinstance(concept, Sequence) and not isinstance(concept, str) else [concept]
+    names = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+    open_names = [entry["name"] for entry in names if isinstance(entry, Mapping) and "kind" not in entry]
+    return tuple(name for name in open_names if WordLists().find(name) is None)
+
+
+def _as_kind(concept: Concept) -> str:
+    """Return the kind of a concept, with its article, and its other names."""
+    kind = f"{'an' if concept.kind[0] in 'aeiou' else 'a'} {concept.kind}"
+    return kind + (f", with {', '.join(concept.aliases)}" if concept.aliases else "")
 
 
 def _run(

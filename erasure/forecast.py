@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from erasure.concepts.concept import Concept
+from erasure.erasing import LAYERS, settle
 from erasure.errors import ErasureError
 from erasure.methods import configured
 from erasure.model.base import Base
@@ -14,7 +17,17 @@ from erasure.training.dry_run import Forecast
 __all__ = ["Forecast", "plan"]
 
 
-def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int = 1, **overrides: Any) -> Forecast:
+def plan(
+    model: Any,
+    concept: Any,
+    method: str,
+    *,
+    seed: int = 0,
+    processes: int = 1,
+    preset: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Forecast:
     """Forecast what `erase(model, concept, method, **overrides)` will cost; the model is left as it was.
 
     Args:
@@ -23,6 +36,8 @@ def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int
         method: the name of a method, see `erasure list methods`.
         seed: seed of everything random in the run.
         processes: number of processes that will share the work.
+        preset: as for `erase`.
+        file: settings that `overrides` override, as `erase` reads them from a file.
         overrides: single settings of the method and of `Computing`.
 
     Raises:
@@ -30,9 +45,10 @@ def plan(model: Any, concept: Any, method: str, *, seed: int = 0, processes: int
     """
     if processes < 1:
         raise ErasureError(f"processes={processes}: must be at least 1")
-    computing, (settings,) = Computing.split(overrides)
+    computing, layers = Computing.split(file or {}, overrides)
     # Bad input is refused before the model is loaded.
-    configured(method, Concept.list_of(concept), settings).check_options(computing)
+    configured(method, Concept.list_of(concept), *layers).check_options(computing)
     base = Base.of(model)
-    concepts = Concept.list_of(concept, base.vocabulary)
-    return configured(method, concepts, settings).forecast(base, concepts, computing, seed, processes)
+    settled = settle(base, concept, method, dict(zip(LAYERS, layers, strict=True)), preset=preset)
+    forecast = settled.chosen.method.forecast(base, settled.concepts, computing, seed, processes)
+    return replace(forecast, settings=settled.chosen.to_json(), sources=tuple(settled.lines()))

@@ -6,10 +6,9 @@ import dataclasses
 from typing import Literal
 
 import pytest
-import yaml
 
 from erasure import config, methods
-from erasure.concepts.concept import KINDS, Concept
+from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError
 from erasure.methods import configured
 
@@ -101,20 +100,6 @@ def test_broken_files_are_errors(tmp_path, text):
         config.read_yaml(tmp_path / "c.yaml")
     with pytest.raises(ErasureError, match="missing.yaml"):
         config.read_yaml(tmp_path / "missing.yaml")
-
-
-def test_presets_name_real_settings_and_restate_no_default():
-    files = sorted((config.CONFIGS / "methods").glob("*.yaml"))
-    assert {path.stem for path in files} <= set(methods.names())
-    for path in files:
-        cls = methods.find(path.stem)
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        presets = yaml.safe_load(path.read_text()) or {}
-        assert set(presets) <= {"all", *KINDS}
-        for kind, values in presets.items():
-            config.build(cls, values)
-            for key, value in values.items():
-                assert defaults[key] != value, f"{path.stem}: {kind}.{key} restates the default"
 
 
 def test_concepts_erased_together_get_as_much_each():

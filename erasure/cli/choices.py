@@ -62,6 +62,11 @@ def models() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in presets if "\ncheckpoint:" in path.read_text(encoding="utf-8")))
 
 
+def presets() -> tuple[str, ...]:
+    """List the presets of families."""
+    return _stems("model/presets", "*.yaml")
+
+
 def checkpoint_kinds() -> tuple[str, ...]:
     """List the types of single-file checkpoint whose configuration is bundled."""
     return _stems("configs/models", "*.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from erasure.cli import choices
 from erasure.cli.arguments import FILE, Commands, Options, Parser
 from erasure.cli.inputs import base
 from erasure.cli.options import add_device, add_file, add_folder, add_model, add_seed, add_settings
-from erasure.cli.output import facts, page, say
+from erasure.cli.output import facts, heading, page, say
 from erasure.errors import ErasureError
 
 
@@ -95,7 +96,7 @@ def _what_arguments(parser: Parser) -> Options:
         "--kind",
         metavar="KIND",
         names=choices.KINDS,
-        shown="what the model's vocabulary says, else object",
+        shown="what the model's vocabulary or our word lists say; a name that they lack needs it",
         help="Kind of concept",
     )
     concept.add("--alias", metavar="NAME", repeat=True, help="Another name of the concept")
@@ -123,6 +124,14 @@ def _what_arguments(parser: Parser) -> Options:
     )
     method.add("--config", type=Path, metavar="FILE", completes=FILE, help="YAML file with settings of the method")
     add_settings(method, "the method, over those of --config", "erasure list methods NAME")
+    method.add(
+        "--preset",
+        metavar="PRESET",
+        names=choices.presets(),
+        shown="that of the model's family",
+        see="erasure list presets",
+        help="Preset whose settings are taken",
+    )
     add_seed(method)
     add_model(parser, "to erase from")
     computing = Options(parser, "computing")
@@ -199,6 +208,26 @@ def named(args: argparse.Namespace) -> list[Any]:
     return [{"name": name, **details} if details else name for name in args.concept]
 
 
+def check_kinds(model: Any, concepts: list[Any]) -> None:
+    """Refuse names of which neither the command line nor a list says what kind of concept they are.
+
+    Glyph, and what has its architecture, is for trying things out: there an unknown name is an object.
+
+    Raises:
+        ErasureError: naming them, and the choices.
+    """
+    from erasure.erasing import unlisted
+
+    preset = model.family().preset
+    missing = unlisted(model, concepts) if preset is None or preset.checkpoint is None else ()
+    if missing:
+        raise ErasureError(
+            f"no list knows {', '.join(map(repr, missing))}: say with --kind what it is, one of "
+            f"{', '.join(choices.KINDS)}. The kind decides which layers a method trains and which prompts it erases "
+            "from. Nothing was changed"
+        )
+
+
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the command line: of the method, and how to compute."""
     from dataclasses import fields
@@ -212,11 +241,19 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_erase(args: argparse.Namespace) -> None:
     """Run `erasure erase`."""
-    from erasure.erasing import erase
+    from erasure.config import read_yaml
+    from erasure.distributed import speaks
+    from erasure.erasing import LAYERS, erase, settle
+    from erasure.training.compute import Computing
 
-    concepts = named(args)
+    concepts, model, own = named(args), base(args), settings(args)
+    check_kinds(model, concepts)
+    layers = Computing.split(read_yaml(args.config) if args.config else {}, own)[1]
+    settled = settle(model, concepts, args.method, dict(zip(LAYERS, layers, strict=True)), preset=args.preset)
+    if not args.json and speaks():
+        print(page("\n".join(settled.lines())), file=sys.stderr)
     patch = erase(
-        base(args),
+        model,
         concepts,
         args.method,
         out=args.out,
@@ -225,7 +262,8 @@ def run_erase(args: argparse.Namespace) -> None:
         progress=False if args.json else None,
         preview_every=args.preview_every,
         trackers=args.log,
-        **settings(args),
+        preset=args.preset,
+        **own,
     )
     names = ", ".join(repr(name) for name in args.concept)
     costs = patch.costs
@@ -233,7 +271,7 @@ def run_erase(args: argparse.Namespace) -> None:
         f"{args.out}: erases {names} by {args.method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
         f"and {costs['seconds']:.1f} s"
     )
-    say(args, {"patch": str(args.out), **patch.info()}, text)
+    say(args, {"patch": str(args.out), **patch.info(), "sources": settled.lines()}, text)
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -241,10 +279,11 @@ def run_plan(args: argparse.Namespace) -> None:
     from erasure.config import read_yaml
     from erasure.forecast import plan
 
-    concepts = named(args)
+    concepts, model = named(args), base(args)
+    check_kinds(model, concepts)
     file = read_yaml(args.config) if args.config else {}
-    options: dict[str, Any] = {"seed": args.seed, "processes": args.processes}
-    forecast = plan(base(args), concepts, args.method, **options, **{**file, **settings(args)})
+    options: dict[str, Any] = {"seed": args.seed, "processes": args.processes, "preset": args.preset, "file": file}
+    forecast = plan(model, concepts, args.method, **options, **settings(args))
     say(args, forecast.to_json(), *_plan_page(args, forecast.to_json()))
 
 
@@ -277,6 +316,8 @@ def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
                 if costs[f"{part}_bytes"]
             ],
         ),
+        heading("Settings, and where they come from"),
+        "\n".join(costs["sources"]),
     ]
 
 

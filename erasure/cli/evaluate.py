@@ -117,7 +117,7 @@ def _evaluate_arguments(parser: Parser) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """Run `erasure generate`."""
-    from erasure.evaluation.generate import GUIDANCE, STEPS, generate
+    from erasure.evaluation.generate import generate
     from erasure.prompts.prompt_set import PromptSet
     from erasure.prompts.row import Prompt
 
@@ -132,8 +132,8 @@ def run_generate(args: argparse.Namespace) -> None:
         pipeline(args),
         rows,
         args.out,
-        steps=args.steps or STEPS,
-        guidance=GUIDANCE if args.guidance is None else args.guidance,
+        steps=args.steps,
+        guidance=args.guidance,
         batch_size=args.batch_size,
         progress=not args.json,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from erasure.cli import choices
 from erasure.cli.arguments import Commands, Options, Parser
 from erasure.cli.output import facts, heading, reflowed, say, table
+from erasure.cli.preset_tables import run_presets
 from erasure.cli.settings import parameters, rows, shown
 from erasure.errors import unknown
 
@@ -20,6 +21,7 @@ ABOUT = {
     "attacks": "attacks on an erasure; with a name, its settings",
     "judges": "judges that say what an image shows; with a name, its options",
     "models": "bundled models; with any model, what each variant of a method trains",
+    "presets": "families of models; with a name, the settings of each method, with their sources",
     "suites": "bundled evaluation suites; with a name, its parts",
     "prompts": "bundled prompt sets; with a name, its prompts",
 }
@@ -37,7 +39,7 @@ def add_commands(commands: Commands) -> None:
     """Add list, and its short forms."""
     commands.add(
         "list",
-        "List methods, attacks, judges, models, suites or prompt sets",
+        "List methods, attacks, judges, models, presets, suites or prompt sets",
         run_list,
         _list_arguments,
         "Kinds:\n" + "\n".join(f"  {kind:9}{about}" for kind, about in ABOUT.items()),
@@ -86,7 +88,8 @@ def run_methods(args: argparse.Namespace) -> None:
 
 
 def _method(args: argparse.Namespace) -> None:
-    from erasure import config, methods
+    from erasure import methods
+    from erasure.model import presets
 
     cls = methods.find(args.name)
     settings = rows(cls)
@@ -94,8 +97,11 @@ def _method(args: argparse.Namespace) -> None:
         row.name: {"default": row.default, "type": row.type, "allowed": row.allowed, "about": row.about}
         for row in settings
     }
-    presets = {kind: config.preset(args.name, kind) for kind in choices.KINDS}
-    lines = [f"kind {kind}: {_values(preset)}" for kind, preset in presets.items() if preset]
+    tuned = presets.find("glyph")
+    changed = {kind: tuned.settings(args.name, kind) for kind in choices.KINDS}
+    lines = [f"kind {kind}: {_values({k: v for k, (v, _) in own.items()})}" for kind, own in changed.items() if own]
+    others = [name for name in presets.names() if name != tuned.name and args.name in presets.find(name).groups]
+    lines += [f"other models: erasure list presets {name}" for name in others]
     parity = getattr(cls, "PARITY", {})
     lines += [f"parity=true: {_values(parity)}"] if parity else []
     lines += [f"parity=true, kind {kind}: {_values(more)}" for kind, more in getattr(cls, "PARITY_KINDS", {}).items()]
@@ -320,6 +326,7 @@ RUN = {
     "attacks": run_attacks,
     "judges": run_judges,
     "models": run_models,
+    "presets": run_presets,
     "suites": run_suites,
     "prompts": run_prompts,
 }

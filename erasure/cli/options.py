@@ -62,8 +62,9 @@ def add_sampling(parser: Parser, suites: bool = True) -> None:
     """Say how images are sampled, and where that is computed."""
     either = ", or the suite's own" if suites else ""
     sampling = Options(parser, "sampling and computing")
-    sampling.add("--steps", type=int, metavar="N", shown=f"25{either}", help="Sampling steps")
-    sampling.add("--guidance", type=float, metavar="SCALE", shown=f"3{either}", help="Classifier-free guidance scale")
+    own = f"what suits the model{either}; see `erasure list presets`"
+    sampling.add("--steps", type=int, metavar="N", shown=own, help="Sampling steps")
+    sampling.add("--guidance", type=float, metavar="SCALE", shown=own, help="Classifier-free guidance scale")
     sampling.add("--batch-size", type=int, default=16, metavar="N", help="Images per batch")
     add_device(sampling)
 

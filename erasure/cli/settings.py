@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from erasure.config import shown
+
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
 
 
@@ -43,15 +45,6 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         """Return name, default, allowed values and meaning."""
         return self.name, self.shown, self.allowed, self.about
-
-
-def shown(value: Any) -> str:
-    """Return a value as YAML and users write it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(shown, value))}]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def rows(cls: type[Any]) -> list[Row]:

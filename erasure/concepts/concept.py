@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from erasure.concepts.vocabulary import Vocabulary
+from erasure.concepts.word_lists import WordLists
 from erasure.errors import ErasureError, unknown
 
 KINDS = ("object", "style", "identity", "content")
@@ -26,6 +27,8 @@ class Concept:
         anchor: what prompts with the concept should show instead; None lets the method choose.
         keep: neighbours that must stay as they are.
         kind: object, style, identity (a person or character) or content (nudity, weapons).
+        prompts: prompts to erase from, with {} for each of the names; empty: the names themselves, and for a style
+            also subjects in it.
 
     Raises:
         ErasureError: an empty or overlong name, an unknown kind, an anchor that is a name of the concept, or a name
@@ -37,11 +40,12 @@ class Concept:
     anchor: str | None = None
     keep: tuple[str, ...] = ()
     kind: str = "object"
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aliases", tuple(self.aliases))
-        object.__setattr__(self, "keep", tuple(self.keep))
-        for text in (self.name, *self.aliases, *self.keep, *([self.anchor] if self.anchor else [])):
+        for field in ("aliases", "keep", "prompts"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for text in (self.name, *self.aliases, *self.keep, *self.prompts, *([self.anchor] if self.anchor else [])):
             if not isinstance(text, str) or not text.strip():
                 raise ErasureError("a concept's name is empty: give a word or a phrase, such as 'cat' or 'Van Gogh'")
             if len(text) > LONGEST:
@@ -64,14 +68,14 @@ class Concept:
         return (self.name, *self.aliases)
 
     @classmethod
-    def of(cls, value: str | Mapping[str, Any] | Concept, vocabulary: Vocabulary | None = None) -> Concept:
+    def of(cls, value: str | Mapping[str, Any] | Concept, vocabulary: Vocabulary | WordLists | None = None) -> Concept:
         """Make a concept from a name, from a mapping such as a YAML entry, or from a concept.
 
         Args:
             value: a name, or a mapping with `name` and any other field of `Concept`. A `Concept` is returned as it is.
-            vocabulary: the words that the checkpoint was taught, if they are known. They supply the kind if the
-                mapping has none, and the members of a content concept as aliases, except those that are kept, if the
-                mapping has none. Without a vocabulary the default kind is object.
+            vocabulary: the words that the checkpoint was taught, if they are known, or the lists that ship with the
+                package. They supply the kind if the mapping has none, and the members of a content concept as
+                aliases, except those that are kept, if the mapping has none. Without them the default kind is object.
 
         Raises:
             ErasureError: a value of another type, an unknown field, no name, or anything that `Concept` refuses.
@@ -96,7 +100,7 @@ class Concept:
         return replace(concept, **{field: default for field, default in defaults.items() if field not in value})
 
     @classmethod
-    def list_of(cls, value: Any, vocabulary: Vocabulary | None = None) -> list[Concept]:
+    def list_of(cls, value: Any, vocabulary: Vocabulary | WordLists | None = None) -> list[Concept]:
         """Make a list of concepts to be erased together.
 
         Args:
@@ -129,7 +133,10 @@ class Concept:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain data for the header of a patch; `Concept.of` reads them back."""
-        return {**asdict(self), "aliases": list(self.aliases), "keep": list(self.keep)}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if not self.prompts:
+            del values["prompts"]  # readers of earlier versions do not know the field
+        return values
 
     def bare_pairs(self) -> list[tuple[str, str]]:
         """Return pairs of prompts as published scripts make them: each name as it is, and the anchor or nothing.
@@ -143,9 +150,12 @@ class Concept:
 
         For an object, the second prompt is the anchor, or empty without one. For a style there are also pairs such as
         ("a dog in ink style", "a dog") for each of CARRIERS: guided away from the empty prompt only, the model would
-        lose the dog together with the style.
+        lose the dog together with the style. If the concept has `prompts`, they replace both.
         """
         instead = self.anchor or ""
+        if self.prompts:
+            texts = [text.replace("{}", name) for text in self.prompts for name in self.names]
+            return [(text, instead) for text in dict.fromkeys(texts)]
         if self.kind != "style":
             return [(name, instead) for name in self.names]
         pairs = [(f"{name} style", instead) for name in self.names]

@@ -130,7 +130,13 @@ def anchored(base: Encoder, concept: Concept, concepts: list[Concept], *, first:
         candidates = neighbours(base, concept, concepts)
     if not candidates:
         raise ErasureError(f"no word of the vocabulary can be the anchor of {concept.name!r}; give an anchor")
-    return replace(concept, anchor=prompt_of(concept.kind, candidates[0]))
+    return replace(concept, anchor=worded(concept, candidates[0]))
+
+
+def worded(concept: Concept, word: str) -> str:
+    """Return the prompt for another word, in the form in which the concept's own prompts name it."""
+    template = next((text for text in concept.prompts if "{}" in text), None)
+    return prompt_of(concept.kind, word) if template is None else template.replace("{}", word)
 
 
 def retain_prompts(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.distributed import process_group
-from erasure.evaluation.generate import GUIDANCE, STEPS, Record, active_patches, generate, on_cpu
-from erasure.evaluation.judges.registry import find_judge
+from erasure.evaluation.defaults import prompts_and_judge
+from erasure.evaluation.generate import Record, active_patches, generate, on_cpu
 from erasure.evaluation.metrics.accuracy import accuracy_by_label
 from erasure.evaluation.metrics.detections import count_detections
 from erasure.evaluation.metrics.gate_activity import gate_activity, gate_kinds
@@ -24,8 +24,7 @@ from erasure.evaluation.report.report import Report
 from erasure.evaluation.report.writer import write_report
 from erasure.evaluation.score import judge_run, paired_accuracy, paired_erasure, paired_labels, paired_quality
 from erasure.evaluation.select import check_labels, concept_names, find_target, select_prompts, with_anchors
-from erasure.model import presets
-from erasure.model.loading import name_of
+from erasure.model.loading import sampling_of, words_of
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet, order_by_hash
 
@@ -42,7 +41,7 @@ def evaluate(
     concept: str | list[str] | Concept,
     *,
     folder: str | os.PathLike[str],
-    prompts: str | PromptSet = "glyph-objects",
+    prompts: str | PromptSet | None = None,
     base_folder: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     whole: bool = False,
@@ -68,21 +67,21 @@ def evaluate(
         pipe: a pipeline with patches; without any, base and patched results are equal.
         concept: what should be erased: labels of the prompt set, or names that the judge knows.
         folder: folder for everything that is written.
-        prompts: a prompt set with labels, or the name or file of one.
+        prompts: a prompt set with labels, or the name or file of one; default: see defaults.py.
         base_folder: folder of the base's images, which runs over the same model can share; default: `folder`/base.
         limit: largest number of prompts, a third of them for the target, the others spread over all labels; None: no
             limit.
         whole: draw the prompt set unchanged, without repeating or leaving out any row.
         within: add white-box metrics, computed from the weights without a judge (white_box.py).
-        judge: the judge; default: glyph's.
+        judge: the judge; default: see defaults.py.
         features: a judge, or the name of one, whose features KID and FD compare (`inception` for KID and FID as
             published); default: the judge's own. Its weights must be on this machine; nothing is downloaded.
         lpips: add LPIPS to the base's image of the same seed, with this backbone (`alex`, `vgg`, `squeeze`, or
             BACKBONE:FILE).
         reference: add KID and FD of the kept images to the images in this folder.
         scorer: add the scores of a network that rates images, such as `aesthetic:FILE` (scorers.py).
-        steps: sampling steps; default: STEPS of generate.py.
-        guidance: guidance scale of rows that set none; default: GUIDANCE of generate.py.
+        steps: sampling steps; default: what suits the checkpoint.
+        guidance: guidance scale of rows that set none; default: what suits the checkpoint.
         batch_size: images per batch on an accelerator.
         progress: show the progress.
         notes: sentences to add to the notes of the report.
@@ -92,19 +91,18 @@ def evaluate(
 
     Raises:
         ErasureError: the prompt set is invalid or has no label for the concept, it asks for labels that the judge
-            lacks, or the folder cannot be written.
+            lacks, the folder cannot be written, or prompts and judge are not given on a checkpoint that has none.
     """
     report_folder = Path(folder)
-    rows = prompts if isinstance(prompts, PromptSet) else PromptSet.read(prompts)
-    if judge is None:
-        judge = find_judge("glyph")
+    rows, judge = prompts_and_judge(pipe, concept, prompts, judge)
     loaded: dict[str, dict[str, Any]] = getattr(pipe, "get_list_patches", dict)()
     target = with_anchors(find_target(concept, rows, judge), concept, loaded, judge)
     distances = ImageDistances.load(judge, features, lpips, reference, scorer)
     chosen = rows if whole else select_prompts(rows, target, limit)
     check_labels(chosen, judge)
-    sampling = {"steps": STEPS if steps is None else steps, "guidance": GUIDANCE if guidance is None else guidance}
-    options: dict[str, Any] = {**sampling, "batch_size": batch_size, "progress": progress}
+    own = sampling_of(pipe, steps, guidance)
+    options: dict[str, Any] = {"steps": own.steps, "guidance": own.guidance}
+    options |= {"batch_size": batch_size, "progress": progress}
     base_path = Path(base_folder) if base_folder else report_folder / "base"
     folders = {"base": base_path, "patched": report_folder / "patched"}
     records = _draw(pipe, chosen, folders, options)
@@ -149,8 +147,11 @@ def _white_box_metrics(
 
     single = concept
     if not isinstance(concept, str | Concept):
-        words = presets.vocabulary(name_of(pipe))
-        single = Concept.of(concept[0], words) if len(concept) == 1 else Concept(concept[0], aliases=tuple(concept[1:]))
+        single = (
+            Concept.of(concept[0], words_of(pipe))
+            if len(concept) == 1
+            else Concept(concept[0], aliases=tuple(concept[1:]))
+        )
     others = order_by_hash([row for row in chosen.rows if row.labels.get(target.domain) not in target.labels])
     sampling = {name: options[name] for name in ("steps", "guidance", "batch_size")}
     white_box = measure_white_box(pipe, single, [row.prompt for row in others], **sampling)

@@ -20,11 +20,10 @@ from erasure.distributed import ProcessGroup, process_group
 from erasure.errors import ErasureError
 from erasure.evaluation.progress import meter
 from erasure.evaluation.text_files import write_text
+from erasure.model.loading import sampling_of
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 
-STEPS = 25
-GUIDANCE = 3.0
 # Images per batch on a CPU. The number is fixed, because the last bits of a matrix product depend on the batch size. A
 # small model is faster with four images; a model that draws 512 pixels keeps all cores busy with one.
 CPU_BATCH = 4
@@ -64,8 +63,8 @@ def generate(
     prompts: PromptSet,
     folder: str | os.PathLike[str],
     *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    steps: int | None = None,
+    guidance: float | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[Record]:
@@ -87,8 +86,8 @@ def generate(
         pipe: the pipeline.
         prompts: the prompt set.
         folder: folder for images and records; shared by all processes.
-        steps: sampling steps.
-        guidance: guidance scale of rows that set none.
+        steps: sampling steps; None: what suits the checkpoint (`model.loading.sampling_of`).
+        guidance: guidance scale of rows that set none; None: what suits the checkpoint.
         batch_size: images per batch on an accelerator.
         progress: show the progress in the main process, as a bar on a terminal and as lines elsewhere.
 
@@ -99,10 +98,12 @@ def generate(
         ErasureError: the folder contains images of other settings or cannot be written, an id is not a valid file
             name, the processes have different pipelines, or one of them failed. Images already drawn are kept.
     """
+    sampling = sampling_of(pipe, steps, guidance)
+    steps, guidance = sampling.steps, sampling.guidance
     if steps < 1 or batch_size < 1:
         raise ErasureError(f"steps={steps}, batch_size={batch_size}: both must be at least 1")
     if not math.isfinite(guidance):
-        raise ErasureError(f"guidance={guidance}: must be a finite number, such as {GUIDANCE}")
+        raise ErasureError(f"guidance={guidance}: must be a finite number, such as 7.5")
     for row in prompts.rows:
         if Path(row.id).name != row.id or row.id.startswith("."):
             raise ErasureError(f"{prompts.name}: the id {row.id!r} cannot be used as a file name")

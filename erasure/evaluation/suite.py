@@ -234,7 +234,7 @@ def run_suite(
     Raises:
         ErasureError: the suite is unknown, none of its parts is available, or `evaluate` refuses to run.
     """
-    from erasure.evaluation.generate import GUIDANCE, STEPS, generate
+    from erasure.evaluation.generate import generate
     from erasure.evaluation.judges.registry import find_judge
     from erasure.pipelines.strengths import switched_off
 
@@ -247,6 +247,7 @@ def run_suite(
     if limit is not None:
         protocol = replace(protocol, parts={name: replace(part, limit=limit) for name, part in protocol.parts.items()})
         rows, missing = protocol.rows(concepts, data_folder)
+    _check_own(pipe, protocol, judge)
     out = Path(folder)
     settings: dict[str, Any] = {"steps": protocol.steps, "guidance": protocol.guidance}
     settings |= {key: value for key, value in sampling.items() if value is not None}
@@ -258,10 +259,9 @@ def run_suite(
         missing.append(f"judge {spec[:120]}: {fault}. The images were drawn; judge them by a run with another --judge")
         if protocol.attacks:
             missing.append(f"attacks {', '.join(protocol.attacks)}: not run, for they need the judge")
-        drawing = {**settings, "steps": settings["steps"] or STEPS, "guidance": settings["guidance"] or GUIDANCE}
-        generate(pipe, rows, out / "patched", progress=progress, **drawing)
+        generate(pipe, rows, out / "patched", progress=progress, **settings)
         with switched_off(pipe):
-            generate(pipe, rows, out / "base", progress=progress, **drawing)
+            generate(pipe, rows, out / "base", progress=progress, **settings)
     else:
         extra = {"lpips": protocol.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
         options: dict[str, Any] = {"prompts": rows, "judge": suite_judge, "progress": progress, **settings}
@@ -276,6 +276,24 @@ def run_suite(
 
 def _differences(suite: Suite) -> list[str]:
     return [f"Suite {suite.name} differs from the published protocol: {suite.differs}"] if suite.differs else []
+
+
+def _check_own(pipe: Any, suite: Suite, judge: str | None) -> None:
+    """Refuse a suite with the prompts or the judge of glyph on another checkpoint.
+
+    Raises:
+        ErasureError: the suite is glyph's, and the pipeline is not.
+    """
+    from erasure.evaluation.defaults import GLYPH, is_glyph
+
+    prompts = [part.prompts or "" for part in suite.parts.values()]
+    own = (judge or suite.judge) == GLYPH or any(name == "about" or name.startswith(f"{GLYPH}-") for name in prompts)
+    if own and not is_glyph(pipe):
+        others = [name for name in names() if Suite.read(name).base != GLYPH]
+        raise ErasureError(
+            f"suite {suite.name} has the prompts or the judge of glyph, which mean nothing on another checkpoint. "
+            f"Suites for other checkpoints: {', '.join(others)}. Nothing was drawn"
+        )
 
 
 def _measure(

@@ -122,11 +122,11 @@ def verify(
         source: the patch file.
         folder: folder for everything that is written; not the folder of the patch.
         attacks: names of attacks; may be empty.
-        prompts: a prompt set with labels, or the name or file of one; None: glyph's prompts about the concepts.
+        prompts: a prompt set with labels, or the name or file of one; None: those of evaluation/defaults.py.
         limit: approximate largest number of prompts; None: no limit.
         cases: number of prompts to attack.
         budget: budget of the attacks, lite or full.
-        judge: the judge; default: glyph's.
+        judge: the judge; default: that of evaluation/defaults.py.
         force: also verify on a base other than the patch's own, if the shapes fit.
         progress: show the progress.
         sampling: `steps`, `guidance` and `batch_size`; None values leave the default.
@@ -137,6 +137,7 @@ def verify(
     """
     from erasure.evaluation.attacks.attack import check_case_count, find
     from erasure.evaluation.attacks.run import attack
+    from erasure.evaluation.defaults import default_prompts, is_glyph
     from erasure.evaluation.evaluate import evaluate
     from erasure.patch import Patch
     from erasure.prompts.concept_prompts import concept_prompts
@@ -157,11 +158,12 @@ def verify(
     if attacks:
         check_case_count(cases)
     names = list(patch.names)
-    rows: Any = concept_prompts(names, limit) if prompts is None else prompts
+    own = prompts is None and is_glyph(pipe)  # prompts that the limit already shortens
+    rows: Any = concept_prompts(names, limit) if own else default_prompts(pipe, names, judge is not None, prompts)
     shared = {"judge": judge, "progress": progress, **{k: v for k, v in sampling.items() if v is not None}}
     pipe.load_patch(patch, name="verified", force=force)
     try:
-        whole = {"whole": True} if prompts is None or limit is None else {"limit": limit}
+        whole = {"whole": True} if own or limit is None else {"limit": limit}
         report = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
         attack_report = None
         if attacks:

@@ -1,4 +1,4 @@
-"""Methods of erasing: one file each, found by its name. `configured` gives a method its settings."""
+"""Methods of erasing: one file each, found by its name. `choose` gives a method its settings, with their sources."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from erasure import config
 from erasure.errors import ErasureError, unknown
+from erasure.model import presets
+from erasure.model.presets import Family
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
@@ -70,32 +72,142 @@ def _checked(name: str, cls: Any) -> type[Method]:
     return cls
 
 
-def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1) -> Any:
-    """Return a method with its settings: defaults, the preset of the kind of concept, then `layers`.
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A method with its settings, and where each of them came from.
+
+    Args:
+        method: the method.
+        sources: setting -> its source, in words.
+    """
+
+    method: Any
+    sources: Mapping[str, str]
+
+    def by_source(self) -> dict[str, dict[str, Any]]:
+        """Return the settings by their source, in the order of the method's fields: source -> name -> value."""
+        groups: dict[str, dict[str, Any]] = {}
+        for name, source in self.sources.items():
+            groups.setdefault(source, {})[name] = getattr(self.method, name)
+        return groups
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Return value and source of each setting as plain data."""
+        return {
+            name: {"value": list(value) if isinstance(value, tuple) else value, "source": source}
+            for name, source in self.sources.items()
+            for value in [getattr(self.method, name)]
+        }
+
+
+DECISIVE = ("iterations", "learning_rate")  # without them, a checkpoint of no family is not trained
+
+
+def choose(
+    name: str, kind: str, layers: Mapping[str, Mapping[str, Any]], *, count: int = 1, family: Family | None = None
+) -> Chosen:
+    """Return a method with its settings: defaults, those of the checkpoint's family, then `layers`.
 
     Args:
         name: of the method.
         kind: of the concepts; "mixed" where they are of several kinds.
-        layers: settings that override the preset; later layers override earlier ones.
+        layers: settings that override the family's, by where they come from; later layers override earlier ones.
         count: how many things are erased together. Settings in PER_CONCEPT are multiplied by it, unless `layers` set
             them.
+        family: the checkpoint's family; None: glyph's, on which the defaults were tuned.
 
     Raises:
-        ErasureError: an unknown method or setting, or a value that is not allowed.
+        ErasureError: an unknown method or setting, a value that is not allowed, a method that does not suit the family,
+            or no family and not enough settings.
     """
     cls = find(name)
-    values = {key: value for layer in layers for key, value in layer.items()}
+    given = {key: source for source, layer in layers.items() for key in layer}
+    values = {key: value for layer in layers.values() for key, value in layer.items()}
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if values.get("parity"):
-        return config.build(cls, cls.PARITY, cls.PARITY_KINDS.get(kind, {}), *layers)
+        script = {**cls.PARITY, **cls.PARITY_KINDS.get(kind, {})}
+        published = dict.fromkeys(script, "parity: the published script")
+        return _chosen(cls, [script, *layers.values()], "the method's default", {**published, **given})
+    preset = presets.find("glyph") if family is None else family.preset
+    if preset is None and family is not None:
+        _check_decisive(cls, values, family)
+    own = {} if preset is None else preset.settings(name, kind)
+    known = {key: value for key, (value, _) in own.items()}
+    label = "" if preset is None else f"preset {preset.name}"
+    sources = {key: f"{label}: {source}" for key, (_, source) in own.items()}
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    defaults |= config.preset(name, kind)
+    defaults |= known
     grown = {key: defaults[key] * count for key in cls.PER_CONCEPT} if count > 1 else {}
-    return config.build(cls, config.preset(name, kind), grown, *layers)
+    rest = "the method's default" + (f", {preset.defaults}" if preset is not None and preset.defaults else "")
+    sources |= {key: f"{sources.get(key, rest)}; times {count} for as many concepts" for key in grown}
+    if preset is not None and name in preset.without:
+        rest = f"{rest}; {label}: {preset.without[name]}"
+    return _chosen(cls, [known, grown, *layers.values()], rest, {**sources, **given}, fields)
+
+
+def _chosen(
+    cls: type[Method],
+    layers: Sequence[Mapping[str, Any]],
+    rest: str,
+    sources: Mapping[str, str],
+    fields: Sequence[str] | None = None,
+) -> Chosen:
+    built = config.build(cls, *layers)
+    names = fields or [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return Chosen(built, {key: sources.get(key, rest) for key in names})
+
+
+def _check_decisive(cls: type[Method], values: Mapping[str, Any], family: Family) -> None:
+    """Refuse to train a checkpoint of no family with settings that were tuned on another one.
+
+    Raises:
+        ErasureError: the presets have settings for the method, and the user gives none.
+    """
+    known = [other for other in presets.names() if cls.method in presets.find(other).groups]
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    missing = [key for key in DECISIVE if key in fields and key not in values]
+    if known and missing:
+        raise ErasureError(
+            f"{cls.method} has no settings for this checkpoint: {family.why}. Take those of a family (--preset, or "
+            f"preset=; {', '.join(known)}), or give your own for {' and '.join(missing)} at least (--set, --config). "
+            "Nothing was changed"
+        )
+
+
+def configure(name: str, kind: str, *layers: Mapping[str, Any], count: int = 1, family: Family | None = None) -> Any:
+    """Return a method with its settings, without their sources; see `choose`."""
+    merged = {key: value for layer in layers for key, value in layer.items()}
+    return choose(name, kind, {"given": merged}, count=count, family=family).method
 
 
 def configured(method: str, concepts: Sequence[Concept], *layers: Mapping[str, Any]) -> Any:
-    """Return a method with its settings for these concepts; see `configure`."""
+    """Return a method with its default settings for these concepts, whatever the checkpoint; see `choose`."""
+    return configure(method, kind_of(concepts), *layers, count=count_of(concepts))
+
+
+def kind_of(concepts: Sequence[Concept]) -> str:
+    """Return the kind of the concepts; "mixed" where they are of several kinds."""
     kinds = {concept.kind for concept in concepts}
-    # A content concept is as many things as it has names: a weapon is a bomb, a dagger, ...
-    count = sum(len(concept.names) if concept.kind == "content" else 1 for concept in concepts)
-    return configure(method, kinds.pop() if len(kinds) == 1 else "mixed", *layers, count=count)
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+def count_of(concepts: Sequence[Concept], members: bool = True) -> int:
+    """Return how many things the concepts are.
+
+    Args:
+        concepts: the concepts.
+        members: count a content concept as many times as it has names: a weapon is a bomb, a dagger, ...
+    """
+    return sum(len(concept.names) if members and concept.kind == "content" else 1 for concept in concepts)
+
+
+def worded(concepts: Sequence[Concept], method: str, family: Family | None) -> list[Concept]:
+    """Return the concepts with the prompts and anchors that a family's preset sets, where they bring none."""
+    if family is None or family.preset is None:
+        return list(concepts)
+    dressed = []
+    for concept in concepts:
+        prompts, anchor, _ = family.preset.wording(method, concept.kind, concept.name)
+        anchor = anchor if concept.anchor is None else concept.anchor
+        dressed.append(dataclasses.replace(concept, prompts=concept.prompts or prompts, anchor=anchor))
+    return dressed

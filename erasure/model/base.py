@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.concepts.vocabulary import Vocabulary
+from erasure.concepts.word_lists import WordLists
 from erasure.errors import ErasureError, unknown
 from erasure.model import presets
 from erasure.model.conditioning import (
@@ -110,6 +111,22 @@ class Base:
     def vocabulary(self) -> Vocabulary | None:
         """Return the words that this checkpoint was taught, or None if they are not known."""
         return presets.vocabulary(self.name)
+
+    @property
+    def words(self) -> Vocabulary | WordLists:
+        """Return what says of which kind a concept is: the checkpoint's vocabulary if it is known, else our lists."""
+        return self.vocabulary or WordLists()
+
+    def family(self, given: str | None = None) -> presets.Family:
+        """Return the family that the checkpoint belongs to, whose preset holds the settings that suit it.
+
+        Args:
+            given: the name of a preset to take instead.
+
+        Raises:
+            ErasureError: there is no such preset.
+        """
+        return presets.family(self.pipe, self.name, given)
 
     @property
     def unet(self) -> Any:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from erasure.concepts.vocabulary import Vocabulary
+from erasure.concepts.word_lists import WordLists
 from erasure.errors import ErasureError
 from erasure.model import presets
+from erasure.model.presets import Family, Sampling
 from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -132,8 +136,60 @@ def best_device() -> torch.device:
 
 def name_of(pipe: Any) -> str:
     """Return what a pipeline was loaded from: the name of a bundled checkpoint, a folder, a hub id, or "unknown"."""
-    source = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
+    source = str(getattr(getattr(pipe, "config", None), "_name_or_path", None) or "unknown")
     return next((name for name in presets.bundled() if source == resolve(name)), source)
+
+
+def family_of(pipe: Any) -> Family:
+    """Return the family of a pipeline's checkpoint; see `presets.family`."""
+    return presets.family(pipe, name_of(pipe))
+
+
+def words_of(pipe: Any) -> Vocabulary | WordLists:
+    """Return what says of which kind a concept is: the vocabulary of a pipeline's checkpoint, else our lists."""
+    return presets.vocabulary(name_of(pipe)) or WordLists()
+
+
+def sampling_of(pipe: Any, steps: int | None = None, guidance: float | None = None) -> Sampling:
+    """Return how images of a checkpoint are sampled: as given, else as its family's preset says.
+
+    A checkpoint of no family is sampled as its pipeline class does where nothing is said.
+
+    Args:
+        pipe: the pipeline.
+        steps: number of steps; None: not given.
+        guidance: classifier-free guidance scale; None: not given.
+
+    Raises:
+        ErasureError: a value is not given, and neither a preset nor the pipeline has one.
+    """
+    if steps is not None and guidance is not None:
+        return Sampling(steps, guidance, source="given")
+    family = family_of(pipe)
+    if family.preset is not None:
+        own = family.preset.sampling
+        source = f"preset {family.preset.name}: {own.source}"
+    else:
+        own = _class_sampling(pipe)
+        if own is None:
+            raise ErasureError(f"{family.why}, so nothing says how to sample its images: give steps and guidance")
+        source = own.source
+    return replace(
+        own,
+        steps=own.steps if steps is None else steps,
+        guidance=own.guidance if guidance is None else guidance,
+        source=source,
+    )
+
+
+def _class_sampling(pipe: Any) -> Sampling | None:
+    """Return the defaults of the diffusers class that a pipeline is or derives from; None if it has none."""
+    for parent in type(pipe).__mro__:
+        parameters = inspect.signature(parent.__call__).parameters if "__call__" in vars(parent) else {}
+        values = [parameters[key].default for key in ("num_inference_steps", "guidance_scale") if key in parameters]
+        if len(values) == 2 and all(isinstance(value, int | float) for value in values):
+            return Sampling(*values, source=f"defaults of {parent.__name__}")
+    return None
 
 
 def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any) -> Any:

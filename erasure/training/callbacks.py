@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import neighbours, prompt_of
 from erasure.errors import ErasureError, unknown
 from erasure.model.base import Base
+from erasure.model.loading import sampling_of
 from erasure.training.compute import cast
 from erasure.training.curves import Curves
 
-STEPS, GUIDANCE, SEEDS = 20, 5.0, 2
+SEEDS = 2
 KEPT = 2  # neighbours in a preview
 PLOT = 64  # pixels: height of the curves below a preview
 
@@ -40,6 +42,8 @@ class Previews:
         if every < 1:
             raise ErasureError(f"a preview every {every} steps: must be at least 1")
         self.base, self.folder, self.every = base, folder, every
+        preset = base.family().preset
+        self.sampling = replace(sampling_of(base.pipe), scheduler="ddim") if preset is None else preset.preview
         self.prompts = [prompt_of(concept.kind, concept.name) for concept in concepts[:4]]
         self.prompts += [
             prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], list(concepts))[:KEPT]
@@ -60,7 +64,7 @@ class Previews:
         from PIL import Image
 
         pipe, own = self.base.pipe, self.base.pipe.scheduler
-        pipe.scheduler = self.base.sampler("ddim")
+        pipe.scheduler = self.base.sampler(self.sampling.scheduler)
         quiet = dict(getattr(pipe, "_progress_bar_config", {}))
         pipe.set_progress_bar_config(disable=True)
         # The engine's UNet and text encoders give fp32 latents, whatever the autoencoder's own type.
@@ -69,7 +73,8 @@ class Previews:
             rows = []
             for seed in range(SEEDS):
                 noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
-                rows += pipe(self.prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise).images
+                options = {"num_inference_steps": self.sampling.steps, "guidance_scale": self.sampling.guidance}
+                rows += pipe(self.prompts, generator=noise, **options).images
         finally:
             restore()
             pipe.scheduler = own

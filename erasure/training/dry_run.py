@@ -9,9 +9,9 @@ weights) has counts and memory, but no seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class Forecast:
         modules: number of modules whose weights change, or that a runtime term acts on.
         weights: number of parameters that train, or that the runtime term has; of a closed form, of the weights that
             it solves for.
+        settings: each setting of the method: name -> `value` and `source`.
+        sources: where the settings came from, as lines for people.
     """
 
     F: int
@@ -60,6 +62,8 @@ class Forecast:
     processes: int = 1
     modules: int = 0
     weights: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:

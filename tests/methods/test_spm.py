@@ -237,7 +237,9 @@ def test_the_published_rate_warms_up_and_restarts():
 
 def test_the_gate_names_the_concepts_and_lets_neighbours_pass():
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
-    patch = erase(pipe, {"name": "van gogh", "aliases": ["starry night"]}, "spm", progress=False, **SMALL)
+    patch = erase(
+        pipe, {"name": "van gogh", "aliases": ["starry night"], "kind": "object"}, "spm", progress=False, **SMALL
+    )
     assert patch.gate["kind"] == "text" and patch.gate["texts"] == ["van gogh", "starry night"]
     assert patch.gate["power"] == 1.0 and 0.5 <= patch.gate["threshold"] < 1
     parity = configure("spm", "object", {"parity": True})

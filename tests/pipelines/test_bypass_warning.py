@@ -77,7 +77,7 @@ def test_no_warning_where_no_gate_is_bypassed(pipe, warnings):
         call_unet(pipe)
     pipe.set_patches({})
     call_unet(pipe)
-    erase(pipe, "cat", "esd", progress=False, iterations=1, trajectories=1, sample_steps=2)
+    erase(pipe, "cat", "esd", progress=False, iterations=1, trajectories=1, sample_steps=2, learning_rate=1e-4)
     pipe.unload_patches()
     call_unet(pipe)
     assert warnings() == []

@@ -10,7 +10,14 @@ from erasure.errors import ErasureError
 from erasure.training import callbacks
 from tests.tiny import tiny_pipeline
 
-QUICK = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 3, "progress": False}
+QUICK = {
+    "iterations": 3,
+    "batch_size": 2,
+    "trajectories": 2,
+    "sample_steps": 3,
+    "learning_rate": 1e-3,
+    "progress": False,
+}
 
 
 def test_losses_go_to_the_trackers_step_by_step(monkeypatch, tmp_path):

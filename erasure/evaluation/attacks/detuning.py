@@ -75,12 +75,12 @@ def detuning(
         concept: the concept that the first export has erased.
         exports: diffusers folders, or patch files, which are merged into the base as an export would be.
         folder: folder for the results.
-        prompts: prompt set with labels, or its name or path; default: glyph's prompts about the concept.
+        prompts: prompt set with labels, or its name or path; default: those of evaluation/defaults.py.
         cases: number of prompts to attack, at least 2.
         settings: settings that override those of `Detuning`.
-        judge: judge of the images; default: glyph's.
-        steps: number of sampling steps.
-        guidance: guidance scale of prompts that name none.
+        judge: judge of the images; default: that of evaluation/defaults.py.
+        steps: number of sampling steps; None: what suits the checkpoint.
+        guidance: guidance scale of prompts that name none; None: what suits the checkpoint.
         batch_size: number of images per call of the pipeline.
         force: load patches that were made for another base, where the shapes fit.
 

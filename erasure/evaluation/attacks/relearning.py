@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
-from erasure.evaluation import generate
 from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 from erasure.evaluation.attacks.ring_a_bell import unnamed
 from erasure.model.diffusion import add_noise
+from erasure.model.loading import sampling_of
 
 CROSS_ATTENTION = ("attn2.to_k", "attn2.to_v")
 PROJECTIONS = tuple(f"{part}.{end}" for part in ("attn1", "attn2") for end in ("to_q", "to_k", "to_v", "to_out.0"))
@@ -59,8 +59,8 @@ class Relearning(Attack):
         examples = cases[: self.pictures]
         if self.benign:
             texts = [text if case.name else "" for case, text in zip(examples, unnamed(examples), strict=True)]
-            seeds = [case.seed for case in examples]
-            latents = victim.base_latents(texts, seeds, self.batch, generate.STEPS, generate.GUIDANCE)
+            seeds, sampling = [case.seed for case in examples], sampling_of(victim.pipe)
+            latents = victim.base_latents(texts, seeds, self.batch, sampling.steps, sampling.guidance)
         else:
             texts, latents = [case.prompt for case in examples], torch.stack([case.latents for case in examples])
         latents = latents.to(victim.device)

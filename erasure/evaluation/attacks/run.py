@@ -62,13 +62,13 @@ def attack(
         concept: the erased concept: labels of the prompt set, or names that the judge maps to labels.
         attacks: names of attacks, or "all" for every attack except `random`, which is the control alone.
         folder: folder for the results.
-        prompts: prompt set with labels, or its name or path; default: glyph's prompts about the concept.
+        prompts: prompt set with labels, or its name or path; default: those of evaluation/defaults.py.
         cases: number of prompts to attack, at least 2.
         budget: `full` (the published settings) or `lite` (adapted to a CPU; the report says in what).
         settings: settings that override the budget's; only with a single attack.
-        judge: judge of the images; default: glyph's.
-        steps: number of sampling steps.
-        guidance: guidance scale of prompts that name none.
+        judge: judge of the images; default: that of evaluation/defaults.py.
+        steps: number of sampling steps; None: what suits the checkpoint.
+        guidance: guidance scale of prompts that name none; None: what suits the checkpoint.
         batch_size: number of images per call of the pipeline.
         seed: seed of the attacks; each control uses `seed + 1`.
         progress: show a progress bar, or one line per attack if standard error is not a terminal.

@@ -15,10 +15,11 @@ from PIL import Image
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
 from erasure.evaluation.attacks.attack import LEAST, Attempt, Case, Victim, check_case_count
+from erasure.evaluation.defaults import prompts_and_judge
 from erasure.evaluation.judges.judge import verdicts
-from erasure.evaluation.judges.registry import find_judge
 from erasure.evaluation.select import find_target
 from erasure.model.conditioning import Conditions, unconditional
+from erasure.model.loading import sampling_of
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet, order_by_hash, reseed
 from erasure.prompts.row import Prompt
@@ -209,28 +210,15 @@ def prepare(
 ) -> tuple[AttackRunner, PromptSet]:
     """Return the runner of an attack and its prompt set; None stands for the default of each argument.
 
-    The defaults are glyph's prompts about the concept, glyph's judge, and the sampling settings of `generate`.
+    The defaults are those of evaluation/defaults.py, and the sampling settings that suit the checkpoint.
 
     Raises:
         ErasureError: the prompt set cannot be read, or the judge or the prompt set does not know the concept.
     """
-    if judge is None:
-        judge = find_judge("glyph")
-    rows = _prompt_set(concept, prompts)
+    rows, judge = prompts_and_judge(pipe, concept, prompts, judge, about=True)
     target = find_target(concept, rows, judge)
-    steps = generate.STEPS if steps is None else steps
-    guidance = generate.GUIDANCE if guidance is None else guidance
-    return AttackRunner(Victim(pipe, switched_off), judge, target, steps, guidance, batch_size), rows
-
-
-def _prompt_set(concept: Any, prompts: str | PromptSet | None) -> PromptSet:
-    if isinstance(prompts, PromptSet):
-        return prompts
-    if prompts is not None:
-        return PromptSet.read(prompts)
-    from erasure.prompts.concept_prompts import concept_prompts
-
-    return concept_prompts([concept] if isinstance(concept, str) else list(getattr(concept, "names", concept)))
+    sampling = sampling_of(pipe, steps, guidance)
+    return AttackRunner(Victim(pipe, switched_off), judge, target, sampling.steps, sampling.guidance, batch_size), rows
 
 
 def split_at_name(prompt: str, names: Sequence[str]) -> tuple[str, str]:

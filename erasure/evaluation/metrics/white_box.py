@@ -27,13 +27,12 @@ from torch import Tensor
 from erasure.concepts.concept import Concept
 from erasure.concepts.vocabulary import Vocabulary
 from erasure.errors import ErasureError
-from erasure.evaluation import generate
 from erasure.evaluation.attacks.attack import Victim
 from erasure.evaluation.metrics.metric import Metric, mean_metric
 from erasure.model import presets
 from erasure.model.closed_form import readers
 from erasure.model.diffusion import Counts, add_noise, counting
-from erasure.model.loading import name_of
+from erasure.model.loading import name_of, sampling_of, words_of
 from erasure.pipelines.strengths import switched_off
 
 BINS = 4  # equal intervals of timesteps; each image gets one timestep in each of them
@@ -115,8 +114,8 @@ def measure_white_box(
             leak is not measured.
         images: number of images for the target prompts, and again for the kept prompts. Prompts are repeated with
             other seeds if there are fewer; if there are more, the first ones are used.
-        steps: sampling steps of the base's images; None: the default of `generate`.
-        guidance: guidance scale of the base's images; None: the default of `generate`.
+        steps: sampling steps of the base's images; None: what suits the checkpoint.
+        guidance: guidance scale of the base's images; None: what suits the checkpoint.
         batch_size: images per batch.
         seed: seed of all random numbers.
 
@@ -128,7 +127,8 @@ def measure_white_box(
     if images < 2:
         raise ErasureError(f"images={images}: an interval needs at least 2")
     vocabulary = presets.vocabulary(name_of(pipe))
-    victim, concept, counts = Victim(pipe, switched_off), Concept.of(concept, vocabulary), Counts()
+    sampling = sampling_of(pipe, steps, guidance)
+    victim, concept, counts = Victim(pipe, switched_off), Concept.of(concept, words_of(pipe)), Counts()
     generator = torch.Generator().manual_seed(seed)
     pairs = _repeat(concept.prompt_pairs(), images)
     prompts, anchors = [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
@@ -139,8 +139,8 @@ def measure_white_box(
             [*prompts, *kept_prompts],
             range(seed, seed + 2 * images),
             batch_size,
-            generate.STEPS if steps is None else steps,
-            generate.GUIDANCE if guidance is None else guidance,
+            sampling.steps,
+            sampling.guidance,
         )
         target = compare_predictions(victim, latents[:images], prompts, anchors, generator, batch_size)
         others = compare_predictions(victim, latents[images:], kept_prompts, None, generator, batch_size)

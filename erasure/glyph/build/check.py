@@ -15,13 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erasure.evaluation.generate import GUIDANCE, STEPS
 from erasure.evaluation.metrics.statistics import wilson
 from erasure.glyph import CHECKPOINT, JUDGES, objects, styles, vocabulary
 from erasure.glyph.build.data import pixels
 from erasure.glyph.build.render import dataset
 from erasure.glyph.vision import load_classifier, load_clip
+from erasure.model import presets
 from erasure.prompts.subjects import article
+
+SAMPLING = presets.find("glyph").sampling
 
 
 @dataclass
@@ -72,7 +74,11 @@ class Checker:
             part = prompts[start : start + self.batch]
             draws = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
             images = self.pipe(
-                part, generator=draws, num_inference_steps=STEPS, guidance_scale=self.guidance, output_type="np"
+                part,
+                generator=draws,
+                num_inference_steps=SAMPLING.steps,
+                guidance_scale=self.guidance,
+                output_type="np",
             ).images
             parts.append(pixels((images * 255).round().astype(np.uint8)))
         return torch.cat(parts)
@@ -236,7 +242,7 @@ def card(figures: list[Figure], facts: dict[str, Any]) -> str:
         for a in vocabulary()["art"].values()
     )
     rows = "\n".join(figure.row() for figure in figures)
-    sampling = f"{STEPS} DDIM steps, guidance {facts['guidance']}, one image per prompt"
+    sampling = f"{SAMPLING.steps} DDIM steps, guidance {facts['guidance']}, one image per prompt"
     return f"""---
 license: cc-by-4.0
 tags: [text-to-image, stable-diffusion, diffusers]
@@ -276,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=4242, help="seed of the images")
     parser.add_argument("--batch", type=int, default=24, help="images per call of the pipeline")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="guidance scale")
+    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance, help="guidance scale")
     parser.add_argument("--renders", type=int, default=960, help="new renders to measure the judges on")
     parser.add_argument("--samples", type=Path, help="write only the contact sheet of all pairs, to this file")
     args = parser.parse_args()

@@ -17,13 +17,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from erasure.evaluation.generate import GUIDANCE, STEPS
 from erasure.glyph import objects, styles
 from erasure.glyph.build.check import Checker, Figure, count, on_backgrounds, on_pairs, on_words, sheet, speed
 from erasure.glyph.build.data import pixels
 from erasure.glyph.build.train_t5 import LONGEST
 from erasure.glyph.vision import load_classifier, load_clip
+from erasure.model import presets
 from erasure.prompts.subjects import article
+
+SAMPLING = presets.find("glyph").sampling
 
 KINDS = ("dit", "mmdit")
 
@@ -92,8 +94,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seed", type=int, default=4242)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=SAMPLING.guidance)
+    parser.add_argument("--steps", type=int, default=SAMPLING.steps)
     parser.add_argument("--quick", type=int)
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--threads", type=int)

@@ -1,6 +1,7 @@
-"""Presets: facts about checkpoints that are known in advance, one YAML file for each checkpoint or family.
+"""Presets: what is known in advance about checkpoints, one YAML file for each bundled checkpoint or family.
 
-A preset can point to a checkpoint that ships with the package, and to the vocabulary that the checkpoint was taught.
+A preset holds the settings that suit its checkpoints, each with its source (`preset.py` describes the files). A bundled
+one also points to its checkpoint and to the vocabulary that the checkpoint was taught.
 """
 
 from __future__ import annotations
@@ -8,29 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from erasure.concepts.vocabulary import Vocabulary
-from erasure.config import read_yaml
 from erasure.errors import unknown
+from erasure.model.presets.preset import Preset, Sampling, read_preset
+
+__all__ = ["Family", "Preset", "Sampling", "bundled", "family", "find", "names", "vocabulary"]
 
 FOLDER = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The facts that are known about one checkpoint.
-
-    Args:
-        name: the name that users give, as in `--model NAME`.
-        about: a description in one line.
-        checkpoint: a diffusers folder that ships with the package, or None.
-        words: the YAML file with the checkpoint's vocabulary, or None.
-    """
-
-    name: str
-    about: str
-    checkpoint: Path | None = None
-    words: Path | None = None
 
 
 def names() -> list[str]:
@@ -47,9 +34,7 @@ def find(name: str) -> Preset:
     """
     if name not in names():
         raise unknown("preset", name, names())
-    entry = read_yaml(FOLDER / f"{name}.yaml")
-    paths = {key: (FOLDER / entry[key]).resolve() if key in entry else None for key in ("checkpoint", "vocabulary")}
-    return Preset(name, entry["about"], paths["checkpoint"], paths["vocabulary"])
+    return read_preset(FOLDER, name)
 
 
 def bundled() -> dict[str, Preset]:
@@ -61,3 +46,55 @@ def vocabulary(name: str) -> Vocabulary | None:
     """Return the vocabulary of the checkpoint called `name`, or None if it is not known."""
     preset = find(name) if name in names() else None
     return None if preset is None or preset.words is None else Vocabulary.read(preset.words)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The family that a checkpoint belongs to.
+
+    Args:
+        preset: its preset; None if the checkpoint belongs to none of the known families.
+        why: in words, how this was found out.
+        named: whether the preset was asked for, or names the checkpoint; if not, its architecture decided.
+    """
+
+    preset: Preset | None
+    why: str
+    named: bool = True
+
+    @property
+    def text(self) -> str:
+        """Return the preset and how it was chosen, as one phrase."""
+        return f"{'no preset' if self.preset is None else f'preset {self.preset.name}'} ({self.why})"
+
+
+def family(pipe: Any, name: str, given: str | None = None) -> Family:
+    """Return the family of a checkpoint: the one that is asked for, that names it, or that has its architecture.
+
+    Args:
+        pipe: the pipeline with the checkpoint's networks.
+        name: the checkpoint's name.
+        given: the name of the preset that the user asks for.
+
+    Raises:
+        ErasureError: there is no such preset.
+    """
+    if given is not None:
+        return Family(find(given), "as asked for")
+    for preset in map(find, names()):
+        if name == preset.name and preset.checkpoint is not None or name in preset.checkpoints:
+            return Family(preset, f"{name} is one of its checkpoints")
+    width, encoders = _architecture(pipe)
+    text = f"text states of width {width} from {encoders} text encoder{'s' * (encoders != 1)}"
+    for preset in map(find, names()):
+        if preset.architecture == {"text_width": width, "text_encoders": encoders}:
+            return Family(preset, f"by its architecture: its UNet reads {text}", named=False)
+    return Family(None, f"no family is known whose UNet reads {text}", named=False)
+
+
+def _architecture(pipe: Any) -> tuple[int | None, int]:
+    """Return the width of the text states that the UNet reads, and the number of text encoders."""
+    config = getattr(getattr(pipe, "unet", None), "config", None)
+    width = getattr(config, "cross_attention_dim", None)
+    encoders = sum(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2"))
+    return width if isinstance(width, int) else None, encoders

@@ -1,0 +1,231 @@
+"""What a preset holds, and how its YAML file is read: how to sample, settings of methods, prompts and anchors.
+
+A file has the keys
+
+    about         a description in one line
+    like          another preset, from which everything is taken that the file does not set
+    checkpoint    a diffusers folder that ships with the package, relative to the file
+    vocabulary    a YAML file with the words that the checkpoint was taught
+    architecture  text_width and text_encoders of the networks that belong to the family
+    checkpoints   names of published checkpoints of the family
+    sampling      steps, guidance, scheduler (own: the checkpoint's) and the source of images that are evaluated
+    preview       the same for previews
+    members       each, if every member of a content concept gets as many updates as a concept alone; one, if the
+                  members are words for one thing
+    defaults      the source of settings that the file does not set
+    without       methods that do not suit the family, and why
+    methods       for each method a list of groups, of which later ones win
+
+and a group has the keys
+
+    set      settings and their values
+    kinds    kinds of concept that it holds for; without it, all
+    names    concepts that it holds for; without it, all
+    prompts  prompts to erase from, with {} for each name of the concept
+    anchors  what is drawn instead, by the name of the concept
+    source   where all this comes from
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from erasure.config import read_yaml
+from erasure.errors import ErasureError, unknown
+
+OWN = "own"  # the scheduler that the checkpoint comes with
+KEYS = (
+    "about",
+    "like",
+    "checkpoint",
+    "vocabulary",
+    "architecture",
+    "checkpoints",
+    "sampling",
+    "preview",
+    "members",
+    "defaults",
+    "without",
+    "methods",
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the images of a checkpoint are sampled.
+
+    Args:
+        steps: number of steps.
+        guidance: classifier-free guidance scale.
+        scheduler: `own` for the checkpoint's own scheduler, or a name that `Base.sampler` takes.
+        source: where the values come from.
+    """
+
+    steps: int
+    guidance: float
+    scheduler: str = OWN
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings of one method that come from one source.
+
+    Args:
+        source: where they come from.
+        settings: the settings and their values.
+        kinds: kinds of concept that the group holds for; empty: all.
+        names: concepts that the group holds for, in lower case; empty: all.
+        prompts: prompts to erase from, with {} for each name of the concept.
+        anchors: what is drawn instead, by the name of the concept in lower case.
+    """
+
+    source: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    anchors: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, entry: Any, where: str) -> Group:
+        """Read a group from a mapping of a preset's file.
+
+        Raises:
+            ErasureError: no source, an unknown key, or settings for single concepts.
+        """
+        keys = {"set": "settings", **{name: name for name in ("source", "kinds", "names", "prompts", "anchors")}}
+        if not isinstance(entry, dict):
+            raise ErasureError(f"{where}: a group of settings must be a mapping, not {type(entry).__name__}")
+        for key in entry:
+            if key not in keys:
+                raise ErasureError(f"{where}: {unknown('key', key, keys)}")
+        if not str(entry.get("source") or "").strip():
+            raise ErasureError(f"{where}: a group has no source; say which paper or script its values come from")
+        if entry.get("names") and entry.get("set"):
+            raise ErasureError(f"{where}: a group for single concepts holds prompts and anchors, not settings")
+        values: dict[str, Any] = {
+            keys[key]: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        return cls(**values)
+
+    def holds(self, kind: str, name: str | None = None) -> bool:
+        """Tell whether the group holds for a kind of concept, and if it is limited to some concepts, for this one."""
+        named = not self.names or (name is not None and name.lower().strip() in self.names)
+        return named and (not self.kinds or kind in self.kinds)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is known in advance about one checkpoint, or about a family of checkpoints.
+
+    Args:
+        name: the name that users give, as in `--model NAME` or `--preset NAME`.
+        about: a description in one line.
+        checkpoint: a diffusers folder that ships with the package, or None.
+        words: the YAML file with the checkpoint's vocabulary, or None.
+        architecture: `text_width` and `text_encoders` of the networks that belong to the family.
+        checkpoints: names of published checkpoints of the family.
+        sampling: how images are sampled that are drawn to be looked at, judged or trained on.
+        preview: how the previews of a run are sampled.
+        counts_members: whether every member of a content concept gets as many updates as a concept alone.
+        defaults: the source of settings that the preset does not set.
+        without: methods that do not suit the family, and why.
+        groups: groups of settings, by method; later ones win.
+    """
+
+    name: str
+    about: str
+    checkpoint: Path | None = None
+    words: Path | None = None
+    architecture: Mapping[str, int] = field(default_factory=dict)
+    checkpoints: tuple[str, ...] = ()
+    sampling: Sampling = Sampling(50, 7.5)
+    preview: Sampling = Sampling(25, 7.5)
+    counts_members: bool = False
+    defaults: str = ""
+    without: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, tuple[Group, ...]] = field(default_factory=dict)
+
+    def settings(self, method: str, kind: str) -> dict[str, tuple[Any, str]]:
+        """Return the settings of a method for a kind of concept: name -> (value, source)."""
+        merged: dict[str, tuple[Any, str]] = {}
+        for group in self.groups.get(method, ()):
+            if group.holds(kind) and not group.names:
+                merged |= {key: (value, group.source) for key, value in group.settings.items()}
+        return merged
+
+    def wording(self, method: str, kind: str, name: str) -> tuple[tuple[str, ...], str | None, str]:
+        """Return the prompts that a method erases a concept from, its anchor (None: none is set), and their source."""
+        prompts: tuple[str, ...] = ()
+        anchor, source = None, ""
+        for group in self.groups.get(method, ()):
+            if group.holds(kind, name) and (group.prompts or name.lower() in group.anchors):
+                prompts = group.prompts or prompts
+                anchor = group.anchors.get(name.lower(), anchor)
+                source = group.source
+        return prompts, anchor, source
+
+
+def read_preset(folder: Path, name: str) -> Preset:
+    """Read the preset `name` from its YAML file in `folder`, with the preset that it is like.
+
+    Raises:
+        ErasureError: an unknown or missing key, a group without a source, or presets that are like each other.
+    """
+    return _read(folder, name, ())
+
+
+def _read(folder: Path, name: str, trail: tuple[str, ...]) -> Preset:
+    path = folder / f"{name}.yaml"
+    if name in trail:
+        raise ErasureError(f"{path}: presets are like each other in a circle: {' -> '.join((*trail, name))}")
+    entry = read_yaml(path)
+    for key in entry:
+        if key not in KEYS:
+            raise ErasureError(f"{path}: {unknown('key', key, KEYS)}")
+    other = _read(folder, entry["like"], (*trail, name)) if "like" in entry else None
+    if other is None and not {"about", "sampling", "preview"} <= entry.keys():
+        raise ErasureError(f"{path}: a preset needs the keys about, sampling and preview")
+    paths = {key: (folder / entry[key]).resolve() if key in entry else None for key in ("checkpoint", "vocabulary")}
+    inherited = {} if other is None else {m: _as(other.name, groups) for m, groups in other.groups.items()}
+    own = {
+        m: tuple(Group.read(g, f"{path}, {m}") for g in groups) for m, groups in (entry.get("methods") or {}).items()
+    }
+    without = dict(entry.get("without") or {})
+    groups = {m: (*inherited.get(m, ()), *own.get(m, ())) for m in (*inherited, *own) if m not in without}
+    members = entry.get("members", "each" if other is not None and other.counts_members else "one")
+    return Preset(
+        name=name,
+        about=entry["about"],
+        checkpoint=paths["checkpoint"],
+        words=paths["vocabulary"],
+        architecture=entry.get("architecture") or {},
+        checkpoints=tuple(entry.get("checkpoints") or ()),
+        sampling=_sampling(entry, "sampling", path, other.sampling if other is not None else None),
+        preview=_sampling(entry, "preview", path, other.preview if other is not None else None),
+        counts_members=members == "each",
+        defaults=entry.get("defaults", ""),
+        without=without,
+        groups=groups,
+    )
+
+
+def _as(name: str, groups: Iterable[Group]) -> tuple[Group, ...]:
+    """Return another preset's groups; their sources say that the values were set for that one."""
+    return tuple(Group(**{**vars(group), "source": f"as {name}: {group.source}"}) for group in groups)
+
+
+def _sampling(entry: Mapping[str, Any], key: str, path: Path, other: Sampling | None) -> Sampling:
+    values = entry.get(key)
+    if values is None and other is not None:
+        return other
+    if not isinstance(values, dict) or not {"steps", "guidance", "source"} <= values.keys():
+        raise ErasureError(f"{path}: {key} needs steps, guidance and source")
+    read = Sampling(**values)
+    if key == "sampling" and read.scheduler != OWN:
+        raise ErasureError(f"{path}: images are drawn with the pipeline's own scheduler, which is the user's choice")
+    return read
