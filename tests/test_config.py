@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from erasure import config, methods
-from erasure.concepts.concept import Concept
+from erasure.concepts.concept import KINDS, Concept
 from erasure.errors import ErasureError
 from erasure.methods import configured
 

@@ -139,6 +139,8 @@ def choose(
     defaults |= known
     grown = {key: defaults[key] * count for key in cls.PER_CONCEPT} if count > 1 else {}
     rest = "the method's default" + (f", {preset.defaults}" if preset is not None and preset.defaults else "")
+    if preset is not None and not preset.defaults and name not in preset.groups:
+        rest += f", because the {label} has no settings for it"
     sources |= {key: f"{sources.get(key, rest)}; times {count} for as many concepts" for key in grown}
     if preset is not None and name in preset.without:
         rest = f"{rest}; {label}: {preset.without[name]}"

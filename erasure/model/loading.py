@@ -167,18 +167,16 @@ def sampling_of(pipe: Any, steps: int | None = None, guidance: float | None = No
         return Sampling(steps, guidance, source="given")
     family = family_of(pipe)
     if family.preset is not None:
-        own = family.preset.sampling
-        source = f"preset {family.preset.name}: {own.source}"
+        own: Sampling | None = family.preset.sampling
     else:
         own = _class_sampling(pipe)
-        if own is None:
-            raise ErasureError(f"{family.why}, so nothing says how to sample its images: give steps and guidance")
-        source = own.source
+    if own is None:
+        raise ErasureError(f"{family.why}, so nothing says how to sample its images: give steps and guidance")
     return replace(
         own,
         steps=own.steps if steps is None else steps,
         guidance=own.guidance if guidance is None else guidance,
-        source=source,
+        source=own.source if family.preset is None else f"preset {family.preset.name}: {own.source}",
     )
 
 
@@ -188,7 +186,7 @@ def _class_sampling(pipe: Any) -> Sampling | None:
         parameters = inspect.signature(parent.__call__).parameters if "__call__" in vars(parent) else {}
         values = [parameters[key].default for key in ("num_inference_steps", "guidance_scale") if key in parameters]
         if len(values) == 2 and all(isinstance(value, int | float) for value in values):
-            return Sampling(*values, source=f"defaults of {parent.__name__}")
+            return Sampling(values[0], values[1], source=f"defaults of {parent.__name__}")
     return None
 
 
