@@ -21,7 +21,7 @@ ABOUT = {
     "attacks": "attacks on an erasure; with a name, its settings",
     "judges": "judges that say what an image shows; with a name, its options",
     "models": "bundled models; with any model, what each variant of a method trains",
-    "presets": "families of models; with a name, the settings of each method, with their sources",
+    "presets": "families of models; with a name, their settings with the sources",
     "suites": "bundled evaluation suites; with a name, its parts",
     "prompts": "bundled prompt sets; with a name, its prompts",
 }

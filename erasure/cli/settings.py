@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from erasure.config import shown
-
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}
 
 
@@ -45,6 +43,13 @@ class Row:
     def cells(self) -> tuple[str, str, str, str]:
         """Return name, default, allowed values and meaning."""
         return self.name, self.shown, self.allowed, self.about
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML and users write it."""
+    from erasure.config import shown as written  # which imports yaml, and help must not wait for it
+
+    return written(value)
 
 
 def rows(cls: type[Any]) -> list[Row]:

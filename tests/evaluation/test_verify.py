@@ -60,7 +60,7 @@ def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source,
     assert [card.index(part) for part in parts] == sorted(card.index(part) for part in parts)
     assert card.startswith("---\nbase_model: some/tiny\n") and CAVEAT in card and "| UA ↑ |" in card
     assert "UA: target images without the target; IRA: images of other objects recognised as such" in card
-    again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 3.0"
+    again = "erasure verify cat.safetensors --model some/tiny --judge likeness --prompts tiny --steps 2 --guidance 7.5"
     assert f"{again} --attack encoder --cases 2 --budget lite\n" in card
     assert (tmp_path / "out" / "grid.png").is_file() and "](grid.png)" in card
     # Never "safe": what was tried, with intervals.
