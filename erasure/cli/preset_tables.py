@@ -27,7 +27,8 @@ PAGE = (
     "with `--preset`. Settings of `--config` and `--set` override those of a preset. `erasure plan` and "
     "`erasure erase` print where each setting came from.\n\n"
     "Prompts and anchors are those of the published scripts where these have any; `{}` stands for each name of the "
-    "concept. `--anchor` overrides an anchor.\n\n"
+    "concept. `--anchor` overrides an anchor. Methods that are not listed take their own defaults on every checkpoint."
+    "\n\n"
     "```bash\nerasure list presets\nerasure list presets sd1\n```\n"
 )
 
@@ -70,8 +71,11 @@ def page() -> str:
 
 def preset_rows(preset: Preset) -> list[tuple[str, str, str, str]]:
     """Return the rows of a preset: method, kinds of concept, settings, and the source that these have in common."""
+    from erasure.model import presets
+
+    covered = {method for name in presets.names() for method in presets.find(name).groups}
     rows = []
-    for method in choices.methods():
+    for method in sorted(covered.intersection(choices.methods())):
         if method in preset.without:
             rows.append((method, "all", "not for these checkpoints", preset.without[method]))
             continue
