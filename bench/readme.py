@@ -25,7 +25,7 @@ def section(name: str, number: int) -> str:
 
 def summary(table: Table) -> str:
     """Return README's table: the means over objects and over styles, with fewer columns."""
-    head, rule, *rows = table.summary(README_COLUMNS, COSTS).splitlines()
+    head, rule, *rows = table.summary(README_COLUMNS, ()).splitlines()
     return "\n".join(
         [head, rule, *(row for row in rows if row.startswith(tuple(f"| {group}" for group in README_GROUPS)))]
     )
