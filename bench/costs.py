@@ -44,6 +44,7 @@ DECISION = "latent gate, per prompt"
 SHORT = (20, 60)  # iterations after the warm-up that a forecast is extrapolated from
 TARGETS = {"esd": 10, "advunlearn": 20, "spm": 3, "salun": 3, DECISION: 3}
 MEASURED = ("UA", "IRA", "CRA")  # metrics to show
+FEWER = {"salun": {"forget_count": 24, "retain_count": 48}}  # published images to measure memory with
 # Rows of methods whose published loop is not run with parity's settings alone: label -> settings besides.
 LOOPS: dict[str, dict[str, dict[str, Any]]] = {
     "esd": {
@@ -264,7 +265,8 @@ def main() -> None:
         folder = place(args.work, args.one, args.label, args.side)
         settings = options(args.one, args.label, args.side)
         if args.part == "memory":
-            result = memory(args.concept, args.one, settings)
+            fewer = FEWER.get(args.one, {}) if args.side == "published" else {}
+            result = memory(args.concept, args.one, {**settings, **fewer})
         else:
             result = measure(args.concept, args.one, folder, settings, args.limit)
         folder.mkdir(parents=True, exist_ok=True)
