@@ -282,10 +282,12 @@ def _suite(args: argparse.Namespace) -> None:
         "parts": parts,
         "attacks": list(suite.attacks),
         "cases": suite.cases if suite.attacks else None,
+        "peers": {kind: list(peers.concepts) for kind, peers in suite.peers.items()},
     }
     protocol = [("source", suite.source), ("made for", suite.base), ("judge", suite.judge)]
     protocol += [("attacks", f"{', '.join(suite.attacks)}, on {suite.cases} prompts")] if suite.attacks else []
     protocol += [("differs", suite.differs)] if suite.differs else []
+    protocol += [(f"{kind} concepts", ", ".join(peers.concepts)) for kind, peers in suite.peers.items()]
     say(
         args,
         data,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import save_file
 
-from erasure.model.diffusion import add_noise, counting, guide, to_eps, to_x0
+from erasure.model.diffusion import Counts, add_noise, count_metadata, count_stored, counting, guide, to_eps, to_x0
 from tests.tiny import tiny_pipeline, tiny_unet
 
 
@@ -41,3 +42,16 @@ def test_counts_are_samples_through_the_unet():
     assert (counts.forward, counts.backward) == (10, 2)
     unet(x, t, states)
     assert counts.forward == 10
+
+
+def test_the_costs_in_a_file_are_added_to_the_open_counts_of_its_network(tmp_path):
+    unet, other, tensors = tiny_unet(), tiny_unet(), {"x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "old.safetensors")
+    save_file(tensors, tmp_path / "new.safetensors", count_metadata(Counts(7, 3, 1.5)))
+    with counting(unet) as outer, counting(other) as elsewhere, counting(unet) as inner:
+        for name in ("old", "new"):
+            count_stored(unet, tmp_path / f"{name}.safetensors")
+    assert [(c.forward, c.backward, c.seconds > 1.5) for c in (outer, inner)] == [(7, 3, True)] * 2
+    assert elsewhere.forward == 0
+    count_stored(unet, tmp_path / "new.safetensors")  # nobody counts now
+    assert outer.forward == 7

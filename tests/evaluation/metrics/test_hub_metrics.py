@@ -144,3 +144,4 @@ def test_hubs_suite_reads_its_folder_and_measures_all_of_it(tmp_path, monkeypatc
     numbers = {int(prompt.rpartition("_")[2]) for prompt in prompts if prompt.startswith("a photo of noun_")}
     assert len(numbers) == 3 and max(numbers) < 100  # of the nearest 100
     assert np.isfinite(result.report.metric("CLIP_kept").value)
+    assert result.report.notes[0].startswith("Suite hub differs from the published protocol: CLIP zero-shot says which")
