@@ -86,7 +86,7 @@ def attack_twice(folder: Path) -> None:
     """Run two attacks on two prompts."""
     pipe = glyph(folder / PATCH)
     for name, settings in ATTACKS.items():
-        options = {"prompts": CATS, "cases": 2, "steps": 6, "progress": False, "settings": settings}
+        options = {"prompts": CATS, "cases": 2, "steps": 4, "progress": False, "settings": settings}
         attack(pipe, "cat", name, folder=folder / "out", **options)
 
 
