@@ -23,6 +23,7 @@ from erasure.evaluation.report.html import (
     Tile,
     folded,
     gate_log,
+    p_text,
     page_head,
     picture,
     strips,
@@ -126,7 +127,7 @@ def comparison_table(comparisons: Sequence[Comparison], tested: int | None = Non
         rows.append(
             f"<tr><td>{escape(test.better)} over {escape(test.worse)}<small>{escape(test.metric)}, {escape(test.group)}"
             f" ({test.concepts})</small><td>{value}<small>{format_interval(test.metric, low, high, ' to ')}</small>"
-            f"<td>{counts[0]} / {counts[1]}<small>of {test.n}</small><td>{test.corrected:.2g}</tr>"
+            f"<td>{counts[0]} / {counts[1]}<small>of {test.n}</small><td>{p_text(test.corrected)}</tr>"
         )
     head = "<tr><th>better<th>difference<th>only better / only worse<th>p<small>Holm</small></tr>"
     return chosen + (f'<table class="figures">{head}{"".join(rows)}</table>' if rows else "")
@@ -151,7 +152,8 @@ def verdict(table: Table, group: str) -> list[Tile]:
         lines.append(f"{best['method']}, {group}" + (": highest H" if len(entries) > 1 else ""))
         others = [entry[name]["value"] for entry in entries if entry is not best and name in entry]
         if others:
-            lines.append(f"others: {interval(name, {'low': min(others), 'high': max(others)}, '–')}")
+            ends = format_interval(name, min(others), max(others), "–").split("–")
+            lines.append(f"others: {'–'.join(dict.fromkeys(ends))}")
         below_base = marks(table.comparisons, group, name, best["method"])[1]
         shown.append(Tile(title, format_value(name, cell["value"]), lines, "worse" if below_base else ""))
     return shown

@@ -72,7 +72,7 @@ def test_the_verdict_comes_first_then_the_table_then_the_tests():
 
 def test_the_tiles_show_the_method_with_the_highest_h_among_single_concepts():
     gone, kept, good = tiles(drawn())
-    assert "90%" in gone and "95 %: 80–100" in gone and "base 4%" in gone and "others: 70–70" in gone
+    assert "90%" in gone and "95 %: 80–100" in gone and "base 4%" in gone and "<small>others: 70<" in gone
     assert "spm, objects: highest H" in gone and "80%" in kept and "60%" in good and "50–70" in good
     tuned = [*ROWS, row("esd", "cat", 1.0, 1.0, tuned=True)]
     assert tiles(drawn(tuned))[0] == gone  # settings were tuned on it
@@ -100,6 +100,8 @@ def test_only_significant_differences_are_painted(lost, painted):
     assert ("esd over spm<small>UA, objects (1)" in tests) == ("20 / 0<small>of 20" in tests) == painted
     assert ("base over esd<small>quality" in tests) == ('<b class="worse">+100%</b>' in tests) == painted
     assert f"{3 * painted} of 7 tests" in tests
+    # The better of the two comes first, also where it is the second of the comparison.
+    assert len(re.findall(r"<td>20 / 0<small>of 20", tests)) == 3 * painted
 
 
 @pytest.mark.parametrize(("p", "painted"), [(0.04, True), (0.06, False), (None, False)])

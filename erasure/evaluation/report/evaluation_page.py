@@ -248,7 +248,7 @@ def drawn_labels(report: Report) -> str:
         for label in dict.fromkeys([*patched, *base])
     ]
     anchor = report.metric("anchor")
-    expected = f" {format_value('', anchor.value)} of {anchor.n} are {anchor.meaning}." if anchor is not None else ""
+    expected = "" if anchor is None else f" Also, {anchor.meaning}: {format_value('', anchor.value)} of {anchor.n}."
     return (
         "<h2>What target prompts show instead</h2>"
         '<p class="soft">The judge\'s labels for target images. Upper bar: the base; lower bar: the patched model. '
@@ -295,8 +295,9 @@ def bars(report: Report, head: str) -> str:
     painted = charts.significant(changes)
     rows: dict[bool, list[str]] = {True: [], False: []}
     for label, change in changes.items():
-        look = ("better" if (change.points or 0) > 0 else "worse") if label in painted else ""
         is_target = head == report.domain and label in report.concept
+        rose = (change.points or 0) > 0
+        look = ("better" if rose != is_target else "worse") if label in painted else ""  # the target should fall
         rows[change.after[1] >= FEW].append(_bar_row(label, is_target, change.before, change.after, look))
     many, few = (f'<div class="bars">{"".join(rows[key])}</div>' if rows[key] else "" for key in (True, False))
     return many + folded(f"{head}: {len(rows[False])} labels with fewer than {FEW} images", few)

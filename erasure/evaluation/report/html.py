@@ -28,7 +28,7 @@ h1{font-size:1.5rem;line-height:1.25;margin:.3rem 0 .7rem}h2{font-size:1.1rem;ma
 p,td,th,figcaption,summary{overflow-wrap:anywhere}.soft{color:var(--soft)}.wide{overflow-x:auto}
 .better{color:var(--bar)}.worse{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:0 .5rem}
-.tile{border:1px solid var(--line);border-radius:8px;padding:.5rem .8rem;display:grid;grid-row:span 5;
+.tile{border:1px solid var(--line);border-radius:8px;padding:.5rem .8rem;display:grid;grid-row:span 3;
 grid-template-rows:subgrid;align-content:start}
 .tile h2{font-size:.95rem;line-height:1.25;margin:0;overflow-wrap:anywhere}
 .tile strong{display:block;font-size:clamp(1.6rem,5vw,2.4rem);line-height:1.25;font-variant-numeric:tabular-nums}
@@ -54,7 +54,7 @@ td small,th small{display:block;color:var(--soft);font-weight:400}
 .figures td:first-child{min-width:6.5rem}
 .prompts th,.prompts td{text-align:left;vertical-align:top}
 @media(max-width:40rem){.tile{padding:.4rem .5rem}.tile small{font-size:.75rem}th,td{padding:.35rem .25rem}
-.figures td small{font-size:.78rem}.figures th{white-space:normal}
+.figures td small{font-size:.78rem}.figures th{white-space:normal}.figures td:first-child{min-width:4.5rem}
 .stack thead{display:none}.stack tr{display:block;border-bottom:1px solid var(--line);padding:.4rem 0}
 .stack td,.stack td:first-child{display:block;border:0;padding:.1rem 0;text-align:left;min-width:0;white-space:normal}
 .stack td[data-of]::before{content:attr(data-of) ": ";color:var(--soft)}}
@@ -160,9 +160,8 @@ def tiles(shown: Sequence[Tile]) -> str:
         look = f' class="{tile.look}"' if tile.look else ""
         lines = "".join(f"<small>{escape(line)}</small>" for line in tile.lines)
         value = escape(tile.value) or "–"
-        parts.append(
-            f'<section class="tile"><h2>{escape(tile.title)}</h2><strong{look}>{value}</strong>{lines}</section>'
-        )
+        figure = f"<h2>{escape(tile.title)}</h2><strong{look}>{value}</strong><div>{lines}</div>"
+        parts.append(f'<section class="tile">{figure}</section>')
     return f'<div class="tiles">{"".join(parts)}</div>'
 
 
@@ -220,6 +219,11 @@ def looks(tests: Sequence[PairedTest]) -> dict[str, str]:
     }
 
 
+def p_text(p: float) -> str:
+    """Return a p-value as text for a page; the JSON report has it in full."""
+    return "&lt; 0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def paired_table(tests: Sequence[PairedTest], first: str, second: str, heading: str) -> str:
     """Return a table of paired tests with their p-values before and after Holm's correction.
 
@@ -236,8 +240,8 @@ def paired_table(tests: Sequence[PairedTest], first: str, second: str, heading: 
     for test, p in zip(tests, corrected, strict=True):
         look = f' class="{painted[test.key]}"' if painted[test.key] else ""
         rows.append(
-            f"<tr><td>{escape(test.name)}<td>{test.only_first}<td>{test.only_second}<td>{test.p:.2g}"
-            f"<td><b{look}>{p:.2g}</b></tr>"
+            f"<tr><td>{escape(test.name)}<td>{test.only_first}<td>{test.only_second}<td>{p_text(test.p)}"
+            f"<td><b{look}>{p_text(p)}</b></tr>"
         )
     head = (
         f"<tr><th>{escape(heading)}<th>{escape(first)} only<th>{escape(second)} only<th>p<th>p<small>Holm</small></tr>"

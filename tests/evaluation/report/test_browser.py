@@ -44,17 +44,25 @@ function look(frame) {
     const box = element.getBoundingClientRect();
     return box.bottom > box.top && box.top >= 0 && box.bottom <= view.innerHeight && box.right <= view.innerWidth;
   };
+  const frameStyle = view.getComputedStyle(page.body), box = page.body.getBoundingClientRect();
+  const right = box.right - parseFloat(frameStyle.paddingRight) + 1;
   const scrolls = (element) =>
-    !element.closest("details:not([open])") && element.scrollWidth > element.clientWidth + 1;
+    !element.closest("details:not([open])") &&
+    (element.scrollWidth > element.clientWidth + 1 || element.getBoundingClientRect().right > right);
   const name = (element) => `${element.tagName}.${element.className} ${element.textContent.slice(0, 40)}`;
   const before = over(), inner = [...page.body.querySelectorAll("div, table, section")].filter(scrolls).map(name);
   const tiles = [...page.querySelectorAll(".tile strong")].filter(inView).length;
+  const covered = [...page.querySelectorAll(".tile *")].filter((element) => {
+    const next = element.nextElementSibling;
+    return next && next.getBoundingClientRect().top < element.getBoundingClientRect().bottom - 1;
+  });
   const picture = images.length > 0 && inView(images[0]);
   for (const folded of page.querySelectorAll("details")) folded.open = true;
   return {
     over: Math.max(before, over()),
     inner: inner,
     tiles: tiles,
+    covered: covered.map(name),
     picture: picture,
     width: view.innerWidth,
     room: page.documentElement.clientWidth,
@@ -113,6 +121,7 @@ def check(page: Path, folder: Path, images: int, summary: str) -> None:
         assert window["width"] == window["room"] == width, name
         assert window["over"] <= 0, f"{name}: {window['over']} px too wide"
         assert window["inner"] == [], f"{name}: these parts scroll sideways"
+        assert window["covered"] == [], f"{name}: lines of a tile lie on each other"
         assert window["images"] == images and window["broken"] == 0, name
         assert summary in window["summary"] and window["tiles"] == 3, name
         assert window["picture"], f"{name}: the first image is below the fold"
@@ -234,5 +243,5 @@ def test_a_bad_page_is_recognised(tmp_path):
     windows, messages = look(page, tmp_path / "look")
     assert windows["phone"]["over"] > 200 and windows["desk"]["over"] <= 0
     assert windows["phone"]["broken"] == 1 and not windows["phone"]["picture"] and windows["phone"]["tiles"] == 0
-    assert [part[:4] for part in windows["phone"]["inner"]] == ["DIV."] and not windows["desk"]["inner"]
+    assert [part[:4] for part in windows["phone"]["inner"]] == ["DIV.", "DIV."] and not windows["desk"]["inner"]
     assert any("trouble" in line for line in messages)

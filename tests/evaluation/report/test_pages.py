@@ -141,16 +141,27 @@ def test_the_table_of_paired_tests_stands_alone_with_corrected_p_values():
     assert "only" not in metrics and "cat gone<td>1<td>17<td>0.01<td>" in tests[0]
     assert '<b class="better">0.02</b>' in tests[0] and "<td>3<td>2<td>0.4<td><b>0.4</b>" in tests[0]
     assert "base only" not in page(report({"other": NONE}), [])
+    assert '<td>&lt; 0.001<td><b class="better">&lt; 0.001</b>' in page(report({"target": pair(0, 40, 1e-12)}), [])
+
+
+def test_what_is_drawn_instead_stands_with_none_and_the_anchor():
+    text = page(report(anchor=0.4), [])
+    drawn = text[text.index("show instead") : text.index("<h2>Interference")]
+    assert "Also, what anchor counts: 40% of 20." in drawn
+    rows = re.findall(r"<span>(\w+)</span>.*?(\d+/\d+ → \d+/\d+)<", drawn)
+    assert rows == [("none", "0/20 → 12/20"), ("dog", "0/20 → 8/20"), ("cat", "20/20 → 0/20")]
+    assert "Also" not in page(report(), [])
 
 
 def test_a_label_is_painted_only_if_its_change_is_significant():
-    def looks(p: float, n: int = 9) -> dict[str, str]:
-        entry = report(labels={"cat": pair(0, 0, 1.0), "dog": pair(6, 0, p), "rare": pair(4, 0, 0.0)})
-        entry.accuracies["patched"]["object"]["dog"] = (2, n)
+    def looks(p: float, n: int = 9, target: float = 1.0) -> dict[str, str]:
+        entry = report(labels={"cat": pair(19, 0, target), "dog": pair(6, 0, p), "rare": pair(4, 0, 0.0)})
+        entry.accuracies["patched"]["object"] |= {"cat": (1, 20), "dog": (2, n)}
         text = page(entry, [])
         return dict(re.findall(r"<span>(\w+)</span><span class=.track.>.*?<span class=.(\w+).>\d+/", text))
 
     assert looks(0.02)["dog"] == "worse" and looks(0.03)["dog"] == "soft"  # two labels have five images or more
+    assert looks(0.02, target=0.02)["cat"] == "better"  # the target should fall
     assert looks(0.02)["cat"] == looks(0.02)["rare"] == "soft" and looks(0.0001, n=4)["dog"] == "soft"
 
 
