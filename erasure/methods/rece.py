@@ -42,7 +42,8 @@ class RECE(ClosedFormMethod):
         rounds: how often states that recover the concept are searched and edited; 0 is UCE.
         attack_ridge: lambda of the search, as a share of the mean eigenvalue of the layers' W^T W; smaller values find
             stronger states, whose edits damage more. With parity it is the absolute value.
-        attack_weight: weight of each found state in the edit.
+        attack_weight: weight of each found state in the edit. On glyph, with 1 the found states pull the concept's own
+            states half the way back, because they are longer.
         guide: what a concept without an anchor is answered like: `mean`, `empty` or `script`; see `uce`.
         beyond: how far beyond the mean, as a share of the distance from the concept.
         contexts: edit the concept also together with others.
@@ -70,9 +71,9 @@ class RECE(ClosedFormMethod):
 
     rounds: int = setting(2, at_least=0)
     attack_ridge: float = setting(0.1, above=0)
-    attack_weight: float = setting(1.0, above=0)
+    attack_weight: float = setting(0.05, above=0)
     guide: Guide = "mean"
-    beyond: float = setting(0.2, at_least=0)
+    beyond: float = setting(0.3, at_least=0)
     contexts: bool = True
     keep: Keep = "vocabulary"
     keep_states: Part = "tail"

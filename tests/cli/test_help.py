@@ -96,7 +96,7 @@ def test_the_help_of_erase_shows_its_groups_choices_and_defaults(capsys):
     groups = re.findall(r"^(\S.*):$", text, re.MULTILINE)
     assert groups == ["concept", "method and settings", "model", "computing", "output", "general", "examples"]
     flat = " ".join(text.split())
-    assert "Method of erasing: advunlearn, esd, rece, salun, spm, uce, unguide (default: esd;" in flat
+    assert "Method of erasing: advunlearn, dp, esd, rece, salun, speed, spm, uce, unguide (default: esd;" in flat
     assert "-o, --out FILE Patch file to write (default: patch.safetensors)" in flat
     assert "--seed N Random seed (default: 0)" in flat
     assert "--kind KIND Kind of concept: object, style, identity, content (default: " in flat

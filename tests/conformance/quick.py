@@ -21,6 +21,7 @@ QUICK = {
         "warm_up": 1,
         "learning_rate": 1e-2,
     },
+    "dp": ALONE,
     "esd": {**SMALL, "learning_rate": 1e-3},
     "salun": {
         "iterations": 4,
@@ -31,6 +32,7 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "rece": ALONE,
+    "speed": ALONE,
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
     "uce": ALONE,
     "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2, "ratio": 1.0},

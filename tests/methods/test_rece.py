@@ -13,7 +13,7 @@ from tests.conformance.quick import ALONE
 from tests.tiny import LENGTH, tiny_pipeline
 
 CAT = {"name": "cat", "keep": ["dog"]}
-SETTINGS = {**ALONE, "ridge": 0.5, "attack_ridge": 1e-2, "rank": None}
+SETTINGS = {**ALONE, "ridge": 0.5, "attack_ridge": 1e-2, "attack_weight": 1.0, "rank": None}
 
 
 @pytest.fixture(scope="module")
