@@ -36,7 +36,7 @@ from erasure.model.text_columns import Part, states_of
 
 @dataclass(frozen=True)
 class DP(ClosedFormMethod):
-    """The settings of DP.
+    """The settings of DP, with values tuned on glyph as defaults.
 
     Args:
         states: the edited states of each prompt: `tail`, from the name's last token to the end of the padding; `last`,

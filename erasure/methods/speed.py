@@ -44,7 +44,7 @@ ROUNDS = 20  # of k-means, which begins with states spread over the prompt
 
 @dataclass(frozen=True)
 class SPEED(ClosedFormMethod):
-    """The settings of SPEED.
+    """The settings of SPEED, with values tuned on glyph as defaults.
 
     Args:
         layers: edit the `values` alone, or keys and values (`both`).
