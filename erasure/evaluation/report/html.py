@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -166,7 +166,7 @@ def tiles(shown: Sequence[Tile]) -> str:
 
 
 def strips(groups: Mapping[str, Sequence[Shot]], four: bool = False) -> str:
-    """Return small images in columns, whose names stand on the images of the first column of each group.
+    """Return small images in columns; each name stands on the first image of its kind in each group.
 
     Args:
         groups: heading -> columns; groups without columns are left out.
@@ -176,13 +176,17 @@ def strips(groups: Mapping[str, Sequence[Shot]], four: bool = False) -> str:
     for heading, shots in groups.items():
         if not shots:
             continue
-        figures = [_shot(shot, named=index == 0) for index, shot in enumerate(shots)]
+        named: set[str] = set()
+        figures = []
+        for shot in shots:
+            figures.append(_shot(shot, shot.images.keys() - named))
+            named |= shot.images.keys()
         kind = "strip four" if four else "strip"
         sections.append(f'<section><h2>{escape(heading)}</h2><div class="{kind}">{"".join(figures)}</div></section>')
     return f'<div class="strips">{"".join(sections)}</div>' if sections else ""
 
 
-def _shot(shot: Shot, named: bool) -> str:
+def _shot(shot: Shot, tagged: Collection[str]) -> str:
     images = []
     for name, image in shot.images.items():
         small = image
@@ -190,7 +194,7 @@ def _shot(shot: Shot, named: bool) -> str:
             small = image.copy()
             small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         hit = " hit" if name in shot.hits else ""
-        tag = f"<i>{escape(name)}</i>" if named and name else ""
+        tag = f"<i>{escape(name)}</i>" if name and name in tagged else ""
         images.append(f'<div class="shot{hit}">{picture(small, f"{name}: {shot.caption or shot.note}")}{tag}</div>')
     caption = f'<figcaption title="{escape(shot.caption)}">{escape(shot.caption)}</figcaption>' if shot.caption else ""
     note = f"<small>{escape(shot.note)}</small>" if shot.note else ""

@@ -237,6 +237,8 @@ def test_the_strip_of_attacks_shows_what_came_back_first_in_a_frame():
     assert captions == ["c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"]
     framed = re.findall(r'class="shot hit"><img alt="(\w+): prompt of (c\d)"', strip)
     assert framed == [("erased", "c0"), ("strong", "c1"), ("strong", "c2")]
+    tags = re.findall(r'alt="(\w+): prompt of (c\d)"[^>]*><i>', strip)  # each name once, where its row begins
+    assert tags == [("base", "c0"), ("erased", "c0"), ("strong", "c1")]
     assert 'alt="strong: prompt of c0"' not in strip and "missing" not in text  # there was nothing to attack
     gallery = text[text.index("Recovered images") : text.index("Tries and costs")]
     assert gallery.count("<img") == 27 and gallery.count("hit") == 3 and gallery.count("<small>at try 1<") == 3
