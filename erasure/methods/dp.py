@@ -10,8 +10,8 @@ In the paper C* is the projection of C on the span S of safe states, S (S^T S)^+
 Cost: no UNet call; one eigendecomposition of a matrix as wide as the text states, and one product for each layer.
 
 No code was published to compare with. Deviations from the paper, undone by `parity=true`: the columns are the largest
-directions of the states from a name's last token to the end of the padding, not the last token alone; C* is the mean of
-the other names at the same places, and a little beyond; and the kept space is that of the directions that hold most of
+directions of the states from a name's last token to the end of the padding, not the last token alone; C* is the nearest
+other name; and the kept space is that of the directions that hold most of
 the kept states' squared lengths, because on encoders as narrow as glyph's the exact span leaves nearly nothing free.
 """
 
@@ -41,8 +41,8 @@ class DP(ClosedFormMethod):
     Args:
         states: the edited states of each prompt: `tail`, from the name's last token to the end of the padding; `last`,
             the last token of the name alone.
-        guide: what a concept without an anchor becomes: the `mean` of the other names, the `empty` prompt, or its
-            projection on the `safe` states, the last tokens of its neighbours.
+        guide: what a concept without an anchor becomes: the `nearest` other name, the `mean` of the other names, the
+            `empty` prompt, or its projection on the `safe` states, the last tokens of its neighbours.
         beyond: how far beyond the mean, as a share of the distance from the concept.
         contexts: edit the concept also together with others; see `uce`.
         keep: what is kept: the `vocabulary`, the concepts' `neighbours`, or only words `listed` to be kept.
@@ -66,7 +66,7 @@ class DP(ClosedFormMethod):
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("rank",)
 
     states: Literal["tail", "last"] = "tail"
-    guide: Literal["mean", "empty", "safe"] = "mean"
+    guide: Literal["nearest", "mean", "empty", "safe"] = "nearest"
     beyond: float = setting(0.2, at_least=0)
     contexts: bool = True
     keep: Keep = "vocabulary"
@@ -79,7 +79,7 @@ class DP(ClosedFormMethod):
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
         """Return the states to map, those that they become, and those that are kept."""
         towards = "empty" if self.guide == "safe" else self.guide
-        choice = Choice(self.states, "same", towards, self.beyond, self.contexts, bare=self.parity)
+        choice = Choice(self.states, None, towards, self.beyond, self.contexts, bare=self.parity)
         edited = choice.edited(base, concepts)
         guides = edited.guides
         if self.guide == "safe" and not all(concept.anchor for concept in concepts):

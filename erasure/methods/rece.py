@@ -44,7 +44,7 @@ class RECE(ClosedFormMethod):
             stronger states, whose edits damage more. With parity it is the absolute value.
         attack_weight: weight of each found state in the edit. On glyph, with 1 the found states pull the concept's own
             states half the way back, because they are longer.
-        guide: what a concept without an anchor is answered like: `mean`, `empty` or `script`; see `uce`.
+        guide: what a concept without an anchor is answered like: `nearest`, `mean`, `empty` or `script`; see `uce`.
         beyond: how far beyond the mean, as a share of the distance from the concept.
         contexts: edit the concept also together with others.
         keep: what is kept: the `vocabulary`, the concepts' `neighbours`, or only words `listed` to be kept.
@@ -72,7 +72,7 @@ class RECE(ClosedFormMethod):
     rounds: int = setting(2, at_least=0)
     attack_ridge: float = setting(0.1, above=0)
     attack_weight: float = setting(0.05, above=0)
-    guide: Guide = "mean"
+    guide: Guide = "nearest"
     beyond: float = setting(0.3, at_least=0)
     contexts: bool = True
     keep: Keep = "vocabulary"
@@ -84,7 +84,7 @@ class RECE(ClosedFormMethod):
 
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
         """Return UCE's columns, which the rounds begin with."""
-        places: Places = "ends" if self.parity else "same"
+        places: Places | None = "ends" if self.parity else None
         choice = Choice("tail", places, self.guide, self.beyond, self.contexts, bare=self.parity)
         edited = choice.edited(base, concepts)
         kept = kept_prompts(base, concepts, self.keep) + ([""] if self.parity else [])

@@ -50,7 +50,7 @@ class SPEED(ClosedFormMethod):
         layers: edit the `values` alone, or keys and values (`both`).
         states: the edited states of each prompt: `tail`, from the name's last token to the end of the padding; `last`,
             the last token of the name alone.
-        guide: the anchor of a concept that names none: `mean`, `empty` or `script`; see `uce`.
+        guide: the anchor of a concept that names none: `nearest`, `mean`, `empty` or `script`; see `uce`.
         beyond: how far beyond the mean, as a share of the distance from the concept.
         contexts: edit the concept also together with others; see `uce`.
         keep: what is kept: the `vocabulary`, the concepts' `neighbours`, or only words `listed` to be kept.
@@ -79,7 +79,7 @@ class SPEED(ClosedFormMethod):
 
     layers: Literal["values", "both"] = "both"
     states: Literal["tail", "last"] = "tail"
-    guide: Guide = "mean"
+    guide: Guide = "nearest"
     beyond: float = setting(0.2, at_least=0)
     contexts: bool = True
     keep: Keep = "vocabulary"
@@ -101,7 +101,7 @@ class SPEED(ClosedFormMethod):
 
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:
         """Return the concept's states, their anchors, and the states that are kept."""
-        choice = Choice(self.states, "same", self.guide, self.beyond, self.contexts, bare=self.parity)
+        choice = Choice(self.states, None, self.guide, self.beyond, self.contexts, bare=self.parity)
         edited = choice.edited(base, concepts)
         keep = states_of(base, kept_prompts(base, concepts, self.keep), self.keep_states)
         columns = Columns(edited.states, edited.guides, keep, edited.weights)

@@ -14,9 +14,9 @@ names the concept (docs/closed-forms.md).
 
 Cost: no UNet call; one factorisation of a matrix as wide as the text states, and one product for each layer.
 
-Deviations from the published scripts, undone by `parity=true`: the tail is edited. Each of its states is answered like
-the mean of all other names of its kind at the same place, and a little beyond it, where the scripts take the empty
-prompt: only what tells the concept from other names is taken out. Every other name and style of the vocabulary is kept.
+Deviations from the published scripts, undone by `parity=true`: the tail is edited. The concept is answered like the
+nearest other name of its kind, where the scripts take the empty prompt: what both have in common stays, so the weights
+move less, and a well-formed picture is drawn. Every other name and style of the vocabulary is kept.
 Always float64, and the change is an exact low-rank term. Not copied: with `--expand_prompts` the
 script also keeps the prompts that it edits, and only as many as there are kept concepts; `templates` edits them.
 
@@ -52,10 +52,10 @@ class UCE(ClosedFormMethod):
         states: the edited states of each prompt: `tail`, from the name's last token to the end of the padding;
             `last`, the last token of the name alone.
         places: which states of the guide's prompt they are answered like: those at the `same` places, or with the
-            `ends` of the two prompts meeting.
-        guide: what a concept without an anchor is answered like: the `mean` of the other names of its kind in the
-            vocabulary, in the same prompts; the `empty` prompt; or the guide of the published `script`, "art" for
-            styles, otherwise empty.
+            `ends` of the two prompts meeting; null: the ends for another name, the same places for the others.
+        guide: what a concept without an anchor is answered like: the `nearest` other name of its kind in the
+            vocabulary; the `mean` of these names, in the same prompts; the `empty` prompt; or the guide of the
+            published `script`, "art" for styles, otherwise empty.
         beyond: how far beyond the mean, away from the concept, as a share of the distance between them.
         answer: what the edited states are answered: the answer to the `guide`, or the part of their own answer that is
             `orthogonal` to it.
@@ -89,8 +89,8 @@ class UCE(ClosedFormMethod):
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("rank",)
 
     states: Literal["tail", "last"] = "tail"
-    places: Places = "same"
-    guide: Guide = "mean"
+    places: Places | None = None
+    guide: Guide = "nearest"
     beyond: float = setting(0.2, at_least=0)
     answer: Literal["guide", "orthogonal"] = "guide"
     templates: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
-from erasure.concepts.neighbors import around, prompt_of, retained
+from erasure.concepts.neighbors import anchored, around, prompt_of, retained
 from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.text_columns import Pair, Part, Places, checked_names, fits, states_of_pair
@@ -18,7 +18,7 @@ from erasure.model.text_columns import Pair, Part, Places, checked_names, fits, 
 NAME = "{x}"  # the place of the name in a template
 MOST_CONTEXTS = 6  # styles that an object is edited in
 MOST_OTHERS = 12  # names whose mean is taken in each context: a mean needs no more, and each is a prompt to encode
-Guide = Literal["mean", "empty", "script"]
+Guide = Literal["nearest", "mean", "empty", "script"]
 Keep = Literal["vocabulary", "neighbours", "listed"]
 
 
@@ -43,8 +43,9 @@ class Choice:
 
     Args:
         states: which states of each prompt: `tail` or `last`.
-        places: which states of the other prompt they meet: `same` or `ends`.
-        guide: what a concept without an anchor is answered like: `mean`, `empty` or `script`.
+        places: which states of the other prompt they meet: `same` or `ends`; None: `ends` for another name or text,
+            `same` for the empty prompt and the mean.
+        guide: what a concept without an anchor is answered like: `nearest`, `mean`, `empty` or `script`.
         beyond: how far beyond the mean, as a share of the distance from the concept.
         contexts: whether a concept is also edited together with others: a style on the subjects of CARRIERS, anything
             else in the first MOST_CONTEXTS styles of the vocabulary.
@@ -53,8 +54,8 @@ class Choice:
     """
 
     states: Part = "tail"
-    places: Places = "same"
-    guide: Guide = "mean"
+    places: Places | None = None
+    guide: Guide = "nearest"
     beyond: float = 0.0
     contexts: bool = False
     templates: tuple[str, ...] = ()
@@ -68,17 +69,20 @@ class Choice:
         """Return the states to edit for all names of the concepts, and their guides.
 
         Raises:
-            ErasureError: names that `checked_names` refuses, or a mean of no names.
+            ErasureError: names that `checked_names` refuses, or no other name to be the nearest or to take the mean of.
         """
         words = retained(base, list(concepts)) if self.guide == "mean" or self.contexts else []
         styles = [word for kind, word in words if kind == "style"][:MOST_CONTEXTS]
         states, guides, weights = [], [], []
         for concept, name in checked_names(base, concepts):
+            if self.guide == "nearest" and not concept.anchor:
+                concept = replace(concept, anchor=anchored(base, replace(concept, keep=()), list(concepts)).anchor)
             others = [word for kind, word in words if (kind == "style") == (concept.kind == "style")]
             first, *more = self.pairs(concept, name, styles)
             pairs = [first, *(pair for pair in more if fits(base, pair.prompt))]
             for number, pair in enumerate(pairs):
-                edit, guide = states_of_pair(base, pair, self.states, self.places)
+                places = self.places or ("ends" if concept.anchor or self.guide == "script" else "same")
+                edit, guide = states_of_pair(base, pair, self.states, places)
                 if self.guide == "mean" and not concept.anchor:
                     guide = mean_of_others(base, pair, others if number == 0 else spread(others), self.states)
                     guide = guide + self.beyond * (guide - edit)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from erasure.concepts import neighbors
 from erasure.concepts.concept import Concept
 from erasure.erasing import erase
 from erasure.errors import ErasureError
@@ -67,14 +68,14 @@ def test_the_tail_of_a_name_is_answered_like_the_same_places_of_the_empty_prompt
         assert np.abs(found - twin).max() > 1e-4, name
 
 
-def test_the_default_guide_is_beyond_the_mean_of_the_other_names(base, monkeypatch):
+def test_the_mean_guide_is_beyond_the_mean_of_the_other_names(base, monkeypatch):
     """The state at each place is moved to the mean of the other names' states there, and 0.4 of the way beyond."""
     words = [("object", "dog"), ("object", "red car"), ("style", "x")]
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
     weight, cat, others = weight_of(base), states(base, "cat"), [states(base, text) for text in ("dog", "red car")]
     mean = np.mean(others, axis=0)
     kept = np.vstack([others[0][1:], others[1][2:], states(base, "x style")[2:]])
-    found = change(base, "cat", beyond=0.4, ridge=5.0, contexts=False, rank=None)
+    found = change(base, "cat", guide="mean", beyond=0.4, ridge=5.0, contexts=False, rank=None)
 
     def solved(guide, kept=kept, ridge=5.0):
         return least_squares(weight, cat[1:], guide[1:] @ weight.T, kept, ridge=ridge)
@@ -86,7 +87,26 @@ def test_the_default_guide_is_beyond_the_mean_of_the_other_names(base, monkeypat
     assert np.abs(found - solved(1.4 * mean - 0.4 * cat, ridge=0.5)).max() > 1e-4
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: [("style", "x")])
     with pytest.raises(ErasureError, match="no other name.*'cat'.*give an anchor.*Nothing was changed"):
-        change(base, "cat")
+        change(base, "cat", guide="mean")
+
+
+def test_the_default_guide_is_the_nearest_other_name(base, monkeypatch):
+    """The name whose state at the end token has the greatest cosine; never one that is erased too."""
+    words = [("object", "dog"), ("object", "car"), ("object", "red tree"), ("style", "x")]
+    for module in (concept_columns, neighbors):
+        monkeypatch.setattr(module, "retained", lambda base, concepts: words)
+
+    def end(text):
+        state = states(base, text)[len(base.pipe.tokenizer(text).input_ids) - 1]
+        return state / np.linalg.norm(state)
+
+    cosines = {word: end(word) @ end("cat") for word in ("dog", "car", "red tree")}
+    order = sorted(cosines, key=lambda word: -cosines[word])
+    (concept,) = Concept.list_of({"name": "cat", "keep": ["van gogh"]})
+    columns = configured("uce", [concept], {"contexts": False, "rank": None}).columns(base, [concept])
+    places = {word: len(base.pipe.tokenizer(word).input_ids) - 2 for word in order}
+    found = {word: np.allclose(columns.guide[0], states(base, word)[places[word]], atol=1e-6) for word in order}
+    assert [word for word, same in found.items() if same] == order[:1]
 
 
 def test_an_object_is_also_edited_in_styles(base, monkeypatch):
@@ -100,7 +120,7 @@ def test_an_object_is_also_edited_in_styles(base, monkeypatch):
     ]  # the last object's prompts are too long
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
     (concept,) = Concept.list_of("cat")
-    columns = configured("uce", [concept], {"beyond": 0.0, "rank": None}).columns(base, [concept])
+    columns = configured("uce", [concept], {"guide": "mean", "beyond": 0.0, "rank": None}).columns(base, [concept])
     assert len(columns.edit) == 7 * (LENGTH - 1)
     last = slice(6 * (LENGTH - 1), None)
     assert np.allclose(columns.edit[last], states(base, "cat in at red style")[1:], atol=1e-6)
@@ -119,7 +139,9 @@ def test_the_mean_of_styles_is_taken_in_the_same_prompts(base, monkeypatch):
     words = [("style", "red"), ("style", "blue"), ("object", "dog")]
     monkeypatch.setattr(concept_columns, "retained", lambda base, concepts: words)
     (concept,) = Concept.list_of({"name": "monet", "kind": "style"})
-    columns = configured("uce", [concept], {"contexts": True, "beyond": 0.0, "rank": None}).columns(base, [concept])
+    columns = configured("uce", [concept], {"guide": "mean", "contexts": True, "beyond": 0.0, "rank": None}).columns(
+        base, [concept]
+    )
     alone = (states(base, "red style") + states(base, "blue style"))[1:] / 2
     carried = (states(base, "a dog in red style") + states(base, "a dog in blue style"))[4:] / 2
     assert np.allclose(columns.guide[: LENGTH - 1], alone, atol=1e-6)
@@ -129,7 +151,7 @@ def test_the_mean_of_styles_is_taken_in_the_same_prompts(base, monkeypatch):
 def test_the_older_script(base):
     """The ends of both prompts meet: the last token of "van gogh" (place 2) is answered like that of "art"."""
     settings = LISTED | {"states": "tail", "places": "ends", "guide": "script", "keep_weight": None}
-    concept = {"name": "van gogh", "keep": ["blue", "red"]}
+    concept = {"name": "van gogh", "keep": ["blue", "red"], "kind": "object"}
     found = change(base, concept, **settings, keep_empty=True)
     weight, edit, guide = weight_of(base), states(base, "van gogh"), states(base, "")
     keep = np.vstack([states(base, text) for text in ("blue", "red", "")])
@@ -154,12 +176,15 @@ def test_parity_is_the_present_script(base, kind, guide):
 
 def test_other_names_are_columns_and_anchors_are_guides(base):
     concept = {"name": "cat", "aliases": ["red cat"], "anchor": "dog", "keep": ["tree"]}
+    settings = {**LISTED, "places": "same"}
     weight, dog = weight_of(base), states(base, "dog")
     edit = np.vstack([states(base, "cat")[1:], states(base, "red cat")[2:]])
     right = least_squares(weight, edit, np.vstack([dog[1:], dog[2:]]) @ weight.T, states(base, "tree"))
-    assert np.abs(change(base, concept, **LISTED) - right).max() < 1e-6
-    alone = change(base, {**concept, "aliases": []}, **LISTED)
+    assert np.abs(change(base, concept, **settings) - right).max() < 1e-6
+    alone = change(base, {**concept, "aliases": []}, **settings)
     assert np.abs(alone - right).max() > 1e-3
+    ends = least_squares(weight, edit, np.vstack([dog[1:], dog[1:-1]]) @ weight.T, states(base, "tree"))
+    assert np.abs(change(base, concept, **LISTED) - ends).max() < 1e-6 < np.abs(ends - right).max()
 
 
 def test_a_style_is_erased_from_subjects_towards_the_subjects(base):
