@@ -58,7 +58,6 @@ class RECE(ClosedFormMethod):
     method: ClassVar[str] = "rece"
     PARITY: ClassVar[dict[str, Any]] = {
         "rounds": 3,
-        "attack_ridge": 0.1,
         "guide": "script",
         "contexts": False,
         "keep": "listed",
