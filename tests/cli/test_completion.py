@@ -41,7 +41,7 @@ def complete(tmp_path_factory):
         (["era"], ["erase"]),
         (["erase", "--me"], ["--method"]),
         (["erase", "cat", "--method", "es"], ["esd"]),
-        (["erase", "cat", "--method", "esd", "--pre"], ["--precision", "--preview-every"]),
+        (["erase", "cat", "--method", "esd", "--pre"], ["--preset", "--precision", "--preview-every"]),
         (["attack", "--attack", "ring"], ["ring-a-bell-direct", "ring-a-bell"]),
         (["patch", "ex"], ["export"]),
         (["patch", "export", "cat.safetensors", "--format", "ko"], ["kohya"]),

@@ -279,6 +279,9 @@ def test_a_full_disk_is_reported_and_images_are_kept(glyph, whole, tmp_path, mon
     assert seen.calls == 1 and content(tmp_path) == whole
 
 
+SAMPLING = {"steps": 2, "guidance": 3.0}  # a pipeline without text encoders is of no family, which has its own
+
+
 class Painter:
     """A fast substitute for a pipeline, with weak references to its images."""
 
@@ -301,17 +304,17 @@ def test_pictures_are_not_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "on_cpu", lambda pipe: False)
     rows = PromptSet("many", [Prompt(f"{i:05d}", "a cat", i) for i in range(2000)])
     pipe = Painter()
-    assert len(generate(pipe, rows, tmp_path, batch_size=16, progress=False)) == 2000
+    assert len(generate(pipe, rows, tmp_path, batch_size=16, progress=False, **SAMPLING)) == 2000
     assert pipe.most <= 16 and len(list((tmp_path / "images").glob("*.png"))) == 2000
 
 
 def test_records_of_other_prompt_sets_are_kept(tmp_path):
     pipe = Painter()
-    generate(pipe, TINY, tmp_path, progress=False)
-    generate(pipe, PromptSet("other", [Prompt("o", "a dog", 1)]), tmp_path, progress=False)
+    generate(pipe, TINY, tmp_path, progress=False, **SAMPLING)
+    generate(pipe, PromptSet("other", [Prompt("o", "a dog", 1)]), tmp_path, progress=False, **SAMPLING)
     assert ids(tmp_path) == ["o", *(row.id for row in TINY.rows)]
     before = (tmp_path / "records.jsonl").stat()
-    generate(pipe, TINY, tmp_path, progress=False)
+    generate(pipe, TINY, tmp_path, progress=False, **SAMPLING)
     assert (tmp_path / "records.jsonl").stat() == before  # nothing new: nothing written
 
 
@@ -341,10 +344,10 @@ def test_another_setting_is_noticed(change, tmp_path):
 def test_an_added_or_removed_component_is_noticed(tmp_path):
     pipe = Painter()
     pipe.components = {"unet": torch.nn.Linear(2, 2), "text_encoder_2": torch.nn.Linear(2, 2)}
-    generate(pipe, TINY, tmp_path, progress=False)
+    generate(pipe, TINY, tmp_path, progress=False, **SAMPLING)
     pipe.components = {"unet": pipe.components["unet"]}
     with pytest.raises(ErasureError, match=r"\(text_encoder_2 differ\)"):
-        generate(pipe, TINY, tmp_path, progress=False)
+        generate(pipe, TINY, tmp_path, progress=False, **SAMPLING)
 
 
 def test_a_checksum_depends_on_bits_and_not_on_memory_layout(monkeypatch):
@@ -365,7 +368,7 @@ def test_a_checksum_depends_on_bits_and_not_on_memory_layout(monkeypatch):
 @pytest.mark.parametrize("guidance", [math.nan, math.inf])
 def test_guidance_that_is_not_a_number_is_refused(tmp_path, guidance):
     with pytest.raises(ErasureError, match=f"guidance={guidance}: must be a finite number"):
-        generate(Painter(), TINY, tmp_path / "x", guidance=guidance, progress=False)
+        generate(Painter(), TINY, tmp_path / "x", steps=2, guidance=guidance, progress=False)
     assert not (tmp_path / "x").exists()
 
 
@@ -379,16 +382,16 @@ def test_a_log_gets_a_line_at_every_tenth_unless_silent(tmp_path, monkeypatch, c
             return super().__call__(**options)
 
     rows = PromptSet("many", [replace(TINY.rows[0], id=str(i)) for i in range(200)])
-    generate(Slow(), rows, tmp_path / "a", progress=True)
+    generate(Slow(), rows, tmp_path / "a", progress=True, **SAMPLING)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "drawing a: 2 of 200 images (1 %), 6 s/image, 0:19:48 left"
     assert 10 <= len(lines) <= 12 and lines[-1].startswith("drawing a: 200 of 200 images (100 %)")
-    generate(Slow(), rows, tmp_path / "b", progress=False)
-    generate(Painter(), rows, tmp_path / "c", progress=True)  # done in a moment: no line
+    generate(Slow(), rows, tmp_path / "b", progress=False, **SAMPLING)
+    generate(Painter(), rows, tmp_path / "c", progress=True, **SAMPLING)  # done in a moment: no line
     assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_gets_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    generate(Painter(), TINY, tmp_path / "base", progress=True)
+    generate(Painter(), TINY, tmp_path / "base", progress=True, **SAMPLING)
     assert re.search(r"drawing base: .*0/8 \[.*image/s", capsys.readouterr().err)

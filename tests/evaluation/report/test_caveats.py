@@ -52,7 +52,7 @@ def test_the_report_contains_notes_and_description(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["notes"] == report.notes
     assert report.description() == (
         "no patch is active, so both columns show the base; prompts: mine, 3 drawn; judge: brightness; "
-        "2 steps, guidance 3"
+        "2 steps, guidance 7.5"
     )
     assert report.description() in page.replace("&#x27;", "'")
 
