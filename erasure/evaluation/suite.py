@@ -227,7 +227,7 @@ def run_suite(
         data: folder that {data} stands for in the suite.
         judge: replaces the suite's judge.
         limit: largest number of rows of each part.
-        measures: `features`, `lpips` and `reference` for `evaluate`; None values leave the suite's setting.
+        measures: `features`, `lpips`, `reference` and `scorer` for `evaluate`; None values leave the suite's setting.
         progress: show the progress.
         sampling: `steps`, `guidance` and `batch_size`; None values leave the suite's setting.
 
