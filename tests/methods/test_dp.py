@@ -13,22 +13,11 @@ from erasure.methods import configured
 from erasure.methods.dp import projected
 from erasure.model.base import Base
 from tests.conformance.quick import ALONE
-from tests.tiny import LENGTH, tiny_pipeline
+from tests.methods.encoding import states
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 CAT = {"name": "cat", "keep": ["dog", "red tree"]}
 EXACT = {**ALONE, "states": "last", "keep_states": "last", "kept_share": 1.0, "cut": 1e-6, "rank": None}
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return Base("tiny", tiny_pipeline())
-
-
-def states(base: Base, text: str) -> np.ndarray:
-    ids = base.pipe.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return base.pipe.text_encoder(ids)[0][0].double().numpy()
 
 
 def weight_of(base: Base) -> np.ndarray:

@@ -10,21 +10,10 @@ from erasure.erasing import erase
 from erasure.model.base import Base
 from erasure.model.closed_form import READERS
 from tests.conformance.quick import ALONE
-from tests.tiny import LENGTH, tiny_pipeline
+from tests.methods.encoding import states
 
 CAT = {"name": "cat", "keep": ["dog"]}
 SETTINGS = {**ALONE, "ridge": 0.5, "attack_ridge": 1e-2, "attack_weight": 1.0, "rank": None}
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return Base("tiny", tiny_pipeline())
-
-
-def states(base: Base, text: str) -> np.ndarray:
-    ids = base.pipe.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return base.pipe.text_encoder(ids)[0][0].double().numpy()
 
 
 def weights(base: Base) -> dict[str, np.ndarray]:

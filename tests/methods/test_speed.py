@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from erasure.erasing import erase
 from erasure.methods.speed import constrained, fixed_states, most_moved, null_space
 from erasure.model.base import Base
 from tests.conformance.quick import ALONE
-from tests.tiny import LENGTH, tiny_pipeline
+from tests.methods.encoding import states
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 CAT = {"name": "cat", "keep": ["dog", "red tree"]}
 LAST = {**ALONE, "states": "last", "keep_states": "last", "rank": None, "null_below": 1e-6, "retain": 0.5}
 DRAW = torch.Generator().manual_seed(0)
 EDIT, KEPT, STILL = (torch.randn(n, 9, generator=DRAW, dtype=torch.float64) for n in (2, 3, 2))
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return Base("tiny", tiny_pipeline())
-
-
-def states(base: Base, text: str) -> np.ndarray:
-    ids = base.pipe.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return base.pipe.text_encoder(ids)[0][0].double().numpy()
 
 
 def change(base: Base, concept, layer: str = "to_v", **settings) -> np.ndarray:

@@ -15,22 +15,11 @@ from erasure.methods.uce import orthogonal
 from erasure.model import concept_columns
 from erasure.model.base import Base
 from erasure.model.closed_form import READERS
+from tests.methods.encoding import states
 from tests.tiny import LENGTH, tiny_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 LISTED = {"keep": "listed", "keep_states": "all", "guide": "empty", "contexts": False, "ridge": 0.5, "rank": None}
-
-
-@pytest.fixture(scope="module")
-def base() -> Base:
-    return Base("tiny", tiny_pipeline())
-
-
-def states(base: Base, text: str) -> np.ndarray:
-    """All states of a prompt, straight from the text encoder."""
-    ids = base.pipe.tokenizer(text, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
-    with torch.no_grad():
-        return base.pipe.text_encoder(ids)[0][0].double().numpy()
 
 
 def least_squares(weight, edit, answers, keep, ridge=0.5, keep_weight=1.0, edit_weight=1.0) -> np.ndarray:
