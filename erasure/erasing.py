@@ -276,15 +276,15 @@ def warn_of_unknown_names(base: Base, concepts: Sequence[Concept]) -> None:
 
 
 def check_resident(base: Base) -> None:
-    """Refuse a UNet whose weights are offloaded.
+    """Refuse a network whose weights are offloaded.
 
     Raises:
-        ErasureError: the UNet's weights are not on the device that it computes on.
+        ErasureError: its weights are not on the device that it computes on.
     """
-    if base.device != next(base.unet.parameters()).device:
+    if base.device != next(base.network.parameters()).device:
         raise ErasureError(
-            f"the UNet is offloaded: its weights are not on {base.device}, where it computes, and could not be trained "
-            "there. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
+            f"the {base.component} is offloaded: its weights are not on {base.device}, where it computes, and could "
+            "not be trained there. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"
         )
 
 

@@ -145,7 +145,7 @@ class GradientMethod(Method):
         """Train, and return the trained tensors and the gate."""
         state = train(self, base, concepts, run)
         try:
-            with counting(base.unet, run.costs):
+            with counting(base.network, run.costs):
                 return FitResult(state.adapter.payload(), self.gate(state))
         finally:
             state.adapter.remove()
@@ -188,7 +188,7 @@ class ClosedFormMethod(Method):
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
         """Solve for every layer, and return the factors."""
         modules = self.modules(base)
-        with counting(base.unet, run.costs):
+        with counting(base.network, run.costs):
             edit = self.edit(base, concepts)
             layers = {path: self.solve(edit, path, module) for path, module in modules.items()}
         if run.previews is not None:
@@ -210,7 +210,7 @@ class ClosedFormMethod(Method):
         if any(param.is_meta for _, encoder in text_encoders(base.pipe) for param in encoder.parameters()):
             raise ErasureError(f"{self.method} reads the text encoder, which has no weights here: it cannot be planned")
         counts = Counts()
-        with counting(base.unet, counts):
+        with counting(base.network, counts):
             edit = self.edit(base, concepts)
         seconds = 0.0
         if base.device.type != "meta":
@@ -226,7 +226,7 @@ class ClosedFormMethod(Method):
             training_bytes=8 * (2 * width**2 + max(map(_numbers, modules.values())))
             + 4 * edit.rank * sum(sum(shape) for shape in shapes),
             activation_bytes=0,
-            precision=next((name for name, dtype in DTYPES.items() if dtype == base.unet.dtype), "fp32"),
+            precision=next((name for name, dtype in DTYPES.items() if dtype == base.network.dtype), "fp32"),
             processes=processes,
             modules=len(modules),
             weights=sum(map(_numbers, modules.values())),
@@ -258,7 +258,7 @@ class RuntimeMethod(Method):
 
     def fit(self, base: Base, concepts: list[Concept], run: Run) -> FitResult:
         """Collect the data, and count the UNet's calls."""
-        with counting(base.unet, run.costs):
+        with counting(base.network, run.costs):
             return self.collect(base, concepts, run)
 
     def forecast(

@@ -35,7 +35,7 @@ ATTACKS = (
 )
 JUDGES = ("classifier", "clip", "glyph", "inception", "nudenet")
 BACKBONES = ("alex", "squeeze", "vgg")
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 WRITTEN = ("spm", "kohya", "peft", "diff", "unet", "text-encoder", "checkpoint", "single-file")
 READ = (*WRITTEN, "unguide")
 CODES = ("esd", "uce", "salun", "advunlearn")  # whose published files are in one of the formats

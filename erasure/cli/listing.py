@@ -232,13 +232,12 @@ def run_models(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> None:
     from erasure.model.loading import quiet
     from erasure.model.meta import counts, load_meta
-    from erasure.model.targets import TARGETS
 
     quiet()
     base = load_meta(args.name)
     variants = counts(base)
     cells = [
-        (name, row["modules"], f"{row['weights']:,}", f"{row['rank_1']:,}", TARGETS[name][0])
+        (name, row["modules"], f"{row['weights']:,}", f"{row['rank_1']:,}", base.architecture.variants[name][0])
         for name, row in variants.items()
     ]
     heads = ("variant", "modules", "weights", "rank-1 term", "what trains")

@@ -132,10 +132,11 @@ class ESD(GradientMethod):
         pool = self._pool(base, pairs, run) if self.pool else None
         adapter: Adapter
         if self.rank is None:
-            adapter = Weights(base.unet, targets)
+            adapter = Weights(base.network, targets, base.component)
         else:
             generator = torch.Generator().manual_seed(run.seed)
-            adapter = LowRankTerm(base.unet, targets, rank=self.rank, alpha=self.alpha, generator=generator)
+            options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "component": base.component}
+            adapter = LowRankTerm(base.network, targets, generator=generator, **options)
         return State(base, pairs, sources, pool, adapter, run.seed)
 
     def walked(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

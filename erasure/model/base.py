@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +14,10 @@ from erasure.concepts.vocabulary import Vocabulary
 from erasure.concepts.word_lists import WordLists
 from erasure.errors import ErasureError, unknown
 from erasure.model import presets
-from erasure.model.conditioning import (
-    Conditions,
-    blank,
-    encode_prompt,
-    place,
-    predict,
-    text_encoders,
-    unconditional,
-)
-from erasure.model.loading import PIPELINES, best_device, look, name_of, open_pipeline, resolve
-from erasure.model.targets import TARGETS
+from erasure.model.architectures import Architecture, architecture_of
+from erasure.model.architectures import pipelines as erasable
+from erasure.model.conditioning import Conditions, place
+from erasure.model.loading import best_device, look, name_of, open_pipeline, resolve
 
 
 @dataclass
@@ -60,12 +53,13 @@ class Base:
         import diffusers
 
         detected = look(resolve(model), **options)
-        if detected.pipeline not in PIPELINES:
+        if detected.pipeline not in erasable():
             raise ErasureError(
-                f"{model}: {detected.about}. Concepts can be erased from {' and '.join(PIPELINES)}; their patches load "
+                f"{model}: {detected.about}. Concepts can be erased from {', '.join(erasable())}; their patches load "
                 "into the other pipelines of the family. Nothing was loaded"
             )
         pipe = open_pipeline(getattr(diffusers, detected.pipeline), model, **options)
+        architecture_of(pipe).check(pipe)
         try:
             return cls(os.fspath(model), pipe.to(device or best_device()), detected.about)
         except (RuntimeError, AssertionError) as fault:
@@ -87,18 +81,7 @@ class Base:
             return value
         if isinstance(value, str | os.PathLike):
             return cls.load(value)
-        if not hasattr(value, "unet") or not hasattr(value, "text_encoder"):
-            raise ErasureError(
-                f"{type(value).__name__} is not a Stable Diffusion pipeline: it has no unet or no text_encoder"
-            )
-        text_encoders(value)  # raises an error if a tokenizer or text encoder is missing
-        channels, vae = value.unet.config.in_channels, getattr(value, "vae", None)
-        latents = vae.config.latent_channels if vae is not None else channels
-        if channels != latents:
-            raise ErasureError(
-                f"{type(value).__name__}: its UNet reads {channels} channels, {latents} of them latents (inpainting, "
-                "depth or editing). Erase from the text-to-image model of the family, and load the patch into this one"
-            )
+        architecture_of(value).check(value)
         patches = value.get_list_patches() if hasattr(value, "get_list_patches") else {}
         if active := [name for name, entry in patches.items() if entry["strength"]]:
             raise ErasureError(
@@ -129,9 +112,36 @@ class Base:
         return presets.family(self.pipe, self.name, given)
 
     @property
+    def architecture(self) -> Architecture:
+        """Return the kind of network that the checkpoint has, and what is particular to it.
+
+        Raises:
+            ErasureError: the network is of no known kind.
+        """
+        return architecture_of(self.pipe)
+
+    @property
+    def component(self) -> str:
+        """Return the name of the component that holds the network, such as `unet`."""
+        return self.architecture.component
+
+    @property
+    def network(self) -> Any:
+        """Return the network that denoises, a UNet or a transformer, of which only one copy is in memory."""
+        return getattr(self.pipe, self.component)
+
+    @property
     def unet(self) -> Any:
-        """Return the checkpoint's UNet, of which only one copy is in memory."""
+        """Return the network of a checkpoint that has a UNet."""
         return self.pipe.unet
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Return the arguments of the pipeline's call that belong to the checkpoint, from its family's preset."""
+        if self.component == "unet":
+            return {}
+        preset = self.family().preset
+        return {} if preset is None else preset.call
 
     @property
     def scheduler(self) -> Any:
@@ -140,27 +150,28 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Return the device that the UNet computes on, also where its weights are offloaded between calls."""
-        return place(self.pipe, self.unet)
+        """Return the device that the network computes on, also where its weights are offloaded between calls."""
+        return place(self.pipe, self.network)
 
-    def sampler(self, kind: str = "ddim") -> Any:
+    def sampler(self, kind: str | None = None) -> Any:
         """Return a new sampler with the checkpoint's noise schedule.
 
         Args:
-            kind: `ddim` or `pndm`.
+            kind: `ddim` or `pndm`, for models of rectified flow `euler`; None: the first that the architecture has.
 
         Raises:
-            ErasureError: an unknown kind of sampler.
+            ErasureError: an unknown kind of sampler, or one that the architecture does not have.
         """
-        from diffusers import DDIMScheduler, PNDMScheduler
+        return self.architecture.sampler(self.pipe, kind or self.architecture.samplers[0])
 
-        classes = {"ddim": DDIMScheduler, "pndm": PNDMScheduler}
-        if kind not in classes:
-            raise unknown("sampler", kind, classes)
-        config = self.scheduler.config
-        # Schedulers such as XL's do not clip and have no such entry, while DDIM clips by default.
-        extra = {"clip_sample": False} if kind == "ddim" and "clip_sample" not in config else {}
-        return classes[kind].from_config(config, **extra)
+    def schedule(self, kind: str | None, steps: int, shape: tuple[int, int, int]) -> Any:
+        """Return a new sampler whose timesteps are set for `steps` steps and latents of a shape.
+
+        Raises:
+            ErasureError: as for `sampler`.
+        """
+        kind = kind or self.architecture.samplers[0]
+        return self.architecture.schedule(self.pipe, kind, steps, shape, self.device)
 
     def latent_shape(self, scale: float | tuple[float, float] = 1.0) -> tuple[int, int, int]:
         """Return the shape (channels, height, width) of latents, in latent pixels.
@@ -168,11 +179,26 @@ class Base:
         Args:
             scale: factor on the native size, or two factors for height and width.
         """
-        config = self.unet.config
-        size = config.sample_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels, height, width = self.architecture.latent_shape(self.pipe, self.options)
         tall, wide = scale if isinstance(scale, tuple) else (scale, scale)
-        return config.in_channels, round(height * tall), round(width * wide)
+        return channels, round(height * tall), round(width * wide)
+
+    def check_guidance(self, scale: float) -> None:
+        """Refuse guidance of a distilled model; raises ErasureError."""
+        self.architecture.check_guidance(self.pipe, scale)
+
+    @property
+    def distilled(self) -> bool:
+        """Tell whether the model was distilled from a guided one, so that guidance 1 is all that it knows."""
+        return self.architecture.distilled(self.pipe)
+
+    def call(self, prompts: int, guidance: float) -> dict[str, Any]:
+        """Return the arguments with which the pipeline draws n prompts at a guidance scale.
+
+        Raises:
+            ErasureError: the model is distilled, and the scale is not 1.
+        """
+        return self.architecture.call(self.pipe, prompts, guidance, self.options)
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Return the text encoder's states for prompts [n, tokens, width].
@@ -185,7 +211,7 @@ class Base:
         return self._encoded(prompts).states
 
     def conditions(self, prompts: list[str]) -> Conditions:
-        """Return the UNet's text conditions for n prompts; for the empty prompt, those that guidance uses.
+        """Return the network's text conditions for n prompts; for the empty prompt, those that guidance uses.
 
         Raises:
             ErasureError: a prompt has more tokens than the text encoder reads.
@@ -193,55 +219,51 @@ class Base:
         encoded = self._encoded(prompts)
         if "" not in prompts or encoded.pooled is None:
             return encoded
-        parts = [encoded[i : i + 1] for i in range(len(prompts))]
+        architecture, parts = self.architecture, [encoded[i : i + 1] for i in range(len(prompts))]
         return Conditions.cat(
-            [part if text else unconditional(self.pipe, part) for text, part in zip(prompts, parts, strict=True)]
+            [
+                part if text else architecture.unconditional(self.pipe, part)
+                for text, part in zip(prompts, parts, strict=True)
+            ]
         )
 
     def predict(self, x: Tensor, t: Any, conditions: Conditions) -> Tensor:
-        """Return the UNet's output [n, c, h, w], which is noise, v or clean latents, depending on the checkpoint.
+        """Return the network's output [n, c, h, w]: noise, v, clean latents or a velocity, depending on the checkpoint.
 
         Args:
             x: latents [n, c, h, w], scaled as the sampler scales them.
             t: timesteps, one number or [n].
             conditions: the text conditions of the n samples.
         """
-        return predict(self.pipe, x, t, conditions)
+        return self.architecture.predict(self.pipe, x, t, conditions, self.options)
 
     def _encoded(self, prompts: list[str]) -> Conditions:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._texts:
-                self._texts[prompt] = encode_prompt(self.pipe, prompt)
+                self._texts[prompt] = self.architecture.encode(self.pipe, prompt, self.options)
         return Conditions.cat([self._texts[prompt] for prompt in prompts])
 
     def targets(self, variant: str) -> dict[str, nn.Module]:
-        """Return the Linear and Conv2d modules of the UNet that a variant trains, by their paths.
+        """Return the Linear and Conv2d modules of the network that a variant trains, by their paths.
 
         Args:
-            variant: a name in `erasure.model.targets.TARGETS`, such as `x` or `x-strict`.
+            variant: a name in the architecture's `variants`, such as `x` or `x-strict`.
 
         Raises:
             ErasureError: an unknown variant, or one that matches no module of this checkpoint.
         """
-        if variant not in TARGETS:
-            raise unknown("variant", variant, TARGETS)
-        test = TARGETS[variant][1]
-        modules: dict[str, nn.Module] = {
-            path: module
-            for path, module in self.unet.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d) and test(path)
-        }
+        variants = self.architecture.variants
+        if variant not in variants:
+            raise unknown("variant", variant, variants)
+        modules = self.architecture.modules(self.pipe, variants[variant][1])
         if not modules:
-            raise ErasureError(f"variant {variant!r} matches no module of this {type(self.unet).__name__}")
+            raise ErasureError(f"variant {variant!r} matches no module of this {type(self.network).__name__}")
         return modules
 
     def still(self, paths: Iterable[str]) -> bool:
-        """Tell whether training only these modules leaves the UNet's output for the empty prompt unchanged.
-
-        On XL the states of the empty prompt are all zeros. Keys and values of cross-attention are then zero whatever
-        the weights are, so cross-attention adds nothing.
+        """Tell whether training only these modules leaves the network's output for the empty prompt unchanged.
 
         Args:
-            paths: the paths of the modules in the UNet.
+            paths: the paths of the modules in the network.
         """
-        return blank(self.pipe) and all("attn2" in path for path in paths)
+        return self.architecture.still(self.pipe, paths)

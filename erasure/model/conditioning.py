@@ -1,4 +1,4 @@
-"""The UNet's inputs besides latents and timesteps: text states, and on XL also the pooled text and the image sizes.
+"""A network's inputs besides latents and timesteps: text states, and where it reads them pooled text and a mask.
 
 Stable Diffusion 1 and 2 read the last hidden states of one text encoder. XL (Podell et al. 2023, arXiv 2307.01952,
 sections 2.1 and 2.2) reads the concatenated penultimate states of two, the pooled embedding of the second, and six
@@ -19,33 +19,41 @@ from erasure.errors import ErasureError
 
 @dataclass(frozen=True)
 class Conditions:
-    """The text conditions of n samples, as the UNet reads them.
+    """The text conditions of n samples, as the network reads them.
 
     Args:
-        states: text states for cross-attention [n, tokens, width].
-        pooled: the pooled text [n, width] on XL; None on other models.
+        states: text states for attention [n, tokens, width].
+        pooled: the pooled text [n, width] on XL, SD3 and FLUX; None on other models.
+        mask: which tokens are no padding [n, tokens] on PixArt; None on models that do not mask it.
     """
 
     states: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Conditions:
         """Return the conditions of the selected samples."""
-        return Conditions(self.states[rows], None if self.pooled is None else self.pooled[rows])
+        pooled, mask = (None if part is None else part[rows] for part in (self.pooled, self.mask))
+        return Conditions(self.states[rows], pooled, mask)
 
     def expand(self, count: int) -> Conditions:
         """Return the conditions of a single sample, repeated for `count` samples."""
-        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return Conditions(self.states.expand(count, -1, -1), pooled)
+        pooled, mask = (None if part is None else part.expand(count, -1) for part in (self.pooled, self.mask))
+        return Conditions(self.states.expand(count, -1, -1), pooled, mask)
 
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
         """Concatenate the samples of all parts, in their order."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return Conditions(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+        masks = [part.mask for part in parts if part.mask is not None]
+        return Conditions(
+            torch.cat([part.states for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(masks) if masks else None,
+        )
 
 
 def text_encoders(pipe: Any) -> list[tuple[Any, Any]]:

@@ -18,8 +18,6 @@ from erasure.model import presets
 from erasure.model.presets import Family, Sampling
 from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-
 
 def resolve(model: str | os.PathLike[str]) -> str:
     """Return the folder, file or hub id that a model's name or path refers to.

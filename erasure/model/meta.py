@@ -15,7 +15,6 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.loading import hub_file, look, resolve
 from erasure.model.single_file import carried, kinds
-from erasure.model.targets import TARGETS
 
 UNET = "unet/config.json"
 
@@ -64,7 +63,7 @@ def counts(base: Base) -> dict[str, dict[str, int]]:
         low-rank term of rank 1).
     """
     rows = {}
-    for variant in TARGETS:
+    for variant in base.architecture.variants:
         try:
             modules = base.targets(variant).values()
         except ErasureError:  # the variant matches no module

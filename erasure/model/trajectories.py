@@ -101,13 +101,13 @@ def walk(
     seeds: list[int],
     steps: int,
     guidance: float,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     scale: float | tuple[float, float] = 1.0,
     stop: int | None = None,
     judged: bool = True,
     skip: int = 0,
 ) -> TrajectoryPool:
-    """Sample one trajectory for each prompt pair with the UNet as it is, and record its states.
+    """Sample one trajectory for each prompt pair with the network as it is, and record its states.
 
     Trajectories are guided from the empty prompt towards the concept.
 
@@ -129,11 +129,11 @@ def walk(
     Returns:
         A pool with one tuple for each recorded state of each trajectory.
     """
-    schedule = base.sampler(sampler)
-    schedule.set_timesteps(steps, device=base.device)
+    base.check_guidance(guidance)
     shape = base.latent_shape(scale)
+    schedule = base.schedule(sampler, steps, shape)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    x = torch.stack(noise).to(base.device, base.unet.dtype) * schedule.init_noise_sigma
+    x = torch.stack(noise).to(base.device, base.network.dtype) * schedule.init_noise_sigma
     concept, neutral, empty = (
         base.conditions([c for c, _ in pairs]),
         base.conditions([n for _, n in pairs]),
@@ -179,7 +179,7 @@ def build_pool(
     steps: int,
     guidance: float,
     batch: int = 8,
-    sampler: str = "ddim",
+    sampler: str | None = None,
 ) -> TrajectoryPool:
     """Build a pool from several trajectories, which are assigned to the prompt pairs in turn.
 
@@ -214,9 +214,9 @@ def kept_pool(path: Path | None, base: Base, pairs: list[tuple[str, str]], **opt
         options: arguments of `build_pool`.
     """
     if path is not None and path.is_file():
-        count_stored(base.unet, path)
+        count_stored(base.network, path)
         return TrajectoryPool.load(path)
-    with counting(base.unet) as spent:
+    with counting(base.network) as spent:
         pool = build_pool(base, pairs, **options)
     if path is not None:
         pool.save(path, count_metadata(spent))

@@ -14,7 +14,7 @@ from torch import Tensor
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.hub_files import located
-from erasure.patch.module_keys import COMPONENTS, DOWN
+from erasure.patch.module_keys import COMPONENTS, DOWN, TRANSFORMER
 from erasure.patch.payload import Delta, LowRank
 from erasure.patch.safetensors_io import digest, read_layout
 from erasure.patch.serialization import text_width, two_encoders
@@ -235,6 +235,8 @@ def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
         payload: the low-rank payload of the file.
         title: a title for people.
     """
+    if TRANSFORMER in payload.components:  # the layers do not say of which one
+        return {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
     width = 2048 if two_encoders(payload) else text_width(payload)
     architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
     ranks = payload.ranks

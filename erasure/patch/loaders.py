@@ -43,6 +43,7 @@ LOADERS = {
     ),
     "A1111": Loader(
         misses=(
+            ("", r"transformer\..*"),
             ("sd1", r"lora_te_(?!text_model_encoder_layers_\d+_).*"),
             # The norms of open_clip's encoders have other names there.
             ("sd2", rf"lora_te_(?!text_model_encoder_layers_\d+_{_LINEAR}$).*"),
@@ -95,7 +96,10 @@ def as_it_is(patch: Patch) -> dict[str, str]:
             answers[name] = f"no: export --format {loader.delta}, or --format kohya --rank R"
         else:
             answers[name] = "without its gate" if gated else "yes"
-            if lost := missed(name, patch.payload):
+            lost, number = missed(name, patch.payload), sum(map(len, patch.payload.layers.values()))
+            if len(lost) == number:
+                answers[name] = "no: it has none of these layers"
+            elif lost:
                 answers[name] += f", but not {len(lost)} layers (first: {lost[0]})"
             if name in ONE_ALPHA and patch.stored.get("alphas", 1) > 1:
                 answers[name] = "no: it misreads files with several alphas, such as this one: export --format kohya"

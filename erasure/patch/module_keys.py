@@ -12,9 +12,12 @@ from torch import nn
 
 from erasure.errors import ErasureError, unknown
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+TRANSFORMER = "transformer"
+NETWORKS = ("unet", TRANSFORMER)  # components that denoise; their module paths have no prefix
 NESTED = "text_model."
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
+DOWN_PEFT, UP_PEFT = ".lora_A.weight", ".lora_B.weight"  # the factors of transformers, for which the alpha is the rank
 # UNet modules whose kohya keys use the original names, because only ComfyUI converts diffusers' names for them.
 ORIGINAL = {
     "add_embedding.linear_1": "label_emb.0.0",
@@ -47,7 +50,7 @@ def canonical(component: str, path: object) -> str:
     """
     if not isinstance(path, str) or not _PATH.fullmatch(path):
         raise ErasureError(f"{component}: {path!r} is not a module path (words joined by dots)")
-    return path.removeprefix(NESTED) if component != "unet" else path
+    return path if component in NETWORKS else path.removeprefix(NESTED)
 
 
 def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
@@ -61,6 +64,8 @@ def kohya_prefix(component: str, path: str, two_encoders: bool) -> str:
     >>> kohya_prefix("text_encoder", "encoder.layers.0.mlp.fc1", two_encoders=False)
     'lora_te_text_model_encoder_layers_0_mlp_fc1'
     """
+    if component == TRANSFORMER:
+        return f"{TRANSFORMER}.{path}"  # as diffusers writes it: its loaders read no kohya keys of these names
     if component == "unet":
         return "lora_unet_" + ORIGINAL.get(path, path).replace(".", "_")
     start = {"text_encoder": "lora_te1_" if two_encoders else "lora_te_", "text_encoder_2": "lora_te2_"}[component]
@@ -73,7 +78,7 @@ def nested(component: str, path: str) -> str:
     >>> nested("text_encoder_2", "text_projection"), nested("text_encoder", "final_layer_norm")
     ('text_projection', 'text_model.final_layer_norm')
     """
-    return path if component == "unet" or path.startswith("text_projection") else NESTED + path
+    return path if component in NETWORKS or path.startswith("text_projection") else NESTED + path
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module | None:

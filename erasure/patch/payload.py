@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.patch.fingerprint import tensor_bytes
-from erasure.patch.module_keys import canonical, check_component
+from erasure.patch.module_keys import TRANSFORMER, canonical, check_component
 
 Layer = tuple[Tensor, Tensor, float]  # down, up, alpha
 
@@ -27,7 +27,7 @@ class LowRank:
         layers: (down, up, alpha) of each layer, by component and module path. A linear layer has down [rank, in] and
             up [out, rank], a convolution down [rank, in, height, width] and up [out, rank, 1, 1]. Tensors are copied
             to fp32 on the CPU, and alpha is rounded to fp32 as in the file. If the alphas differ, they are replaced by
-            a common one without changing the products (see `_one_alpha`).
+            a common one without changing the products (see `_one_alpha`), on a transformer by the ranks.
 
     Raises:
         ErasureError: there are no layers, a component is unknown, a path is malformed, shapes do not agree, or a value
@@ -38,7 +38,8 @@ class LowRank:
     kind: ClassVar[str] = "low-rank"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _one_alpha(_tidy(self.layers, "layers", _layer)))
+        layers = _tidy(self.layers, "layers", _layer)
+        object.__setattr__(self, "layers", _own_alphas(layers) if TRANSFORMER in layers else _one_alpha(layers))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LowRank, (self.layers,)
@@ -55,7 +56,7 @@ class LowRank:
 
     @property
     def alpha(self) -> float:
-        """Return the alpha that all layers have in common."""
+        """Return the alpha of the first layer, which all layers have in common unless they belong to a transformer."""
         return next(alpha for table in self.layers.values() for _, _, alpha in table.values())
 
     def names(self, component: str) -> list[str]:
@@ -219,6 +220,19 @@ def _one_alpha(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Layer
         }
         for component, table in layers.items()
     }
+
+
+def _own_alphas(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Layer]]:
+    """Return the same changes with the rank as the alpha of each layer, because files of transformers hold no alphas.
+
+    The loaders of diffusers (0.42.1) refuse a LoRA of SD3 with an alpha, and take the rank where there is none.
+    """
+
+    def own(component: str, path: str, layer: Layer) -> Layer:
+        (down, up, alpha), rank = layer, float(layer[0].shape[0])
+        return layer if alpha == rank else (down, _copy(f"{component}.{path} up", up * (alpha / rank)), rank)
+
+    return {name: {path: own(name, path, layer) for path, layer in table.items()} for name, table in layers.items()}
 
 
 def _difference(label: str, value: Any) -> Tensor:

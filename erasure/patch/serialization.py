@@ -1,6 +1,7 @@
 """Conversion between payloads and the tensors of a patch file.
 
-Low-rank factors have kohya keys; weight differences have the key `<component>.<parameter>`.
+Low-rank factors have kohya keys, and those of patches on a transformer the keys of diffusers and peft, in which the
+alpha is always the rank. Weight differences have the key `<component>.<parameter>`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from torch import Tensor
 
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError, unknown
-from erasure.patch.module_keys import ALPHA, COMPONENTS, DOWN, UP, canonical, kohya_prefix
+from erasure.patch.module_keys import (
+    ALPHA,
+    COMPONENTS,
+    DOWN,
+    DOWN_PEFT,
+    TRANSFORMER,
+    UP,
+    UP_PEFT,
+    canonical,
+    kohya_prefix,
+    nested,
+)
 from erasure.patch.payload import Delta, LowRank
 from erasure.patch.sparse import MASK, VALUES, is_sparse, pack, unpack
 
@@ -47,13 +59,21 @@ def _encode_low_rank(payload: LowRank, dtype: str) -> tuple[dict[str, Tensor], M
     tensors: dict[str, Tensor] = {}
     for component, layers in payload.layers.items():
         for path, (down, up, alpha) in layers.items():
-            prefix = kohya_prefix(component, path, two_encoders(payload))
-            if prefix + DOWN in tensors:
+            peft = TRANSFORMER in payload.layers
+            prefix = _peft_prefix(component, path) if peft else kohya_prefix(component, path, two_encoders(payload))
+            first, second = (DOWN_PEFT, UP_PEFT) if peft else (DOWN, UP)
+            if prefix + first in tensors:
                 raise ErasureError(f"{component}.{path}: another module has the same kohya key {prefix}")
-            tensors[prefix + DOWN] = cast(f"{component}.{path}", down, dtype)
-            tensors[prefix + UP] = cast(f"{component}.{path}", up, dtype)
-            tensors[prefix + ALPHA] = torch.tensor(alpha, dtype=torch.float32)
+            tensors[prefix + first] = cast(f"{component}.{path}", down, dtype)
+            tensors[prefix + second] = cast(f"{component}.{path}", up, dtype)
+            if not peft:
+                tensors[prefix + ALPHA] = torch.tensor(alpha, dtype=torch.float32)
     return tensors, {component: list(layers) for component, layers in payload.layers.items()}
+
+
+def _peft_prefix(component: str, path: str) -> str:
+    """Return the key that precedes `.lora_A.weight` in files that diffusers writes."""
+    return f"{component}.{nested(component, path)}"
 
 
 def _encode_delta(payload: Delta, dtype: str) -> tuple[dict[str, Tensor], Modules, Shapes]:
@@ -171,6 +191,11 @@ def _decode_low_rank(tensors: dict[str, Tensor], dtype: str, modules: Modules) -
     layers: dict[str, dict[str, tuple[Tensor, Tensor, Any]]] = {}
     for component, paths in modules.items():
         for path in paths:
+            if TRANSFORMER in modules:
+                prefix = _peft_prefix(component, canonical(component, path))
+                down, up = (_take(tensors, prefix + end, DTYPES[dtype]) for end in (DOWN_PEFT, UP_PEFT))
+                layers.setdefault(component, {})[path] = (down, up, down.shape[0] if down.dim() else 1)
+                continue
             prefix = kohya_prefix(component, canonical(component, path), two)
             alpha = _take(tensors, prefix + ALPHA, torch.float32)
             if alpha.dim() != 0:

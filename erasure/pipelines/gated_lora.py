@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from erasure.errors import ErasureError
-from erasure.patch.module_keys import find_module
+from erasure.patch.module_keys import NETWORKS, find_module
 from erasure.patch.payload import Delta, LowRank
 
 
@@ -108,8 +108,8 @@ def membranes(
     pairs: list[tuple[Membrane, nn.Module]] = []
     layers = payload.layers if isinstance(payload, LowRank) else {}
     for name, factors in layers.items():
-        # Text encoders see one row per prompt, the UNet one per image.
-        rows = strengths.repeat_interleave(images) if name == "unet" else strengths
+        # Text encoders see one row per prompt, the network that denoises one per image.
+        rows = strengths.repeat_interleave(images) if name in NETWORKS else strengths
         for path, (down, up, alpha) in factors.items():
             module = find_module(component(name), path)
             if module is None:

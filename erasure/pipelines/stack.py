@@ -16,7 +16,7 @@ from torch import nn
 from erasure.concepts.similarity import similarities
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Patch
-from erasure.patch.module_keys import COMPONENTS
+from erasure.patch.module_keys import COMPONENTS, NETWORKS
 from erasure.patch.ops.conflicts import warn_of_overlap
 from erasure.pipelines.bypass_warning import BypassWarning
 from erasure.pipelines.compatibility import check_base, check_shapes
@@ -296,7 +296,9 @@ class PatchStack:
             strengths |= {name: self._strengths(entry, prompts or []) for name, entry in gated.items()}
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
         acting = {name: entry for name, entry in gated.items() if any(strengths[name])}
-        bypassed = [name for name, entry in acting.items() if encoded and entry.patch.components != ["unet"]]
+        bypassed = [
+            name for name, entry in acting.items() if encoded and not set(entry.patch.components) <= set(NETWORKS)
+        ]
         if bypassed:
             raise ErasureError(
                 f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Pass the "

@@ -84,7 +84,7 @@ class Engine:
         self.base, self.group, self._unet = base, group or ProcessGroup(), unet
         self.computing = computing.on(base.device)
         self.dtype = DTYPES[self.computing.precision or "fp32"]
-        self._inner: Callable[..., Any] = base.unet.forward
+        self._inner: Callable[..., Any] = base.network.forward
         self._settled = self._alone = self._between = False
         self._scale = 1.0
         self._undo = ExitStack()
@@ -100,10 +100,12 @@ class Engine:
         return self
 
     def _enter_unet(self, undo: ExitStack) -> None:
-        unet, settings = self.base.unet, self.computing
+        unet, settings = self.base.network, self.computing
         # In half precision the first layer is cast too: diffusers takes its dtype for the UNet's, and so the latents'.
         names = {name for name, _ in unet.named_parameters()} - _narrowed(unet) if self.half else None
         undo.callback(cast(unet, names, torch.float32))
+        if settings.channels_last and self.base.component != "unet":
+            raise ErasureError("channels_last is a layout for convolutions, which a transformer does not have: omit it")
         if settings.channels_last:
             unet.to(memory_format=torch.channels_last)
             undo.callback(unet.to, memory_format=torch.contiguous_format)
@@ -136,7 +138,7 @@ class Engine:
             params: the trained tensors.
             inside: whether they act in the UNet; otherwise gradients only pass through it.
         """
-        unet = self.base.unet
+        unet = self.base.network
         for param in params.values():
             if param.dtype != torch.float32:
                 raise ErasureError(f"trained tensors must be fp32, and one is {param.dtype}")
@@ -276,6 +278,9 @@ def _narrowed(unet: nn.Module) -> set[str]:
 
 
 def _encoders(base: Base) -> list[nn.Module]:
+    """Return the text encoders that a run holds in fp32: a UNet's. A transformer's T5 would take 19 GB in fp32."""
+    if base.component != "unet":
+        return []
     encoders = (getattr(base.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
     return [encoder for encoder in encoders if encoder is not None]
 

@@ -96,7 +96,7 @@ class Curves:
                 "measure_every: there is no word to measure on what is kept. Name words to keep with `keep` (--keep), "
                 "or set measure_every=0; nothing was trained"
             )
-        options: dict[str, Any] = {"seed": seed + SEED, "steps": LEVELS, "guidance": 3.0}
+        options: dict[str, Any] = {"seed": seed + SEED, "steps": LEVELS, "guidance": 1.0 if base.distilled else 3.0}
         with state.adapter.off():
             count = min(max(LEAST, len(concepts)), MOST)
             pool, prompts = method.held_out(state, trajectories=count, **options)
@@ -134,7 +134,7 @@ class Curves:
         return torch.cat(outputs)
 
     def _conditions(self, texts: list[str]) -> Conditions:
-        if self.adapter.component == "unet":
+        if self.adapter.component == self.base.component:
             return self.base.conditions(texts)
         # The base keeps the states of texts; those of an encoder that trains are not these.
         states = {text: encode_prompt(self.base.pipe, text) for text in dict.fromkeys(texts)}

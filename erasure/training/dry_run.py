@@ -204,7 +204,7 @@ def _walk(base: Base, go: Callable[[Walk, Base], None]) -> Walk:
     bare = base.device.type == "meta"
     base = _Elsewhere(base.name, base.pipe) if bare else base
     walk = Walk(Counts())
-    with _answering_at_once(base.unet, walk), counting(base.unet, walk.counts):
+    with _answering_at_once(base.network, walk), counting(base.network, walk.counts):
         try:
             go(walk, base)
         except (NotImplementedError, RuntimeError) as fault:
@@ -218,19 +218,20 @@ def _walk(base: Base, go: Callable[[Walk, Base], None]) -> Walk:
 
 @contextmanager
 def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
-    """Let the UNet answer with (nearly) zeros whose gradients reach its inputs and what trains in it."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+    """Let the network answer with (nearly) zeros whose gradients reach its inputs and what trains in it."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     leaf = torch.zeros((), requires_grad=True)  # stands for adapters next to the weights
 
-    def answer(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **named: Any) -> Any:
-        walk.see(((sample, timestep, encoder_hidden_states, *rest), named))
-        out = sample * 0 + encoder_hidden_states.sum() * 0
+    def answer(sample: Tensor, *rest: Any, **named: Any) -> Any:
+        walk.see(((sample, *rest), named))
+        states: Tensor = named["encoder_hidden_states"] if "encoder_hidden_states" in named else rest[1]
+        out = sample * 0 + states.sum() * 0
         if torch.is_grad_enabled():
             out = out + leaf.to(out.device) * 0
             trained = [param for param in unet.parameters() if param.requires_grad and not param.is_meta]
             out = out + sum(param.reshape(-1)[0] * 1e-6 for param in trained)
-        return (out,) if named.get("return_dict") is False else UNet2DConditionOutput(sample=out)
+        return (out,) if named.get("return_dict") is False else Transformer2DModelOutput(sample=out)
 
     real = unet.__dict__.get("forward")
     unet.forward = answer
@@ -251,12 +252,12 @@ def _timed(base: Base, call: Call, computing: Computing) -> tuple[float, float]:
     with Engine(base, replace(computing, compile=False)) as engine:
         engine.settle({}, inside=True)
         with torch.no_grad():
-            base.unet(*rest, **named)
+            base.network(*rest, **named)
             begun = _now(base.device)
-            base.unet(*rest, **named)
+            base.network(*rest, **named)
             forward = _now(base.device) - begun
         begun = _now(base.device)
-        base.unet(x, *rest[1:], **named).sample.sum().backward()
+        base.network(x, *rest[1:], **named).sample.sum().backward()
         both = _now(base.device) - begun
     return forward / PROBE, both / PROBE
 

@@ -68,18 +68,18 @@ def drawn(
     """
     texts = [prompts[i % len(prompts)] for i in range(count)]
     if path is not None and path.is_file():
-        count_stored(base.unet, path)
+        count_stored(base.network, path)
         mean = load_file(path)["mean"]
         return Images(mean, torch.zeros_like(mean), texts)
     schedule = base.sampler("ddim")
     parts = []
-    with counting(base.unet) as spent:
+    with counting(base.network) as spent:
         for start in range(0, count, batch):
             part = texts[start : start + batch]
             schedule.set_timesteps(steps, device=base.device)
             noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
             x = torch.stack([torch.randn(base.latent_shape(), generator=generator) for generator in noise])
-            x = x.to(base.device, base.unet.dtype) * schedule.init_noise_sigma
+            x = x.to(base.device, base.network.dtype) * schedule.init_noise_sigma
             conditions = base.conditions([""] * len(part) + part)
             for t in schedule.timesteps:
                 empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, conditions).chunk(2)

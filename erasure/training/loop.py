@@ -82,7 +82,7 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
     if not restored:
         run.draw(0)
     # A resumed run reads its pools from files: what they cost was counted when they were made.
-    with counting(base.unet, run.costs if spent is None else Counts()):
+    with counting(base.network, run.costs if spent is None else Counts()):
         state = method.prepare(base, concepts, run)
     if spent is None:
         _write_prepared(run)
@@ -104,7 +104,7 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
     adapter: Adapter = state.adapter
     params = adapter.parameters()
     if run.engine is not None:
-        run.engine.settle(params, inside=adapter.component == "unet")
+        run.engine.settle(params, inside=adapter.component == base.component)
     optimizer = torch.optim.AdamW(
         params.values(),
         lr=method.learning_rate,
@@ -115,7 +115,7 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
     start = _restore(restored, params, optimizer, scaler)
     if restored:
         method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
-    with counting(base.unet, run.costs):
+    with counting(base.network, run.costs):
         bar = _bar(start, method.iterations, run)
         clock = time.perf_counter()
         for step in bar:

@@ -38,13 +38,13 @@ def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computi
     forward, backward = (_shapes(call, processes) for call in calls)
     others = 0  # the text encoders are fp32 while a run trains
     for name, part in base.pipe.components.items():
-        if isinstance(part, nn.Module) and name != "unet":
+        if isinstance(part, nn.Module) and name != base.component:
             wide = name.startswith("text_encoder")
             others += sum(p.numel() * (4 if wide else p.element_size()) for p in part.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        unet = type(base.unet).from_config(dict(base.unet.config)).requires_grad_(False)
-        cast(unet, None, base.unet.dtype)
-        shell = Base(base.name, SimpleNamespace(unet=unet))
+        unet = type(base.network).from_config(dict(base.network.config)).requires_grad_(False)
+        cast(unet, None, base.network.dtype)
+        shell = Base(base.name, SimpleNamespace(**{base.component: unet}))
         with Engine(shell, replace(computing, compile=False, channels_last=False)) as engine:
             sizes = {"wide": others + size_of(unet), "forward": 0, "backward": 0}
             for norm in unet.modules():  # what autocast does on a GPU, and not on a CPU
@@ -54,7 +54,7 @@ def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computi
                 with torch.no_grad():
                     sizes["forward"] = _held(unet, forward)
             before = size_of(unet)
-            inside = adapter is not None and adapter.component == "unet"
+            inside = adapter is not None and adapter.component == base.component
             twin = adapter.twin(unet) if inside and hasattr(adapter, "twin") else None
             engine.settle(twin.parameters() if twin else {}, inside=inside)
             trained = {id(param) for param in twin.parameters().values()} if twin else set()

@@ -12,13 +12,14 @@ from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure
 from erasure.methods.esd import ESD
+from erasure.model.architectures import of_network
 from erasure.model.base import Base
 from erasure.model.diffusion import away, counting
-from erasure.model.targets import TARGETS
 from erasure.model.trajectories import build_pool
 from erasure.training.run import Run
 from tests.tiny import tiny_pipeline
 
+TARGETS = of_network("UNet2DConditionModel").variants
 SMALL = {"iterations": 3, "batch_size": 2, "trajectories": 2, "sample_steps": 4, "learning_rate": 1e-3}
 
 

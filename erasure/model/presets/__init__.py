@@ -6,6 +6,7 @@ one also points to its checkpoint and to the vocabulary that the checkpoint was 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,17 +85,31 @@ def family(pipe: Any, name: str, given: str | None = None) -> Family:
     for preset in map(find, names()):
         if name == preset.name and preset.checkpoint is not None or name in preset.checkpoints:
             return Family(preset, f"{name} is one of its checkpoints")
-    width, encoders = _architecture(pipe)
-    text = f"text states of width {width} from {encoders} text encoder{'s' * (encoders != 1)}"
+    facts = _architecture(pipe)
+    text = _text(facts)
     for preset in map(find, names()):
-        if preset.architecture == {"text_width": width, "text_encoders": encoders}:
-            return Family(preset, f"by its architecture: its UNet reads {text}", named=False)
-    return Family(None, f"no family is known whose UNet reads {text}", named=False)
+        if preset.architecture and preset.architecture.items() <= facts.items():
+            return Family(preset, f"by its architecture: its {text}", named=False)
+    return Family(None, f"no family is known whose {text}", named=False)
 
 
-def _architecture(pipe: Any) -> tuple[int | None, int]:
-    """Return the width of the text states that the UNet reads, and the number of text encoders."""
-    config = getattr(getattr(pipe, "unet", None), "config", None)
+def _architecture(pipe: Any) -> dict[str, Any]:
+    """Return what families are told apart by: the width of the text states, and of a UNet the number of encoders."""
+    transformer = getattr(pipe, "transformer", None)
+    config = getattr(transformer or getattr(pipe, "unet", None), "config", None)
+    if transformer is not None:
+        keys = ("joint_attention_dim", "caption_channels")
+        width = next((getattr(config, key) for key in keys if isinstance(getattr(config, key, None), int)), None)
+        facts = {"network": type(transformer).__name__, "text_width": width}
+        return facts | {key: getattr(config, key) for key in ("guidance_embeds",) if hasattr(config, key)}
     width = getattr(config, "cross_attention_dim", None)
     encoders = sum(getattr(pipe, part, None) is not None for part in ("text_encoder", "text_encoder_2"))
-    return width if isinstance(width, int) else None, encoders
+    return {"text_width": width if isinstance(width, int) else None, "text_encoders": encoders}
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    """Return the facts as the end of a sentence."""
+    width, encoders = facts["text_width"], facts.get("text_encoders")
+    if encoders is None:
+        return f"network is a {facts['network']} that reads text states of width {width}"
+    return f"UNet reads text states of width {width} from {encoders} text encoder{'s' * (encoders != 1)}"

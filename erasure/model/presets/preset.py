@@ -6,10 +6,12 @@ A file has the keys
     like          another preset, from which everything is taken that the file does not set
     checkpoint    a diffusers folder that ships with the package, relative to the file
     vocabulary    a YAML file with the words that the checkpoint was taught
-    architecture  text_width and text_encoders of the networks that belong to the family
+    architecture  what the family's networks have in common: text_width and text_encoders of a UNet; network (its class)
+                  and text_width of a transformer
     checkpoints   names of published checkpoints of the family
     sampling      steps, guidance, scheduler (own: the checkpoint's) and the source of images that are evaluated
     preview       the same for previews
+    call          arguments of the pipeline's call that belong to the checkpoints, such as max_sequence_length
     members       each, if every member of a content concept gets as many updates as a concept alone; one, if the
                   members are words for one thing
     defaults      the source of settings that the file does not set
@@ -46,6 +48,7 @@ KEYS = (
     "checkpoints",
     "sampling",
     "preview",
+    "call",
     "members",
     "defaults",
     "without",
@@ -127,10 +130,11 @@ class Preset:
         about: a description in one line.
         checkpoint: a diffusers folder that ships with the package, or None.
         words: the YAML file with the checkpoint's vocabulary, or None.
-        architecture: `text_width` and `text_encoders` of the networks that belong to the family.
+        architecture: what the networks that belong to the family have in common.
         checkpoints: names of published checkpoints of the family.
         sampling: how images are sampled that are drawn to be looked at, judged or trained on.
         preview: how the previews of a run are sampled.
+        call: arguments of the pipeline's call that belong to the checkpoints.
         counts_members: whether every member of a content concept gets as many updates as a concept alone.
         defaults: the source of settings that the preset does not set.
         without: methods that do not suit the family, and why.
@@ -141,10 +145,11 @@ class Preset:
     about: str
     checkpoint: Path | None = None
     words: Path | None = None
-    architecture: Mapping[str, int] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ()
     sampling: Sampling = Sampling(50, 7.5)
     preview: Sampling = Sampling(25, 7.5)
+    call: Mapping[str, Any] = field(default_factory=dict)
     counts_members: bool = False
     defaults: str = ""
     without: Mapping[str, str] = field(default_factory=dict)
@@ -207,6 +212,7 @@ def _read(folder: Path, name: str, trail: tuple[str, ...]) -> Preset:
         checkpoints=tuple(entry.get("checkpoints") or ()),
         sampling=_sampling(entry, "sampling", path, other.sampling if other is not None else None),
         preview=_sampling(entry, "preview", path, other.preview if other is not None else None),
+        call={**(other.call if other is not None else {}), **(entry.get("call") or {})},
         counts_members=members == "each",
         defaults=entry.get("defaults", ""),
         without=without,

@@ -1,0 +1,151 @@
+"""Transformers with cross-attention to text that is constant over depth: PixArt, and SANA (counted only).
+
+PixArt predicts noise, and beside it a variance that is left out here, and is told integer timesteps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasure.errors import ErasureError
+from erasure.model.architectures.architecture import (
+    Architecture,
+    Options,
+    default,
+    ends,
+    holds,
+    missing,
+    sides,
+    starts,
+    times,
+)
+from erasure.model.architectures.text_length import check_length
+from erasure.model.conditioning import Conditions, place
+
+
+class CrossAttention(Architecture):
+    """What the transformers with cross-attention have in common."""
+
+    component = "transformer"
+    roles = {
+        "self-attention": holds(".attn1."),
+        "cross-attention": holds(".attn2."),
+        "text entry": starts("caption_projection."),
+        "feed-forward": holds(".ff."),
+        "modulation": holds("adaln_single", "time_embed"),
+    }
+    variants = {
+        "x": ("cross-attention: query, key, value and output", holds(".attn2.")),
+        "x-strict": ("cross-attention: key and value", ends("attn2.to_k", "attn2.to_v")),
+        "selfattn": ("self-attention", holds(".attn1.")),
+        "u": ("all but cross-attention", lambda path: ".attn2." not in path),
+        "transformer": ("every layer of the transformer blocks", starts("transformer_blocks.")),
+        "linear": ("linear layers of self-attention and feed-forward", holds(".attn1.", ".ff.")),
+        "full": ("every Linear and Conv2d", lambda path: True),
+    }
+
+    def check(self, pipe: Any) -> None:
+        """Refuse a pipeline without the text encoder that its prompts need."""
+        if absent := missing(pipe, ("tokenizer", "text_encoder")):
+            raise ErasureError(
+                f"{type(pipe).__name__} lacks {', '.join(absent)}: a transformer without its text encoder cannot be "
+                "told what to erase. Give the whole diffusers folder, or load the encoder into the pipeline"
+            )
+
+
+class PixArt(CrossAttention):
+    """PixArt-alpha and PixArt-Sigma: one T5 (or another encoder of that place), padding masked."""
+
+    name = "pixart"
+    network = "PixArtTransformer2DModel"
+    pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
+    samplers = ("ddim",)
+
+    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
+        """Return the states of the text encoder and the mask of its padding."""
+        alpha = type(pipe).__name__.endswith("PixArtAlphaPipeline")
+        length = default(pipe, options, "max_sequence_length", 120 if alpha else 300)
+        check_length(pipe, prompt, {"tokenizer": length})
+        with torch.no_grad():
+            states, mask, _, _ = pipe.encode_prompt(
+                prompt,
+                do_classifier_free_guidance=False,
+                device=place(pipe, pipe.transformer),
+                clean_caption=default(pipe, options, "clean_caption", False),
+                max_sequence_length=length,
+            )
+        return Conditions(states, mask=mask)
+
+    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
+        """Return the noise; the variance in the other half of the output is left out."""
+        transformer = pipe.transformer
+        dtype, n = transformer.dtype, len(x)
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if transformer.config.use_additional_conditions:
+            height, width = (side * pipe.vae_scale_factor for side in x.shape[-2:])
+            added = {
+                "resolution": torch.tensor([[height, width]] * n, device=x.device, dtype=dtype),
+                "aspect_ratio": torch.tensor([[height / width]] * n, device=x.device, dtype=dtype),
+            }
+        out = transformer(
+            x.to(dtype),
+            encoder_hidden_states=conditions.states.to(dtype),
+            encoder_attention_mask=conditions.mask,
+            timestep=times(t, x),
+            added_cond_kwargs=added,
+        ).sample
+        return out[:, : x.shape[1]]
+
+    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
+        """Return the shape that the transformer's configuration states, or that of the options' height and width."""
+        config = pipe.transformer.config
+        return (config.in_channels, *sides(pipe, options, config.sample_size))
+
+    def sampler(self, pipe: Any, kind: str) -> Any:
+        """Return a DDIM sampler with the checkpoint's noise schedule."""
+        from diffusers import DDIMScheduler
+
+        self.checked_sampler(kind)
+        return DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+
+    def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
+        """Return the sampler with its timesteps, which do not depend on the size."""
+        sampler = self.sampler(pipe, kind)
+        sampler.set_timesteps(steps, device=device)
+        return sampler
+
+
+class Sana(CrossAttention):
+    """SANA: linear self-attention, Gemma's states, flow matching. Its modules are counted, nothing else yet."""
+
+    name = "sana"
+    network = "SanaTransformer2DModel"
+    flow = True
+    samplers = ("euler",)
+
+    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
+        """Refuse: erasing from this model is not supported."""
+        raise _unsupported()
+
+    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
+        """Refuse: erasing from this model is not supported."""
+        raise _unsupported()
+
+    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
+        """Refuse: erasing from this model is not supported."""
+        raise _unsupported()
+
+    def sampler(self, pipe: Any, kind: str) -> Any:
+        """Refuse: erasing from this model is not supported."""
+        raise _unsupported()
+
+    def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
+        """Refuse: erasing from this model is not supported."""
+        raise _unsupported()
+
+
+def _unsupported() -> ErasureError:
+    return ErasureError("SANA: its modules can be counted, but concepts cannot be erased from it yet")

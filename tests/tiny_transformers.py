@@ -1,0 +1,130 @@
+"""Pipelines of transformers with random weights, small enough for a test: SD3, FLUX.1 and PixArt, no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+
+from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_tokenizer
+
+KINDS = ("sd3", "flux", "pixart")
+JOINT = 64  # width of T5's states, at least the sum of the CLIPs' widths
+T5_LENGTH = 8
+
+
+def tiny_t5(width: int = JOINT) -> T5EncoderModel:
+    """A T5 encoder of one layer."""
+    size = len(tiny_t5_tokenizer())
+    config = T5Config(vocab_size=size, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    return T5EncoderModel(config)
+
+
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer that knows each of WORDS, and the letters, as one token."""
+    letters = [chr(code) for code in range(97, 123)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -5.0) for word in WORDS)]
+    pieces += [(piece, -9.0) for piece in ("▁", *letters, *(f"▁{letter}" for letter in letters if letter != "a"))]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def tiny_vae(channels: int) -> AutoencoderKL:
+    """An autoencoder that halves each side."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=2 * SIDE,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def tiny_network(kind: str, **changes: Any) -> Any:
+    """The transformer of a kind, of the true class; `changes` of its configuration."""
+    heads: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+    if kind == "sd3":
+        return SD3Transformer2DModel(
+            **heads,
+            sample_size=SIDE,
+            in_channels=4,
+            out_channels=4,
+            joint_attention_dim=JOINT,
+            caption_projection_dim=16,
+            pooled_projection_dim=WIDTH + WIDTH_2,
+            pos_embed_max_size=SIDE,
+            **changes,
+        )
+    if kind == "flux":
+        config = {"patch_size": 1, "in_channels": 16, "num_single_layers": 2, "joint_attention_dim": JOINT}
+        more = {"pooled_projection_dim": WIDTH, "guidance_embeds": False, "axes_dims_rope": (2, 2, 4)}
+        return FluxTransformer2DModel(**{**heads, **config, **more, **changes})
+    return PixArtTransformer2DModel(
+        **heads,
+        sample_size=SIDE,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=JOINT,
+        use_additional_conditions=False,
+        **changes,
+    )
+
+
+def tiny_transformer(kind: str, cls: type[Any] | None = None, seed: int = 0, t5: bool = False, **changes: Any) -> Any:
+    """A pipeline of a kind with random weights drawn from `seed`.
+
+    Args:
+        kind: sd3, flux or pixart.
+        cls: a class that takes the kind's components; None: diffusers' own.
+        seed: of the weights.
+        t5: whether an SD3 gets its third text encoder.
+        changes: of the transformer's configuration.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {"transformer": tiny_network(kind, **changes), "vae": tiny_vae(4)}
+        for param in parts["transformer"].parameters():  # what starts at zero would hide mistakes
+            if not param.any():
+                torch.nn.init.normal_(param, std=0.1)
+        if kind == "sd3":
+            parts["text_encoder"] = tiny_text_encoder(CLIPTextModelWithProjection)
+            parts["text_encoder_2"] = tiny_text_encoder(CLIPTextModelWithProjection, WIDTH_2, "gelu")
+            parts["text_encoder_3"] = tiny_t5() if t5 else None
+        elif kind == "flux":
+            parts |= {"text_encoder": tiny_text_encoder(), "text_encoder_2": tiny_t5()}
+        else:
+            parts["text_encoder"] = tiny_t5()
+    others: dict[str, Any] = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
+    if kind == "sd3":
+        others |= {"tokenizer": tiny_tokenizer(), "tokenizer_2": tiny_tokenizer(pad_token="!")}
+        others["tokenizer_3"] = tiny_t5_tokenizer() if t5 else None
+    elif kind == "flux":
+        dynamic = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        others = {"scheduler": dynamic, "tokenizer": tiny_tokenizer(), "tokenizer_2": tiny_t5_tokenizer()}
+    else:
+        others = {"scheduler": DPMSolverMultistepScheduler(), "tokenizer": tiny_t5_tokenizer()}
+    classes = {"sd3": StableDiffusion3Pipeline, "flux": FluxPipeline, "pixart": PixArtSigmaPipeline}
+    evaluated = {name: part and part.eval() for name, part in parts.items()}
+    pipe = (cls or classes[kind])(**evaluated, **others)
+    pipe.default_sample_size = SIDE
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
