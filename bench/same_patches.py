@@ -23,6 +23,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("esd", "salun", "spm", "unguide", "advunlearn")
 MEASURED = ("seconds", "peak_bytes", "peak")  # costs that differ from run to run
+DIGEST = "erasure.digest"  # of the tensors and the header, measured costs included
 
 
 def run(tree: Path, method: str, concept: str, target: Path, seed: int) -> None:
@@ -39,7 +40,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a patch's tensors and header; JSON fields are parsed, and measured costs left out."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        header = dict(file.metadata() or {})
+        header = {key: value for key, value in (file.metadata() or {}).items() if key != DIGEST}
     fields: dict[str, Any] = {}
     for key, value in header.items():
         try:

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from erasure.formats.hub import push as push
     from erasure.model.base import Base as Base
     from erasure.patch import Patch as Patch
+    from erasure.pipelines import ErasedFluxImg2ImgPipeline as ErasedFluxImg2ImgPipeline
+    from erasure.pipelines import ErasedFluxInpaintPipeline as ErasedFluxInpaintPipeline
+    from erasure.pipelines import ErasedFluxPipeline as ErasedFluxPipeline
+    from erasure.pipelines import ErasedPixArtSigmaPipeline as ErasedPixArtSigmaPipeline
+    from erasure.pipelines import ErasedStableDiffusion3Img2ImgPipeline as ErasedStableDiffusion3Img2ImgPipeline
+    from erasure.pipelines import ErasedStableDiffusion3InpaintPipeline as ErasedStableDiffusion3InpaintPipeline
+    from erasure.pipelines import ErasedStableDiffusion3Pipeline as ErasedStableDiffusion3Pipeline
     from erasure.pipelines import ErasedStableDiffusionImg2ImgPipeline as ErasedStableDiffusionImg2ImgPipeline
     from erasure.pipelines import ErasedStableDiffusionInpaintPipeline as ErasedStableDiffusionInpaintPipeline
     from erasure.pipelines import ErasedStableDiffusionPipeline as ErasedStableDiffusionPipeline
@@ -35,6 +42,13 @@ if TYPE_CHECKING:
 _MODULES = {
     "Base": "erasure.model.base",
     "Concept": "erasure.concepts.concept",
+    "ErasedFluxImg2ImgPipeline": "erasure.pipelines",
+    "ErasedFluxInpaintPipeline": "erasure.pipelines",
+    "ErasedFluxPipeline": "erasure.pipelines",
+    "ErasedPixArtSigmaPipeline": "erasure.pipelines",
+    "ErasedStableDiffusion3Img2ImgPipeline": "erasure.pipelines",
+    "ErasedStableDiffusion3InpaintPipeline": "erasure.pipelines",
+    "ErasedStableDiffusion3Pipeline": "erasure.pipelines",
     "ErasedStableDiffusionImg2ImgPipeline": "erasure.pipelines",
     "ErasedStableDiffusionInpaintPipeline": "erasure.pipelines",
     "ErasedStableDiffusionPipeline": "erasure.pipelines",

@@ -140,6 +140,7 @@ def settle(
     """
     from erasure.concepts.concept import Concept
 
+    check_network(method, base)
     family = base.family(preset)
     concepts = Concept.list_of(concept, base.words)
     count = count_of(concepts, family.preset is None or family.preset.counts_members)
@@ -147,6 +148,22 @@ def settle(
     if not getattr(chosen.method, "parity", False):  # parity modes bring the prompts of their scripts
         concepts = worded(concepts, method, family)
     return Settled(base, concepts, chosen, family, unlisted(base, concept))
+
+
+def check_network(method: str, base: Base) -> None:
+    """Refuse a method that cannot erase from the kind of network that a model has.
+
+    Raises:
+        ErasureError: saying why, and which methods can.
+    """
+    from erasure.methods import find, names
+
+    if reason := find(method).unsuited(base.architecture):
+        able = [name for name in names() if not find(name).unsuited(base.architecture)]
+        raise ErasureError(
+            f"{method} cannot erase from {base.name}, whose network is a {type(base.network).__name__}: {reason}. "
+            f"Methods that can: {', '.join(able) or 'none'}. Nothing was changed"
+        )
 
 
 def unlisted(base: Base, concept: Any) -> tuple[str, ...]:

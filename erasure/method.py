@@ -19,6 +19,7 @@ from erasure.concepts.concept import Concept
 from erasure.config import check_settings
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
+from erasure.model.architectures import Architecture
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied
 from erasure.model.conditioning import text_encoders
@@ -41,6 +42,8 @@ class Method(ABC):
     # Settings that grow with the number of concepts erased together, so that each gets as much as one alone.
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
     STOCHASTIC: ClassVar[bool] = True  # whether another seed gives another patch
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet",)  # architectures that it can erase from, by name
+    ELSEWHERE: ClassVar[str] = "it has not been carried over from the UNet to transformers yet"  # why from no others
     LOGS: ClassVar[bool] = False  # whether there are training steps whose losses can be logged
     PREVIEWS: ClassVar[bool] = False  # whether `fit` draws the run's previews
     CALLS_UNET: ClassVar[bool] = True  # whether the settings of `Computing` have any effect
@@ -68,6 +71,11 @@ class Method(ABC):
         Raises:
             ErasureError: the base has no weights, and the method reads them before it starts.
         """
+
+    @classmethod
+    def unsuited(cls, architecture: Architecture) -> str:
+        """Return why the method cannot erase from networks of an architecture; an empty string where it can."""
+        return "" if architecture.name in cls.NETWORKS else cls.ELSEWHERE
 
     def check_options(
         self, computing: Computing, preview_every: int | None = None, trackers: Sequence[str] = ()
@@ -168,6 +176,16 @@ class ClosedFormMethod(Method):
     STOCHASTIC: ClassVar[bool] = False
     PREVIEWS: ClassVar[bool] = True
     CALLS_UNET: ClassVar[bool] = False
+
+    @classmethod
+    def unsuited(cls, architecture: Architecture) -> str:
+        """Return why there is no closed form: of the other architectures, PixArt's alone could have one."""
+        if architecture.joint:
+            return (
+                "text and image share one attention there, so that the text states which a layer reads change with "
+                "depth, image and time, and no closed form is exact; the pooled text would be left as a second route"
+            )
+        return super().unsuited(architecture)
 
     @abstractmethod
     def columns(self, base: Base, concepts: list[Concept]) -> Columns:

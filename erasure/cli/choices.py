@@ -72,5 +72,10 @@ def checkpoint_kinds() -> tuple[str, ...]:
     return _stems("configs/models", "*.json")
 
 
+def networks() -> tuple[str, ...]:
+    """List the published transformers whose configuration is bundled."""
+    return _stems("configs/networks", "*.json")
+
+
 def _stems(folder: str, pattern: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (PACKAGE / folder).glob(pattern) if not path.stem.startswith("_")))

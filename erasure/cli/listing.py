@@ -27,7 +27,7 @@ ABOUT = {
 }
 NAMES: dict[str, Callable[[], tuple[str, ...]]] = {
     "methods": choices.methods,
-    "models": lambda: (*choices.models(), *choices.checkpoint_kinds()),
+    "models": lambda: (*choices.models(), *choices.checkpoint_kinds(), *choices.networks()),
     "suites": choices.suites,
     "prompts": choices.prompt_sets,
 }
@@ -225,7 +225,7 @@ def run_models(args: argparse.Namespace) -> None:
         table(("model", "what it is"), models.items()),
         "\n--model also takes a hub id (owner/name), a diffusers folder, or a .safetensors file of Stable Diffusion "
         "1, 2 or XL. What each variant of a method would train: erasure list models MODEL, or a type of checkpoint: "
-        f"{', '.join(choices.checkpoint_kinds())}",
+        f"{', '.join((*choices.checkpoint_kinds(), *choices.networks()))}",
     )
 
 
@@ -241,11 +241,14 @@ def _model(args: argparse.Namespace) -> None:
         for name, row in variants.items()
     ]
     heads = ("variant", "modules", "weights", "rank-1 term", "what trains")
+    roles = base.architecture.count(base.pipe)
     say(
         args,
-        {"about": base.about, "variants": variants},
+        {"about": base.about, "variants": variants, "architecture": base.architecture.name, "roles": roles},
         f"{args.name}: {base.about}\n",
         table(heads, cells, right=heads[1:4]),
+        heading("Modules by role"),
+        table(("role", "modules"), roles.items(), right=("modules",)),
     )
 
 

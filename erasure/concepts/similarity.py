@@ -22,6 +22,9 @@ class Encoder(Protocol):
     def vocabulary(self) -> Vocabulary | None:
         """Return the words that the checkpoint was taught, or None if they are not known."""
 
+    def summary(self, prompts: list[str]) -> Tensor | None:
+        """Return one vector [n, width] for each prompt; None where the states at the end tokens serve."""
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Return the text encoder's states [n, tokens, width] for prompts."""
 
@@ -32,7 +35,13 @@ def tokens(base: Encoder, text: str) -> int:
 
 
 def ends(base: Encoder, texts: list[str]) -> Tensor:
-    """Return the text encoder's state at the end token of each text, normalised to length 1 [n, width]."""
+    """Return the text encoder's state at the end token of each text, normalised to length 1 [n, width].
+
+    Where the network reads several encoders, or one without causal states, the vector is the base's `summary`.
+    """
+    whole = base.summary(texts)
+    if whole is not None:
+        return torch.nn.functional.normalize(whole.float().cpu(), dim=1)
     at = [tokens(base, text) - 1 for text in texts]
     states = base.encode(texts)[torch.arange(len(texts)), torch.tensor(at)]
     return torch.nn.functional.normalize(states.float().cpu(), dim=1)

@@ -20,7 +20,7 @@ from erasure.distributed import ProcessGroup, process_group
 from erasure.errors import ErasureError
 from erasure.evaluation.progress import meter
 from erasure.evaluation.text_files import write_text
-from erasure.model.loading import sampling_of
+from erasure.model.loading import call_of, sampling_of
 from erasure.prompts.prompt_set import PromptSet
 from erasure.prompts.row import Prompt
 
@@ -339,7 +339,7 @@ class _Drawer:
             prompt=[row.prompt for row in full],
             generator=[torch.Generator("cpu").manual_seed(row.seed) for row in full],
             num_inference_steps=self.steps,
-            guidance_scale=scale,
+            **call_of(self.pipe, len(full), scale),
         ).images
         gates = getattr(self.pipe, "gate_log", None) or [{} for _ in full]
         new_record = partial(Record, steps=self.steps, guidance=scale)

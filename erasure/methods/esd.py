@@ -11,7 +11,8 @@ other prompt c_f alone ("hat" from "cowboy"), and keep the rest of it: on states
 
     L = || e(x_t, c_f, t) - [ e_0(x_t, c_f, t) - (eta + 1) (e_0(x_t, c, t) - e_0(x_t, n, t)) ] ||^2
 
-For v-prediction the target is formed of the raw outputs, because its coefficients sum to 1.
+For v-prediction and for the velocity of rectified flow (SD3, FLUX) the target is formed of the raw outputs, because its
+coefficients sum to 1: at a fixed x_t, noise, v and velocity are affine in each other.
 
 Cost: a pool of T trajectories of S states takes 2TS F, with c_f 3TS F; each update takes 1F + 1B per sample. The
 published loop takes about 52F + 1B per update.
@@ -71,7 +72,7 @@ class ESD(GradientMethod):
         trajectories: number of base trajectories in the pool.
         sample_steps: states per trajectory.
         trajectory_guidance: classifier-free guidance scale of the trajectories.
-        sampler: sampler of the trajectories.
+        sampler: sampler of the trajectories; models of rectified flow have euler alone.
         pool: train on every state of a pool; if false, on one fresh trajectory per update, stopped at a random state.
         resolution_scale: size of the trained images, as a multiple of the native size.
         weight_rounding: bf16 rounds the weights after every update, as training in pure bf16 does.
@@ -81,6 +82,7 @@ class ESD(GradientMethod):
     """
 
     method: ClassVar[str] = "esd"
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories")
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 200,
@@ -106,7 +108,7 @@ class ESD(GradientMethod):
     trajectories: int = setting(8, at_least=1)
     sample_steps: int = setting(25, at_least=1)
     trajectory_guidance: float = 3.0
-    sampler: Literal["ddim", "pndm"] = "ddim"
+    sampler: Literal["ddim", "pndm", "euler"] = "ddim"
     pool: bool = True
     resolution_scale: float = setting(1.0, above=0)
     weight_rounding: Literal["none", "bf16"] = "none"
@@ -117,8 +119,13 @@ class ESD(GradientMethod):
         """Encode the prompts, build the pool and put the adapter in place.
 
         Raises:
-            ErasureError: parity on XL, or no module fits the variant.
+            ErasureError: parity on XL or a transformer, or no module fits the variant.
         """
+        if self.parity and base.component != "unet":
+            raise ErasureError(
+                f"parity follows esd_sd.py, which trains the UNet of Stable Diffusion 1, and {base.name} is a "
+                f"{type(base.network).__name__}. Leave parity out; nothing was changed"
+            )
         if self.parity and len(text_encoders(base.pipe)) > 1:
             raise ErasureError(
                 "parity follows esd_sd.py, which trains Stable Diffusion 1 at twice its size. XL has a script of its "

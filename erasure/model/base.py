@@ -17,7 +17,7 @@ from erasure.model import presets
 from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.architectures import pipelines as erasable
 from erasure.model.conditioning import Conditions, place
-from erasure.model.loading import best_device, look, name_of, open_pipeline, resolve
+from erasure.model.loading import best_device, call_of, look, name_of, open_pipeline, resolve
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Base:
         Raises:
             ErasureError: the model is distilled, and the scale is not 1.
         """
-        return self.architecture.call(self.pipe, prompts, guidance, self.options)
+        return call_of(self.pipe, prompts, guidance, self.family())
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Return the text encoder's states for prompts [n, tokens, width].
@@ -209,6 +209,14 @@ class Base:
             ErasureError: a prompt has more tokens than the text encoder reads.
         """
         return self._encoded(prompts).states
+
+    def summary(self, prompts: list[str]) -> Tensor | None:
+        """Return one vector [n, width] that stands for each prompt; None where its state at the end token does.
+
+        Raises:
+            ErasureError: a prompt has more tokens than a text encoder reads.
+        """
+        return None if self.component == "unet" else self.architecture.summary(self._encoded(prompts))
 
     def conditions(self, prompts: list[str]) -> Conditions:
         """Return the network's text conditions for n prompts; for the empty prompt, those that guidance uses.

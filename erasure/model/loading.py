@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from erasure.concepts.vocabulary import Vocabulary
 from erasure.concepts.word_lists import WordLists
 from erasure.errors import ErasureError
 from erasure.model import presets
+from erasure.model.architectures import architecture_of
 from erasure.model.presets import Family, Sampling
 from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file
+
+THIRD = ("text_encoder_3", "tokenizer_3")
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
@@ -178,14 +182,46 @@ def sampling_of(pipe: Any, steps: int | None = None, guidance: float | None = No
     )
 
 
+def call_of(pipe: Any, prompts: int, guidance: float, family: Family | None = None) -> dict[str, Any]:
+    """Return the arguments with which a pipeline draws n prompts at a guidance scale.
+
+    Args:
+        pipe: the diffusers pipeline.
+        prompts: number of prompts.
+        guidance: scale of classifier-free guidance.
+        family: the checkpoint's family; None: found out.
+
+    Raises:
+        ErasureError: the model is distilled from a guided one, and the scale is not 1.
+    """
+    preset = (family or family_of(pipe)).preset
+    return architecture_of(pipe).call(pipe, prompts, guidance, {} if preset is None else preset.call)
+
+
 def _class_sampling(pipe: Any) -> Sampling | None:
     """Return the defaults of the diffusers class that a pipeline is or derives from; None if it has none."""
+    scale = architecture_of(pipe).guidance
     for parent in type(pipe).__mro__:
         parameters = inspect.signature(parent.__call__).parameters if "__call__" in vars(parent) else {}
-        values = [parameters[key].default for key in ("num_inference_steps", "guidance_scale") if key in parameters]
+        values = [parameters[key].default for key in ("num_inference_steps", scale) if key in parameters]
         if len(values) == 2 and all(isinstance(value, int | float) for value in values):
             return Sampling(values[0], values[1], source=f"defaults of {parent.__name__}")
     return None
+
+
+def _line(pipeline: str) -> str | None:
+    """Return the line of models that a pipeline class is for, by its name; None if it is none of ours."""
+    lines = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Flux", "PixArt")
+    return next((line for line in lines if pipeline.startswith(line)), None)
+
+
+def _left_out(where: str, options: Mapping[str, Any]) -> list[str]:
+    """Return the parts of the third text encoder that a folder or hub id of Stable Diffusion 3 does not have."""
+    if Path(where).is_file() or not (names := [name for name in THIRD if name not in options]):
+        return []
+    index = Path(where, INDEX) if Path(where).is_dir() else hub_file(where, INDEX, **options)
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    return [name for name in names if name in entries and entries[name] in (None, [None, None])]
 
 
 def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any) -> Any:
@@ -211,10 +247,12 @@ def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any)
     detected = look(where, **options)
     # The type of an erased class is that of the diffusers class from which it derives.
     kind = next(parent.__name__ for parent in cls.__mro__ if parent.__module__.startswith("diffusers."))
-    if "StableDiffusion" in kind and ("XL" in kind) != ("XL" in detected.pipeline):
+    if None not in (own := (_line(kind), _line(detected.pipeline))) and own[0] != own[1]:
         raise ErasureError(
             f"{model}: {detected.about}; {cls.__name__} cannot hold it. erasure.load_pipeline chooses the right class"
         )
+    for name in _left_out(where, options):  # diffusers takes it for an error that they are missing
+        options.setdefault(name, None)
     if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in options:
         options["safety_checker"] = None
         options.setdefault("requires_safety_checker", False)

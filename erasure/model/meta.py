@@ -1,59 +1,84 @@
-"""Models without weights: load only the shapes of a UNet, and count what each variant would train in it."""
+"""Models without weights: load only the shapes of a network, and count what each variant would train in it."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from erasure.config import CONFIGS
 from erasure.errors import ErasureError
+from erasure.model.architectures import ARCHITECTURES, of_network
 from erasure.model.base import Base
 from erasure.model.loading import hub_file, look, resolve
 from erasure.model.single_file import carried, kinds
 
-UNET = "unet/config.json"
+NETWORKS = CONFIGS / "networks"  # true configurations of published transformers, which are counted and not opened
+
+
+def networks() -> list[str]:
+    """List the names of the bundled configurations of transformers."""
+    return sorted(path.stem for path in NETWORKS.glob("*.json"))
 
 
 def load_meta(model: str | os.PathLike[str], **options: Any) -> Base:
-    """Load a model without its weights: its UNet is on the `meta` device, and it has no other component.
+    """Load a model without its weights: its network is on the `meta` device, and it has no other component.
 
     Args:
-        model: as for `Base.load`, or a bundled configuration such as sd1 or sdxl (see `single_file.kinds()`).
+        model: as for `Base.load`, or a bundled configuration such as sd1, sdxl (see `single_file.kinds()`) or
+            sd3-medium (see `networks()`).
         options: as for `Base.load`.
 
     Raises:
-        ErasureError: the model is unknown, its configuration cannot be read, or its network is not a
-            UNet2DConditionModel.
+        ErasureError: the model is unknown, its configuration cannot be read, or its network is of no known
+            architecture.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     name = os.fspath(model)
-    if name in kinds():
-        detected = carried(name)
+    if name in networks():
+        stored = json.loads((NETWORKS / f"{name}.json").read_text(encoding="utf-8"))
+        component, config, about = "transformer", stored["config"], stored["about"]
     else:
-        where = resolve(model)
-        detected = look(where, **options)
-        if UNET not in detected.files:
-            path = Path(where, UNET) if Path(where).is_dir() else hub_file(where, UNET, **options)
-            try:
-                detected.files[UNET] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as fault:
-                raise ErasureError(f"{name}: its {UNET} cannot be read: {fault}") from None
-    kind = detected.files[UNET].get("_class_name")
-    if kind != UNet2DConditionModel.__name__:
-        raise ErasureError(f"{name}: its network is a {kind}, and only {UNet2DConditionModel.__name__} is supported")
+        component, config, about = _configured(name, options)
+    kind = config.get("_class_name")
+    architecture = of_network(str(kind))
+    if architecture is None or architecture.component != component:
+        known = ", ".join(other.network for other in ARCHITECTURES)
+        raise ErasureError(f"{name}: its {component} is a {kind}. Supported: {known}")
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(detected.files[UNET])
-    return Base(name, SimpleNamespace(unet=unet), detected.about)
+        network = getattr(diffusers, architecture.network).from_config(config)
+    return Base(name, SimpleNamespace(**{component: network}), about)
+
+
+def _configured(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
+    """Return the component that holds a model's network, its configuration, and what the model is."""
+    if name in kinds():
+        detected, where = carried(name), name
+    else:
+        where = resolve(name)
+        detected = look(where, **options)
+    transformers = [found.pipelines for found in ARCHITECTURES if found.component == "transformer"]
+    of_transformer = any(detected.pipeline in names for names in transformers)
+    component = "transformer" if of_transformer or Path(where, "transformer").is_dir() else "unet"
+    file = f"{component}/config.json"
+    if file not in detected.files:
+        path = Path(where, file) if Path(where).is_dir() else hub_file(where, file, **options)
+        try:
+            detected.files[file] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as fault:
+            raise ErasureError(f"{name}: its {file} cannot be read: {fault}") from None
+    return component, detected.files[file], detected.about
 
 
 def counts(base: Base) -> dict[str, dict[str, int]]:
-    """Count what each variant trains in a base's UNet; variants that match no module are left out.
+    """Count what each variant trains in a base's network; variants that match no module are left out.
 
     A low-rank term of rank 1 has two factors for each module: one of the input's size (for a convolution, times the
     size of the kernel) and one of the output's size.

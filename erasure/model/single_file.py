@@ -28,7 +28,7 @@ TELLING, SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0
 VERSIONS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states
 INDEX = "model_index.json"
 
-OTHER = "whose network is not a UNet and is not supported"
+OTHER = "which can be opened as a diffusers folder only, with its text encoders; a file of the transformer has none"
 # Other things that users have in such files: how parameter names begin in them, and what the message says.
 FOREIGN = {
     **dict.fromkeys((f"{UNET}joint_blocks.", "joint_blocks."), f"Stable Diffusion 3, {OTHER}"),

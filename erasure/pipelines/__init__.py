@@ -1,6 +1,13 @@
 """Diffusers pipelines that load patches, gate them by the prompt, and restore the base weights bit for bit."""
 
 from erasure.pipelines.classes import (
+    ErasedFluxImg2ImgPipeline,
+    ErasedFluxInpaintPipeline,
+    ErasedFluxPipeline,
+    ErasedPixArtSigmaPipeline,
+    ErasedStableDiffusion3Img2ImgPipeline,
+    ErasedStableDiffusion3InpaintPipeline,
+    ErasedStableDiffusion3Pipeline,
     ErasedStableDiffusionImg2ImgPipeline,
     ErasedStableDiffusionInpaintPipeline,
     ErasedStableDiffusionPipeline,
@@ -13,6 +20,13 @@ from erasure.pipelines.mixin import PatchMixin, load_patch, sibling
 from erasure.pipelines.stack import PatchStack, patch_stack
 
 __all__ = [
+    "ErasedFluxImg2ImgPipeline",
+    "ErasedFluxInpaintPipeline",
+    "ErasedFluxPipeline",
+    "ErasedPixArtSigmaPipeline",
+    "ErasedStableDiffusion3Img2ImgPipeline",
+    "ErasedStableDiffusion3InpaintPipeline",
+    "ErasedStableDiffusion3Pipeline",
     "ErasedStableDiffusionImg2ImgPipeline",
     "ErasedStableDiffusionInpaintPipeline",
     "ErasedStableDiffusionPipeline",

@@ -1,4 +1,4 @@
-"""Erased versions of diffusers' Stable Diffusion pipelines.
+"""Erased versions of diffusers' pipelines of Stable Diffusion, FLUX.1 and PixArt.
 
 For any other diffusers pipeline class, derive one with `class MyPipeline(PatchMixin, OtherPipeline)`.
 """
@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -48,22 +55,70 @@ class ErasedStableDiffusionXLInpaintPipeline(PatchMixin, StableDiffusionXLInpain
     """The inpainting pipeline of Stable Diffusion XL, with patches."""
 
 
+class ErasedStableDiffusion3Pipeline(PatchMixin, StableDiffusion3Pipeline):
+    """The text-to-image pipeline of Stable Diffusion 3 and 3.5, with patches."""
+
+
+class ErasedStableDiffusion3Img2ImgPipeline(PatchMixin, StableDiffusion3Img2ImgPipeline):
+    """The image-to-image pipeline of Stable Diffusion 3 and 3.5, with patches."""
+
+
+class ErasedStableDiffusion3InpaintPipeline(PatchMixin, StableDiffusion3InpaintPipeline):
+    """The inpainting pipeline of Stable Diffusion 3 and 3.5, with patches."""
+
+
+class FluxPatchMixin(PatchMixin):
+    """What patches need on the pipelines of FLUX.1: a negative prompt that does nothing is refused.
+
+    These pipelines encode the negative prompt in a call of its own, which evaluates no gates.
+    """
+
+    _erasure_negative_apart = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate images as `PatchMixin` does.
+
+        Raises:
+            ErasureError: a negative prompt without a `true_cfg_scale` above 1, which diffusers would ignore.
+        """
+        negative = [key for key in ("negative_prompt", "negative_prompt_2") if kwargs.get(key)]
+        if negative and kwargs.get("true_cfg_scale", 1.0) <= 1:
+            raise ErasureError(
+                f"{negative[0]} does nothing without true_cfg_scale above 1, and FLUX.1-dev and -schnell are distilled "
+                "not to need it. To keep a concept out of their images, load a patch. Nothing was drawn"
+            )
+        return super().__call__(*args, **kwargs)
+
+
+class ErasedFluxPipeline(FluxPatchMixin, FluxPipeline):
+    """The text-to-image pipeline of FLUX.1, with patches."""
+
+
+class ErasedFluxImg2ImgPipeline(FluxPatchMixin, FluxImg2ImgPipeline):
+    """The image-to-image pipeline of FLUX.1, with patches."""
+
+
+class ErasedFluxInpaintPipeline(FluxPatchMixin, FluxInpaintPipeline):
+    """The inpainting pipeline of FLUX.1, with patches."""
+
+
+class ErasedPixArtSigmaPipeline(PatchMixin, PixArtSigmaPipeline):
+    """The text-to-image pipeline of PixArt-Sigma, with patches."""
+
+
 # AutoPipelineFor...from_pipe looks up the class for each task in these tables, so the erased classes are added there.
-for _table, _sd_class, _sdxl_class in (
-    (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline),
-    (
-        auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        ErasedStableDiffusionImg2ImgPipeline,
-        ErasedStableDiffusionXLImg2ImgPipeline,
-    ),
-    (
-        auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING,
-        ErasedStableDiffusionInpaintPipeline,
-        ErasedStableDiffusionXLInpaintPipeline,
-    ),
+for _table, _task in (
+    (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, ""),
+    (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, "Img2Img"),
+    (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, "Inpaint"),
 ):
-    _table.setdefault("erased-stable-diffusion", _sd_class)
-    _table.setdefault("erased-stable-diffusion-xl", _sdxl_class)
+    for _key, _line in (
+        ("stable-diffusion", "StableDiffusion"),
+        ("stable-diffusion-xl", "StableDiffusionXL"),
+        ("stable-diffusion-3", "StableDiffusion3"),
+        ("flux", "Flux"),
+    ):
+        _table.setdefault(f"erased-{_key}", globals()[f"Erased{_line}{_task}Pipeline"])
 
 
 def load_pipeline(

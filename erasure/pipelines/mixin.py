@@ -49,7 +49,7 @@ def load_patch(
 class PatchMixin(LoraMixin):
     """Methods for patches, to be listed before a diffusers pipeline class that has `encode_prompt`.
 
-    Gates evaluate the prompt (on XL also prompt_2), never the negative prompt. Under
+    Gates evaluate the prompt (also prompt_2 and prompt_3, where there are any), never the negative prompt. Under
     classifier-free guidance both halves of a batch get the strength of the prompt, as if a patch of that strength were
     folded into the weights.
     """
@@ -57,6 +57,8 @@ class PatchMixin(LoraMixin):
     _erasure_scope: ExitStack | None = None  # during a call: detaches what the gates have attached
     _erasure_acting: list[Acting] = []
     _erasure_prompts: list[str] | str | None = None
+    _erasure_negative_apart = False  # whether the pipeline encodes the negative prompt in a call of its own, the second
+    _erasure_encoded = False
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -132,7 +134,8 @@ class PatchMixin(LoraMixin):
             ErasureError: a patched component was replaced, or a gate cannot be evaluated.
         """
         encode = super().encode_prompt  # type: ignore[misc]
-        if self._erasure_scope is not None:
+        if self._erasure_scope is not None and not (self._erasure_negative_apart and self._erasure_encoded):
+            self._erasure_encoded = True
             bound = inspect.signature(encode).bind(*args, **kwargs)
             bound.apply_defaults()
             self._erasure_scope.close()
@@ -178,6 +181,7 @@ class PatchMixin(LoraMixin):
 
     def _erasure_end(self) -> None:
         self._erasure_scope, self._erasure_prompts, self._erasure_acting = None, None, []
+        self._erasure_encoded = False
 
     def register_modules(self, **kwargs: Any) -> None:
         """Register components as diffusers does, and share the stack of patches that are loaded on them."""
@@ -237,7 +241,7 @@ def sibling(pipe: Any, cls: type[PatchMixin]) -> Any:
 
 
 def _prompts(arguments: Mapping[str, Any], declared: list[str] | str | None) -> tuple[int, list[list[str]] | None]:
-    """Return the number of prompts and the texts of each (two for a pipeline with two encoders).
+    """Return the number of prompts and the texts of each (several for a pipeline with several encoders).
 
     Args:
         arguments: arguments of `encode_prompt`.
@@ -249,7 +253,7 @@ def _prompts(arguments: Mapping[str, Any], declared: list[str] | str | None) -> 
     Raises:
         ErasureError: texts are declared in addition to a prompt, or not exactly one for each row of embeddings.
     """
-    prompt, second = arguments.get("prompt"), arguments.get("prompt_2")
+    prompt, *others = (arguments.get(name) for name in ("prompt", "prompt_2", "prompt_3"))
     if prompt is None:
         embeds = arguments.get("prompt_embeds")
         rows = 0 if embeds is None else int(embeds.shape[0])
@@ -261,7 +265,8 @@ def _prompts(arguments: Mapping[str, Any], declared: list[str] | str | None) -> 
         return rows, None if texts is None else [[text] for text in texts]
     if declared is not None:
         raise ErasureError("erasure_prompts describes prompt_embeds and cannot be combined with a prompt")
-    # diffusers replaces an empty prompt_2 by the prompt.
-    columns = [[text] if isinstance(text, str) else list(text) for text in (prompt, second) if text or text is prompt]
+    # diffusers replaces an empty prompt_2 or prompt_3 by the prompt.
+    given = (prompt, *(text for text in others if text))
+    columns = [[text] if isinstance(text, str) else list(text) for text in given]
     rows = len(columns[0])
     return rows, [[column[row] for column in columns if row < len(column)] for row in range(rows)]

@@ -43,7 +43,8 @@ class Previews:
             raise ErasureError(f"a preview every {every} steps: must be at least 1")
         self.base, self.folder, self.every = base, folder, every
         preset = base.family().preset
-        self.sampling = replace(sampling_of(base.pipe), scheduler="ddim") if preset is None else preset.preview
+        own = base.architecture.samplers[0]
+        self.sampling = replace(sampling_of(base.pipe), scheduler=own) if preset is None else preset.preview
         self.prompts = [prompt_of(concept.kind, concept.name) for concept in concepts[:4]]
         self.prompts += [
             prompt_of(concepts[0].kind, word) for word in neighbours(base, concepts[0], list(concepts))[:KEPT]
@@ -73,8 +74,8 @@ class Previews:
             rows = []
             for seed in range(SEEDS):
                 noise = [torch.Generator().manual_seed(seed) for _ in self.prompts]
-                options = {"num_inference_steps": self.sampling.steps, "guidance_scale": self.sampling.guidance}
-                rows += pipe(self.prompts, generator=noise, **options).images
+                options = self.base.call(len(self.prompts), self.sampling.guidance)
+                rows += pipe(self.prompts, generator=noise, num_inference_steps=self.sampling.steps, **options).images
         finally:
             restore()
             pipe.scheduler = own

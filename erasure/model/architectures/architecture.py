@@ -30,6 +30,7 @@ class Architecture(ABC):
     pipelines: ClassVar[tuple[str, ...]] = ()  # pipelines that concepts can be erased from
     joint: ClassVar[bool] = False  # whether text and image share one attention, so that text states change with depth
     flow: ClassVar[bool] = False  # whether it predicts the velocity noise - image of rectified flow
+    guidance: ClassVar[str] = "guidance_scale"  # argument of the pipeline's call: scale of classifier-free guidance
     samplers: ClassVar[tuple[str, ...]]  # kinds for `sampler`, the default first
     # Role of a module -> the test of its path. Every role in `roles` that is not in `optional` must match a module.
     roles: ClassVar[Mapping[str, Test]]
@@ -81,6 +82,16 @@ class Architecture(ABC):
         """Return the conditions that guidance uses for the empty prompt, given its encoding."""
         return empty
 
+    def summary(self, conditions: Conditions) -> Tensor | None:
+        """Return one vector [n, width] that stands for each of n texts: CLIP's pooled text.
+
+        Where there is none, it is the mean of the states that are not padding.
+        """
+        if conditions.pooled is not None or conditions.mask is None:
+            return conditions.pooled
+        mask = conditions.mask.to(conditions.states).unsqueeze(-1)
+        return (conditions.states * mask).sum(1) / mask.sum(1)
+
     def still(self, pipe: Any, paths: Iterable[str]) -> bool:
         """Tell whether training only these modules leaves the output for the empty prompt unchanged."""
         return False
@@ -102,7 +113,7 @@ class Architecture(ABC):
             ErasureError: the network is distilled, and the scale is not 1.
         """
         self.check_guidance(pipe, guidance)
-        return {**options, "guidance_scale": guidance}
+        return {**options, self.guidance: guidance}
 
     def check_guidance(self, pipe: Any, guidance: float) -> None:
         """Refuse classifier-free guidance of a network that was distilled from a guided one.

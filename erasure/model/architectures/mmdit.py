@@ -8,6 +8,7 @@ three. SD3 is told 1000 sigma, FLUX sigma itself.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from erasure.model.architectures.flow import flow_sampler, flow_schedule
 from erasure.model.architectures.text_length import check_length
 from erasure.model.conditioning import Conditions, place
 
+LOG = logging.getLogger("erasure")
+ENCODERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj")
 ATTENTION = (".attn.", ".attn2.")
@@ -53,13 +56,9 @@ class JointAttention(Architecture):
         "full": ("every Linear and Conv2d", lambda path: True),
     }
 
-    def encoders(self, pipe: Any) -> tuple[str, ...]:
-        """Return the names of the components that encode text."""
-        return ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-
     def check(self, pipe: Any) -> None:
         """Refuse a pipeline without the text encoders that its prompts need."""
-        if absent := missing(pipe, self.encoders(pipe)):
+        if absent := missing(pipe, ENCODERS):
             raise ErasureError(
                 f"{type(pipe).__name__} lacks {', '.join(absent)}: a transformer without its text encoders cannot be "
                 "told what to erase. Give the whole diffusers folder, or load the encoders into the pipeline"
@@ -99,6 +98,15 @@ class SD3(JointAttention):
     }
     optional = frozenset({"self-attention"})  # only in the first blocks of 3.5-medium
 
+    def check(self, pipe: Any) -> None:
+        """Refuse a pipeline without its CLIPs, and say so if it lacks T5."""
+        super().check(pipe)
+        if missing(pipe, ("tokenizer_3", "text_encoder_3")):
+            LOG.warning(
+                "no T5 (text_encoder_3) is loaded: zeros stand for its states, as in diffusers. What is trained like "
+                "this fits a pipeline that draws without T5"
+            )
+
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
         """Return the states of the CLIPs and of T5 one after the other (zeros without T5), and the pooled text."""
         length = default(pipe, options, "max_sequence_length", 256)
@@ -137,6 +145,7 @@ class Flux(JointAttention):
     network = "FluxTransformer2DModel"
     pipelines = ("FluxPipeline",)
     plain_sigmas = True
+    guidance = "true_cfg_scale"
     roles = {
         "joint attention": lambda path: ".attn." in path and path.startswith("transformer_blocks."),
         "text stream": ends(*TEXT_STREAM),
@@ -188,7 +197,7 @@ class Flux(JointAttention):
     def call(self, pipe: Any, prompts: int, guidance: float, options: Options) -> dict[str, Any]:
         """Return the arguments of a call; guidance needs a negative prompt, the empty one, for every prompt."""
         self.check_guidance(pipe, guidance)
-        guided = {"true_cfg_scale": guidance, "negative_prompt": [""] * prompts} if guidance != 1 else {}
+        guided = {self.guidance: guidance, "negative_prompt": [""] * prompts} if guidance != 1 else {}
         return {**options, **guided}
 
 
