@@ -127,23 +127,23 @@ class Sana(CrossAttention):
     samplers = ("euler",)
 
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def sampler(self, pipe: Any, kind: str) -> Any:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
 

@@ -123,7 +123,7 @@ class SD3(JointAttention):
         return Conditions(states, pooled)
 
     def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
-        """Return the velocity."""
+        """Return the velocity that the transformer predicts."""
         dtype = pipe.transformer.dtype
         return pipe.transformer(
             x.to(dtype),
@@ -215,15 +215,15 @@ class QwenImage(JointAttention):
     }
 
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
     def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
-        """Refuse: erasing from this model is not supported."""
+        """Refuse, because erasing from this model is not supported."""
         raise _unsupported()
 
 
