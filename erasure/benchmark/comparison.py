@@ -37,6 +37,7 @@ class Comparison:
         high: upper end.
         p: p-value of McNemar's exact test over all images.
         corrected: the p-value after Holm's correction for all comparisons of its family.
+        lower_is_better: whether the lower share is the better one.
     """
 
     group: str
@@ -52,6 +53,7 @@ class Comparison:
     high: float
     p: float
     corrected: float = 1.0
+    lower_is_better: bool = False
 
     @property
     def significant(self) -> bool:
@@ -61,7 +63,7 @@ class Comparison:
     @property
     def better(self) -> str:
         """Return the name of the one with the better share."""
-        return self.first if (self.difference > 0) != (self.metric in LOWER_IS_BETTER) else self.second
+        return self.first if (self.difference > 0) != self.lower_is_better else self.second
 
     @property
     def worse(self) -> str:
@@ -69,7 +71,13 @@ class Comparison:
         return self.second if self.better == self.first else self.first
 
 
-def compare(rows: Sequence[Row], prompts: Mapping[str, str]) -> list[Comparison]:
+def compare(
+    rows: Sequence[Row],
+    prompts: Mapping[str, str],
+    tested: Sequence[str] = TESTED,
+    kept: Sequence[str] = KEPT,
+    lower_is_better: Sequence[str] = LOWER_IS_BETTER,
+) -> list[Comparison]:
     """Compare every two methods in each group of concepts, and every method with the base, on the same images.
 
     The comparisons between methods are one family for Holm's correction, those with the base another. Rows of concepts
@@ -78,20 +86,24 @@ def compare(rows: Sequence[Row], prompts: Mapping[str, str]) -> list[Comparison]
     Args:
         rows: rows with outcomes.
         prompts: id of an image -> its prompt; images of one prompt are resampled together.
+        tested: shares by which methods are compared with each other.
+        kept: shares by which methods are compared with the base.
+        lower_is_better: shares of which the lower one is the better.
     """
     groups: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         if not row.tuned and row.outcomes:
             groups.setdefault(row.group, {}).setdefault(row.method, {})[row.concept] = row
-    among = [c for group, methods in groups.items() for c in _among_methods(group, methods, prompts)]
-    with_base = [c for group, methods in groups.items() for c in _with_base(group, methods, prompts)]
-    return [*_corrected(among), *_corrected(with_base)]
+    among = [c for group, methods in groups.items() for c in _among_methods(group, methods, prompts, tested)]
+    with_base = [c for group, methods in groups.items() for c in _with_base(group, methods, prompts, kept)]
+    found = [*_corrected(among), *_corrected(with_base)]
+    return [replace(comparison, lower_is_better=comparison.metric in lower_is_better) for comparison in found]
 
 
 def _among_methods(
-    group: str, methods: Mapping[str, Mapping[str, Row]], prompts: Mapping[str, str]
+    group: str, methods: Mapping[str, Mapping[str, Row]], prompts: Mapping[str, str], tested: Sequence[str]
 ) -> Iterator[Comparison]:
-    for metric in TESTED:
+    for metric in tested:
         for first, second in combinations(methods, 2):
             shared = [concept for concept in methods[first] if concept in methods[second]]
             pairs = [
@@ -102,9 +114,9 @@ def _among_methods(
 
 
 def _with_base(
-    group: str, methods: Mapping[str, Mapping[str, Row]], prompts: Mapping[str, str]
+    group: str, methods: Mapping[str, Mapping[str, Row]], prompts: Mapping[str, str], kept: Sequence[str]
 ) -> Iterator[Comparison]:
-    for metric in KEPT:
+    for metric in kept:
         for method, rows in methods.items():
             pairs = [(row.outcomes.get(metric, {}), row.base.get(metric, {})) for row in rows.values()]
             yield from _compare(group, metric, method, BASE, pairs, prompts)

@@ -110,6 +110,7 @@ class AttackReport:
         faults: one message for each image that the judge failed on; such an image counts as showing the concept.
         notes: caveats for these figures, one sentence each.
         prompts: id of a case -> its prompt.
+        plain_ids: ids of the cases counted in `plain`.
     """
 
     concept: tuple[str, ...]
@@ -122,6 +123,7 @@ class AttackReport:
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
+    plain_ids: tuple[str, ...] = ()
 
     def outcome(self, name: str) -> Outcome:
         """Return the result of the attack called `name`; raises StopIteration if it was not run."""
@@ -140,6 +142,7 @@ class AttackReport:
             "faults": self.faults,
             "notes": self.notes,
             "prompts": self.prompts,
+            "plain_ids": list(self.plain_ids),
         }
 
     def rows(self) -> list[list[str]]:

@@ -93,9 +93,17 @@ def attack(
             _print_progress(outcomes[-1])
     target = runner.target
     report = AttackReport(
-        target.labels, target.domain, len(selected), tried, len(plain_hits), outcomes, provenance, runner.faults
+        target.labels,
+        target.domain,
+        len(selected),
+        tried,
+        len(plain_hits),
+        outcomes,
+        provenance,
+        runner.faults,
+        prompts={case.id: case.prompt for case in selected},
+        plain_ids=tuple(selected[i].id for i in sorted(plain_hits)),
     )
-    report.prompts.update({case.id: case.prompt for case in selected})
     report.notes.extend([*gating(pipe), *idle(pipe, [current.name for current in configured])])
     erased_images = [plain_images[i] for i in range(len(selected))]
     write_attack_report(report, out, {"base": base_images, "erased": erased_images})
