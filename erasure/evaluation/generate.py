@@ -373,8 +373,13 @@ def read_image(folder: Path, record: Record) -> Image.Image | None:
         folder: the folder of the run.
         record: the record.
     """
+    return open_image(folder / "images" / f"{record.id}.png")
+
+
+def open_image(path: Path) -> Image.Image | None:
+    """Return the image in a file in RGB, or None if the file is missing or broken."""
     try:
-        with Image.open(folder / "images" / f"{record.id}.png") as file:
+        with Image.open(path) as file:
             return file.convert("RGB")
     except (OSError, UnidentifiedImageError):
         return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from erasure.errors import ErasureError
 from erasure.evaluation.metrics.metric import format_value
 from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate_text, table
+from erasure.evaluation.text_files import write_text
 
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
@@ -86,13 +87,11 @@ class Verification:
             )
             if self.unchecked():
                 lines.append(f"not measured again, therefore not in the copy: {', '.join(self.unchecked())}")
-        parts = ("evaluation", *(["attacks"] if self.results["attacks"] else []))  # other pages are from earlier runs
-        pages = [str(self.card.parent / part / "report.html") for part in parts]
         lines += [
             CAVEAT,
             f"{self.patch}: the patch with these results",
             f"{self.card}: its model card, which explains each figure",
-            f"{', '.join(pages)}: the images",
+            f"{self.card.parent / 'report.html'}: the images, and links to the pages of the evaluation and the attacks",
         ]
         return "\n".join(lines)
 
@@ -114,8 +113,9 @@ def verify(
 ) -> Verification:
     """Measure what a patch erases, what it keeps, and what attacks recover; the patch file itself is not changed.
 
-    `folder` receives a copy of the patch with the results in its header, README.md (the model card), grid.png, and the
-    reports of the evaluation and the attacks. A second call continues from existing results.
+    `folder` receives a copy of the patch with the results in its header, report.html (the verdict), README.md (the
+    model card), grid.png, and the reports of the evaluation and the attacks. A second call continues from existing
+    results.
 
     Args:
         pipe: an erased pipeline of the patch's base, without patches; afterwards it has no patches again.
@@ -139,6 +139,7 @@ def verify(
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.defaults import default_prompts, is_glyph
     from erasure.evaluation.evaluate import evaluate
+    from erasure.evaluation.report.verification_page import verification_page, verification_shots
     from erasure.patch import Patch
     from erasure.prompts.concept_prompts import concept_prompts
 
@@ -173,17 +174,19 @@ def verify(
         pipe.unload_patches()
     results = header_results(report, attack_report)
     results["how"]["verify"] = {"prompts": _prompts_argument(prompts), "limit": limit, "cases": cases, "budget": budget}
-    return _write(patch, path.name, results, out)
+    page = verification_page(results, verification_shots(report, attack_report, out, rows.rows))
+    return _write(patch, path.name, results, page, out)
 
 
-def _write(patch: Patch, name: str, results: dict[str, Any], out: Path) -> Verification:
-    """Write the copy of the patch with its results, the model card, and the grid of images."""
+def _write(patch: Patch, name: str, results: dict[str, Any], page: str, out: Path) -> Verification:
+    """Write the copy of the patch with its results, the page, the model card, and the grid of images."""
     verified = dataclasses.replace(patch, results=results, stored={})
     try:
         shutil.copyfile(out / "evaluation" / "grid.png", out / "grid.tmp")
         os.replace(out / "grid.tmp", out / "grid.png")
         (out / "README.tmp").write_text(card(verified, name, grid="grid.png"), encoding="utf-8")
         os.replace(out / "README.tmp", out / "README.md")
+        write_text(out / "report.html", page)
     except OSError as fault:
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
     copy = verified.save(out / name, dtype=str(patch.stored["dtype"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -53,8 +54,13 @@ def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source,
     assert verification.results["metrics"]["UA"]["n"] == 4 and verification.results["attacks"]["encoder"]["n"] == 2
     assert {"value", "low", "high", "before", "control", "tries"} <= verification.results["attacks"]["encoder"].keys()
     card = verification.card.read_text()
+    assert str(tmp_path / "out" / "report.html") in verification.text()
+    page = (tmp_path / "out" / "report.html").read_text()
     for part in ("evaluation", "attacks"):
-        assert str(tmp_path / "out" / part / "report.html") in verification.text()
+        assert f'href="{part}/report.html"' in page and (tmp_path / "out" / part / "report.html").is_file()
+    rows = verification.results["metrics"]["UA"], verification.results["attacks"]["encoder"]
+    assert [f"{cell['value']:.0%}" for cell in rows] == re.findall(r"<strong>(.*?)</strong>", page)[::3]
+    assert page.count("<img") == 2 * 8 + round(rows[1]["value"] * 2) - round(rows[1]["before"] * 2)
     assert "adapted budget" not in card  # `encoder` has one budget only
     parts = ["# cat, erased from", "**gone**", "](grid.png)", "A patch made by", "## Results"]
     assert [card.index(part) for part in parts] == sorted(card.index(part) for part in parts)
@@ -66,7 +72,7 @@ def test_the_copy_contains_the_results_and_the_source_is_unchanged(pipe, source,
     # Never "safe": what was tried, with intervals.
     pages = [path.read_text() for path in (tmp_path / "out").rglob("*.html")]
     assert (
-        len(pages) == 2 and "others may recover the concept" in verification.text() and "| encoder | weights |" in card
+        len(pages) == 3 and "others may recover the concept" in verification.text() and "| encoder | weights |" in card
     )
     for text in (card, verification.text(), *pages):
         assert "safe" not in text.lower().replace("safetensors", "")

@@ -28,6 +28,7 @@ h1{font-size:1.5rem;line-height:1.25;margin:.3rem 0 .7rem}h2{font-size:1.1rem;ma
 p,td,th,figcaption,summary{overflow-wrap:anywhere}.soft{color:var(--soft)}.wide{overflow-x:auto}
 .better{color:var(--bar)}.worse{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:0 .5rem}
+.tiles.of4{grid-template-columns:repeat(4,minmax(0,1fr))}
 .tile{border:1px solid var(--line);border-radius:8px;padding:.5rem .8rem;display:grid;grid-row:span 3;
 grid-template-rows:subgrid;align-content:start}
 .tile h2{font-size:.95rem;line-height:1.25;margin:0;overflow-wrap:anywhere}
@@ -53,6 +54,7 @@ td small,th small{display:block;color:var(--soft);font-weight:400}
 .figures th,.figures td:not(:first-child){white-space:nowrap;overflow-wrap:normal}
 .figures td:first-child{min-width:6.5rem}
 .prompts th,.prompts td{text-align:left;vertical-align:top}
+@media(max-width:40rem){.tiles.of4{grid-template-columns:repeat(2,minmax(0,1fr));gap:.5rem}}
 @media(max-width:40rem){.tile{padding:.4rem .5rem}.tile small{font-size:.75rem}th,td{padding:.35rem .25rem}
 .figures td small{font-size:.78rem}.figures th{white-space:normal}.figures td:first-child{min-width:4.5rem}
 .stack thead{display:none}.stack tr{display:block;border-bottom:1px solid var(--line);padding:.4rem 0}
@@ -162,7 +164,7 @@ def tiles(shown: Sequence[Tile]) -> str:
         value = escape(tile.value) or "–"
         figure = f"<h2>{escape(tile.title)}</h2><strong{look}>{value}</strong><div>{lines}</div>"
         parts.append(f'<section class="tile">{figure}</section>')
-    return f'<div class="tiles">{"".join(parts)}</div>'
+    return f'<div class="tiles of{len(parts)}">{"".join(parts)}</div>'
 
 
 def strips(groups: Mapping[str, Sequence[Shot]], four: bool = False) -> str:

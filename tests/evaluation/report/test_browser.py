@@ -21,7 +21,9 @@ from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics.detections import DetectionCount
 from erasure.evaluation.metrics.gate_activity import GateActivity
 from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.report.html import Shot
 from erasure.evaluation.report.report import Report
+from erasure.evaluation.report.verification_page import verification_page
 from erasure.evaluation.report.writer import write_attack_report, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -113,7 +115,7 @@ def look(page: Path, folder: Path) -> tuple[dict[str, dict], list[str]]:
     return json.loads(unescape(match[1])), messages
 
 
-def check(page: Path, folder: Path, images: int, summary: str) -> None:
+def check(page: Path, folder: Path, images: int, summary: str, tiles: int = 3) -> None:
     windows, messages = look(page, folder)
     assert not messages
     for name, (width, _) in WINDOWS.items():
@@ -123,7 +125,7 @@ def check(page: Path, folder: Path, images: int, summary: str) -> None:
         assert window["inner"] == [], f"{name}: these parts scroll sideways"
         assert window["covered"] == [], f"{name}: lines of a tile lie on each other"
         assert window["images"] == images and window["broken"] == 0, name
-        assert summary in window["summary"] and window["tiles"] == 3, name
+        assert summary in window["summary"] and window["tiles"] == tiles, name
         assert window["picture"], f"{name}: the first image is below the fold"
 
 
@@ -192,6 +194,25 @@ def test_the_page_of_attacks(tmp_path):
     write_attack_report(report, tmp_path, {"base": [noise(i) for i in range(10)]})
     # Eight columns of the base and an attack, and ten images of each attack.
     check(tmp_path / "report.html", tmp_path / "look", 36, "for 1 of 10 prompts")
+
+
+def test_the_page_of_a_verification(tmp_path):
+    cell = {"value": 0.9, "low": 0.85, "high": 0.95, "n": 36, "base": 0.5, "higher_is_better": True, "meaning": LONG}
+    attacked = {**cell, "before": 0.0, "control": 0.1, "access": "weights", "tries": 3}
+    results = {
+        "concept": ["cat", "a label that is rather long for its place"],
+        "metrics": {name: cell for name in METRICS},
+        "attacks": {"random": attacked, "an-attack-with-a-long-name": {**attacked, "value": 1.0, "control": None}},
+    }
+    shots = {
+        "Prompts for cat, the least erased": [Shot({"base": noise(1), "patched": None}, LONG, "seen: cat")] * 4,
+        "Back under attack": [Shot({"attacked": noise(2)}, LONG, "at try 1", frozenset({"attacked"}))] * 2,
+        "Other prompts": [],
+    }
+    page = tmp_path / "report.html"
+    page.write_text(verification_page(results, shots), encoding="utf-8")
+    # One image of each target pair is missing.
+    check(page, tmp_path / "look", 6, "What is left: all images and figures · What came back", tiles=4)
 
 
 def draw(*places: Path | str) -> None:
