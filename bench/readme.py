@@ -46,6 +46,7 @@ def pages() -> dict[str, dict[str, str]]:
             "together": together.summary(TOGETHER_COLUMNS, COSTS),
             "attacked": section("attack", 1),
             "costs": section("costs", 1),
+            "stopping": section("stopping", 1),
             "drawing": "\n\n".join([section("pipelines", 0).partition("\n")[2], section("pipelines", 1)]),
         },
     }

@@ -281,7 +281,7 @@ def assemble(result: FitResult, settings: dict[str, Any], base: Base, concepts: 
         versions=libraries,
         seed=run.seed,
         costs=run.costs.to_json(),
-        curves=run.curves.to_json() if run.curves is not None and run.curves.steps else None,
+        curves=run.record(),
     )
 
 

@@ -113,6 +113,22 @@ class GradientMethod(Method):
     weight_decay: float = 0.0
     weight_rounding: str = "none"
     measure_every: int = 0
+    stop: str = "never"
+    NO_STOP: ClassVar[str] = ""  # why stop=auto has no meaning for the method; empty where it has
+
+    def __post_init__(self) -> None:
+        """Check every setting, and that the stopping rule suits the method; raises ErasureError."""
+        super().__post_init__()
+        why = "the published script takes all its updates" if getattr(self, "parity", False) else self.NO_STOP
+        if self.stop == "auto" and self.measure_every:
+            raise ErasureError(
+                f"measure_every={self.measure_every}: stop=auto chooses its own measurements. Leave one of them out; "
+                "nothing was changed"
+            )
+        if self.stop == "auto" and why:
+            raise ErasureError(
+                f"{self.method}: stop=auto has no meaning here: {why}. Leave stop out; nothing was changed"
+            )
 
     @abstractmethod
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:

@@ -132,6 +132,13 @@ def _what_arguments(parser: Parser) -> Options:
         see="erasure list presets",
         help="Preset whose settings are taken",
     )
+    method.add(
+        "--stop",
+        metavar="WHEN",
+        names=choices.STOPS,
+        shown="what the settings say, which is never unless a preset or a file says auto",
+        help="When training ends: after all updates, or (auto) once the concept is gone on states held out of training",
+    )
     add_seed(method)
     add_model(parser, "to erase from")
     computing = Options(parser, "computing")
@@ -235,8 +242,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     from erasure.config import parse_overrides
     from erasure.training.compute import Computing
 
-    computing = {field.name: getattr(args, field.name) for field in fields(Computing)}
-    return {**parse_overrides(args.set), **{key: value for key, value in computing.items() if value is not None}}
+    flags = {name: getattr(args, name) for name in ("stop", *(field.name for field in fields(Computing)))}
+    return {**parse_overrides(args.set), **{key: value for key, value in flags.items() if value is not None}}
 
 
 def run_erase(args: argparse.Namespace) -> None:
@@ -271,6 +278,8 @@ def run_erase(args: argparse.Namespace) -> None:
         f"{args.out}: erases {names} by {args.method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
         f"and {costs['seconds']:.1f} s"
     )
+    if patch.curves is not None and "stop" in patch.curves:
+        text += f"; {patch.curves['stop']['text']}"
     say(args, {"patch": str(args.out), **patch.info(), "sources": settled.lines()}, text)
 
 
@@ -291,6 +300,7 @@ def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
     """Lay out a forecast, from its plain data."""
     shared = f" in each of {costs['processes']} processes" if costs["processes"] > 1 else ""
     changes = f"{costs['modules']:,} modules, {costs['weights']:,} weights"
+    most = "at most " if costs["at_most"] else ""
     time = f"about {costs['seconds']:,.1f} s on this machine" if costs["seconds"] else "not measured without weights"
     return [
         f"To erase {', '.join(map(repr, args.concept))} from {args.model} by {args.method}:",
@@ -298,7 +308,7 @@ def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
             "Work",
             [
                 ("changes", changes),
-                ("UNet calls", f"{costs['F']:,} F + {costs['B']:,} B (forwards and backwards, per sample)"),
+                ("UNet calls", f"{most}{costs['F']:,} F + {costs['B']:,} B (forwards and backwards, per sample)"),
                 ("time", time),
             ],
         ),

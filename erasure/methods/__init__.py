@@ -124,6 +124,10 @@ def choose(
     given = {key: source for source, layer in layers.items() for key in layer}
     values = {key: value for layer in layers.values() for key, value in layer.items()}
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if "stop" in values and not hasattr(cls, "stop"):
+        raise ErasureError(
+            f"{name}: stop has no meaning here: there are no updates to end. Leave it out; nothing was changed"
+        )
     if values.get("parity"):
         script = {**cls.PARITY, **cls.PARITY_KINDS.get(kind, {})}
         published = dict.fromkeys(script, "parity: the published script")

@@ -45,6 +45,7 @@ from erasure.model.soft_prompt import Place, Slots, encode, search, slots, sprea
 from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, late_states
 from erasure.training.adapters import Weights
 from erasure.training.run import Run
+from erasure.training.stopping import Stop
 
 LAYER = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.")
 
@@ -92,10 +93,16 @@ class AdvUnlearn(GradientMethod):
         trajectory_guidance: classifier-free guidance scale of all trajectories.
         measure_every: updates between measurements of how much is erased and kept, on states held out of training
             (`training/curves.py`); the patch's header records them. 0 measures nothing.
+        stop: `auto` ends the run when the concept is gone on those states and improves no longer, and goes back and
+            lowers the learning rate when neighbours drift too far (`training/stopping.py`); `iterations` is then the
+            largest number of updates.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
     method: ClassVar[str] = "advunlearn"
+    NO_STOP: ClassVar[str] = (
+        "the measurements do not see the attacker: the plain prompt is erased long before the encoder resists attacks"
+    )
     PARITY: ClassVar[dict[str, Any]] = {
         "retain_weight": 0.5,
         "attack_tokens": 1,
@@ -133,6 +140,7 @@ class AdvUnlearn(GradientMethod):
     retain_sample_steps: int = setting(8, at_least=1)
     trajectory_guidance: float = 3.0
     measure_every: int = setting(0, at_least=0)
+    stop: Stop = "never"
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

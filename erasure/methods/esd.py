@@ -43,6 +43,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
 from erasure.training.run import Run
+from erasure.training.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class ESD(GradientMethod):
         weight_rounding: bf16 rounds the weights after every update, as training in pure bf16 does.
         measure_every: updates between measurements of how much is erased and kept, on states held out of training
             (`training/curves.py`); the patch's header records them. 0 measures nothing.
+        stop: `auto` ends the run when the concept is gone on those states and improves no longer, and goes back and
+            lowers the learning rate when neighbours drift too far (`training/stopping.py`); `iterations` is then the
+            largest number of updates.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -113,6 +117,7 @@ class ESD(GradientMethod):
     resolution_scale: float = setting(1.0, above=0)
     weight_rounding: Literal["none", "bf16"] = "none"
     measure_every: int = setting(0, at_least=0)
+    stop: Stop = "never"
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

@@ -47,6 +47,7 @@ from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
 from erasure.training.run import Run
 from erasure.training.saliency import read_mask, top, write_mask
+from erasure.training.stopping import Stop
 
 NUDITY = ("a photo of a nude person", "a photo of a person wearing clothes")
 EVERYTHING = "all"  # the variant that also trains norms and biases, as published
@@ -85,6 +86,9 @@ class SalUn(GradientMethod):
         learning_rate: Adam's learning rate.
         measure_every: updates between measurements of how much is erased and kept, on states held out of training
             (`training/curves.py`); the patch's header records them. 0 measures nothing.
+        stop: `auto` ends the run when the concept is gone on those states and improves no longer, and goes back and
+            lowers the learning rate when neighbours drift too far (`training/stopping.py`); `iterations` is then the
+            largest number of updates.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -118,6 +122,7 @@ class SalUn(GradientMethod):
     batch_size: int = setting(8, at_least=1)
     learning_rate: float = setting(5e-5, above=0, below=1)
     measure_every: int = setting(0, at_least=0)
+    stop: Stop = "never"
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

@@ -50,6 +50,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
 from erasure.training.run import Run
+from erasure.training.stopping import Stop
 
 GRID = 1000  # timesteps of training
 NEAR = 0.5  # share of the anchors that are neighbours or the empty prompt
@@ -92,6 +93,9 @@ class SPM(GradientMethod):
         cycles: cosine cycles of the learning rate after the warm-up; 0 keeps it constant.
         measure_every: updates between measurements of how much is erased and kept, on states held out of training
             (`training/curves.py`); the patch's header records them. 0 measures nothing.
+        stop: `auto` ends the run when the concept is gone on those states and improves no longer, and goes back and
+            lowers the learning rate when neighbours drift too far (`training/stopping.py`); `iterations` is then the
+            largest number of updates.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
@@ -138,6 +142,7 @@ class SPM(GradientMethod):
     warm_up: int = setting(0, at_least=0)
     cycles: int = setting(0, at_least=0)
     measure_every: int = setting(0, at_least=0)
+    stop: Stop = "never"
     parity: bool = False
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> State:

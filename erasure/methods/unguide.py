@@ -44,6 +44,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import Measure, TrajectoryPool, judge, kept_pool, late_states, shifts
 from erasure.training.adapters import LowRankTerm
 from erasure.training.run import Run
+from erasure.training.stopping import Stop
 
 OTHERS = 16  # number of other prompts that the gate is calibrated with
 # The published references of the classes of CIFAR-10: "a photo of the {class}" becomes "a photo of the {reference}".
@@ -106,11 +107,18 @@ class UnGuide(GradientMethod):
         early: stop the repeats once the decision is clear.
         measure_every: updates between measurements of how much is erased and kept, on states held out of training
             (`training/curves.py`); the patch's header records them. 0 measures nothing.
+        stop: `auto` ends the run when the concept is gone on those states and improves no longer, and goes back and
+            lowers the learning rate when neighbours drift too far (`training/stopping.py`); `iterations` is then the
+            largest number of updates.
         parity: reproduce the official script, with its defaults and its quirks.
     """
 
     method: ClassVar[str] = "unguide"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
+    NO_STOP: ClassVar[str] = (
+        "the LoRA is a direction to guide away from, which the gate switches on for the concept alone, so neither its "
+        "own predictions nor their drift say what images will show"
+    )
     PARITY: ClassVar[dict[str, Any]] = {
         "variant": "x-strict",
         "iterations": 200,
@@ -146,6 +154,7 @@ class UnGuide(GradientMethod):
     repeats: int = setting(10, at_least=1)
     early: bool = True
     measure_every: int = setting(0, at_least=0)
+    stop: Stop = "never"
     parity: bool = False
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ it, and k prompts to keep (neighbours of the concept, and the empty prompt), at 
     drift  = || e(x, k) - e_0(x, k) || / || e_0(x, k) - e_0(x, "") ||    (root mean squares over k and x)
 
 So `erased` is 0 for the base and 1 at the target, and `drift` is in units of how far the base's own predictions lie
-apart. Gates are not applied: both are measured with the change at full strength. The calls are not counted as the
-run's cost.
+apart. Gates are not applied: both are measured with the change at full strength. The calls are counted as the run's
+cost only where a run stops by them (`stopping.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from erasure.model.conditioning import Conditions, encode_prompt
 from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool
 from erasure.training.adapters import Adapter
+from erasure.training.stopping import due
 
 LEVELS = 8  # noise levels: states of a trajectory
 KEPT = 4  # prompts to keep, besides the empty one
@@ -50,7 +51,7 @@ class Curves:
     Args:
         base: the checkpoint.
         adapter: what trains.
-        every: updates between measurements.
+        every: updates between measurements; 0: as the stopping rule wants them.
         pool: held-out states of the concepts, with outputs from which `away` makes the target.
         prompts: the concept's prompt for each pair of the pool.
         eta: how far the objective leads away, for `away`.
@@ -84,7 +85,7 @@ class Curves:
             base: the checkpoint.
             concepts: what is erased.
             state: the state of the run.
-            every: updates between measurements.
+            every: updates between measurements; 0: as the stopping rule wants them.
             seed: of the run.
 
         Raises:
@@ -93,8 +94,8 @@ class Curves:
         keep = around(base, list(concepts))[:KEPT]
         if not keep:
             raise ErasureError(
-                "measure_every: there is no word to measure on what is kept. Name words to keep with `keep` (--keep), "
-                "or set measure_every=0; nothing was trained"
+                "measure_every, stop=auto: there is no word to measure on what is kept. Name words to keep with `keep` "
+                "(--keep), or set measure_every=0 and stop=never; nothing was trained"
             )
         options: dict[str, Any] = {"seed": seed + SEED, "steps": LEVELS, "guidance": 1.0 if base.distilled else 3.0}
         with state.adapter.off():
@@ -106,7 +107,7 @@ class Curves:
 
     def due(self, step: int) -> bool:
         """Return whether a measurement is due after `step` updates."""
-        return step % self.every == 0
+        return step % self.every == 0 if self.every else due(step)
 
     @torch.no_grad()
     def measure(self, step: int) -> None:

@@ -22,11 +22,12 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
 from erasure.training.compute import Computing, Engine, by_rows
-from erasure.training.loop import Trainable
+from erasure.training.loop import Trainable, observe
 from erasure.training.memory import Call, peaks
 from erasure.training.run import FitResult, Run
 
 PROBE = 4  # samples in the timed call
+COPY = 4  # bytes per trained parameter: the fp32 copy that the stopping rule can go back to
 STATE = 16  # bytes per trained parameter: fp32 master, gradient, two Adam moments; the base's own stay with the model
 
 
@@ -49,6 +50,7 @@ class Forecast:
             it solves for.
         settings: each setting of the method: name -> `value` and `source`.
         sources: where the settings came from, as lines for people.
+        at_most: whether the run may end earlier (`stop=auto`); F, B and seconds are then the largest possible.
     """
 
     F: int
@@ -64,6 +66,7 @@ class Forecast:
     weights: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    at_most: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -87,7 +90,8 @@ class Forecast:
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         total = f"{_size(self.peak_bytes)} of memory{shared} in {self.precision}"
         what = f"{self.modules} modules change, {self.weights:,} parameters"
-        return f"{what}; {self.F:,} F + {self.B:,} B, {timed}{total} ({parts})"
+        most = "at most " if self.at_most else ""
+        return f"{what}; {most}{self.F:,} F + {self.B:,} B, {timed}{total} ({parts})"
 
 
 @dataclass
@@ -138,17 +142,25 @@ def forecast_training(
         ErasureError: the UNet has no weights, and the method reads them before it starts.
     """
 
+    ends = method.stop == "auto"
+
     def train(walk: Walk, base: Base) -> None:
-        state = method.prepare(base, concepts, Run(seed=seed, progress=False))
+        run = Run(seed=seed, progress=False)
+        state = method.prepare(base, concepts, run)
         walk.adapter = state.adapter
         try:
+            if ends:
+                observe(method, base, concepts, state, run, Counts())  # `_walk` counts all calls
             for step in range(method.iterations):
                 torch.stack(list(method.loss(state, step).values())).sum().backward()
+                run.measure(step + 1)
             method.gate(state)
         finally:
             state.adapter.remove()
 
-    return _forecast(_walk(base, train), base, computing, processes)
+    forecast = _forecast(_walk(base, train), base, computing, processes)
+    more = COPY * forecast.weights if ends else 0
+    return replace(forecast, at_most=ends, training_bytes=forecast.training_bytes + more)
 
 
 def forecast_runtime(

@@ -23,6 +23,7 @@ from erasure.model.trajectories import TrajectoryPool
 from erasure.training.adapters import Adapter
 from erasure.training.curves import Curves
 from erasure.training.run import Run
+from erasure.training.stopping import StopRule
 
 CHECKPOINT_EVERY = 25  # steps
 STATE = "state.safetensors"
@@ -34,7 +35,7 @@ class Trainable(Protocol):
 
     @property
     def iterations(self) -> int:
-        """Return the number of updates."""
+        """Return the number of updates; with `stop` the largest."""
 
     @property
     def learning_rate(self) -> float:
@@ -51,6 +52,10 @@ class Trainable(Protocol):
     @property
     def measure_every(self) -> int:
         """Return the updates between measurements of what is erased and kept; 0 for none."""
+
+    @property
+    def stop(self) -> str:
+        """Return "auto" if the run ends by its measurements, or "never"."""
 
     def prepare(self, base: Base, concepts: list[Concept], run: Run) -> Any:
         """Return the state of a run, with an `adapter`."""
@@ -82,21 +87,37 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
     if not restored:
         run.draw(0)
     # A resumed run reads its pools from files: what they cost was counted when they were made.
-    with counting(base.network, run.costs if spent is None else Counts()):
+    counts = run.costs if spent is None else Counts()
+    with counting(base.network, counts):
         state = method.prepare(base, concepts, run)
-    if spent is None:
-        _write_prepared(run)
-    else:
-        run.costs.forward, run.costs.backward, run.costs.seconds = int(spent[0]), int(spent[1]), float(spent[2])
     try:
-        if method.measure_every:
-            run.curves = Curves.start(method, base, concepts, state, method.measure_every, run.seed)
-            run.curves.restore({key[7:]: value for key, value in restored.items() if key.startswith("curves.")})
+        observe(method, base, concepts, state, run, counts)
+        if spent is None:
+            _write_prepared(run)
+        else:
+            run.costs.forward, run.costs.backward, run.costs.seconds = int(spent[0]), int(spent[1]), float(spent[2])
         _descend(method, base, state, run, restored)
+        if run.rule is not None and run.group.main:
+            run.rule.log()
     except BaseException:
         state.adapter.remove()
         raise
     return state
+
+
+def observe(method: Trainable, base: Base, concepts: list[Concept], state: Any, run: Run, counts: Counts) -> None:
+    """Give a run its curves and its stopping rule; sampling held-out states counts only where the rule uses them."""
+    ends = method.stop == "auto"
+    if ends or method.measure_every:
+        with counting(base.network, counts if ends else Counts()):
+            run.curves = Curves.start(method, base, concepts, state, method.measure_every, run.seed)
+    if ends:
+        run.rule = StopRule.start(method.iterations, state.adapter.parameters())
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of one part of a checkpoint, without the part's name."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict[str, Tensor]) -> None:
@@ -113,13 +134,19 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
     )
     scaler = run.scaler()
     start = _restore(restored, params, optimizer, scaler)
+    curves, rule = run.curves, run.rule
     if restored:
-        method.restore(state, {key[6:]: value for key, value in restored.items() if key.startswith("extra.")})
+        method.restore(state, _part(restored, "extra"))
+        if curves is not None:
+            curves.restore(_part(restored, "curves"))
+        if rule is not None:
+            rule.restore(_part(restored, "stop"))
     with counting(base.network, run.costs):
         bar = _bar(start, method.iterations, run)
         clock = time.perf_counter()
         for step in bar:
-            optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step)
+            factor = 1.0 if rule is None else rule.rate
+            optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step) * factor
             terms = method.loss(state, step)
             loss = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(loss):
@@ -129,12 +156,17 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
             scaler.step(optimizer)
             scaler.update()
             _round(params, method.weight_rounding)
-            run.measure(step + 1)
+            if run.measure(step + 1) and curves is not None and rule is not None:
+                rule.see(step + 1, curves.erased[-1], curves.drift[-1], params, optimizer)
             run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
             bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
+            if rule is not None and rule.why:
+                break
             if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
-                extra = {f"extra.{name}": value for name, value in method.snapshot(state).items()}
-                extra |= {f"curves.{name}": value for name, value in run.curves.tensors().items()} if run.curves else {}
+                parts = {"extra": method.snapshot(state)}
+                parts |= {"curves": curves.tensors()} if curves is not None else {}
+                parts |= {"stop": rule.tensors()} if rule is not None else {}
+                extra = {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}
                 extra["scaler"] = torch.tensor([scaler.get_scale(), scaler.state_dict().get("_growth_tracker", 0)])
                 _write(run, params, optimizer, step + 1, run.costs.seconds + time.perf_counter() - clock, extra)
 

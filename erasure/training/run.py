@@ -21,6 +21,7 @@ from erasure.patch import Delta, LowRank
 from erasure.training.callbacks import Previews, Trackers
 from erasure.training.compute import Engine
 from erasure.training.curves import Curves
+from erasure.training.stopping import StopRule
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Run:
         costs: UNet calls and seconds so far.
         engine: how the UNet computes, already entered; None: as the base is, in this process alone.
         curves: how much is erased and kept in the course of the run; None measures nothing.
+        rule: ends the run by its curves; None takes every update.
         group: the processes that work on the run together.
     """
 
@@ -55,6 +57,7 @@ class Run:
     costs: Counts = field(default_factory=Counts)
     engine: Engine | None = None
     curves: Curves | None = None
+    rule: StopRule | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -94,12 +97,25 @@ class Run:
         except json.JSONDecodeError:
             raise ErasureError(f"{note} cannot be read; delete {self.folder} to start again") from None
 
-    def measure(self, step: int) -> None:
-        """Measure how much is erased and kept if it is due after a step, in all processes; its cost is not counted."""
-        if self.curves is not None and self.curves.due(step):
-            forward = self.costs.forward
-            self.curves.measure(step)
+    def measure(self, step: int) -> bool:
+        """Measure how much is erased and kept if it is due after a step, in all processes, and return whether it was.
+
+        Its cost is counted only if a rule ends the run by it.
+        """
+        last = self.rule is not None and step == self.rule.limit
+        if self.curves is None or not (last or self.curves.due(step)):
+            return False
+        forward = self.costs.forward
+        self.curves.measure(step)
+        if self.rule is None:
             self.costs.forward = forward
+        return True
+
+    def record(self) -> dict[str, Any] | None:
+        """Return the curves, and why the rule ended the run, for a patch's header; None if nothing was measured."""
+        if self.curves is None or not self.curves.steps:
+            return None
+        return {**self.curves.to_json(), **({"stop": self.rule.to_json()} if self.rule is not None else {})}
 
     def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
         """Log the losses of a step and draw its preview if one is due, in the main process; its cost is not counted."""

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -126,6 +127,7 @@ def test_the_names_that_are_shown_are_those_of_the_library():
     from erasure.model.single_file import kinds
     from erasure.prompts.prompt_set import names as prompt_sets
     from erasure.training.callbacks import available
+    from erasure.training.stopping import Stop
 
     assert set(choices.methods()) <= set(methods.names())
     assert choices.KINDS == tuple(KINDS) and choices.DTYPES == tuple(DTYPES)
@@ -136,6 +138,7 @@ def test_the_names_that_are_shown_are_those_of_the_library():
     assert choices.WRITTEN == tuple(name for name, form in FORMATS.items() if not form.only_read)
     assert choices.models() == tuple(presets.bundled()) and choices.checkpoint_kinds() == tuple(kinds())
     assert choices.TRACKERS == tuple(available())
+    assert choices.STOPS == get_args(Stop)
 
 
 def test_wrong_use_shows_the_usage_and_an_error_in_json_too(capsys):
