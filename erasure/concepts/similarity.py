@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -52,10 +54,115 @@ def cosines(base: Encoder, texts: list[str], others: list[str]) -> Tensor:
     return ends(base, texts) @ ends(base, others).T
 
 
-def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[float]]:
+@dataclass(frozen=True, eq=False)
+class TextStates:
+    """Texts as the text gate compares them.
+
+    Args:
+        texts: n texts.
+        flat: the text encoder's last hidden state of each, flattened over all token positions and normalised to length
+            1 [n, tokens * width].
+        words: the tokens of each, without the special ones.
+    """
+
+    texts: list[str]
+    flat: Tensor
+    words: list[set[int]]
+
+    def take(self, rows: list[int]) -> TextStates:
+        """Return some of the texts, by their row numbers."""
+        return TextStates([self.texts[row] for row in rows], self.flat[rows], [self.words[row] for row in rows])
+
+    @classmethod
+    def join(cls, parts: list[TextStates]) -> TextStates:
+        """Return the texts of several in one."""
+        if len(parts) == 1:
+            return parts[0]
+        texts, words = [[item for part in parts for item in getattr(part, key)] for key in ("texts", "words")]
+        return cls(texts, torch.cat([part.flat for part in parts]), words)
+
+
+def gate_encoder(pipe: Any) -> tuple[Any, Any]:
+    """Return the tokenizer and the text encoder that gates compare texts with, the first pair that is loaded.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        ErasureError: the pipeline has no pair of tokenizer and text encoder.
+    """
+    pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
+    tokenizer, encoder = next((pair for pair in pairs if None not in pair), (None, None))
+    if tokenizer is None or encoder is None:
+        raise ErasureError(
+            f"a text gate needs a tokenizer and a text encoder, and this {type(pipe).__name__} holds no such pair"
+        )
+    return tokenizer, encoder
+
+
+def token_rows(pipe: Any, texts: list[str]) -> Tensor:
+    """Return the tokens of each text, padded as a prompt is [n, tokens]."""
+    tokenizer, _ = gate_encoder(pipe)
+    return tokenizer(
+        texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def text_states(
+    pipe: Any,
+    texts: list[str],
+    dtype: torch.dtype = torch.float64,
+    known: Mapping[tuple[int, ...], Tensor] | None = None,
+) -> TextStates:
+    """Encode texts, to compare them with `gammas`.
+
+    Args:
+        pipe: a diffusers pipeline.
+        texts: n different texts.
+        dtype: number format of the normalised states.
+        known: states [tokens, width] that the text encoder has already computed, by tokens; only others are encoded.
+
+    Raises:
+        ErasureError: the pipeline has no pair of tokenizer and text encoder.
+    """
+    _, encoder = gate_encoder(pipe)
+    ids = token_rows(pipe, texts)
+    rows, states = [tuple(row) for row in ids.tolist()], dict(known or {})
+    missing = [number for number, row in enumerate(rows) if row not in states]
+    if missing:
+        with torch.no_grad():
+            encoded = encoder(ids[missing].to(pipe._execution_device)).last_hidden_state
+        states |= {rows[number]: state for number, state in zip(missing, encoded, strict=True)}
+    flat = torch.stack([states[row].flatten().cpu().to(dtype) for row in rows])
+    special = set(gate_encoder(pipe)[0].all_special_ids)
+    return TextStates(texts, torch.nn.functional.normalize(flat, dim=1), [set(row) - special for row in rows])
+
+
+def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
     """Return the similarity gamma of each prompt to each text (SPM, Lyu et al. 2024, arXiv 2312.16145, eq. 8).
 
     gamma = min(1, max(cosine of the flattened text states, share of the text's tokens that the prompt contains)).
+
+    Args:
+        prompts: n prompts.
+        texts: m texts to compare them with.
+
+    Returns:
+        n rows of m values, each at most 1.
+    """
+    cosines = (prompts.flat.to(texts.flat.dtype) @ texts.flat.T).tolist()
+    return [
+        [
+            1.0 if prompt == text else min(1.0, max(cosine, len(has & words) / len(words) if words else 0.0))
+            for cosine, text, words in zip(row, texts.texts, texts.words, strict=True)
+        ]
+        for row, prompt, has in zip(cosines, prompts.texts, prompts.words, strict=True)
+    ]
+
+
+def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[float]]:
+    """Encode prompts and texts, and return their `gammas`.
+
     The text encoder is the pipeline's first one that is loaded, also where there are two (XL).
 
     Args:
@@ -69,26 +176,6 @@ def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[f
     Raises:
         ErasureError: the pipeline has no pair of tokenizer and text encoder.
     """
-    pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
-    tokenizer, encoder = next((pair for pair in pairs if None not in pair), (None, None))
-    if tokenizer is None or encoder is None:
-        raise ErasureError(
-            f"a text gate needs a tokenizer and a text encoder, and this {type(pipe).__name__} holds no such pair"
-        )
-    distinct = list(dict.fromkeys([*prompts, *texts]))
-    ids = tokenizer(
-        distinct, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    with torch.no_grad():
-        states = encoder(ids.to(pipe._execution_device)).last_hidden_state
-    flat = torch.nn.functional.normalize(states.flatten(1).cpu().double(), dim=1)
-    special = set(tokenizer.all_special_ids)
-    words = [set(row) - special for row in ids.tolist()]
-    row = {text: number for number, text in enumerate(distinct)}
-    return [[_gamma(flat, words, row[prompt], row[text]) for text in texts] for prompt in prompts]
-
-
-def _gamma(flat: Tensor, words: list[set[int]], prompt: int, text: int) -> float:
-    cosine = 1.0 if prompt == text else float(flat[prompt] @ flat[text])
-    shared = len(words[prompt] & words[text]) / len(words[text]) if words[text] else 0.0
-    return min(1.0, max(cosine, shared))
+    states = text_states(pipe, list(dict.fromkeys([*prompts, *texts])))
+    row = {text: number for number, text in enumerate(states.texts)}
+    return gammas(states.take([row[text] for text in prompts]), states.take([row[text] for text in texts]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -165,6 +165,19 @@ class Delta:
         return digest.hexdigest()
 
 
+def stack_layers(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    """Stack the factors of several changes of one layer, so that up @ down is the sum of the changes.
+
+    Args:
+        layers: (down, up, alpha) of each change; all are for the same layer.
+
+    Returns:
+        down [ranks, in] or [ranks, in, height, width], and up [out, ranks] multiplied by alpha / rank of its change.
+    """
+    scales = torch.tensor([alpha / down.shape[0] for down, _, alpha in layers for _ in range(down.shape[0])])
+    return torch.cat([down for down, _, _ in layers]), torch.cat([up for _, up, _ in layers], 1).flatten(1) * scales
+
+
 def _tidy(tables: Any, noun: str, check: Callable[[str, Any], Any]) -> dict[str, dict[str, Any]]:
     """Return a sorted copy of a payload, with canonical names and values that passed through `check`."""
     if not isinstance(tables, Mapping):
@@ -245,7 +258,8 @@ def _copy(label: str, tensor: Any) -> Tensor:
     if tensor.numel() == 0:
         raise ErasureError(f"{label}: the tensor of shape {list(tensor.shape)} is empty")
     # Always copied, so that the patch does not change when training continues with its own tensors.
-    value = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
-    if not torch.isfinite(value).all():
+    value = tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    # A sum is finite only if every value is, and is quicker; finite values may overflow in it.
+    if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
         raise ErasureError(f"{label}: contains NaN or infinity")
     return value

@@ -16,7 +16,7 @@ from erasure.pipelines.classes import (
     ErasedStableDiffusionXLPipeline,
     load_pipeline,
 )
-from erasure.pipelines.mixin import PatchMixin, load_patch, sibling
+from erasure.pipelines.mixin import PatchMixin, load_patch, load_patches, sibling
 from erasure.pipelines.stack import PatchStack, patch_stack
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "PatchMixin",
     "PatchStack",
     "load_patch",
+    "load_patches",
     "load_pipeline",
     "patch_stack",
     "sibling",

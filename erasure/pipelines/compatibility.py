@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
 from erasure.patch import LowRank, Patch, same_base
 from erasure.patch.fingerprint import fingerprint_tensors
 from erasure.patch.module_keys import find_module, find_parameter
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def check_shapes(name: str, patch: Patch, component: str, module: nn.Module) -> None:
@@ -58,14 +62,15 @@ def _check_layer(component: str, parameter: str, layer: nn.Module | None) -> Non
         )
 
 
-def check_base(name: str, patch: Patch, pipe: Any, base: Callable[[str, str], Tensor]) -> None:
+def check_base(name: str, patch: Patch, pipe: Any, fingerprint: Callable[[str, tuple[str, ...]], str]) -> None:
     """Check that the unpatched weights of a pipeline are the ones that a patch was made from.
 
     Args:
         name: name of the patch, for the message.
         patch: the patch.
         pipe: the pipeline; only its name is used, for the message.
-        base: function from a component and a parameter name to the unpatched value of that parameter.
+        fingerprint: function from a component and the names of its parameters to the fingerprint of their unpatched
+            values.
 
     Raises:
         ErasureError: the fingerprints differ, or the patch records none. The message names both bases.
@@ -78,10 +83,72 @@ def check_base(name: str, patch: Patch, pipe: Any, base: Callable[[str, str], Te
                 f"patch {name!r} does not record which {component} it was made from, so it cannot be checked against "
                 f"{pipeline_name}. Nothing was loaded; to load it anyway, use force=True (--force)"
             )
-        actual = fingerprint_tensors({key: base(component, key) for key in patch.payload.names(component)})
+        actual = fingerprint(component, tuple(patch.payload.names(component)))
         if not same_base(recorded, actual):
             raise ErasureError(
                 f"patch {name!r} was made from {patch.base or 'an unnamed base'} ({component} {recorded[:16]}), but "
                 f"this pipeline is {pipeline_name} ({component} {actual[:16]}). Nothing was loaded. The shapes fit: "
                 "to transfer the patch to this base, use force=True (--force)"
             )
+
+
+class Compatibility:
+    """The checks of patches before they are loaded: what they have in common is computed once.
+
+    Args:
+        pipe: the pipeline.
+        component: function from the name of a component to its module.
+        fingerprint: function from a component and names of its parameters to their fingerprint.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        component: Callable[[str], nn.Module],
+        fingerprint: Callable[[str, tuple[str, ...]], str],
+    ) -> None:
+        self._pipe, self._component, self._fingerprint = pipe, component, cache(fingerprint)
+        self._fitting: set[tuple[Any, ...]] = set()
+
+    def check(self, name: str, patch: Patch, force: bool) -> None:
+        """Check the layers and shapes of a patch, and its base unless forced.
+
+        Args:
+            name: name of the patch, for the message.
+            patch: the patch.
+            force: whether the patch may have been made from another base.
+
+        Raises:
+            ErasureError: a layer is missing or has another shape, or the base is another one.
+        """
+        for component in patch.components:
+            names = patch.payload.names(component)
+            shapes = tuple(patch.payload.shape(component, parameter) for parameter in names)
+            layout = component, type(patch.payload), tuple(names), shapes
+            if layout not in self._fitting:
+                check_shapes(name, patch, component, self._component(component))
+                self._fitting.add(layout)
+        if not force:
+            check_base(name, patch, self._pipe, self._fingerprint)
+
+
+class Fingerprints:
+    """Fingerprints of unpatched weights, computed again only when a checksum says that the weights have changed.
+
+    Args:
+        base: function from a component and a parameter name to the unpatched value of that parameter.
+    """
+
+    def __init__(self, base: Callable[[str, str], Tensor]) -> None:
+        self._base = base
+        self._known: dict[tuple[str, tuple[str, ...]], tuple[list[Any], str]] = {}
+
+    def __call__(self, component: str, names: tuple[str, ...]) -> str:
+        """Return the fingerprint of some parameters of a component."""
+        values = {name: self._base(component, name) for name in names}
+        # Sums of the bits as whole numbers are exact: hashing three precisions takes twenty times as long.
+        sums = [(value.dtype, int(value.detach().view(INTEGERS[value.itemsize]).sum())) for value in values.values()]
+        known = self._known.get((component, names))
+        if known is None or known[0] != sums:
+            known = self._known[component, names] = sums, fingerprint_tensors(values)
+        return known[1]

@@ -9,6 +9,7 @@ import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -16,6 +17,7 @@ from diffusers import DiffusionPipeline
 from erasure.errors import ErasureError
 from erasure.model.loading import open_pipeline
 from erasure.patch import Patch
+from erasure.patch.module_keys import NETWORKS
 from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
 from erasure.pipelines.user_loras import LoraMixin
 
@@ -44,6 +46,41 @@ def load_patch(
     """
     patch = path_or_patch if isinstance(path_or_patch, Patch) else Patch.load(path_or_patch)
     return patch_stack(pipe).load(patch, name, strength, force)
+
+
+def load_patches(
+    pipe: Any,
+    patches: str | os.PathLike[str] | Mapping[str, PatchSource] | Iterable[PatchSource],
+    strength: float = 1.0,
+    force: bool = False,
+) -> list[str]:
+    """Load many patches into any diffusers pipeline at once; the time grows with their number.
+
+    Args:
+        pipe: the pipeline. Gated patches need one of the Erased classes (a `PatchMixin`).
+        patches: a folder, of which every `.safetensors` file is loaded in the order of their names; or a list of
+            patches, files or names on the hub; or a mapping from names to them.
+        strength: factor on the change of each.
+        force: whether to load them also onto another base than they were made from, provided that all shapes fit.
+
+    Returns:
+        The names of the patches on the pipeline.
+
+    Raises:
+        ErasureError: the folder does not exist or holds no patch, or as for `load_patch`. No patch is loaded then.
+    """
+    named: Iterable[tuple[str | None, PatchSource]]
+    if isinstance(patches, str | os.PathLike):
+        files = sorted(path for path in Path(patches).glob("*.safetensors") if path.is_file())
+        if not files:
+            raise ErasureError(f"{os.fspath(patches)} is not a folder with patches (.safetensors). Nothing was loaded")
+        named = [(None, path) for path in files]
+    elif isinstance(patches, Mapping):
+        named = patches.items()
+    else:
+        named = [(None, patch) for patch in patches]
+    read = [(name, patch if isinstance(patch, Patch) else Patch.load(patch)) for name, patch in named]
+    return patch_stack(pipe).load_all(read, strength, force)
 
 
 class PatchMixin(LoraMixin):
@@ -78,6 +115,15 @@ class PatchMixin(LoraMixin):
     ) -> str:
         """Load a patch into this pipeline; see `erasure.load_patch` for the arguments and errors."""
         return load_patch(self, path_or_patch, name, strength, force)
+
+    def load_patches(
+        self,
+        patches: str | os.PathLike[str] | Mapping[str, PatchSource] | Iterable[PatchSource],
+        strength: float = 1.0,
+        force: bool = False,
+    ) -> list[str]:
+        """Load a folder or list of patches at once, as `erasure.pipelines.load_patches` does."""
+        return load_patches(self, patches, strength, force)
 
     def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
         """Set the strengths of all patches: those that are not named get strength 0.
@@ -134,22 +180,30 @@ class PatchMixin(LoraMixin):
             ErasureError: a patched component was replaced, or a gate cannot be evaluated.
         """
         encode = super().encode_prompt  # type: ignore[misc]
-        if self._erasure_scope is not None and not (self._erasure_negative_apart and self._erasure_encoded):
-            self._erasure_encoded = True
-            bound = inspect.signature(encode).bind(*args, **kwargs)
-            bound.apply_defaults()
-            self._erasure_scope.close()
-            rows, prompts = _prompts(bound.arguments, self._erasure_prompts)
-            images = bound.arguments.get("num_images_per_prompt") or 1
-            stack = patch_stack(self)
-            if replaced := stack.strange(self):
-                raise ErasureError(
-                    f"{', '.join(replaced)} was replaced while patches were loaded. Unload the patches before you "
-                    "replace it"
-                )
-            encoded = bound.arguments.get("prompt_embeds") is not None
-            self._erasure_acting = stack.open(prompts, rows, images, self._erasure_scope, encoded)
-        return encode(*args, **kwargs)
+        if self._erasure_scope is None or (self._erasure_negative_apart and self._erasure_encoded):
+            return encode(*args, **kwargs)
+        self._erasure_encoded = True
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        bound.apply_defaults()
+        self._erasure_scope.close()
+        rows, prompts = _prompts(bound.arguments, self._erasure_prompts)
+        images = bound.arguments.get("num_images_per_prompt") or 1
+        stack = patch_stack(self)
+        if replaced := stack.strange(self):
+            raise ErasureError(
+                f"{', '.join(replaced)} was replaced while patches were loaded. Unload the patches before you "
+                "replace it"
+            )
+        encoded = bound.arguments.get("prompt_embeds") is not None
+        result = None
+        # Without patches, so that the gates see the same prompts as always. A scaled LoRA would change the states.
+        if not encoded and bound.arguments.get("lora_scale") is None:
+            with stack.watching() as watched:
+                result = encode(*args, **kwargs) if watched else None
+        self._erasure_acting = stack.open(prompts, rows, images, self._erasure_scope, encoded)
+        if result is None or any(hook.component not in NETWORKS for hook in self._erasure_acting):
+            return encode(*args, **kwargs)
+        return result
 
     def __call__(self, *args: Any, erasure_prompts: list[str] | str | None = None, **kwargs: Any) -> Any:
         """Generate images as the diffusers pipeline does, with the loaded patches acting.

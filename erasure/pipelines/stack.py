@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import weakref
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from erasure.concepts.similarity import similarities
 from erasure.errors import ErasureError, unknown
-from erasure.patch import Patch
+from erasure.patch import Delta, LowRank, Patch
 from erasure.patch.module_keys import COMPONENTS, NETWORKS
-from erasure.patch.ops.conflicts import warn_of_overlap
+from erasure.patch.ops.overlap_warning import warn_of_overlap
 from erasure.pipelines.bypass_warning import BypassWarning
-from erasure.pipelines.compatibility import check_base, check_shapes
+from erasure.pipelines.compatibility import Compatibility, Fingerprints
 from erasure.pipelines.fused_weights import FoldedWeights, Share
-from erasure.pipelines.gated_lora import Membrane, attached, membranes
+from erasure.pipelines.gated_lora import Membrane, membranes
+from erasure.pipelines.gates.evaluation import GateEvaluation
 from erasure.pipelines.gates.latent import Combination, Decider, LatentGate
 from erasure.pipelines.gates.parse import parse_gate
 from erasure.pipelines.gates.text import TextGate
+from erasure.pipelines.loaded import Loaded, checked_name, checked_strength
 from erasure.pipelines.torch_compile import original, uncompiled
 
 ATTRIBUTE = "_erasure_stack"
 Acting = Membrane | Combination  # what gates attach for one call; both count how often they ran
 # The stack whose patches change a module: pipelines may share components.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A patch on the stack with its strength and its gate.
-
-    Args:
-        patch: the patch.
-        strength: factor on its change.
-        gate: its gate, or None if it acts on every prompt alike.
-    """
-
-    patch: Patch
-    strength: float
-    gate: TextGate | LatentGate | None
 
 
 def patch_stack(pipe: Any) -> PatchStack:
@@ -100,7 +86,8 @@ class PatchStack:
         self._fused = False
         self._modules: dict[str, nn.Module] = {}
         self._weights = FoldedWeights(self.component)
-        self._decider: Decider | None = None
+        self._fingerprints = Fingerprints(self._weights.base)
+        self._gates = GateEvaluation(self.component)
         self._bypass_warning = BypassWarning()
 
     def component(self, name: str) -> nn.Module:
@@ -153,8 +140,8 @@ class PatchStack:
             self.forget()
 
     def forget(self) -> None:
-        """Discard the cached decisions of latent gates, because the predictions of the networks have changed."""
-        self._decider = None
+        """Discard what the gates have computed with the networks, because these have changed."""
+        self._gates.forget()
 
     def load(self, patch: Patch, name: str | None = None, strength: float = 1.0, force: bool = False) -> str:
         """Check a patch against the pipeline and load it.
@@ -172,8 +159,37 @@ class PatchStack:
             ErasureError: the name is taken, the base is another one, a shape does not fit, or this pipeline cannot run
                 the gate. Nothing is changed then.
         """
-        name = self._checked_name(patch, name)
-        strength = _checked_strength(strength)
+        return self.load_all([(name, patch)], strength, force)[0]
+
+    def load_all(
+        self, patches: Iterable[tuple[str | None, Patch]], strength: float = 1.0, force: bool = False
+    ) -> list[str]:
+        """Check several patches against the pipeline and load them together; the time grows with their number.
+
+        Args:
+            patches: for each patch its name, or None, and the patch.
+            strength: factor on the change of each.
+            force: as for `load`.
+
+        Returns:
+            The names of the patches on the stack.
+
+        Raises:
+            ErasureError: as for `load`. None of the patches is loaded then.
+        """
+        strength, new = checked_strength(strength), dict[str, Loaded]()
+        checks = Compatibility(self.pipe, self.component, self._fingerprints)
+        for given, patch in patches:
+            name = checked_name(patch, given, ChainMap(new, self._loaded))
+            new[name] = Loaded(patch, strength, self._checked_gate(name, patch))
+            for component in patch.components:
+                self._check_owner(component)
+            checks.check(name, patch, force)
+        warn_of_overlap(*({name: entry.patch for name, entry in entries.items()} for entries in (new, self._loaded)))
+        self._change({**self._loaded, **new})
+        return list(new)
+
+    def _checked_gate(self, name: str, patch: Patch) -> TextGate | LatentGate | None:
         gate = parse_gate(patch)
         if gate is not None and not hasattr(type(self.pipe), "gate_log"):
             kind = type(self.pipe).__name__
@@ -184,14 +200,7 @@ class PatchStack:
             )
         if isinstance(gate, LatentGate):
             Decider.check(self.pipe)
-        for component in patch.components:
-            self._check_owner(component)
-            check_shapes(name, patch, component, self.component(component))
-        if not force:
-            check_base(name, patch, self.pipe, self._weights.base)
-        warn_of_overlap(name, patch, {other: entry.patch for other, entry in self._loaded.items()})
-        self._change({**self._loaded, name: Loaded(patch, strength, gate)})
-        return name
+        return gate
 
     def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
         """Set the strengths of all patches: those that are not named get strength 0.
@@ -203,7 +212,7 @@ class PatchStack:
             ErasureError: a name is not loaded, or a strength is not a finite number. Nothing is changed then.
         """
         if isinstance(patches, Mapping):
-            strengths = {name: _checked_strength(strength) for name, strength in patches.items()}
+            strengths = {name: checked_strength(strength) for name, strength in patches.items()}
         else:
             strengths = dict.fromkeys([patches] if isinstance(patches, str) else patches, 1.0)
         self._check_loaded(strengths)
@@ -216,20 +225,7 @@ class PatchStack:
             Name -> a table with `strength`, `method`, `concepts` (names), `anchors` (by name), `gate` (its kind),
             `kind` (of the payload), `components`, `costs` and `bytes` (of its file; None if not loaded from one).
         """
-        return {
-            name: {
-                "strength": entry.strength,
-                "method": entry.patch.method,
-                "concepts": entry.patch.names,
-                "anchors": entry.patch.anchors,
-                "gate": entry.patch.gate["kind"],
-                "kind": entry.patch.payload.kind,
-                "components": entry.patch.components,
-                "costs": dict(entry.patch.costs),
-                "bytes": entry.patch.stored.get("bytes"),
-            }
-            for name, entry in self._loaded.items()
-        }
+        return {name: entry.describe() for name, entry in self._loaded.items()}
 
     def delete_patches(self, names: Iterable[str] | str) -> None:
         """Unload patches, and restore the base bit for bit in weights that no other patch changes.
@@ -293,7 +289,7 @@ class PatchStack:
             )
         strengths = {name: [entry.strength] * rows for name, entry in self._loaded.items()}
         with uncompiled(self.pipe) if gated else nullcontext():
-            strengths |= {name: self._strengths(entry, prompts or []) for name, entry in gated.items()}
+            strengths |= self._gates.strengths(self.pipe, gated, prompts or [])
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
         acting = {name: entry for name, entry in gated.items() if any(strengths[name])}
         bypassed = [
@@ -304,59 +300,59 @@ class PatchStack:
                 f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Pass the "
                 "prompt as text, or call fuse_patches() before you encode it"
             )
-        if acting:
-            scope.enter_context(uncompiled(self.pipe))
-        hooks: list[Acting] = []
+        if not acting:
+            return []
+        scope.enter_context(uncompiled(self.pipe))
+        terms: list[tuple[LowRank | Delta, torch.Tensor]] = []
         parts: list[tuple[torch.Tensor, Callable[[], Any]]] = []
         # Sorted by content, as in the weights, so that the order of loading changes no bit.
         for name, entry in sorted(acting.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
             shares = torch.tensor(strengths[name])
             if isinstance(entry.gate, LatentGate):
-                parts.append((shares.repeat_interleave(images), self._patched(entry.patch)))
-                continue
-            for membrane, module in membranes(entry.patch.payload, self.component, shares, images):
-                scope.callback(membrane.attach(module).remove)
-                hooks.append(membrane)
-        if not parts:
-            return hooks
-        combination = Combination(self.component("unet"), parts, whole=bool(hooks))
-        scope.callback(combination.remove)
-        return [*hooks, combination]
+                parts.append((shares.repeat_interleave(images), self._gates.patched(entry.patch)))
+            else:
+                terms.append((entry.patch.payload, shares))
+        hooks: list[Acting] = []
+        for membrane, module in membranes(terms, self.component, images):
+            scope.callback(membrane.attach(module).remove)
+            hooks.append(membrane)
+        if parts:
+            combination = Combination(self.component("unet"), parts, whole=bool(hooks))
+            scope.callback(combination.remove)
+            hooks.append(combination)
+        return hooks
 
-    def _strengths(self, entry: Loaded, prompts: list[list[str]]) -> list[float]:
-        """Return the strength of one gated patch for each prompt, multiplied by the strength that the user has set.
+    @contextmanager
+    def watching(self) -> Iterator[bool]:
+        """Let the gates take over the states of the prompts that the pipeline encodes inside the context.
 
-        For a text gate, it is the largest over the texts of the prompt and of the gate; for a latent gate, 1 - w.
+        Yields:
+            Whether they do; if not, they encode the prompts themselves.
         """
-        gate = entry.gate
-        if isinstance(gate, TextGate):
-            texts = [text for row in prompts for text in row]
-            nearest = dict(zip(texts, map(max, similarities(self.pipe, texts, list(gate.texts))), strict=True))
-            return [entry.strength * max(gate.strength(nearest[text]) for text in row) for row in prompts]
-        if not isinstance(gate, LatentGate):
-            return [entry.strength] * len(prompts)
-        patched = self._patched(entry.patch)
-        self._decider = self._decider or Decider(self.pipe)
-        key = (entry.patch.payload.digest, gate)
-        present = [self._decider.present(key, gate, row[0], patched) for row in prompts]
-        return [entry.strength * (1 - (gate.on if decision else gate.off)) for decision in present]
-
-    def _patched(self, patch: Patch) -> Callable[[], Any]:
-        """Return a function that opens a context in which the UNet has a low-rank patch at strength 1."""
-        return attached(membranes(patch.payload, self.component, torch.ones(1), 1))
+        if not self._gates.may_watch(self.pipe, self.gated):
+            yield False
+            return
+        with self._bypass_warning.decided(), self._gates.watching(self.pipe):
+            yield True
 
     def _change(self, loaded: dict[str, Loaded], fused: bool | None = None) -> None:
         fused = self._fused if fused is None else fused
-        before = self._shares(self._loaded, self._fused)
+        before, after = self._shares(self._loaded, self._fused), self._shares(loaded, fused)
+        reencode = _encoder_shares(before) != _encoder_shares(after)
         try:
-            self._weights.fold(self._shares(loaded, fused))
+            self._weights.fold(after)
+            self._gates.forget(texts=reencode)
+            if not fused:
+                with self._bypass_warning.decided():
+                    self._gates.encode(self.pipe, loaded)
         except BaseException:
             self._weights.fold(before)
+            self._gates.forget()
             raise
-        self._loaded, self._fused, self._decider = loaded, fused, None
-        self._modules = {
-            component: self.component(component) for entry in loaded.values() for component in entry.patch.components
-        }
+        self._gates.keep(loaded)
+        self._loaded, self._fused = loaded, fused
+        components = {component for entry in loaded.values() for component in entry.patch.components}
+        self._modules = {component: self.component(component) for component in sorted(components)}
         self._claim()
         touched = {component for entry in self.gated.values() for component in entry.patch.components}
         self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
@@ -377,24 +373,12 @@ class PatchStack:
                 f"({', '.join(stack._loaded)}). Unload them there first"
             )
 
-    def _checked_name(self, patch: Patch, name: str | None) -> str:
-        if name is None:
-            stem = "+".join(patch.names)
-            candidates = [stem, *(f"{stem}-{number}" for number in range(2, len(self._loaded) + 2))]
-            return next(candidate for candidate in candidates if candidate not in self._loaded)
-        if not isinstance(name, str) or not name:
-            raise ErasureError(f"the name of a patch must be a non-empty string, not {name!r}")
-        if name in self._loaded:
-            raise ErasureError(f"a patch named {name!r} is already loaded. Loaded patches: {', '.join(self._loaded)}")
-        return name
-
     def _check_loaded(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self._loaded:
                 raise unknown("patch", name, self._loaded)
 
 
-def _checked_strength(strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise ErasureError(f"a strength must be a finite number, not {strength!r}")
-    return float(strength)
+def _encoder_shares(shares: list[Share]) -> list[tuple[str, float]]:
+    """Return what identifies the shares that change a text encoder."""
+    return sorted(share.order for share in shares if not set(share.payload.components) <= set(NETWORKS))

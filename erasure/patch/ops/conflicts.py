@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,6 @@ from erasure.patch.payload import Delta, LowRank
 # Among 18 patches of the benchmark on glyph, cosines between different concepts are at most 0.16 in size, and those
 # between methods for the same concept reach 0.28.
 NOTABLE = 0.2
-LOG = logging.getLogger("erasure")
 _SQUARES: weakref.WeakKeyDictionary[LowRank | Delta, dict[str, dict[str, float]]] = weakref.WeakKeyDictionary()
 
 
@@ -99,31 +97,6 @@ def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
             if component in other[1].components:
                 rows += _overlap(component, one, other)
     return sorted(rows, key=lambda row: -abs(row.cosine))
-
-
-def warn_of_overlap(name: str, patch: Patch, loaded: Mapping[str, Patch]) -> list[Overlap]:
-    """Log a warning for each loaded patch with which a new patch has a notable overlap.
-
-    Loading patches that overlap is allowed and may be intended, so no error is raised. The logger is `erasure`.
-
-    Args:
-        name: the name of the new patch.
-        patch: the new patch.
-        loaded: the patches that are already loaded, by name.
-
-    Returns:
-        The notable overlaps.
-    """
-    overlaps = [
-        row
-        for other, earlier in loaded.items()
-        if set(earlier.components) & set(patch.components)
-        for row in conflicts({other: earlier, name: patch})
-        if row.notable
-    ]
-    for row in overlaps:
-        LOG.warning("%s. To choose strengths, see `erasure patch conflicts` and `erasure patch merge`", row.text())
-    return overlaps
 
 
 def _named(patches: Iterable[Patch]) -> dict[str, Patch]:

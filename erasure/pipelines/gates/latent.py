@@ -193,6 +193,8 @@ class Combination:
         whole: whether to run every row through every patch, because other hooks expect full batches.
     """
 
+    component = "unet"
+
     def __init__(self, unet: nn.Module, parts: list[tuple[Tensor, Callable[[], Any]]], whole: bool) -> None:
         self._unet, self._parts, self._whole = unet, parts, whole
         self._forward = unet.forward

@@ -11,7 +11,8 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch, fingerprint
 from erasure.patch.ops.arithmetic import add, merge, negate, scale, subtract
-from erasure.patch.ops.conflicts import NOTABLE, conflicts, warn_of_overlap
+from erasure.patch.ops.conflicts import NOTABLE, conflicts
+from erasure.patch.ops.overlap_warning import warn_of_overlap
 from erasure.pipelines import ErasedStableDiffusionPipeline, load_patch
 from erasure.pipelines.stack import patch_stack
 from tests.patch.making import delta_patch, gap, low_rank_patch, same, weights
@@ -227,8 +228,13 @@ def test_overlaps_in_figures(pipe):
 
 def test_an_overlap_is_logged_and_not_raised(pipe, caplog):
     one, other = low_rank_patch(pipe, 1), low_rank_patch(pipe, 2)
-    assert warn_of_overlap("new", other, {"one": one}) == [] and not caplog.records
+    assert warn_of_overlap({"new": other}, {"one": one}) == [] and not caplog.records
     near = add(one, other)
-    (row,) = warn_of_overlap("new", near, {"one": one, "text": low_rank_patch(pipe, components=("text_encoder",))})
-    assert row.cosine > NOTABLE and "one and new both change" in caplog.text and "cosine +0." in caplog.text
+    (row,) = warn_of_overlap({"new": near}, {"one": one, "text": low_rank_patch(pipe, components=("text_encoder",))})
+    assert (
+        row[0] > NOTABLE
+        and row[1:] == ("one", "new", "unet")
+        and "one and new both change" in caplog.text
+        and "cosine +0." in caplog.text
+    )
     assert isinstance(near.payload, LowRank)

@@ -147,7 +147,7 @@ def test_one_step_by_hand(pipe, monkeypatch):
     stack = patch_stack(pipe)
     with torch.no_grad():
         plain = pipe.unet(x, 5, texts).sample
-        with stack._patched(gated)():
+        with stack._gates.patched(gated)():
             lora = pipe.unet(x, 5, texts).sample
         with ExitStack() as scope:
             stack.open([["cat"]], 1, 1, scope)

@@ -123,7 +123,7 @@ def test_a_row_of_strength_0_keeps_its_bits_even_if_the_term_overflows():
     layer = torch.nn.Linear(4, 3)
     x = torch.rand(2, 4)
     base = layer(x)
-    membrane = Membrane(torch.full((1, 4), 1e30), torch.full((3, 1), 1e30), 1.0, torch.tensor([0.0, 1.0]))
+    membrane = Membrane(torch.full((1, 4), 1e30), torch.full((3, 1), 1e30), torch.tensor([[0.0], [1.0]]))
     handle = membrane.attach(layer)
     output = layer(x)
     handle.remove()
