@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as replaced
@@ -88,8 +89,8 @@ def loading(pipe: Any, made: list[Patch], folder: Path) -> list[dict[str, Any]]:
     rows = []
     for n in sorted({len(made) // 4, len(made) // 2, len(made)}):
         read: list[Patch] = []
-        row = {"patches": n, "read": seconds(lambda n=n, read=read: read.extend(map(Patch.load, files[:n])))}
-        row["load_patches"] = seconds(lambda read=read: pipe.load_patches(read))
+        row = {"patches": n, "read": seconds(partial(read.extend, map(Patch.load, files[:n])))}
+        row["load_patches"] = seconds(partial(pipe.load_patches, read))
         pipe.unload_patches()
         rows.append({key: round(value, 2) for key, value in row.items()})
         print(rows[-1], flush=True)
@@ -130,9 +131,9 @@ def drawing(pipe: Any, made: list[Patch], steps: int, turns: int) -> dict[str, d
         noise = [torch.Generator().manual_seed(row) for row in range(2)]
         return seconds(lambda: of([prompt, NONE], num_inference_steps=steps, guidance_scale=3.0, generator=noise))
 
-    calls: dict[str, Callable[[], float]] = {"no patches": lambda: draw(bare, NONE)}
+    calls: dict[str, Callable[[], float]] = {"no patches": partial(draw, bare, NONE)}
     for key, prompt in prompts.items():
-        calls[key] = lambda prompt=prompt: draw(pipe, prompt)
+        calls[key] = partial(draw, pipe, prompt)
     rows = in_turns(calls, turns)
     for key, prompt in prompts.items():
         draw(pipe, prompt)
@@ -173,9 +174,9 @@ def gating(pipe: Any, made: list[Patch], turns: int) -> dict[str, Any]:
     with torch.no_grad():
         with replaced.object(gate_texts, "text_states", drawn):
             large.load_patches(made)
-        calls: dict[str, Callable[[], float]] = {"no patches": lambda: encode(NONE)}
+        calls: dict[str, Callable[[], float]] = {"no patches": partial(encode, NONE)}
         for key, prompt in {"none acts": NONE, "1 acts": ONE, "16 act": MANY}.items():
-            calls[key] = lambda prompt=prompt: gated(prompt)
+            calls[key] = partial(gated, prompt)
         rows = in_turns(calls, turns)
     large.unload_patches()
     return {"seconds a gate text": round(each, 3), "rows": rows}
