@@ -33,12 +33,13 @@ def summary(table: Table) -> str:
 
 def pages() -> dict[str, dict[str, str]]:
     """Return path of a page -> name of a block -> the text of the block."""
-    methods, together = (
+    methods, together, many = (
         Table.from_json(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
-        for name in ("glyph", "together")
+        for name in ("glyph", "together", "many")
     )
     return {
         "README.md": {"summary": summary(methods)},
+        "docs/closed-forms.md": {"many": many.summary(COLUMNS, ())},
         "docs/formats.md": {"formats": matrix()},
         "docs/results.md": {
             "methods": methods.summary(COLUMNS, COSTS),

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import shown
 from erasure.errors import ErasureError
-from erasure.methods import Chosen, choose, configured, count_of, kind_of, worded
+from erasure.methods import Chosen, choose, configured, count_of, find, kind_of, worded
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
@@ -40,6 +41,7 @@ def erase(
     preview_every: int | None = None,
     trackers: Sequence[str] = (),
     preset: str | None = None,
+    dtype: str = "fp32",
     **overrides: Any,
 ) -> Patch:
     """Erase concepts and return the patch; the model is left as it was.
@@ -58,6 +60,7 @@ def erase(
             draws the base and the result.
         trackers: log the losses with accelerate, into `<out>.logs`: tensorboard, wandb.
         preset: the preset whose settings are taken; None: that of the family which the model belongs to.
+        dtype: type of the tensors in the file; see `Patch.save`.
         overrides: single settings of the method and of `Computing`, which override everything else.
 
     Raises:
@@ -72,8 +75,9 @@ def erase(
     file = read_yaml(Path(config)) if config is not None else {}
     computing, layers = Computing.split(file, overrides)
     # Bad input is refused before the model is loaded.
-    configured(method, Concept.list_of(concept), *layers).check_options(computing, preview_every, trackers)
-    output = Output(Path(out) if out is not None else None, preview_every, trackers)
+    concepts = Concept.list_of(concept, most=find(method).MOST)
+    configured(method, concepts, *layers).check_options(computing, preview_every, trackers)
+    output = Output(Path(out) if out is not None else None, preview_every, trackers, dtype)
     output.check()
     base = Base.of(model)
     check_resident(base)
@@ -83,6 +87,7 @@ def erase(
     return _run(settled.chosen.method, base, settled.concepts, computing, seed, shown, output)
 
 
+MOST_LINES = 12  # concepts that are listed one by one
 LAYERS = ("the file of --config", "given")  # where settings that override a preset come from, the stronger one last
 
 
@@ -107,7 +112,12 @@ class Settled:
     def lines(self) -> list[str]:
         """Return for people where each setting came from: the family, the kinds, then a line for each source."""
         lines = [f"settings of {self.chosen.method.method} for {self.base.name}: {self.family.text}"]
-        lines += [f"{concept.name!r} is erased as {_as_kind(concept)}" for concept in self.concepts]
+        if len(self.concepts) <= MOST_LINES:
+            lines += [f"{concept.name!r} is erased as {_as_kind(concept)}" for concept in self.concepts]
+        else:
+            counts = Counter(concept.kind for concept in self.concepts)
+            kinds = ", ".join(f"{count} of kind {kind}" for kind, count in counts.items())
+            lines.append(f"{len(self.concepts)} concepts are erased together: {kinds}")
         for source, values in self.chosen.by_source().items():
             lines.append(f"{', '.join(f'{key}={shown(value)}' for key, value in values.items())}: {source}")
         return lines
@@ -142,7 +152,7 @@ def settle(
 
     check_network(method, base)
     family = base.family(preset)
-    concepts = Concept.list_of(concept, base.words)
+    concepts = Concept.list_of(concept, base.words, find(method).MOST)
     count = count_of(concepts, family.preset is None or family.preset.counts_members)
     chosen = choose(method, kind_of(concepts), layers, count=count, family=family)
     if not getattr(chosen.method, "parity", False):  # parity modes bring the prompts of their scripts
@@ -214,7 +224,7 @@ def _run(
         engine.close()  # the fingerprint is taken of the base's own weights
         patch = assemble(result, settings, base, concepts, run)
         if (target := output.patch) is not None:
-            group.first(lambda: patch.save(target))
+            group.first(lambda: patch.save(target, output.dtype))
         run.close()
     return patch
 
@@ -227,11 +237,13 @@ class Output:
         patch: path of the patch; None writes nothing.
         preview_every: steps between previews; None draws none.
         trackers: names of the trackers that take the losses.
+        dtype: type of the patch's tensors in the file.
     """
 
     patch: Path | None
     preview_every: int | None
     trackers: Sequence[str]
+    dtype: str = "fp32"
 
     def check(self) -> None:
         """Refuse a path that cannot be written before the work is done.
@@ -282,6 +294,7 @@ def assemble(result: FitResult, settings: dict[str, Any], base: Base, concepts: 
         seed=run.seed,
         costs=run.costs.to_json(),
         curves=run.record(),
+        kept=getattr(base, "record", None),
     )
 
 
@@ -298,7 +311,8 @@ def check_resident(base: Base) -> None:
     Raises:
         ErasureError: its weights are not on the device that it computes on.
     """
-    if base.device != next(base.network.parameters()).device:
+    devices = {param.device for param in base.network.parameters()}
+    if base.device not in devices:
         raise ErasureError(
             f"the {base.component} is offloaded: its weights are not on {base.device}, where it computes, and could "
             "not be trained there. Call pipe.remove_all_hooks() and pipe.to(device) first; nothing was changed"

@@ -9,7 +9,7 @@ from typing import Any
 from erasure.concepts.concept import Concept
 from erasure.erasing import LAYERS, settle
 from erasure.errors import ErasureError
-from erasure.methods import configured
+from erasure.methods import configured, find
 from erasure.model.base import Base
 from erasure.training.compute import Computing
 from erasure.training.dry_run import Forecast
@@ -47,7 +47,7 @@ def plan(
         raise ErasureError(f"processes={processes}: must be at least 1")
     computing, layers = Computing.split(file or {}, overrides)
     # Bad input is refused before the model is loaded.
-    configured(method, Concept.list_of(concept), *layers).check_options(computing)
+    configured(method, Concept.list_of(concept, most=find(method).MOST), *layers).check_options(computing)
     base = Base.of(model)
     settled = settle(base, concept, method, dict(zip(LAYERS, layers, strict=True)), preset=preset)
     forecast = settled.chosen.method.forecast(base, settled.concepts, computing, seed, processes)

@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from erasure.concepts.concept import Concept
+from erasure.concepts.concept import MOST, Concept
+from erasure.concepts.name_list import MOST_NAMES
 from erasure.config import check_settings
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.model.architectures import Architecture
 from erasure.model.base import Base
-from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied
+from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied, readers_gram
 from erasure.model.conditioning import text_encoders
 from erasure.model.diffusion import Counts, counting
+from erasure.model.listed_base import ListedBase
 from erasure.model.trajectories import TrajectoryPool, build_pool
 from erasure.patch import LowRank
 from erasure.training.compute import Computing, Engine
@@ -41,6 +44,7 @@ class Method(ABC):
     PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {}  # what it sets besides for a kind of concept
     # Settings that grow with the number of concepts erased together, so that each gets as much as one alone.
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ()
+    MOST: ClassVar[int] = MOST  # concepts in one run
     STOCHASTIC: ClassVar[bool] = True  # whether another seed gives another patch
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet",)  # architectures that it can erase from, by name
     ELSEWHERE: ClassVar[str] = "it has not been carried over from the UNet to transformers yet"  # why from no others
@@ -189,6 +193,8 @@ class ClosedFormMethod(Method):
     something else overrides `edit`. The previews show the base (step 0) and the result (step 1).
     """
 
+    MOST: ClassVar[int] = MOST_NAMES
+    EXACT: ClassVar[bool] = False  # whether the kept states must be exact: their span may decide the result
     STOCHASTIC: ClassVar[bool] = False
     PREVIEWS: ClassVar[bool] = True
     CALLS_UNET: ClassVar[bool] = False
@@ -215,6 +221,17 @@ class ClosedFormMethod(Method):
         """Return what all layers share of the change: by default, the minimum of the objective for `columns`."""
         return Edit(self.columns(base, concepts))
 
+    def state_map(self, base: Base, concepts: list[Concept]) -> StateMap:
+        """Return `edit`, of no greater rank than the base allows, if it limits the rank."""
+        edit = self.edit(base, concepts)
+        if not isinstance(base, ListedBase) or base.most_rank is None or edit.rank <= base.most_rank:
+            return edit
+        columns = self.columns(base, concepts)
+        weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).expand(len(columns.edit))
+        states = columns.edit.double().cpu() * weights.sqrt()[:, None]
+        edit, base.held_share = edit.truncated(base.most_rank, readers_gram(base.unet), states)
+        return edit
+
     def solve(self, edit: StateMap, path: str, module: nn.Module) -> Factors:
         """Return the change of one module's weight; override it where the wanted answers are not those of guides."""
         return edit.factors(module.get_parameter("weight"))
@@ -223,7 +240,7 @@ class ClosedFormMethod(Method):
         """Solve for every layer, and return the factors."""
         modules = self.modules(base)
         with counting(base.network, run.costs):
-            edit = self.edit(base, concepts)
+            edit = self.state_map(base, concepts)
             layers = {path: self.solve(edit, path, module) for path, module in modules.items()}
         if run.previews is not None:
             with Engine(base, Computing(precision="fp32")):
@@ -245,7 +262,7 @@ class ClosedFormMethod(Method):
             raise ErasureError(f"{self.method} reads the text encoder, which has no weights here: it cannot be planned")
         counts = Counts()
         with counting(base.network, counts):
-            edit = self.edit(base, concepts)
+            edit = self.state_map(base, concepts)
         seconds = 0.0
         if base.device.type != "meta":
             seconds = counts.seconds + self._seconds(edit, modules)

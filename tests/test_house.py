@@ -29,6 +29,7 @@ STOREYS = (
     ("method",),
     ("methods",),
     ("erasing", "forecast"),
+    ("takedown",),
     ("prompts",),
     ("evaluation",),
     ("formats",),

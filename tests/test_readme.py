@@ -28,7 +28,10 @@ import pytest
 
 from erasure.cli.main import main
 from erasure.cli.parser import parser
+from erasure.formats.single_file import save_single_file
+from erasure.patch import Patch
 from tests.test_house import STOREYS
+from tests.tiny import shrunk_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -85,8 +88,10 @@ def name(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The one folder in which everything runs, with README's patch in it."""
-    return tmp_path_factory.mktemp("pages")
+    """The one folder in which everything runs, with the checkpoint in one file that README names in it."""
+    place = tmp_path_factory.mktemp("pages")
+    save_single_file(shrunk_pipeline(), place / "sd15.safetensors")
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,7 @@ def test_readme_runs(folder, done, monkeypatch):
     names = run_page(README, done)
     assert names["image"].size == (64, 64) and not names["pipe"].get_list_patches()
     assert (folder / "report" / "report.html").is_file()
+    assert Patch.load(folder / "takedown.safetensors").names == ["Van Gogh", "Mickey Mouse"]
     assert len(list((folder / "out" / "images").glob("*.png"))) == 2
 
 

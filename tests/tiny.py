@@ -23,6 +23,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from erasure.model.clip_tokenizer import END, clip_tokenizer
 from erasure.model.single_file import carried
 
 LENGTH = 12  # tokens in a prompt, the two special ones included
@@ -161,6 +162,35 @@ def blueprint(kind: str) -> Any:
                 parts[name] = cls(CLIPTextConfig.from_dict(files[f"{name}/config.json"]))
                 parts[name.replace("text_encoder", "tokenizer")] = object()
     return SimpleNamespace(**parts)
+
+
+def shrunk_pipeline(kind: str = "sd1", seed: int = 0) -> Any:
+    """The true architecture of Stable Diffusion 1 or 2 with random weights, at about a tenth of its width.
+
+    The numbers of blocks, layers and tokens are the true ones, and so is the tokenizer.
+    """
+    detected = carried(kind)
+    files = {name: dict(values) for name, values in detected.files.items()}
+    text, unet, vae = (files[f"{part}/config.json"] for part in ("text_encoder", "unet", "vae"))
+    heads = text["num_attention_heads"]
+    text |= {"hidden_size": 10 * heads, "intermediate_size": 40 * heads, "projection_dim": 10 * heads}
+    unet |= {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 10 * heads, "attention_head_dim": 4}
+    vae |= {"block_out_channels": [32, 32, 64, 64]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = {
+            "unet": UNet2DConditionModel.from_config(unet),
+            "vae": AutoencoderKL.from_config(vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(text)),
+        }
+    return StableDiffusionPipeline(
+        **{name: part.eval() for name, part in parts.items()},
+        tokenizer=clip_tokenizer(detected.pads.get("tokenizer", END)),
+        scheduler=DDIMScheduler.from_config(files["scheduler/scheduler_config.json"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def write_tiny(folder: str | Path, seed: int = 0, kind: str = "sd1") -> Path:

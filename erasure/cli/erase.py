@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from erasure.cli import choices
+from erasure.cli import choices, name_list
 from erasure.cli.arguments import FILE, Commands, Options, Parser
 from erasure.cli.inputs import base
 from erasure.cli.options import add_device, add_file, add_folder, add_model, add_seed, add_settings
@@ -32,7 +32,8 @@ def add_commands(commands: Commands) -> None:
         _erase_arguments,
         "An interrupted run is resumed by the same command.",
         "erasure erase cat --method esd -o cat.safetensors\n"
-        "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors",
+        "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors\n"
+        "erasure erase --list takedown.yaml --model model.safetensors -o takedown.safetensors",
     )
     commands.add(
         "plan",
@@ -90,7 +91,14 @@ def _what_arguments(parser: Parser) -> Options:
     """Add what is erased, from what and how; returns the group about computing."""
     concept = Options(parser, "concept")
     concept.add(
-        "concept", nargs="+", metavar="CONCEPT", help="Name of a concept; several are erased together, by one patch"
+        "concept", nargs="*", metavar="CONCEPT", help="Name of a concept; several are erased together, by one patch"
+    )
+    concept.add(
+        "--list",
+        type=Path,
+        metavar="FILE",
+        completes=FILE,
+        help="Erase the names of this YAML file instead, and keep those that it lists, by one closed-form solve",
     )
     concept.add(
         "--kind",
@@ -116,9 +124,9 @@ def _what_arguments(parser: Parser) -> Options:
     method = Options(parser, "method and settings")
     method.add(
         "--method",
-        default="esd",
         metavar="METHOD",
         names=choices.methods(),
+        shown="esd; speed for a list",
         see="erasure list methods",
         help="Method of erasing",
     )
@@ -205,12 +213,15 @@ def named(args: argparse.Namespace) -> list[Any]:
     Raises:
         ErasureError: an alias, an anchor or a neighbour for several concepts at once.
     """
+    if not args.concept:
+        raise ErasureError("which concept should be erased? Give CONCEPT, or a list of names with --list")
+    args.method = args.method or "esd"
     details = {"aliases": args.alias, "anchor": args.anchor, "keep": args.keep, "kind": args.kind}
     details = {key: value for key, value in details.items() if value}
     if len(args.concept) > 1 and details.keys() - {"kind"}:
         raise ErasureError(
-            "--alias, --anchor and --keep belong to one concept, and several are given; erase several from Python: "
-            "erase(model, [{'name': .., 'anchor': ..}, ..])"
+            "--alias, --anchor and --keep belong to one concept, and several are given: write them into a list "
+            "(--list), or erase from Python: erase(model, [{'name': .., 'anchor': ..}, ..])"
         )
     return [{"name": name, **details} if details else name for name in args.concept]
 
@@ -253,6 +264,9 @@ def run_erase(args: argparse.Namespace) -> None:
     from erasure.erasing import LAYERS, erase, settle
     from erasure.training.compute import Computing
 
+    if args.list is not None:
+        name_list.run_erase(args, settings(args))
+        return
     concepts, model, own = named(args), base(args), settings(args)
     check_kinds(model, concepts)
     layers = Computing.split(read_yaml(args.config) if args.config else {}, own)[1]
@@ -288,6 +302,9 @@ def run_plan(args: argparse.Namespace) -> None:
     from erasure.config import read_yaml
     from erasure.forecast import plan
 
+    if args.list is not None:
+        name_list.run_plan(args, settings(args))
+        return
     concepts, model = named(args), base(args)
     check_kinds(model, concepts)
     file = read_yaml(args.config) if args.config else {}

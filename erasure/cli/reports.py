@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from erasure.evaluation.report.report import Report
     from erasure.evaluation.suite import SuiteResult
 
+MOST_NAMES = 20  # rows of names on a page of the command; the report has all
+
 
 def evaluation(report: Report) -> list[Any]:
     """Lay out an evaluation: every metric of the base and of the patched model, counts of a detector, notes."""
     from erasure.evaluation.metrics.detections import detection_tables
     from erasure.evaluation.report.figures import ARROWS, interval_text, value_text
+    from erasure.evaluation.report.name_tables import erased_rows, kept_rows
 
     rows = []
     for metric in report.rows["patched"]:
@@ -28,6 +31,13 @@ def evaluation(report: Report) -> list[Any]:
     kid = report.metric("KID")
     if kid is not None:
         blocks.append(f"KID: {kid.meaning}")
+    if len(report.concept) > 1:
+        parts = (("name, the least erased first", erased_rows), (f"kept {report.domain}, the most damaged", kept_rows))
+        for title, rows_of in parts:
+            shown = [
+                (row.label, f"{row.before}/{row.n}", f"{row.after}/{row.n}") for row in rows_of(report)[:MOST_NAMES]
+            ]
+            blocks += ["", table((title, "base", "patched"), shown, ("base", "patched"))] if shown else []
     for title, labels in detection_tables(report.counts).items():
         counts = [(row.label, row.base, row.patched) for row in labels]
         blocks += ["", table((title, "base", "patched"), counts, ("base", "patched")) if counts else f"{title}: none"]

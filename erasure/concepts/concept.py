@@ -100,24 +100,25 @@ class Concept:
         return replace(concept, **{field: default for field, default in defaults.items() if field not in value})
 
     @classmethod
-    def list_of(cls, value: Any, vocabulary: Vocabulary | WordLists | None = None) -> list[Concept]:
+    def list_of(cls, value: Any, vocabulary: Vocabulary | WordLists | None = None, most: int = MOST) -> list[Concept]:
         """Make a list of concepts to be erased together.
 
         Args:
             value: anything that `of` accepts, or a list of such values.
             vocabulary: as for `of`.
+            most: the largest number of concepts.
 
         Raises:
-            ErasureError: no concept, more than MOST, a name that occurs in two concepts, or a name that one concept
+            ErasureError: no concept, more than `most`, a name that occurs in two concepts, or a name that one concept
                 erases and another keeps.
         """
         several = isinstance(value, Sequence) and not isinstance(value, str)
         concepts = [cls.of(entry, vocabulary) for entry in (value if several else [value])]
         if not concepts:
             raise ErasureError("no concept was given: name at least one")
-        if len(concepts) > MOST:
+        if len(concepts) > most:
             raise ErasureError(
-                f"{len(concepts)} concepts are too many: one run erases at most {MOST}. "
+                f"{len(concepts)} concepts are too many: one run erases at most {most}. "
                 "Erase them in several runs, and load the patches together"
             )
         owner: dict[str, Concept] = {}

@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
@@ -35,8 +35,11 @@ def everyday_words() -> dict[str, tuple[str, ...]]:
     return {**{kind: tuple(lists[name]) for kind, name in plural.items()}, "content": ()}
 
 
-def words(base: Encoder) -> dict[str, tuple[str, ...]]:
-    """Return nouns and styles by kind: the checkpoint's own vocabulary if it is known, else everyday words."""
+def words(base: Encoder) -> Mapping[str, tuple[str, ...]]:
+    """Return nouns and styles by kind: those that the run lists, the checkpoint's vocabulary, or everyday words."""
+    listed: Mapping[str, tuple[str, ...]] | None = getattr(base, "listed", None)
+    if listed is not None:
+        return listed
     return everyday_words() if base.vocabulary is None else base.vocabulary.by_kind()
 
 
@@ -48,9 +51,9 @@ def prompt_of(kind: str, word: str) -> str:
 def retained(base: Encoder, concepts: list[Concept]) -> list[tuple[str, str]]:
     """List everything that erasing the concepts must not change.
 
-    These are the words that the concepts keep, then the vocabulary without the concepts' names, words that contain
-    one, words that are too long for the text encoder, and words whose encoding is nearly that of a concept (cosine of
-    SAME or more).
+    These are the words that the concepts keep or a list asks to keep, then the vocabulary without the concepts' names,
+    words that contain one, words that are too long for the text encoder, and words whose encoding is nearly that of a
+    concept (cosine of SAME or more).
 
     Args:
         base: the checkpoint, for its vocabulary and its text encoder.
@@ -61,6 +64,7 @@ def retained(base: Encoder, concepts: list[Concept]) -> list[tuple[str, str]]:
     """
     names = {name.lower() for concept in concepts for name in concept.names}
     kinds = {word: concept.kind for concept in concepts for word in concept.keep}
+    kinds |= {word: kind for kind, word in getattr(base, "asked", ())}
     kept = set(kinds)
     for kind, listed in words(base).items():
         for word in listed:
@@ -129,8 +133,40 @@ def anchored(base: Encoder, concept: Concept, concepts: list[Concept], *, first:
     else:
         candidates = neighbours(base, concept, concepts)
     if not candidates:
-        raise ErasureError(f"no word of the vocabulary can be the anchor of {concept.name!r}; give an anchor")
+        raise _no_anchor(concept)
     return replace(concept, anchor=worded(concept, candidates[0]))
+
+
+def all_anchored(base: Encoder, concepts: list[Concept]) -> list[Concept]:
+    """Return the concepts, each with its own anchor or the closest other word of its kind, whatever it keeps.
+
+    The same as `anchored` for each of them, but what may be an anchor is found once for all.
+
+    Args:
+        base: the checkpoint, for its vocabulary and its text encoder.
+        concepts: all concepts that are erased together; none of them becomes an anchor.
+
+    Raises:
+        ErasureError: a concept has no anchor and there is no other word of its kind.
+    """
+    found = list(concepts)
+    listed = retained(base, concepts) if any(concept.anchor is None for concept in concepts) else []
+    for style in (False, True):
+        mine = [i for i, one in enumerate(concepts) if one.anchor is None and (one.kind == "style") == style]
+        candidates = [word for kind, word in listed if (kind == "style") == style]
+        if mine and not candidates:
+            raise _no_anchor(concepts[mine[0]])
+        if mine:
+            kind = "style" if style else "object"
+            texts = [prompt_of(kind, word) for word in candidates]
+            near = cosines(base, texts, [prompt_of(kind, concepts[i].name) for i in mine])
+            for i, best in zip(mine, near.argmax(0).tolist(), strict=True):
+                found[i] = replace(concepts[i], anchor=worded(concepts[i], candidates[best]))
+    return found
+
+
+def _no_anchor(concept: Concept) -> ErasureError:
+    return ErasureError(f"no word of the vocabulary can be the anchor of {concept.name!r}; give an anchor")
 
 
 def worded(concept: Concept, word: str) -> str:

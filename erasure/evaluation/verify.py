@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from erasure.errors import ErasureError
 from erasure.evaluation.metrics.metric import format_value
 from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate_text, table
+from erasure.evaluation.report.name_tables import erased_rows
 from erasure.evaluation.text_files import write_text
 
 if TYPE_CHECKING:
@@ -214,10 +215,12 @@ def header_results(report: Report, attack_report: AttackReport | None) -> dict[s
         for entry in report.metrics()
     }
     outcomes = {} if attack_report is None else attack_report.to_json()["attacks"]
+    several = len(report.concept) > 1
     return {
         "schema": SCHEMA,
         "concept": list(report.concept),
         "metrics": metrics,
+        **({"names": {row.label: row.to_json() for row in erased_rows(report)}} if several else {}),
         "attacks": {
             name: {
                 **outcome["after"],

@@ -29,7 +29,7 @@ from erasure.config import setting
 from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, StateMap
-from erasure.model.concept_columns import Choice, Keep, kept_prompts
+from erasure.model.concept_columns import Choice, Keep, kept_prompts, kept_states
 from erasure.model.null_space import check_free, complement
 from erasure.model.text_columns import Part, states_of
 
@@ -63,6 +63,7 @@ class DP(ClosedFormMethod):
         "cut": 1e-6,
         "rank": None,
     }
+    EXACT: ClassVar[bool] = True
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("rank",)
 
     states: Literal["tail", "last"] = "tail"
@@ -84,7 +85,7 @@ class DP(ClosedFormMethod):
         guides = edited.guides
         if self.guide == "safe" and not all(concept.anchor for concept in concepts):
             guides = projected(edited.states, states_of(base, around(base, concepts), "last"))
-        keep = states_of(base, kept_prompts(base, concepts, self.keep), self.keep_states)
+        keep = kept_states(base, kept_prompts(base, concepts, self.keep), self.keep_states)
         columns = Columns(edited.states, guides, keep, edited.weights)
         return columns if self.rank is None else columns.principal(self.rank)
 

@@ -28,7 +28,7 @@ from erasure.config import setting
 from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, StateMap, readers, recovered
-from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts
+from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
 from erasure.model.text_columns import Part, Places, states_of
 
 OLDER_RIDGE, OLDER_KEEP_WEIGHT = 0.1, 0.1  # of the published script's edits, which keep " " alone
@@ -90,7 +90,7 @@ class RECE(ClosedFormMethod):
         return Columns(
             edit=edited.states,
             guide=edited.guides,
-            keep=states_of(base, kept, self.keep_states),
+            keep=kept_states(base, kept, self.keep_states),
             edit_weight=edited.weights,
             keep_weight=self.keep_weight,
             ridge=self.ridge,

@@ -34,7 +34,7 @@ from erasure.errors import ErasureError
 from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, StateMap, readers
-from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts
+from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
 from erasure.model.null_space import check_free
 from erasure.model.text_columns import Part, states_of
 
@@ -103,7 +103,8 @@ class SPEED(ClosedFormMethod):
         """Return the concept's states, their anchors, and the states that are kept."""
         choice = Choice(self.states, None, self.guide, self.beyond, self.contexts, bare=self.parity)
         edited = choice.edited(base, concepts)
-        keep = states_of(base, kept_prompts(base, concepts, self.keep), self.keep_states)
+        each = self.filter or self.augment  # these work on single states
+        keep = (states_of if each else kept_states)(base, kept_prompts(base, concepts, self.keep), self.keep_states)
         columns = Columns(edited.states, edited.guides, keep, edited.weights)
         return columns if self.rank is None else columns.principal(self.rank)
 
@@ -114,8 +115,8 @@ class SPEED(ClosedFormMethod):
         weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).cpu().expand(len(edit))
         left = ((guide - edit) * (weights / weights.sum())[:, None]).T  # (A - T) = left @ edit
         mean = edit.T @ (edit * (weights / weights.sum())[:, None])  # T
-        stacked = readers(base.unet)
-        if not stacked.is_meta:  # a forecast may have no weights to filter by
+        stacked = readers(base.unet) if self.filter or self.augment else None
+        if stacked is not None and not stacked.is_meta:  # a forecast may have no weights to filter by
             stacked = stacked.cpu()
             if self.filter:
                 keep = most_moved(keep, stacked, left, edit, mean)

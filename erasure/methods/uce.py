@@ -38,7 +38,7 @@ from erasure.errors import ErasureError
 from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap
-from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts
+from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
 from erasure.model.text_columns import Part, Places, states_of
 
 LEAST_KEEP = 0.1  # the older script's s_p = max(0.1, 1 / number of kept prompts)
@@ -121,7 +121,7 @@ class UCE(ClosedFormMethod):
         columns = Columns(
             edit=edited.states,
             guide=self._moved(base, edited.states) if self.attributes else edited.guides,
-            keep=states_of(base, kept, self.keep_states),
+            keep=kept_states(base, kept, self.keep_states),
             edit_weight=self.edit_weight * edited.weights,
             keep_weight=max(LEAST_KEEP, 1 / max(1, len(kept))) if self.keep_weight is None else self.keep_weight,
             ridge=self.ridge,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,21 @@ from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.architectures import pipelines as erasable
 from erasure.model.conditioning import Conditions, place
 from erasure.model.loading import best_device, call_of, look, name_of, open_pipeline, resolve
+
+
+@dataclass(frozen=True)
+class Block:
+    """The states of one name to edit, which are not read before they are needed.
+
+    Args:
+        key: what decides the states, in words: the prompts, those in their stead, and which states are taken.
+        prompts: all prompts whose states `make` reads.
+        make: returns the states [n, d], their guides [n, d] and their weights [n], in float64.
+    """
+
+    key: str
+    prompts: tuple[str, ...]
+    make: Callable[[Any], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -250,6 +265,14 @@ class Base:
             if prompt not in self._texts:
                 self._texts[prompt] = self.architecture.encode(self.pipe, prompt, self.options)
         return Conditions.cat([self._texts[prompt] for prompt in prompts])
+
+    def blocks(self, jobs: Sequence[Block]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the states, guides and weights of each name that is edited together with others; see `Block`."""
+        return [job.make(self) for job in jobs]
+
+    def kept_states(self, prompts: list[str], part: str, read: Callable[..., Tensor]) -> Tensor:
+        """Return the states of kept prompts, one a row: those that `read` returns for this base, prompts and part."""
+        return read(self, prompts, part)
 
     def targets(self, variant: str) -> dict[str, nn.Module]:
         """Return the Linear and Conv2d modules of the network that a variant trains, by their paths.

@@ -82,13 +82,27 @@ class Columns:
         Args:
             count: the largest number of columns.
         """
-        root = torch.as_tensor(self.edit_weight, dtype=torch.float64).cpu().expand(len(self.edit)).sqrt()[:, None]
-        edit = root * self.edit.double().cpu()
-        shift = root * (self.guide.double().cpu() - self.edit.double().cpu())
-        _, values, rows = torch.linalg.svd(torch.cat([edit, shift], dim=1), full_matrices=False)
-        kept = values[:count, None] * rows[:count]
-        width = edit.shape[1]
-        return replace(self, edit=kept[:, :width], guide=kept[:, :width] + kept[:, width:], edit_weight=1.0)
+        weights = torch.as_tensor(self.edit_weight, dtype=torch.float64).cpu().expand(len(self.edit))
+        edit, guide = principal_states(self.edit, self.guide, weights, count)
+        return replace(self, edit=edit, guide=guide, edit_weight=1.0)
+
+
+def principal_states(states: Tensor, guides: Tensor, weights: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return at most `count` states of weight 1, and their guides, that stand for many; see `Columns.principal`.
+
+    Args:
+        states: c [n, d].
+        guides: g [n, d].
+        weights: s [n].
+        count: the largest number of states.
+
+    Returns:
+        Two tensors [count or fewer, d] in float64.
+    """
+    edit, guide, root = states.double().cpu(), guides.double().cpu(), weights.double().cpu().sqrt()[:, None]
+    _, values, rows = torch.linalg.svd(torch.cat([root * edit, root * (guide - edit)], dim=1), full_matrices=False)
+    kept, width = values[:count, None] * rows[:count], edit.shape[1]
+    return kept[:, :width], kept[:, :width] + kept[:, width:]
 
 
 def _width_checked(weight: Tensor, width: int) -> Tensor:
@@ -138,6 +152,32 @@ class StateMap:
         """
         up = _width_checked(weight, len(self.left)) @ self.left
         return self.right.float(), up.float(), float(self.rank)
+
+    def truncated(self, rank: int, gram: Tensor, states: Tensor) -> tuple[StateMap, float]:
+        """Return the map of at most `rank` whose answers to `states` are nearest to this one's, over all layers.
+
+        With L^T L the layers' Gram matrix and S the states as columns, the answers change by L A B S. Its best
+        approximation of that rank (Eckart and Young 1936) projects it on its left singular vectors U, so that the map
+        becomes L^-1 U U^T L A B: no state whatever, and so no kept one, is moved further than before.
+
+        Args:
+            rank: the largest rank.
+            gram: sum_i W_i^T W_i over the layers [d, d]; see `readers_gram`.
+            states: the edited states, weighted by the square roots of their weights [n, d].
+
+        Returns:
+            The map, and the share of the squared change of the answers that it holds, 1 if nothing is left out.
+        """
+        if self.rank <= rank:
+            return self, 1.0
+        ridge = torch.finfo(gram.dtype).eps * len(gram) * gram.diagonal().mean()
+        lower = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+        change = (lower.T @ self.left) @ (self.right @ states.double().cpu().T)
+        values, vectors = torch.linalg.eigh(change @ change.T)  # ascending
+        basis = vectors[:, -rank:]
+        right = (basis.T @ (lower.T @ self.left)) @ self.right
+        share = values[-rank:].sum() / values.clamp_min(0).sum()
+        return StateMap(torch.linalg.solve_triangular(lower.T, basis, upper=True), right), min(1.0, float(share))
 
     def then(self, other: StateMap) -> StateMap:
         """Return the map of applying this one and then, to the weights that result, another one.
@@ -212,6 +252,18 @@ def readers(unet: nn.Module) -> Tensor:
         if path.endswith(READERS)
     ]
     return torch.cat(weights)
+
+
+def readers_gram(unet: nn.Module) -> Tensor:
+    """Return sum_i W_i^T W_i over all keys and values of cross-attention [d, d], in float64 on the CPU."""
+    total: Tensor | None = None
+    for path, module in unet.named_modules():
+        if path.endswith(READERS):
+            weight = module.get_parameter("weight").detach().double().cpu()
+            total = weight.T @ weight if total is None else total.add_(weight.T @ weight)
+    if total is None:
+        raise ErasureError(f"this {type(unet).__name__} has no cross-attention: nothing reads the text states")
+    return total
 
 
 def recovered(after: Tensor, before: Tensor, states: Tensor, ridge: float) -> Tensor:

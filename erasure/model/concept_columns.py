@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
-from erasure.concepts.neighbors import anchored, around, prompt_of, retained
+from erasure.concepts.neighbors import all_anchored, around, prompt_of, retained
 from erasure.errors import ErasureError
-from erasure.model.base import Base
-from erasure.model.text_columns import Pair, Part, Places, checked_names, fits, states_of_pair
+from erasure.model.base import Base, Block
+from erasure.model.text_columns import Pair, Part, Places, checked_names, fits, states_of, states_of_pair
 
 NAME = "{x}"  # the place of the name in a template
 MOST_CONTEXTS = 6  # styles that an object is edited in
@@ -73,24 +74,43 @@ class Choice:
         """
         words = retained(base, list(concepts)) if self.guide == "mean" or self.contexts else []
         styles = [word for kind, word in words if kind == "style"][:MOST_CONTEXTS]
-        states, guides, weights = [], [], []
-        for concept, name in checked_names(base, concepts):
-            if self.guide == "nearest" and not concept.anchor:
-                concept = replace(concept, anchor=anchored(base, replace(concept, keep=()), list(concepts)).anchor)
+        named = checked_names(base, concepts)
+        if self.guide == "nearest":
+            with_anchor = dict(zip(map(id, concepts), all_anchored(base, list(concepts)), strict=True))
+            named = [(with_anchor[id(concept)], name) for concept, name in named]
+        blocks = base.blocks([self._block(base, concept, name, words, styles) for concept, name in named])
+        states, guides, weights = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return Edited(states, guides, weights)
+
+    def _block(
+        self, base: Base, concept: Concept, name: str, words: Sequence[tuple[str, str]], styles: Sequence[str]
+    ) -> Block:
+        """Return what is edited for one name, unread."""
+        first, *more = self.pairs(concept, name, styles)
+        pairs = [first, *(pair for pair in more if fits(base, pair.prompt))]
+        places = self.places or ("ends" if concept.anchor or self.guide == "script" else "same")
+        others = None
+        if self.guide == "mean" and not concept.anchor:
             others = [word for kind, word in words if (kind == "style") == (concept.kind == "style")]
-            first, *more = self.pairs(concept, name, styles)
-            pairs = [first, *(pair for pair in more if fits(base, pair.prompt))]
-            for number, pair in enumerate(pairs):
-                places = self.places or ("ends" if concept.anchor or self.guide == "script" else "same")
-                edit, guide = states_of_pair(base, pair, self.states, places)
-                if self.guide == "mean" and not concept.anchor:
-                    guide = mean_of_others(base, pair, others if number == 0 else spread(others), self.states)
-                    guide = guide + self.beyond * (guide - edit)
-                states.append(edit)
-                guides.append(guide)
-                share = 1.0 if number == 0 else 1 / (len(pairs) - 1)
-                weights.append(torch.full((len(edit),), share, dtype=torch.float64))
-        return Edited(torch.cat(states), torch.cat(guides), torch.cat(weights))
+        key = repr((pairs, self.states, places, self.beyond if others else 0, others))
+        prompts = tuple(text for pair in pairs for text in (pair.prompt, pair.instead))
+        return Block(key, prompts, partial(self._read, pairs=pairs, places=places, others=others))
+
+    def _read(
+        self, base: Base, pairs: Sequence[Pair], places: Places, others: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states, guides and weights of the prompts of one name."""
+        states, guides, weights = [], [], []
+        for number, pair in enumerate(pairs):
+            edit, guide = states_of_pair(base, pair, self.states, places)
+            if others is not None:
+                guide = mean_of_others(base, pair, others if number == 0 else spread(others), self.states)
+                guide = guide + self.beyond * (guide - edit)
+            states.append(edit)
+            guides.append(guide)
+            share = 1.0 if number == 0 else 1 / (len(pairs) - 1)
+            weights.append(torch.full((len(edit),), share, dtype=torch.float64))
+        return torch.cat(states), torch.cat(guides), torch.cat(weights)
 
     def pairs(self, concept: Concept, name: str, styles: Sequence[str] = ()) -> list[Pair]:
         """Return the prompts of one name with those in their stead, the name alone first."""
@@ -136,6 +156,17 @@ def mean_of_others(base: Base, pair: Pair, others: Sequence[str], part: Part) ->
         )
     pairs = [Pair(pair.prompt, pair.name, text) for text in prompts]
     return torch.stack([states_of_pair(base, one, part, "same")[1] for one in pairs]).mean(0)
+
+
+def kept_states(base: Base, prompts: list[str], part: Part) -> Tensor:
+    """Return the states of kept prompts, one a row [m, d], in float64; of a list, d rows with the same Gram matrix.
+
+    Args:
+        base: the checkpoint, for its text encoders.
+        prompts: the prompts; see `kept_prompts`.
+        part: which states of each.
+    """
+    return base.kept_states(prompts, part, states_of)
 
 
 def kept_prompts(base: Base, concepts: Sequence[Concept], keep: Keep) -> list[str]:

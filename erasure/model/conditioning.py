@@ -86,7 +86,9 @@ def place(pipe: Any, module: Any) -> torch.device:
         pipe: the diffusers pipeline.
         module: one of its networks.
     """
-    stored = next(module.parameters()).device
+    # Of a UNet of which only some layers are loaded, these layers' device counts.
+    devices_of = (param.device for param in module.parameters())
+    stored = next((device for device in devices_of if device.type != "meta"), torch.device("meta"))
     if hasattr(module, "_hf_hook"):
         hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
         devices = (getattr(hook, "execution_device", None) for hook in hooks)

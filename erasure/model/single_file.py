@@ -270,6 +270,24 @@ def open_single_file(cls: Any, path: str | os.PathLike[str], detected: DetectedM
     return pipe
 
 
+def own_tokenizer(detected: DetectedModel, name: str) -> Any | None:
+    """Return the tokenizer that a file of ours brings in its header; None if it brings none.
+
+    Args:
+        detected: the file's type.
+        name: the component, such as tokenizer_2.
+    """
+    if not _included(detected.files, name):
+        return None
+    import transformers
+
+    with TemporaryDirectory(prefix="erasure-tokenizer-") as folder:
+        for path, values in detected.files.items():
+            if path.startswith(f"{name}/"):
+                Path(folder, Path(path).name).write_text(json.dumps(values), encoding="utf-8")
+        return getattr(transformers, detected.files[INDEX][name][1]).from_pretrained(folder)
+
+
 def of_type(dtype: Any) -> dict[str, Any]:
     """Return a dtype as the keyword argument of diffusers' loaders, which was called `torch_dtype` before 0.42."""
     import diffusers

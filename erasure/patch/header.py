@@ -32,10 +32,11 @@ JSON: dict[str, type] = {
     "costs": dict,
     "curves": dict,
     "results": dict,
+    "kept": dict,
     "modules": dict,
     "sparse": dict,
 }
-OPTIONAL = ("curves", "results", "modules", "sparse")
+OPTIONAL = ("curves", "results", "kept", "modules", "sparse")
 TEXTS = ("method", "base", "kind", "dtype")
 # Width of the text embedding -> names of the architecture for other loaders.
 ARCHITECTURES = {

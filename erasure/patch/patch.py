@@ -52,6 +52,7 @@ class Patch:
         costs: F and B (forward and backward passes of the UNet, counted in samples), seconds, and peak memory.
         curves: how much was erased and kept in the course of the run, or None where it was not measured.
         results: the measurements of `verify`, or None.
+        kept: for a patch of a list, the words that the list keeps (`NameList.to_json`), or None.
         stored: for a loaded patch, the path, bytes, dtype and dtype_error of the file, its number of different alphas
             (1 in files that we write), and for a patch from the hub the repository and revision; otherwise empty.
 
@@ -71,6 +72,7 @@ class Patch:
     costs: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Any] | None = None
     results: Mapping[str, Any] | None = None
+    kept: Mapping[str, Any] | None = None
     stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class Patch:
         check_fields(values)
         for name, value in values.items():
             object.__setattr__(self, name, tuple(value) if name == "concepts" else value)
-        for name in ("curves", "results"):
+        for name in ("curves", "results", "kept"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, json.loads(to_json(name, dict(value))))
 
@@ -196,7 +198,7 @@ class Patch:
             "dtype_error": to_json("dtype_error", cast_error(self.payload, dtype)),
         }
         fields |= {name: to_json(name, getattr(self, name)) for name in FIELDS}
-        optional = {"curves": self.curves, "results": self.results}
+        optional = {"curves": self.curves, "results": self.results, "kept": self.kept}
         fields |= {name: to_json(name, value) for name, value in optional.items() if value is not None}
         metadata: dict[str, str] = {}
         if isinstance(self.payload, LowRank):

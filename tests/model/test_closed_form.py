@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erasure.errors import ErasureError
-from erasure.model.closed_form import Columns, Edit, applied
+from erasure.model.closed_form import Columns, Edit, applied, readers, readers_gram
 from erasure.patch import LowRank
 
 DRAW = torch.Generator().manual_seed(0)
@@ -145,3 +145,52 @@ def test_an_edit_is_applied_for_a_while():
         raise KeyError
     assert module.weight.data is own or torch.equal(module.weight, values)
     assert module.weight.data_ptr() == own.data_ptr()
+
+
+def layers(*seeds: int) -> list[torch.Tensor]:
+    return [torch.randn(7, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+
+
+def test_a_smaller_rank_is_the_best_one_over_all_layers():
+    """Against the singular values of the stacked answers; neither the first states nor plain truncation reaches it."""
+    draw = torch.Generator().manual_seed(3)
+    states, guides = (torch.randn(4, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    edit, weights = Edit(Columns(states, guides, KEPT)), layers(4, 5, 6)
+    gram = sum(weight.T @ weight for weight in weights)
+    small, share = edit.truncated(2, gram, states)
+    stacked = torch.cat(weights)
+    wanted = stacked @ edit.left @ edit.right @ states.T
+    values = torch.linalg.svdvals(wanted)
+    error = (stacked @ small.left @ small.right @ states.T - wanted).norm()
+    assert small.rank == 2 and float(error) == pytest.approx(float(values[2:].norm()), rel=1e-6)
+    assert share == pytest.approx(float(values[:2].square().sum() / values.square().sum()), rel=1e-6)
+    u, s, v = torch.linalg.svd(edit.left @ edit.right)
+    plain = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    assert (stacked @ plain @ states.T - wanted).norm() > 1.01 * error
+
+
+def test_a_smaller_rank_moves_no_state_further():
+    draw = torch.Generator().manual_seed(3)
+    states, guides = (torch.randn(4, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    edit, weights = Edit(Columns(states, guides, KEPT)), torch.cat(layers(4, 5, 6))
+    small, _ = edit.truncated(2, weights.T @ weights, states)
+    others = torch.randn(50, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    before, after = ((others @ one.right.T @ one.left.T @ weights.T).norm(dim=1) for one in (edit, small))
+    assert (after <= before * (1 + 1e-9)).all() and (after < 0.99 * before).any()
+
+
+def test_a_rank_that_is_enough_changes_nothing():
+    edit = Edit(Columns(EDITED, GUIDE, KEPT))
+    same, share = edit.truncated(2, torch.eye(5, dtype=torch.float64), EDITED.double())
+    assert same is edit and share == 1.0
+
+
+def test_the_gram_matrix_of_the_readers():
+    unet = torch.nn.ModuleDict(
+        {"attn2": torch.nn.ModuleDict({"to_k": torch.nn.Linear(5, 7), "to_v": torch.nn.Linear(5, 3)})}
+    )
+    unet["attn1"] = torch.nn.ModuleDict({"to_k": torch.nn.Linear(5, 7)})
+    stacked = readers(unet)
+    assert stacked.shape == (10, 5) and torch.allclose(readers_gram(unet), stacked.T @ stacked)
+    with pytest.raises(ErasureError, match="has no cross-attention"):
+        readers_gram(torch.nn.Linear(2, 2))

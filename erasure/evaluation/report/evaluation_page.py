@@ -30,6 +30,7 @@ from erasure.evaluation.report.html import (
     strips,
     tiles,
 )
+from erasure.evaluation.report.name_tables import name_tables
 from erasure.evaluation.report.report import Report
 from erasure.version import __version__
 
@@ -72,6 +73,7 @@ def page(report: Report, images: list[ImagePair]) -> str:
         "<h2>Base against patch on the same seeds</h2>" + paired_table(tests, "base", "patch", "result")
         if tests
         else "",
+        name_tables(report),
         drawn_labels(report),
         "<h2>Target prompts: base and patched, same seed</h2>"
         '<p class="soft">The least erased first. Look at the images: the judge may miss what a person sees.</p>'
