@@ -226,9 +226,7 @@ class ClosedFormMethod(Method):
         edit = self.edit(base, concepts)
         if not isinstance(base, ListedBase) or base.most_rank is None or edit.rank <= base.most_rank:
             return edit
-        columns = self.columns(base, concepts)
-        weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).expand(len(columns.edit))
-        states = columns.edit.double().cpu() * weights.sqrt()[:, None]
+        states = torch.cat([states for states, _ in base.last_blocks])
         edit, base.held_share = edit.truncated(base.most_rank, readers_gram(base.unet), states)
         return edit
 

@@ -12,6 +12,7 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.text_columns import checked_names, states_of
 
+SHOWN = 10  # names in a message
 LEAST_ENERGY = 1e-8  # share of a name's state outside the kept space below which nothing can be edited in float64
 
 
@@ -57,8 +58,9 @@ def check_free(base: Base, concepts: Sequence[Concept], free: Tensor) -> None:
     names = [name for _, name in checked_names(base, concepts)]
     shares = energies(states_of(base, names, "last").cpu(), free).tolist()
     if lost := [name for name, share in zip(names, shares, strict=True) if share < LEAST_ENERGY]:
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         raise ErasureError(
-            f"nothing can be edited for {', '.join(map(repr, lost))}: the text encoder's states of what is kept span "
-            f"them ({free.shape[1]} of {len(free)} directions are free). Keep fewer words, or a smaller share of them. "
+            f"nothing can be edited for {', '.join(map(repr, lost[:SHOWN]))}{more}: the text encoder's states of what is "
+            f"kept span them ({free.shape[1]} of {len(free)} directions are free). Keep fewer words, or a smaller share of them. "
             "Nothing was changed"
         )

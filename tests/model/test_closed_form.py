@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from erasure.errors import ErasureError
-from erasure.model.closed_form import Columns, Edit, applied, readers, readers_gram
+from erasure.model import closed_form
+from erasure.model.closed_form import Columns, Edit, applied, principal_states, readers, readers_gram
 from erasure.patch import LowRank
 
 DRAW = torch.Generator().manual_seed(0)
@@ -93,6 +94,19 @@ def test_fewer_columns_with_the_same_objective():
     assert 1e-6 < errors[0] < 0.1 < 1 and errors[0] < errors[1]
     first = Edit(Columns(many[:2], guides[:2], KEPT))  # not the same as taking the first two
     assert (old @ first.left @ first.right - exact).norm() > 2 * errors[0] * exact.norm()
+
+
+def test_many_columns_are_reduced_by_their_gram_matrix(monkeypatch):
+    """The same states, up to their signs and half of the digits."""
+    draw = torch.Generator().manual_seed(7)
+    states, guides = (torch.randn(12, 5, generator=draw) for _ in range(2))
+    weights = torch.rand(12, generator=draw) + 0.5
+    (edit, guide) = principal_states(states, guides, weights, 4)
+    monkeypatch.setattr(closed_form, "MOST_SVD", 5)
+    (other, instead) = principal_states(states, guides, weights, 4)
+    signs = (edit * other).sum(1, keepdim=True).sign()
+    assert torch.allclose(edit, signs * other, atol=1e-6) and torch.allclose(guide, signs * instead, atol=1e-6)
+    assert not torch.allclose(edit.abs().flip(0), other.abs(), atol=1e-2)
 
 
 def test_one_map_after_another():

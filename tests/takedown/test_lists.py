@@ -55,18 +55,18 @@ def test_all_closed_forms_take_lists():
 
 def test_a_changed_list_is_solved_from_the_cache_exactly(base, tmp_path, monkeypatch):
     """Adding a name and removing it again gives the first patch to the last bit, and reads the new name alone."""
-    first = erase_list(base, LIST, cache=tmp_path)
+    first = erase_list(base, LIST, "uce", cache=tmp_path)
     read: list[str] = []
     original = ListedBase._read
     monkeypatch.setattr(
         ListedBase, "_read", lambda self, texts, length=None: read.extend(texts) or original(self, texts, length)
     )
-    longer = erase_list(base, more("blue"), cache=tmp_path)
+    longer = erase_list(base, more("blue"), "uce", cache=tmp_path)
     assert "blue" in read and not {"cat", "van gogh style", "car", "red car"} & set(read)
-    alone = erase_list(base, more("blue"), cache=tmp_path / "other")
+    alone = erase_list(base, more("blue"), "uce", cache=tmp_path / "other")
     assert torch.allclose(change(longer), change(alone), atol=1e-6)
     read.clear()
-    again = erase_list(base, LIST, cache=tmp_path)
+    again = erase_list(base, LIST, "uce", cache=tmp_path)
     assert set(read) <= {""}
     for layer in range(4):
         assert torch.equal(change(again, layer), change(first, layer))
@@ -101,15 +101,15 @@ def test_a_patch_is_no_larger_than_it_may_be(base, tmp_path, monkeypatch):
 
 def test_the_forecast_has_a_row_for_each_name(base, tmp_path):
     values = {**LIST, "erase": [{"name": "cat", "aliases": ["blue cat"]}, {"name": "red", "kind": "style"}]}
-    forecast = plan_list(base, values, cache=tmp_path)
+    forecast = plan_list(base, values, "uce", cache=tmp_path)
     assert sorted(row.name for row in forecast.rows) == ["blue cat", "cat", "red"]
     assert {row.concept for row in forecast.rows} == {"cat", "red"}
     left = [row.left for row in forecast.rows]
     assert left == sorted(left, reverse=True) and all(0 < value < 1 for value in left)
     assert all(0 < row.outside < 1 and len(row.nearest) == 2 for row in forecast.rows)
     assert forecast.kept == 5 and forecast.width == 32 and 0 < forecast.free < 32 and 0 < forecast.moved < 1
-    easier = plan_list(base, values, cache=tmp_path, keep_weight=0.01)
-    harder = plan_list(base, values, cache=tmp_path, keep_weight=1000.0)
+    easier = plan_list(base, values, "uce", cache=tmp_path, keep_weight=0.01)
+    harder = plan_list(base, values, "uce", cache=tmp_path, keep_weight=1000.0)
     gentle, own, stiff = (sum(row.left for row in one.rows) for one in (easier, forecast, harder))
     assert gentle < own < stiff
     assert easier.moved > forecast.moved > harder.moved
@@ -220,7 +220,7 @@ def test_more_names_than_a_run_that_trains_may_have(base, tmp_path):
         for two in "cat dog car tree church van monet red blue starry night gogh".split()
     ]
     assert len(words) == 120
-    patch = erase_list(base, {"erase": words, "defaults": []}, cache=tmp_path, guide="empty")
+    patch = erase_list(base, {"erase": words, "defaults": []}, "uce", cache=tmp_path, guide="empty")
     assert len(patch.names) == 120
     with pytest.raises(ErasureError, match="120 concepts are too many"):
         Concept.list_of(words)
