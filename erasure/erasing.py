@@ -166,7 +166,7 @@ def check_network(method: str, base: Base) -> None:
     Raises:
         ErasureError: saying why, and which methods can.
     """
-    from erasure.methods import find, names
+    from erasure.methods import names
 
     if reason := find(method).unsuited(base.architecture):
         able = [name for name in names() if not find(name).unsuited(base.architecture)]

@@ -59,8 +59,9 @@ def check_free(base: Base, concepts: Sequence[Concept], free: Tensor) -> None:
     shares = energies(states_of(base, names, "last").cpu(), free).tolist()
     if lost := [name for name, share in zip(names, shares, strict=True) if share < LEAST_ENERGY]:
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
-        names = ", ".join(map(repr, lost[:SHOWN])) + more
+        shown = ", ".join(map(repr, lost[:SHOWN])) + more
         raise ErasureError(
-            f"nothing can be edited for {names}: the text encoder's states of what is kept span them ({free.shape[1]} of "
-            f"{len(free)} directions are free). Keep fewer words, or a smaller share of them. Nothing was changed"
+            f"nothing can be edited for {shown}: the text encoder's states of what is kept span them "
+            f"({free.shape[1]} of {len(free)} directions are free). Keep fewer words, or a smaller share of them. "
+            "Nothing was changed"
         )

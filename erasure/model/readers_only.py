@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from erasure.model.base import Base
 from erasure.model.clip_tokenizer import END, clip_tokenizer
 from erasure.model.closed_form import READERS
-from erasure.model.loading import PIPELINES, look, resolve
+from erasure.model.loading import look, resolve
 from erasure.model.original_keys import OPEN_CLIP, OPEN_CLIP_LAYER, compvis_names
 from erasure.model.single_file import INDEX, UNET, DetectedModel, own_tokenizer
 
@@ -48,7 +48,7 @@ def open_readers(model: str | os.PathLike[str], *, device: Any = None, **options
     where = resolve(model)
     if Path(where).is_file():
         detected = look(where, **options)
-        if detected.pipeline in PIPELINES and (pipe := _parts(Path(where), detected)) is not None:
+        if detected.pipeline in PLACES and (pipe := _parts(Path(where), detected)) is not None:
             return Base(os.fspath(model), pipe, detected.about)
     return Base.load(model, device=device, **options)
 

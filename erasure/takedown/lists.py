@@ -17,7 +17,7 @@ from torch import Tensor
 from erasure.concepts.name_list import NameList
 from erasure.concepts.neighbors import prompt_of, retained, words
 from erasure.concepts.similarity import cosines
-from erasure.erasing import LAYERS, erase, settle
+from erasure.erasing import LAYERS, check_network, erase, settle
 from erasure.errors import ErasureError
 from erasure.method import ClosedFormMethod
 from erasure.methods import find
@@ -213,6 +213,7 @@ def prepared(
             "erase the concepts by name. Nothing was changed"
         )
     base = open_readers(model) if isinstance(model, str | os.PathLike) else Base.of(model)
+    check_network(method, base)
     if isinstance(names, str | os.PathLike):
         names = NameList.read(names, base.words)
     elif isinstance(names, Mapping):
