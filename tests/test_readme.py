@@ -105,6 +105,7 @@ def run_command(line: str, quick: bool) -> None:
     assert words[0] == "erasure", f"{line}: only `erasure` can be run; mark the block `<!-- not run: REASON -->`"
     if quick and words[1] == "erase":
         method = words[words.index("--method") + 1] if "--method" in words else "esd"
+        method = "speed" if "--list" in words else method
         words += [part for setting in QUICK.get(method, ()) for part in ("--set", setting)]
     try:
         code = main(words[1:])

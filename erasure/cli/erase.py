@@ -33,7 +33,7 @@ def add_commands(commands: Commands) -> None:
         "An interrupted run is resumed by the same command.",
         "erasure erase cat --method esd -o cat.safetensors\n"
         "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors\n"
-        "erasure erase --list takedown.yaml --model model.safetensors -o takedown.safetensors",
+        "erasure erase --list names.yaml --model sd15.safetensors -o p.safetensors",
     )
     commands.add(
         "plan",

@@ -101,7 +101,7 @@ def test_the_help_of_erase_shows_its_groups_choices_and_defaults(capsys):
     assert "-o, --out FILE Patch file to write (default: patch.safetensors)" in flat
     assert "--seed N Random seed (default: 0)" in flat
     assert "--kind KIND Kind of concept: object, style, identity, content (default: " in flat
-    assert text.startswith("usage: erasure erase [options] CONCEPT [CONCEPT ...]\n")
+    assert text.startswith("usage: erasure erase [options] [CONCEPT ...]\n")
 
 
 def test_the_help_uses_the_words_of_the_field(capsys):
@@ -143,7 +143,7 @@ def test_the_names_that_are_shown_are_those_of_the_library():
 
 def test_wrong_use_shows_the_usage_and_an_error_in_json_too(capsys):
     for arguments, message in (
-        (["erase", "--json"], "the following arguments are required: CONCEPT"),
+        (["verify", "--json"], "the following arguments are required: FILE"),
         (["erase", "cat", "--seed", "x", "--json"], "argument --seed: invalid int value: 'x'"),
         (["erase", "cat", "--json", "--foo"], "unrecognized arguments: --foo"),
         (["nonsense", "--json"], "invalid choice: 'nonsense'"),
