@@ -12,6 +12,7 @@ from erasure.formats.patch_builder import ImportedPayload, TensorTarget, check_f
 from erasure.formats.published_file import PublishedFile
 from erasure.model.base import Base
 from erasure.patch import Delta, Patch
+from erasure.patch.header import family_keys
 from erasure.patch.module_keys import kohya_prefix
 from erasure.patch.safetensors_io import write_file
 from erasure.patch.serialization import two_encoders
@@ -90,7 +91,7 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
             tensors[prefix + ENDS[leaf]] = payload.change(component, name).contiguous()
             if leaf == "bias" and f"{module}.weight" not in names:
                 lone_biases.append(prefix)
-    write_file(path, tensors, {"modelspec.title": title(patch)})
+    write_file(path, tensors, {"modelspec.title": title(patch), **family_keys(payload)})
     if lone_biases:
         return [
             f"{len(lone_biases)} biases change without their weights (first: {lone_biases[0]}): "

@@ -17,9 +17,14 @@ from erasure.patch import LowRank, Patch
 from erasure.patch.header import loader_keys
 from erasure.patch.module_keys import ALPHA, DOWN, UP, kohya_prefix
 from erasure.patch.safetensors_io import write_file
-from erasure.patch.serialization import encode
+from erasure.patch.serialization import encode, two_encoders
 
 Place = tuple[str, str]  # component, module path
+# Layers of XL for which kohya's scripts make no LoRA module (networks/lora.py), and which they therefore leave out.
+IGNORED_BY_KOHYA = (
+    *("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
+    *("add_embedding.linear_1", "add_embedding.linear_2", "text_projection"),
+)
 
 
 def places(base: Base) -> dict[str, Place]:
@@ -131,7 +136,7 @@ def write_kohya(patch: Patch, path: Path) -> list[str]:
         path: the file.
 
     Returns:
-        No notes, because the whole change is written.
+        A note, if kohya's scripts ignore some layers.
 
     Raises:
         ErasureError: the patch is not of low rank, or the file cannot be written.
@@ -139,6 +144,11 @@ def write_kohya(patch: Patch, path: Path) -> list[str]:
     payload = need_low_rank(patch)
     tensors, _, _ = encode(payload, "fp32")
     write_file(path, tensors, loader_keys(payload, title(patch)))
+    ignored = sorted(path for part in payload.components for path in payload.layers[part] if path in IGNORED_BY_KOHYA)
+    if two_encoders(payload) and ignored:
+        return [
+            f"kohya's sd-scripts ignore {len(ignored)} layers of XL, for which they have no key: {', '.join(ignored)}"
+        ]
     return []
 
 

@@ -120,7 +120,7 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
         path: the file.
 
     Returns:
-        No notes, because the whole change is written.
+        A note, because ComfyUI loads part of such a file and only logs what it leaves out.
 
     Raises:
         ErasureError: the patch is not of low rank, or the file cannot be written.
@@ -136,7 +136,7 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
             tensors[f"{key}.lora_A.weight"] = _padded(down, rank, 0)
             tensors[f"{key}.lora_B.weight"] = _padded(scaled, rank, 1)
     write_file(path, tensors, {"format": "pt", "modelspec.title": title(patch)})
-    return []
+    return ["ComfyUI loads only part of a PEFT file, and says so in its log alone: use --format kohya for ComfyUI"]
 
 
 def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from erasure.model.base import Base
 from erasure.model.clip_tokenizer import clip_tokenizer
 from erasure.model.conditioning import text_encoders
 from erasure.model.original_keys import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
-from erasure.model.single_file import HEADER, INDEX, UNET, read_configs
+from erasure.model.single_file import HEADER, INDEX, SPREAD, TELLING, UNET, read_configs
 from erasure.patch import Patch
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
@@ -68,7 +68,7 @@ def write_single_file(patch: Patch, path: Path, base: Base) -> list[str]:
         base: the base that the patch was made from.
 
     Returns:
-        No notes, because the whole change is written.
+        A note, if ComfyUI would take the file for a model of the other kind of prediction.
 
     Raises:
         ErasureError: the patch does not fit the base, its architecture has no such layout, or the file cannot be
@@ -76,7 +76,30 @@ def write_single_file(patch: Patch, path: Path, base: Base) -> list[str]:
     """
     with patched(patch, base):
         save_single_file(base.pipe, path)
-    return []
+        return prediction_notes(base.pipe)
+
+
+def prediction_notes(pipe: Any) -> list[str]:
+    """Return a note if ComfyUI takes a Stable Diffusion 2 for one of the other kind of prediction.
+
+    A file does not say whether it predicts v or noise. ComfyUI looks at the spread of one bias: above 0.09 it is v
+    (comfy/supported_models.py, SD20.model_type).
+
+    Args:
+        pipe: the pipeline that the file was written from.
+    """
+    kind = family(pipe)
+    if not kind.startswith("sd2"):
+        return []
+    bias = original_tensors(pipe).get(TELLING)
+    is_v = bias is not None and float(bias.float().std(unbiased=False)) > SPREAD
+    if is_v == kind.endswith("-v"):
+        return []
+    taken, right = ("noise", "v") if kind.endswith("-v") else ("v", "noise")
+    return [
+        f"ComfyUI will take this file for a model that predicts {taken}, but it predicts {right}: choose it there with "
+        "the node ModelSamplingDiscrete"
+    ]
 
 
 def family(pipe: Any) -> str:

@@ -13,6 +13,7 @@ from erasure.formats.published_file import PublishedFile
 from erasure.formats.requirements import need_low_rank, need_only
 from erasure.model.base import Base
 from erasure.patch import LowRank, Patch
+from erasure.patch.header import family_keys
 from erasure.patch.module_keys import ALPHA, DOWN
 from erasure.patch.safetensors_io import write_file
 from erasure.patch.serialization import encode
@@ -95,7 +96,7 @@ def write_spm(patch: Patch, path: Path) -> list[str]:
     """
     payload, header = check_spm(patch)
     tensors, _, _ = encode(payload, "fp32")
-    write_file(path, tensors, header)
+    write_file(path, tensors, {**header, **family_keys(payload)})
     return ["the SPM code gates the file by its own rule: power and threshold of the gate are left out"]
 
 

@@ -238,17 +238,36 @@ def loader_keys(payload: LowRank, title: str) -> dict[str, str]:
     """
     if TRANSFORMER in payload.components:  # the layers do not say of which one
         return {"modelspec.sai_model_spec": "1.0.1", "modelspec.implementation": "diffusers", "modelspec.title": title}
-    width = 2048 if two_encoders(payload) else text_width(payload)
-    architecture, base, resolution = ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))
+    architecture, _, resolution = _architecture(payload)
     ranks = payload.ranks
     keys = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
-        "ss_base_model_version": base,
+        **family_keys(payload),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{payload.alpha:g}",
     }
     return {**keys, "modelspec.resolution": resolution} if resolution else keys
+
+
+def family_keys(payload: LowRank | Delta) -> dict[str, str]:
+    """Return the header fields by which A1111 tells the family of a file; it hides files of another family.
+
+    Without them every file with a header counts as Stable Diffusion 1 there (extensions-builtin/Lora/network.py).
+
+    Args:
+        payload: the change of the weights.
+    """
+    if TRANSFORMER in payload.components:
+        return {}
+    base = _architecture(payload)[1]
+    return {"ss_base_model_version": base, "ss_v2": str(base == ARCHITECTURES[1024][1])}
+
+
+def _architecture(payload: LowRank | Delta) -> tuple[str, str, str]:
+    """Return the entry of ARCHITECTURES, without a resolution if the payload does not show the family."""
+    width = 2048 if two_encoders(payload) else text_width(payload)
+    return ARCHITECTURES.get(width or 0, (*ARCHITECTURES[768][:2], ""))

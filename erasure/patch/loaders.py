@@ -16,6 +16,7 @@ from erasure.patch.serialization import text_width, two_encoders
 
 Keys = tuple[tuple[str, str], ...]
 BASES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text embedding -> family
+PROJECTIONS = 4  # of an attention layer: q, k, v and out
 _LINEAR = r"(mlp_fc[12]|self_attn_(q|k|v|out)_proj)"
 
 
@@ -27,11 +28,14 @@ class Loader:
         gate: whether it evaluates a patch's gate. Without the gate, the patch acts on every prompt.
         delta: the export format in which it loads weight differences.
         misses: pairs (family, pattern) of kohya keys for which it has no layer in models of that family ("" for all).
+        joined: pairs (family, pattern) of keys of attention projections that it loads only all four together, and
+            without the biases of q, k and v, because the model has one layer for them; group 1 is that layer.
     """
 
     gate: bool = False
     delta: str = "diff"
     misses: Keys = ()
+    joined: Keys = ()
 
 
 LOADERS = {
@@ -51,6 +55,11 @@ LOADERS = {
             # It uses the table of upsamplers of Stable Diffusion 1, where this block has no attention.
             ("sdxl", r"lora_unet_up_blocks_0_upsamplers_0_conv"),
         ),
+        # open_clip has one MultiheadAttention there (network_apply_weights in networks.py).
+        joined=(
+            ("sd2", r"(lora_te_text_model_encoder_layers_\d+)_self_attn_(?:q|k|v|out)_proj"),
+            ("sdxl", r"(lora_te2_text_model_encoder_layers_\d+)_self_attn_(?:q|k|v|out)_proj"),
+        ),
     ),
 }
 
@@ -65,20 +74,31 @@ def family(payload: LowRank | Delta) -> str:
 
 
 def missed(loader: str, payload: LowRank | Delta) -> list[str]:
-    """List the kohya keys of a payload for which a program has no layer, sorted.
+    """List the kohya keys of a payload that a program does not load, sorted; a bias that it leaves out ends in `bias`.
 
     Args:
         loader: the program, a key of `LOADERS`.
         payload: the payload of the patch.
     """
     kind, two = family(payload), two_encoders(payload)
-    keys = {
-        kohya_prefix(component, name.rpartition(".")[0], two)
-        for component in payload.components
-        for name in payload.names(component)
-    }
-    patterns = [pattern for base, pattern in LOADERS[loader].misses if base in ("", kind)]
-    return sorted(key for key in keys if any(re.fullmatch(pattern, key) for pattern in patterns))
+    leaves: dict[str, set[str]] = {}
+    for component in payload.components:
+        for name in payload.names(component):
+            module, _, leaf = name.rpartition(".")
+            leaves.setdefault(kohya_prefix(component, module, two), set()).add(leaf)
+    program = LOADERS[loader]
+    patterns = [pattern for base, pattern in program.misses if base in ("", kind)]
+    lost = {key for key in leaves if any(re.fullmatch(pattern, key) for pattern in patterns)}
+    joined: dict[str, list[str]] = {}
+    for base, pattern in program.joined:
+        for key in leaves if base == kind else ():
+            if match := re.fullmatch(pattern, key):
+                joined.setdefault(match[1], []).append(key)
+    for keys in joined.values():
+        whole = len(keys) == PROJECTIONS and all("weight" in leaves[key] for key in keys)
+        biases = {f"{key}.bias" for key in keys if "bias" in leaves[key] and not key.endswith("out_proj")}
+        lost |= biases if whole else set(keys)
+    return sorted(lost)
 
 
 def as_it_is(patch: Patch) -> dict[str, str]:

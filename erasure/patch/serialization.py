@@ -100,13 +100,27 @@ def two_encoders(payload: LowRank | Delta) -> bool:
 
 
 def text_width(payload: LowRank | Delta) -> int | None:
-    """Return the width of the text states that the changed cross-attention layers read; None if there are none."""
+    """Return the width of the base's text states, as far as the payload shows it.
+
+    The cross-attention layers of the UNet read it; without those, the first text encoder shows its own width, by which
+    Stable Diffusion 1 and 2 differ.
+
+    Returns:
+        The width, or None if the payload has neither.
+    """
     ends = ("attn2.to_k", "attn2.to_v")
-    if isinstance(payload, LowRank):
-        layers = payload.layers.get("unet", {})
-        return next((down.shape[1] for path, (down, _, _) in layers.items() if path.endswith(ends)), None)
-    names = (name for name in payload.names("unet") if name.removesuffix(".weight").endswith(ends))
-    return next((payload.shape("unet", name)[1] for name in names), None)
+    for component, found in (("unet", ends), ("text_encoder", ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1"))):
+        if isinstance(payload, LowRank):
+            layers = payload.layers.get(component, {})
+            width = next((down.shape[1] for path, (down, _, _) in layers.items() if path.endswith(found)), None)
+        elif component in payload.components:
+            names = (name for name in payload.names(component) if name.removesuffix(".weight").endswith(found))
+            width = next((payload.shape(component, name)[1] for name in names), None)
+        else:
+            width = None
+        if width is not None:
+            return width
+    return None
 
 
 def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:

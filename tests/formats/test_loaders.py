@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -17,6 +18,7 @@ from erasure.formats.loaders import LOADS
 from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch
 from erasure.patch.loaders import LOADERS, family, missed
+from erasure.patch.module_keys import kohya_prefix
 from erasure.patch.ops.arithmetic import merge
 from erasure.patch.serialization import encode
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
@@ -213,6 +215,12 @@ def test_the_table_lists_the_differences_that_are_left_out(tmp_path, kind):
     patch = made_of(payload)
     exported = export_patch(patch, tmp_path / "diff.safetensors", "diff")
     missing = unmatched({key.split(".")[0] for key in load_file(exported.path)}, kind)
+    encoder = {"sd2": "text_encoder", "sdxl": "text_encoder_2"}.get(kind, "")
+    layers = [path for part, path, _ in truth.modules(kind) if part == encoder]
+    joined = [path.removeprefix("text_model.") for path in layers if re.search(r"self_attn\.[qkv]_proj", path)]
+    missing["A1111"] = sorted(
+        missing["A1111"] + [kohya_prefix(encoder, path, kind == "sdxl") + ".bias" for path in joined]
+    )
     assert {name: missed(name, payload) for name in missing} == missing
     unet = {name: [key for key in keys if "unet" in key] for name, keys in missing.items()}
     assert unet == {name: [key for key in keys if "unet" in key] for name, keys in MISSES[kind].items()}
@@ -221,6 +229,65 @@ def test_the_table_lists_the_differences_that_are_left_out(tmp_path, kind):
         for name, keys in missing.items()
     ]
     assert [note for note in exported.notes if "no layer" in note] == notes
+
+
+A1111_FAMILY = {"sd1": ("sd_v1", "False"), "sd2": ("sd_v2", "True"), "sdxl": ("sdxl_base_v1-0", "False")}
+
+
+@pytest.mark.parametrize("form", ["kohya", "diff", None])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a1111_is_told_the_family(tmp_path, kind, part, form):
+    """It takes a file with a header for Stable Diffusion 1 unless one of these two fields says otherwise."""
+    ends = ("attn2.to_k",) if part == "unet" else ("layers.0.self_attn.q_proj",)
+    every = every_layer(kind)
+    layers = {
+        component: {path: factors for path, factors in every.layers[component].items() if path.endswith(ends)}
+        # The first encoder of XL has the width of Stable Diffusion 1: only the second tells.
+        for component in ((part, "text_encoder_2") if (kind, part) == ("sdxl", "text_encoder") else (part,))
+    }
+    patch, path = made_of(LowRank(layers)), tmp_path / "x.safetensors"
+    path = patch.save(path) if form is None else export_patch(patch, path, form).path
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert (header["ss_base_model_version"], header["ss_v2"]) == A1111_FAMILY[kind]
+
+
+def test_the_spm_file_tells_a1111_its_family(tmp_path):
+    path = export_patch(low_rank_patch(tiny_pipeline(), part="attentions"), tmp_path / "x.safetensors", "spm").path
+    with safe_open(path, "pt") as file:
+        assert {"prompts", "ss_base_model_version", "ss_v2"} <= file.metadata().keys()
+
+
+@pytest.mark.parametrize("kind, start", [("sd2", "lora_te_"), ("sdxl", "lora_te2_")])
+def test_a1111_loads_the_projections_of_open_clip_only_all_four_together(kind, start):
+    component = "text_encoder_2" if kind == "sdxl" else "text_encoder"
+    paths = [f"encoder.layers.0.self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out")] + [
+        "encoder.layers.0.mlp.fc1"
+    ]
+    factors = {path: every_layer(kind).layers[component][path] for path in paths}
+    keys = [f"{start}text_model_{path.replace('.', '_')}" for path in paths]
+    assert missed("A1111", LowRank({component: factors})) == []
+    del factors[paths[2]]
+    assert missed("A1111", LowRank({component: factors})) == sorted(key for key in keys[:4] if key != keys[2])
+    one = {f"{paths[0]}.weight": torch.ones(1024, 1024), f"{paths[0]}.bias": torch.ones(1024)}
+    assert missed("A1111", Delta({component: one})) == [keys[0]]
+    four = {f"{path}.weight": torch.ones(1024, 1024) for path in paths[:4]}
+    four |= {f"{path}.bias": torch.ones(1024) for path in (paths[0], paths[3])}
+    assert missed("A1111", Delta({component: four})) == [f"{keys[0]}.bias"]
+    assert missed("ComfyUI", Delta({component: four})) == []
+
+
+def test_exports_say_what_kohyas_scripts_and_comfyui_leave_out(tmp_path):
+    every = every_layer("sdxl").layers
+    paths = ("conv_in", "conv_out", "time_embedding.linear_1", "down_blocks.1.attentions.0.proj_in")
+    layers = {"unet": {path: every["unet"][path] for path in paths}, "text_encoder_2": {}}
+    layers["text_encoder_2"]["text_projection"] = every["text_encoder_2"]["text_projection"]
+    (note,) = [n for n in export_patch(made_of(LowRank(layers)), tmp_path / "k", "kohya").notes if "sd-scripts" in n]
+    assert note.endswith("conv_in, conv_out, text_projection, time_embedding.linear_1") and "ignore 4 layers" in note
+    plain = made_of(LowRank({"unet": {paths[0]: every_layer("sd1").layers["unet"][paths[0]]}}))
+    assert not any("sd-scripts" in n for n in export_patch(plain, tmp_path / "p", "kohya").notes)
+    assert any("ComfyUI loads only part" in n for n in export_patch(plain, tmp_path / "f", "peft").notes)
 
 
 def made_of(payload):

@@ -111,3 +111,24 @@ def test_existing_files_are_kept_and_missing_weights_reported(tmp_path):
     with pytest.raises(ErasureError, match="model.safetensors: Detected as"):
         Base.load(path, device="cpu", config=folder)
     assert HEADER in header
+
+
+@pytest.mark.parametrize(
+    ("kind", "spread", "note"),
+    [
+        ("sd2", 0.0, None),
+        ("sd2", 0.2, "predicts v, but it predicts noise"),
+        ("sd2-v", 0.2, None),
+        ("sd2-v", 0.05, "predicts noise, but it predicts v"),
+        ("sd1", 0.2, None),
+    ],
+)
+def test_comfyui_tells_v_from_noise_by_the_spread_of_a_bias(monkeypatch, kind, spread, note):
+    from erasure.formats import single_file
+    from erasure.model.single_file import TELLING
+
+    weights = {TELLING: spread * torch.tensor([1.0, -1.0])}
+    monkeypatch.setattr(single_file, "original_tensors", lambda pipe: weights)
+    monkeypatch.setattr(single_file, "family", lambda pipe: kind)
+    notes = single_file.prediction_notes(None)
+    assert [note in text for text in notes] == ([] if note is None else [True])
