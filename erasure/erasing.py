@@ -155,7 +155,13 @@ def settle(
     concepts = Concept.list_of(concept, base.words, find(method).MOST)
     count = count_of(concepts, family.preset is None or family.preset.counts_members)
     chosen = choose(method, kind_of(concepts), layers, count=count, family=family)
-    if not getattr(chosen.method, "parity", False):  # parity modes bring the prompts of their scripts
+    parity = getattr(chosen.method, "parity", False)
+    if parity and base.component != "unet":
+        raise ErasureError(
+            f"parity follows the published script of {method}, which trains a UNet, and {base.name} has a "
+            f"{type(base.network).__name__}. Leave parity out; nothing was changed"
+        )
+    if not parity:  # parity modes bring the prompts of their scripts
         concepts = worded(concepts, method, family)
     return Settled(base, concepts, chosen, family, unlisted(base, concept))
 

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
+from erasure.model.architectures.mmdit import pack, places, unpack
 from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_tokenizer
 
 KINDS = ("sd3", "flux", "pixart")
@@ -128,3 +129,29 @@ def tiny_transformer(kind: str, cls: type[Any] | None = None, seed: int = 0, t5:
     pipe.default_sample_size = SIDE
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def asked(pipe, kind, x, t, prompt):
+    """The network's output for a prompt, asked for as diffusers' pipelines do, without any of our code but `pack`."""
+    prompts = [prompt] * len(x)
+    if kind == "sd3":
+        states, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        return pipe.transformer(
+            hidden_states=x, timestep=t, encoder_hidden_states=states, pooled_projections=pooled
+        ).sample
+    if kind == "flux":
+        states, pooled, text_ids = pipe.encode_prompt(prompts, None)
+        out = pipe.transformer(
+            hidden_states=pack(x),
+            timestep=t / 1000,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            txt_ids=text_ids,
+            img_ids=places(SIDE // 2, SIDE // 2).float(),
+        ).sample
+        return unpack(out, SIDE, SIDE)
+    states, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    out = pipe.transformer(
+        hidden_states=x, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t, added_cond_kwargs={}
+    ).sample
+    return out.chunk(2, dim=1)[0]

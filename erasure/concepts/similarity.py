@@ -85,21 +85,26 @@ class TextStates:
 
 
 def gate_encoder(pipe: Any) -> tuple[Any, Any]:
-    """Return the tokenizer and the text encoder that gates compare texts with, the first pair that is loaded.
+    """Return the tokenizer and the text encoder that gates compare texts with: the first loaded pair that is no T5.
+
+    The rule was made for CLIP: its states are causal, so what precedes a word does not depend on it, and padding
+    repeats the end of the text. T5 has neither property, and its states at padding are arbitrary.
 
     Args:
         pipe: a diffusers pipeline.
 
     Raises:
-        ErasureError: the pipeline has no pair of tokenizer and text encoder.
+        ErasureError: the pipeline has no such pair.
     """
     pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
-    tokenizer, encoder = next((pair for pair in pairs if None not in pair), (None, None))
-    if tokenizer is None or encoder is None:
-        raise ErasureError(
-            f"a text gate needs a tokenizer and a text encoder, and this {type(pipe).__name__} holds no such pair"
-        )
-    return tokenizer, encoder
+    loaded = [pair for pair in pairs if None not in pair]
+    for tokenizer, encoder in loaded:
+        if "t5" not in str(getattr(getattr(encoder, "config", None), "model_type", "")):
+            return tokenizer, encoder
+    has = "only T5, for which the gate's rule does not hold" if loaded else "no such pair"
+    raise ErasureError(
+        f"a text gate needs a tokenizer and a text encoder such as CLIP, and this {type(pipe).__name__} holds {has}"
+    )
 
 
 def token_rows(pipe: Any, texts: list[str]) -> Tensor:

@@ -124,13 +124,8 @@ class ESD(GradientMethod):
         """Encode the prompts, build the pool and put the adapter in place.
 
         Raises:
-            ErasureError: parity on XL or a transformer, or no module fits the variant.
+            ErasureError: parity on XL, or no module fits the variant.
         """
-        if self.parity and base.component != "unet":
-            raise ErasureError(
-                f"parity follows esd_sd.py, which trains the UNet of Stable Diffusion 1, and {base.name} is a "
-                f"{type(base.network).__name__}. Leave parity out; nothing was changed"
-            )
         if self.parity and len(text_encoders(base.pipe)) > 1:
             raise ErasureError(
                 "parity follows esd_sd.py, which trains Stable Diffusion 1 at twice its size. XL has a script of its "

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import around, prompt_of, retained
-from erasure.concepts.similarity import cosines, similarities
+from erasure.concepts.similarity import cosines, gate_encoder, similarities
 from erasure.config import setting
 from erasure.errors import ErasureError
 from erasure.method import GradientMethod
@@ -100,6 +100,7 @@ class SPM(GradientMethod):
     """
 
     method: ClassVar[str] = "spm"
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "refresh", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
         "anchor_weight": 1000.0,
@@ -149,11 +150,12 @@ class SPM(GradientMethod):
         """Choose prompts and anchors, build the pool and put the membranes in place.
 
         Raises:
-            ErasureError: no word is left to be an anchor, or no module fits the variant.
+            ErasureError: no word is left to be an anchor, no module fits the variant, or the text encoder is T5 alone.
         """
         named = [concept.bare_pairs() if self.parity else concept.prompt_pairs() for concept in concepts]
         pairs = [pair for prompts in named for pair in prompts]
         targets = base.targets(self.variant)
+        gate_encoder(base.pipe)  # refuses a text encoder that the gate cannot use, before anything is trained
         near = around(base, concepts)
         texts = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
         if not texts:
@@ -167,7 +169,8 @@ class SPM(GradientMethod):
             # Membranes start at zero, so the first trajectories with the membranes on are the base's own.
             pool = kept_pool(run.path("pool.safetensors"), base, pairs, seed=run.seed, **self._trajectories(pairs))
         generator = torch.Generator().manual_seed(run.seed)
-        adapter = LowRankTerm(base.unet, targets, rank=self.rank, alpha=float(self.rank), generator=generator)
+        options: dict[str, Any] = {"rank": self.rank, "alpha": float(self.rank), "component": base.component}
+        adapter = LowRankTerm(base.network, targets, generator=generator, **options)
         return State(base, concepts, pairs, [*near, ""], texts, odds, pool, adapter, run.seed)
 
     def _trajectories(self, pairs: list[tuple[str, str]]) -> dict[str, Any]:

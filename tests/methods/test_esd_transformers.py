@@ -12,11 +12,9 @@ from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.forecast import plan
 from erasure.methods.esd import ESD
-from erasure.model.architectures.mmdit import pack, places, unpack
 from erasure.model.base import Base
 from erasure.training.run import Run
-from tests.tiny import SIDE
-from tests.tiny_transformers import KINDS, tiny_transformer
+from tests.tiny_transformers import KINDS, asked, tiny_transformer
 
 SMALL = {"iterations": 2, "batch_size": 2, "trajectories": 2, "sample_steps": 3, "learning_rate": 1e-3}
 SAMPLER = {"sd3": "euler", "flux": "euler", "pixart": "ddim"}
@@ -25,32 +23,6 @@ SAMPLER = {"sd3": "euler", "flux": "euler", "pixart": "ddim"}
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
     return request.param
-
-
-def asked(pipe, kind, x, t, prompt):
-    """The network's output for a prompt, asked for as diffusers' pipelines do, without any of our code but `pack`."""
-    prompts = [prompt] * len(x)
-    if kind == "sd3":
-        states, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
-        return pipe.transformer(
-            hidden_states=x, timestep=t, encoder_hidden_states=states, pooled_projections=pooled
-        ).sample
-    if kind == "flux":
-        states, pooled, text_ids = pipe.encode_prompt(prompts, None)
-        out = pipe.transformer(
-            hidden_states=pack(x),
-            timestep=t / 1000,
-            encoder_hidden_states=states,
-            pooled_projections=pooled,
-            txt_ids=text_ids,
-            img_ids=places(SIDE // 2, SIDE // 2).float(),
-        ).sample
-        return unpack(out, SIDE, SIDE)
-    states, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    out = pipe.transformer(
-        hidden_states=x, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t, added_cond_kwargs={}
-    ).sample
-    return out.chunk(2, dim=1)[0]
 
 
 @pytest.mark.parametrize("rank", [None, 2])
