@@ -13,13 +13,13 @@ from erasure.formats.patch_builder import ImportedPayload, changes, components
 from erasure.formats.patched_base import patched, write_folder
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.text_encoder import text_weights
-from erasure.formats.unet import UNET
 from erasure.model.base import Base
 from erasure.patch import Patch
+from erasure.patch.module_keys import NETWORKS
 
 
 def read_checkpoint(source: PublishedFile, base: Base) -> ImportedPayload:
-    """Read the changes of the UNet and the text encoders of a pipeline's folder; the VAE is not read.
+    """Read the changes of the network that denoises and the text encoders of a pipeline's folder; the VAE is not read.
 
     Args:
         source: the folder of the pipeline.
@@ -29,13 +29,17 @@ def read_checkpoint(source: PublishedFile, base: Base) -> ImportedPayload:
         ErasureError: a component is missing, its weights do not fit the base, or none of them differs from it.
     """
     weights: dict[str, dict[str, Tensor]] = {}
-    for name in components(base):
+    for name, module in components(base).items():
         part = source.part(name)
         if part is None:
             raise ErasureError(
                 f"{source.path} has no {name}, but the base {base.name} has one. Is the file for another architecture?"
             )
-        weights[name] = part.read() if name == UNET else text_weights(part)
+        if name in NETWORKS:
+            buffers = {buffer for buffer, _ in module.named_buffers()}  # SD3's positions, which are no weights
+            weights[name] = {key: value for key, value in part.read().items() if key not in buffers}
+        else:
+            weights[name] = text_weights(part)
     return ImportedPayload(changes(source, base, weights))
 
 

@@ -10,6 +10,7 @@ from erasure.errors import ErasureError
 from erasure.formats.kohya import places, title
 from erasure.formats.patch_builder import ImportedPayload, TensorTarget, check_fit, put
 from erasure.formats.published_file import PublishedFile
+from erasure.formats.requirements import need_unet_names
 from erasure.model.base import Base
 from erasure.patch import Delta, Patch
 from erasure.patch.header import family_keys
@@ -56,8 +57,9 @@ def check_diff(patch: Patch) -> None:
         patch: the patch.
 
     Raises:
-        ErasureError: it changes another parameter.
+        ErasureError: it changes another parameter, or a transformer.
     """
+    need_unet_names(patch)
     for component in patch.components:
         for name in patch.payload.names(component):
             if name.rpartition(".")[2] not in ENDS:

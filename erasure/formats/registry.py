@@ -13,7 +13,7 @@ from erasure.formats.kohya import read_kohya, write_kohya
 from erasure.formats.patch_builder import BaseWriter, Reader, Writer
 from erasure.formats.peft import FACTOR, read_peft, write_peft
 from erasure.formats.published_file import PublishedFile
-from erasure.formats.requirements import need_low_rank, need_only
+from erasure.formats.requirements import need_low_rank, need_only, need_unet_names
 from erasure.formats.single_file import read_single_file, write_single_file
 from erasure.formats.spm import check_spm, read_spm, write_spm
 from erasure.formats.text_encoder import TEXT, TWINS, read_text_encoder, write_text_encoder
@@ -51,11 +51,17 @@ class Format:
         return self.holds == "low rank"
 
 
+def check_kohya(patch: Patch) -> None:
+    """Refuse patches that kohya's keys cannot hold: differences, and those of a transformer; raises ErasureError."""
+    need_unet_names(patch)
+    need_low_rank(patch)
+
+
 FORMATS = {
     "spm": Format(
         "SPM's file: kohya keys, header with prompts, rank, alpha", "low rank", read_spm, write_spm, check=check_spm
     ),
-    "kohya": Format("LoRA under kohya's keys, plain", "low rank", read_kohya, write_kohya, check=need_low_rank),
+    "kohya": Format("LoRA under kohya's keys, plain", "low rank", read_kohya, write_kohya, check=check_kohya),
     "peft": Format("LoRA under diffusers' paths, alpha = rank", "low rank", read_peft, write_peft, check=need_low_rank),
     "diff": Format("differences under kohya's keys", "differences", read_diff, write_diff, check=check_diff),
     "unet": Format(
@@ -78,6 +84,7 @@ FORMATS = {
         "weights",
         read_single_file,
         rewrite=write_single_file,
+        check=need_unet_names,
     ),
     "unguide": Format(
         "UnGuide's lora.pth",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from erasure.errors import ErasureError
 from erasure.patch import LowRank, Patch
+from erasure.patch.module_keys import TRANSFORMER
 
 
 def need_low_rank(patch: Patch) -> LowRank:
@@ -24,6 +25,22 @@ def need_low_rank(patch: Patch) -> LowRank:
             "them at low rank"
         )
     return patch.payload
+
+
+def need_unet_names(patch: Patch) -> None:
+    """Check that a patch leaves transformers alone, for whose layers the format has no names.
+
+    Args:
+        patch: the patch.
+
+    Raises:
+        ErasureError: it changes a transformer.
+    """
+    if TRANSFORMER in patch.components:
+        raise ErasureError(
+            "has no names for the layers of a transformer: --format peft holds a low-rank patch under the names that "
+            "diffusers and ComfyUI read, --format checkpoint the whole pipeline"
+        )
 
 
 def need_only(patch: Patch, component: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erasure.patch import Delta, LowRank, Patch
-from erasure.patch.module_keys import kohya_prefix
+from erasure.patch.module_keys import TRANSFORMER, kohya_prefix
 from erasure.patch.serialization import text_width, two_encoders
 
 Keys = tuple[tuple[str, str], ...]
@@ -65,6 +65,7 @@ LOADERS = {
 
 # Loaders that use the most common alpha of a kohya file for all attention layers. Files that we write have only one
 # alpha; files from other programs may have several.
+NO_LAYERS = "no: it has none of these layers"
 ONE_ALPHA = ("diffusers",)
 
 
@@ -112,13 +113,15 @@ def as_it_is(patch: Patch) -> dict[str, str]:
     for name, loader in LOADERS.items():
         if loader.gate:
             answers[name] = "with its gate" if gated else "yes"
+        elif not isinstance(patch.payload, LowRank) and TRANSFORMER in patch.components:
+            answers[name] = NO_LAYERS if name == "A1111" else "no: export --format peft --rank R"
         elif not isinstance(patch.payload, LowRank):
             answers[name] = f"no: export --format {loader.delta}, or --format kohya --rank R"
         else:
             answers[name] = "without its gate" if gated else "yes"
             lost, number = missed(name, patch.payload), sum(map(len, patch.payload.layers.values()))
             if len(lost) == number:
-                answers[name] = "no: it has none of these layers"
+                answers[name] = NO_LAYERS
             elif lost:
                 answers[name] += f", but not {len(lost)} layers (first: {lost[0]})"
             if name in ONE_ALPHA and patch.stored.get("alphas", 1) > 1:

@@ -233,12 +233,16 @@ class Victim:
         switched_off: returns a context in which all patches of a pipeline have strength 0.
 
     Raises:
-        ErasureError: a text encoder is missing, there are three of them, or the tokenizers differ.
+        ErasureError: there is no UNet, a text encoder is missing, or the tokenizers differ.
     """
 
     def __init__(self, pipe: Any, switched_off: Callable[[Any], Any]) -> None:
         from erasure.model.conditioning import text_encoders
 
+        if getattr(pipe, "unet", None) is None:
+            raise ErasureError(
+                f"attacks and white-box measurements reach into a UNet, which this {type(pipe).__name__} does not have"
+            )
         self.pipe, self._off = pipe, switched_off
         self.device = pipe.unet.device
         pairs = text_encoders(pipe)
