@@ -123,3 +123,18 @@ def test_presets_of_the_families_are_found():
     base = Base("tiny", tiny_transformer("sd3"))
     patch = erase(base, "cat", "esd", progress=False, preset="sd3", iterations=1, trajectories=1, sample_steps=1)
     assert patch.config["learning_rate"] == 1e-4 and patch.config["sampler"] == "euler"
+
+
+def test_stop_auto_measures_and_ends_on_a_flow_model():
+    base = Base("tiny", tiny_transformer("sd3"))
+    concept = {"name": "cat", "keep": ["dog"]}
+    settings = {
+        **SMALL,
+        "iterations": 60,
+        "learning_rate": 3e-2,
+        "sampler": "euler",
+        "batch_size": 1,
+        "trajectories": 1,
+    }
+    patch = erase(base, concept, "esd", progress=False, **settings, stop="auto")
+    assert patch.curves["steps"] and all(len(row) == len(patch.curves["timesteps"]) for row in patch.curves["drift"])

@@ -91,7 +91,7 @@ def test_no_number_of_glyph_is_left_on_another_family():
             for kind in (*KINDS, "mixed"):
                 chosen = methods.choose(method, kind, {}, family=of(name))
                 kept = {key for key, source in chosen.sources.items() if not source.startswith(f"preset {name}: ")}
-                assert {getattr(chosen.method, key) for key in kept} <= {None, False, ()}, (name, method, kept)
+                assert {getattr(chosen.method, key) for key in kept} <= {None, False, (), "never"}, (name, method, kept)
 
 
 def test_the_kind_decides():

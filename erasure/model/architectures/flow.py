@@ -41,12 +41,12 @@ def flow_sampler(scheduler: Any, kind: str) -> FlowSampler:
 
 
 def flow_schedule(
-    sampler: FlowSampler, steps: int, device: torch.device, tokens: int, *, plain_sigmas: bool, high: float = 1.15
+    sampler: FlowSampler, steps: int, device: torch.device, tokens: int, *, plain_sigmas: bool
 ) -> FlowSampler:
     """Set the timesteps of a sampler as the pipelines of SD3 and FLUX do, and return it.
 
-    Where the shift depends on the size, mu rises linearly with the number of image tokens, from 0.5 at 256 to `high` at
-    4096, unless the scheduler says otherwise.
+    Where the shift depends on the size, mu rises linearly with the number of image tokens, between the two points that
+    the scheduler names (0.5 at 256 and 1.15 at 4096 tokens by default).
 
     Args:
         sampler: the sampler.
@@ -54,13 +54,11 @@ def flow_schedule(
         device: where the timesteps are needed.
         tokens: number of image tokens.
         plain_sigmas: start from sigmas 1, ..., 1/steps as FLUX's pipeline does; if false, from the scheduler's grid.
-        high: mu at 4096 tokens.
     """
     config, options = sampler.config, {}
     if config.get("use_dynamic_shifting"):
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", high)
-        options["mu"] = low + (high - low) * (tokens - few) / (many - few)
+        share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
+        options["mu"] = config.base_shift + (config.max_shift - config.base_shift) * share
     if plain_sigmas:
         sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **options)
     else:

@@ -45,7 +45,6 @@ class JointAttention(Architecture):
     joint = True
     flow = True
     plain_sigmas: ClassVar[bool] = False  # the pipeline's grid of sigmas: see `flow_schedule`
-    high_shift: ClassVar[float] = 1.15
     samplers = ("euler",)
     variants = {
         "x": ("attention: queries, keys, values and outputs of both streams", holds(*ATTENTION)),
@@ -76,7 +75,6 @@ class JointAttention(Architecture):
             device,
             (shape[1] // 2) * (shape[2] // 2),  # tokens of 2x2 latent pixels
             plain_sigmas=self.plain_sigmas,
-            high=self.high_shift,
         )
 
 
@@ -86,7 +84,6 @@ class SD3(JointAttention):
     name = "sd3"
     network = "SD3Transformer2DModel"
     pipelines = ("StableDiffusion3Pipeline",)
-    high_shift = 1.16
     roles = {
         "joint attention": holds(".attn."),
         "text stream": ends(*TEXT_STREAM),
