@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 from erasure.patch import Patch
+from erasure.training import loop
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
 SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
@@ -57,6 +61,20 @@ def changes(patch: Patch) -> dict[str, torch.Tensor]:
         for part in patch.payload.components
         for name in patch.payload.names(part)
     }
+
+
+def left_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """Leave a run right after its first checkpoint, at its second update, as a kill there would."""
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
+    real = loop._write
+
+    def killed(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "_write", killed)
+        run()
 
 
 def small(method: str) -> dict:

@@ -17,11 +17,10 @@ from erasure.methods import find, names
 from erasure.methods.esd import ESD
 from erasure.model.base import Base
 from erasure.patch import Patch
-from erasure.training import loop as training
 from erasure.training.callbacks import PLOT, Previews, plot
 from erasure.training.curves import Curves
 from erasure.training.run import Run
-from tests.conformance.quick import QUICK, changes, same
+from tests.conformance.quick import QUICK, changes, left_at_a_checkpoint, same
 from tests.tiny import tiny_pipeline
 
 
@@ -111,18 +110,13 @@ def test_measuring_changes_neither_the_patch_nor_its_costs_and_is_resumed(name, 
     assert plain.curves is None and straight.curves["steps"] == [1, 2, 3, 4]
     assert same(changes(plain), changes(straight))
     assert (plain.costs["F"], plain.costs["B"]) == (straight.costs["F"], straight.costs["B"])
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
-    real, out = training._write, tmp_path / "p.safetensors"
+    out = tmp_path / "p.safetensors"
 
-    def killed(*arguments):
-        real(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "_write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    def again() -> None:
         erase(tiny_pipeline(), "cat", name, out=out, progress=False, **QUICK[name], measure_every=1)
-    monkeypatch.setattr(training, "_write", real)
-    erase(tiny_pipeline(), "cat", name, out=out, progress=False, **QUICK[name], measure_every=1)
+
+    left_at_a_checkpoint(monkeypatch, again)
+    again()
     read = Patch.load(out)
     assert read.curves == straight.curves and set(read.curves["kept"]) > {""}
     assert read.scale(2.0).curves is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
 from erasure.cli.main import main
 from erasure.erasing import erase
@@ -13,12 +14,11 @@ from erasure.forecast import plan
 from erasure.method import GradientMethod
 from erasure.methods import find, names
 from erasure.patch import Patch
-from erasure.training import loop as training
 from erasure.training import stopping
 from erasure.training.curves import Curves
 from erasure.training.run import Run
 from erasure.training.stopping import due
-from tests.conformance.quick import QUICK, changes, same
+from tests.conformance.quick import QUICK, changes, left_at_a_checkpoint, same
 from tests.tiny import tiny_pipeline, write_tiny
 
 STOPS = [name for name in names(GradientMethod) if not find(name).NO_STOP]
@@ -93,6 +93,14 @@ def test_when_the_drift_passes_its_bound_a_run_goes_back_and_on_at_a_lower_rate(
     assert same(changes(back), first) and not same(changes(back), far)
 
 
+def test_after_going_back_adam_starts_afresh(monkeypatch):
+    """A first step of Adam moves every weight by the learning rate; one with earlier moments does not."""
+    scripted(monkeypatch, drift={1: stopping.DRIFT + 0.01, 2: 0.1})
+    moved = torch.cat([value.abs().flatten() for value in changes(run(iterations=2)).values()])
+    rate = QUICK["esd"]["learning_rate"] * stopping.RATE
+    assert moved.quantile(0.1) == pytest.approx(rate, rel=0.05) and moved.max() == pytest.approx(rate, rel=0.05)
+
+
 def test_after_so_many_lower_rates_a_run_ends_where_the_drift_was_within_its_bound(monkeypatch, rates, caplog):
     scripted(monkeypatch, drift={1: stopping.DRIFT + 0.01})
     patch = run(iterations=20)
@@ -148,17 +156,8 @@ def test_a_run_resumes_with_what_its_rule_remembers(name, tmp_path, monkeypatch)
     scripted(monkeypatch, {2: stopping.GONE - 0.1}, script)
     straight = run(name, iterations=5)
     assert straight.curves["stop"]["lowered"] == 2
-    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
-    real, out = training._write, tmp_path / "p.safetensors"
-
-    def killed(*arguments):
-        real(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "_write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(name, iterations=5, out=out)
-    monkeypatch.setattr(training, "_write", real)
+    out = tmp_path / "p.safetensors"
+    left_at_a_checkpoint(monkeypatch, lambda: run(name, iterations=5, out=out))
     resumed = run(name, iterations=5, out=out)
     assert same(changes(resumed), changes(straight)) and Patch.load(out).curves == straight.curves
     assert [resumed.costs[key] for key in "FB"] == [straight.costs[key] for key in "FB"]
