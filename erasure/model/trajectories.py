@@ -286,6 +286,7 @@ def shifts(
     guidance: float,
     measure: str = "norm",
     late: bool = False,
+    made: dict[Any, tuple[Tensor, Tensor, Conditions, Tensor, Tensor]] | None = None,
 ) -> list[float]:
     """Measure, for each seed, how much a patch changes the UNet's output for a prompt p.
 
@@ -295,7 +296,8 @@ def shifts(
     - <e_L(x, p) - e_0(x, p), g> / ||g||^2. A LoRA trained to output e_0(x, "") - eta g has 1 + eta there, and what it
     does in other directions does not count.
 
-    The cost for each seed is 2 F for each step (1 F if p is empty), and then 2 F, or 3 F with `guidance`.
+    The cost for each seed is 2 F for each step (1 F if p is empty), and then 2 F, or 3 F with `guidance`. All but 1 F
+    of it is the base's part.
 
     Args:
         base: the checkpoint.
@@ -308,11 +310,29 @@ def shifts(
         measure: `norm` or `guidance`.
         late: as the published script of UnGuide: the first timestep is left out, and the outputs are those at a
             timestep that is 39 to 58 higher than that of x, the same for all seeds.
+        made: the base's parts that earlier calls have computed, which this call uses and adds to; other patches need
+            not compute them again.
 
     Returns:
         The measure for each seed.
     """
-    along, n = measure == "guidance", len(seeds)
+    made = {} if made is None else made
+    key = prompt, tuple(seeds), after, steps, guidance, measure, late
+    if key not in made:
+        made[key] = _base_part(base, prompt, seeds, after, steps, guidance, measure == "guidance", late)
+    x, t, conditions, before, own = made[key]
+    with patched():
+        change = (base.predict(x, t, conditions).float() - before).flatten(1)
+    if measure == "norm":
+        return change.norm(dim=1).tolist()
+    return (-(change * own).sum(1) / (own * own).sum(1).clamp_min(torch.finfo(own.dtype).tiny)).tolist()
+
+
+def _base_part(
+    base: Base, prompt: str, seeds: Sequence[int], after: int, steps: int, guidance: float, along: bool, late: bool
+) -> tuple[Tensor, Tensor, Conditions, Tensor, Tensor]:
+    """Return x, t, the conditions, e_0(x, p), and with `along` the guidance g, for `shifts`."""
+    n = len(seeds)
     pairs = [(prompt, "")] * n
     if late:
         state = walk(base, pairs, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=False, skip=1)
@@ -324,9 +344,5 @@ def shifts(
         state = walk(base, pairs, seeds=list(seeds), steps=steps, guidance=guidance, stop=after, judged=along)
     x, t, conditions = state.x.to(base.device), state.t.to(base.device), base.conditions([prompt] * n)
     before = (state.concept.to(base.device) if along else base.predict(x, t, conditions)).float()
-    with patched():
-        change = (base.predict(x, t, conditions).float() - before).flatten(1)
-    if not along:
-        return change.norm(dim=1).tolist()
-    own = (before - state.neutral.to(base.device).float()).flatten(1)
-    return (-(change * own).sum(1) / (own * own).sum(1).clamp_min(torch.finfo(own.dtype).tiny)).tolist()
+    neutral = state.neutral.to(base.device).float() if along else before
+    return x, t, conditions, before, (before - neutral).flatten(1)

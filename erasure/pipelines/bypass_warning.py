@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from erasure.pipelines.loaded import named
+
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +60,6 @@ class BypassWarning:
             "%s: gated, but this call of %s bypasses the erased pipeline, which evaluates the gates, so it runs "
             "without the gated patches. Generate with the erased pipeline, or make the patches act on every prompt "
             "with fuse_patches(). This warning is shown once",
-            ", ".join(self._names),
+            named(self._names),
             type(network).__name__,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from erasure.errors import ErasureError
 from erasure.patch import Patch
 from erasure.pipelines.gates.latent import LatentGate
 from erasure.pipelines.gates.text import TextGate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,36 @@ def checked_name(patch: Patch, name: str | None, taken: Collection[str]) -> str:
     if not isinstance(name, str) or not name:
         raise ErasureError(f"the name of a patch must be a non-empty string, not {name!r}")
     if name in taken:
-        raise ErasureError(f"a patch named {name!r} is already loaded. Loaded patches: {', '.join(taken)}")
+        raise ErasureError(f"a patch named {name!r} is already loaded. Loaded patches: {named(taken)}")
     return name
+
+
+def named(names: Iterable[str], most: int = 8) -> str:
+    """Return names for a message, and of many only the first ones and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def warn_of_repeated_concepts(new: Mapping[str, Loaded]) -> None:
+    """Log one warning if patches that are loaded together erase the same name, in any spelling.
+
+    Args:
+        new: the patches by name.
+    """
+    holders: dict[str, list[str]] = {}
+    for name, entry in new.items():
+        for concept in {" ".join(concept.casefold().split()) for concept in entry.patch.names}:
+            holders.setdefault(concept, []).append(name)
+    repeated = {concept: names for concept, names in holders.items() if len(names) > 1}
+    if repeated:
+        concept, names = next(iter(repeated.items()))
+        log.warning(
+            "%d names are erased by more than one of these patches, which add up (such as %r by %s)",
+            len(repeated),
+            concept,
+            named(map(repr, names)),
+        )
 
 
 def checked_strength(strength: Any) -> float:

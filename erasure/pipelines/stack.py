@@ -25,7 +25,7 @@ from erasure.pipelines.gates.evaluation import GateEvaluation
 from erasure.pipelines.gates.latent import Combination, Decider, LatentGate
 from erasure.pipelines.gates.parse import parse_gate
 from erasure.pipelines.gates.text import TextGate
-from erasure.pipelines.loaded import Loaded, checked_name, checked_strength
+from erasure.pipelines.loaded import Loaded, checked_name, checked_strength, named, warn_of_repeated_concepts
 from erasure.pipelines.torch_compile import original, uncompiled
 
 ATTRIBUTE = "_erasure_stack"
@@ -186,6 +186,7 @@ class PatchStack:
                 self._check_owner(component)
             checks.check(name, patch, force)
         warn_of_overlap(*({name: entry.patch for name, entry in entries.items()} for entries in (new, self._loaded)))
+        warn_of_repeated_concepts(new)
         self._change({**self._loaded, **new})
         return list(new)
 
@@ -283,7 +284,7 @@ class PatchStack:
         scope.enter_context(self._bypass_warning.decided())
         if gated and prompts is None:
             raise ErasureError(
-                f"{', '.join(map(repr, gated))}: gated by the prompt, but only prompt_embeds were given. Pass the "
+                f"{named(map(repr, gated))}: gated by the prompt, but only prompt_embeds were given. Pass the "
                 "texts with erasure_prompts=[...], disable the gates with fuse_patches(), or disable the patches with "
                 "set_patches()"
             )
@@ -297,7 +298,7 @@ class PatchStack:
         ]
         if bypassed:
             raise ErasureError(
-                f"{', '.join(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Pass the "
+                f"{named(map(repr, bypassed))}: changes the text encoder, which prompt_embeds bypass. Pass the "
                 "prompt as text, or call fuse_patches() before you encode it"
             )
         if not acting:
@@ -370,7 +371,7 @@ class PatchStack:
         if stack is not None and stack is not self and component in stack._modules:
             raise ErasureError(
                 f"{component} is shared with another pipeline that has patches on it "
-                f"({', '.join(stack._loaded)}). Unload them there first"
+                f"({named(stack._loaded)}). Unload them there first"
             )
 
     def _check_loaded(self, names: Iterable[str]) -> None:

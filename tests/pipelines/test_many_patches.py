@@ -221,6 +221,45 @@ def test_if_one_patch_does_not_fit_none_is_loaded(pipe, tmp_path):
     assert pipe.load_patches([gated(pipe, "cat"), gated(pipe, "cat"), fitting[0]]) == ["cat", "cat-2", "cat-3"]
 
 
+def test_names_in_two_spellings_and_long_lists_are_summed_up_in_messages(pipe, caplog):
+    patches = [gated(pipe, text, seed) for seed, text in enumerate(["van gogh", "Van  Gogh", "cat", "CAT", "dog"])]
+    pipe.load_patches(patches)
+    (text,) = [record.getMessage() for record in caplog.records if record.name == "erasure.pipelines.loaded"]
+    assert text.startswith("2 names are erased by more than one of these patches")
+    assert text.endswith("(such as 'van gogh' by 'van gogh', 'Van  Gogh')")
+    pipe.load_patches([gated(pipe, pair, 9 + seed) for seed, pair in enumerate(PAIRS[:8])])
+    embeds = torch.zeros(1, 12, 32)
+    with pytest.raises(ErasureError, match="'van gogh', .* and 5 more: gated by the prompt, but only prompt_embeds"):
+        draw(pipe, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+    pipe.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 12, 32))
+    assert "and 5 more: gated, but this call of UNet2DConditionModel bypasses" in caplog.text
+
+
+def test_a_call_that_fails_while_encoding_leaves_no_states_behind(pipe):
+    pipe.load_patch(gated(pipe, "monet", threshold=0.0))
+    draw(pipe, ["a dog"])
+    log = pipe.gate_log
+    encoder, seen = pipe.text_encoder, []
+
+    def fail(*_):
+        seen.append(1)
+        if len(seen) == 2:  # the negative prompt
+            raise RuntimeError("stop")
+
+    handle = encoder.register_forward_hook(fail)
+    with torch.no_grad():
+        scale = torch.linspace(-1, 1, 32)
+        weight = next(value for name, value in encoder.named_parameters() if name.endswith("final_layer_norm.weight"))
+        weight.data.mul_(scale)  # unseen, as by a LoRA
+        with pytest.raises(RuntimeError, match="stop"):
+            draw(pipe, ["a dog"])
+        weight.data.div_(scale)
+    handle.remove()
+    embeds = torch.zeros(1, 12, 32)
+    draw(pipe, prompt_embeds=embeds, negative_prompt_embeds=embeds, erasure_prompts=["a dog"])
+    assert pipe.gate_log[0]["monet"] == pytest.approx(log[0]["monet"], abs=1e-6)
+
+
 def test_weights_are_hashed_once_until_they_change(pipe, monkeypatch):
     hashed = []
     compute = compatibility.fingerprint_tensors
@@ -242,6 +281,7 @@ CHANGES = {
     "written to": lambda pipe: pipe.text_encoder.get_parameter(
         next(name for name, _ in pipe.text_encoder.named_parameters() if name.endswith("final_layer_norm.weight"))
     ).mul_(torch.linspace(-1, 1, 32)),
+    "cast to fp16": lambda pipe: pipe.to(dtype=torch.float16),
     "cast": lambda pipe: pipe.to(dtype=torch.bfloat16),
     "patched": lambda pipe: pipe.load_patch(
         delta_patch(pipe, component="text_encoder", part="layer_norm", size=1.0), name="always", force=True
@@ -264,7 +304,7 @@ def test_gate_texts_are_encoded_again_when_the_text_encoder_changes(pipe, change
 
     before, after, unchanged = gates(load, CHANGES[change]), gates(CHANGES[change], load), gates(load)
     assert before == pytest.approx(after, abs=1e-6)
-    assert change == "cast" or abs(before - unchanged) > 1e-3
+    assert abs(before - unchanged) < 1e-2 if "cast" in change else abs(before - unchanged) > 1e-3
 
 
 def test_closed_latent_gates_cost_nothing_after_their_decision(pipe, monkeypatch):

@@ -95,6 +95,8 @@ class GateEvaluation:
             else:
                 gains = [1.0] * len(prompts)
             found[name] = [entry.strength * gain for gain in gains]
+        if self._decider:
+            self._decider.settle()
         return found
 
     def patched(self, patch: Patch) -> Callable[[], Any]:

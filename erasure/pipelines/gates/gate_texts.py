@@ -29,7 +29,7 @@ class GateTexts:
 
     def forget(self) -> None:
         """Discard the states, because the text encoder has changed."""
-        self._parts, self._rows, self._encoder = [], {}, ()
+        self._parts, self._rows, self._encoder, self._seen = [], {}, (), {}
 
     def keep(self, texts: Iterable[str]) -> None:
         """Drop all texts but these, because their patches were unloaded."""
@@ -68,9 +68,13 @@ class GateTexts:
             if isinstance(ids, Tensor) and isinstance(states, Tensor) and kwargs.get("attention_mask") is None:
                 self._seen |= {tuple(row): state for row, state in zip(ids.tolist(), states.detach(), strict=True)}
 
+        self._seen = {}
         handle = gate_encoder(pipe)[1].register_forward_hook(take, with_kwargs=True)
         try:
             yield
+        except BaseException:
+            self._seen = {}  # the next call may have other weights
+            raise
         finally:
             handle.remove()
 

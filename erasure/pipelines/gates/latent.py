@@ -97,6 +97,8 @@ class Decider:
         self._base = Base("", pipe)
         self._empty_effects: dict[tuple[Any, int], float] = {}
         self._decisions: dict[tuple[Any, str], bool] = {}
+        self._made: dict[Any, Any] = {}  # the base's part of decisions, which patches with the same settings share
+        self._schedule: tuple[Any, str] = (None, "")
 
     @staticmethod
     def check(pipe: Any) -> None:
@@ -134,7 +136,7 @@ class Decider:
                 "a latent gate decides by the prompt alone, but this UNet also needs an image (IP-Adapter). Call "
                 "unload_ip_adapter() or fuse_patches(), or disable the patch with set_patches()"
             )
-        key = key, str(self._base.sampler("ddim").config)  # another noise schedule can change the decision
+        key = key, self._noise_schedule()  # another one can change the decision
         if (key, prompt) not in self._decisions:
             differences: list[float] = []
             while len(differences) < gate.repeats:
@@ -148,6 +150,16 @@ class Decider:
                     break
             self._decisions[key, prompt] = sum(differences) > 0
         return self._decisions[key, prompt]
+
+    def settle(self) -> None:
+        """Discard what only the patches of one call share."""
+        self._made = {}
+
+    def _noise_schedule(self) -> str:
+        config = self._base.scheduler.config
+        if self._schedule[0] is not config:
+            self._schedule = config, str(self._base.sampler("ddim").config)
+        return self._schedule[1]
 
     def _effects_on_empty(
         self, key: Any, gate: LatentGate, seeds: Sequence[int], patched: Callable[[], Any]
@@ -166,7 +178,8 @@ class Decider:
 
     def _effects(self, gate: LatentGate, prompt: str, seeds: Sequence[int], patched: Callable[[], Any]) -> list[float]:
         names = ("after", "steps", "guidance", "measure", "late")
-        return shifts(self._base, prompt, seeds, patched, **{name: getattr(gate, name) for name in names})
+        settings = {name: getattr(gate, name) for name in names}
+        return shifts(self._base, prompt, seeds, patched, **settings, made=self._made)
 
 
 def clear(differences: list[float]) -> bool:

@@ -201,6 +201,27 @@ def test_clear_decisions_stop_early(pipe):
     assert clear([1.0, 1.1, 0.9]) and not clear([1.0, -1.0, 0.2]) and not clear([1.0, 1.0])
 
 
+def test_gates_with_the_same_settings_share_the_base_part_of_their_decisions(pipe):
+    def decide_with(*patches):
+        pipe.unload_patches()
+        pipe.load_patches(patches, force=True)
+        costs = Counts()
+        with counting(pipe.unet, costs):
+            pipe.encode_prompt("cat", "cpu", 1, False)  # outside a call, no gate decides
+            with ExitStack() as scope:
+                patch_stack(pipe).open([["cat"]], 1, 1, scope)
+        return costs.forward, list(pipe.gate_log[0].values())
+
+    gate = {"measure": "guidance", "ratio": 1e-4}
+    one, other, third = patch(pipe, **gate), patch(pipe, scale=-1.0, **gate), patch(pipe, scale=0.3, **gate, repeats=2)
+    alone = [decide_with(each)[1][0] for each in (one, other, third)]
+    # For each of 4 noises: 2 steps of 2 forwards, e_0 for the prompt and "", and e_L of each patch.
+    assert decide_with(one) == (4 * (4 + 2 + 1), alone[:1])
+    assert decide_with(one, other) == (4 * (4 + 2 + 2), alone[:2])
+    assert decide_with(one, other, third) == (4 * (4 + 2 + 2) + 2 * (4 + 2 + 1), alone)
+    assert len(set(alone)) == 2
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_gate_may_ask_at_the_published_timestep(pipe, monkeypatch, late):
     asked = []
