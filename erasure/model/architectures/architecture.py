@@ -162,6 +162,37 @@ class Architecture(ABC):
         return kind
 
 
+class CountedOnly(Architecture):
+    """What is said of networks whose modules can be counted, and nothing else yet; to be listed as the first parent."""
+
+    def _unsupported(self) -> ErasureError:
+        return ErasureError(f"{self.name}: its modules can be counted, but concepts cannot be erased from it yet")
+
+    def check(self, pipe: Any) -> None:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+    def sampler(self, pipe: Any, kind: str) -> Any:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+    def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
+        """Refuse, because erasing from this network is not supported."""
+        raise self._unsupported()
+
+
 def ends(*names: str) -> Test:
     """Return a test for paths that end with one of the names."""
     return lambda path: path.endswith(names)

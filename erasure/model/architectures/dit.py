@@ -13,6 +13,7 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import (
     Architecture,
+    CountedOnly,
     Options,
     default,
     ends,
@@ -118,34 +119,10 @@ class PixArt(CrossAttention):
         return sampler
 
 
-class Sana(CrossAttention):
+class Sana(CountedOnly, CrossAttention):
     """SANA: linear self-attention, Gemma's states, flow matching. Its modules are counted, nothing else yet."""
 
     name = "sana"
     network = "SanaTransformer2DModel"
     flow = True
     samplers = ("euler",)
-
-    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def sampler(self, pipe: Any, kind: str) -> Any:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-
-def _unsupported() -> ErasureError:
-    return ErasureError("SANA: its modules can be counted, but concepts cannot be erased from it yet")

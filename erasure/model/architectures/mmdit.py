@@ -17,6 +17,7 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import (
     Architecture,
+    CountedOnly,
     Options,
     default,
     ends,
@@ -198,7 +199,7 @@ class Flux(JointAttention):
         return {**options, **guided}
 
 
-class QwenImage(JointAttention):
+class QwenImage(CountedOnly, JointAttention):
     """Qwen-Image: as the two-stream blocks of FLUX, without pooled text. Its modules are counted, nothing else yet."""
 
     name = "qwen-image"
@@ -210,22 +211,6 @@ class QwenImage(JointAttention):
         "feed-forward": holds(".img_mlp.", ".txt_mlp."),
         "modulation": holds(".img_mod.", ".txt_mod.", "norm_out.linear"),
     }
-
-    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
-        """Refuse, because erasing from this model is not supported."""
-        raise _unsupported()
-
-
-def _unsupported() -> ErasureError:
-    return ErasureError("Qwen-Image: its modules can be counted, but concepts cannot be erased from it yet")
 
 
 def pooled(conditions: Conditions) -> Tensor:

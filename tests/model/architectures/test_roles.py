@@ -104,3 +104,12 @@ def test_the_unets_roles_are_counted_too():
     roles = base.architecture.count(base.pipe)
     assert roles["cross-attention"] == roles["self-attention"] == 64 and roles["text entry"] == 32
     assert base.device == torch.device("meta")
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "sana-1.6b"])
+def test_what_is_only_counted_says_so(bases, name):
+    from erasure.model.base import Base
+
+    for ask in (lambda: Base.of(bases[name].pipe), bases[name].latent_shape, bases[name].sampler):
+        with pytest.raises(ErasureError, match="can be counted, but concepts cannot be erased from it yet"):
+            ask()
