@@ -140,3 +140,13 @@ def test_folders_open_as_the_erased_class_also_without_t5(tmp_path, caplog):
     )
     with pytest.raises(ErasureError, match="ErasedFluxPipeline cannot hold it"):
         open_pipeline(ErasedFluxPipeline, folder)
+
+
+def test_a_scale_other_than_one_goes_into_the_factors():
+    """The change of a layer is (alpha / rank) up down, also where its file holds no alpha."""
+    layers = {f"a.{rank}": (torch.randn(rank, 5), torch.randn(4, rank), alpha) for rank, alpha in ((2, 8.0), (3, 1.5))}
+    payload = LowRank({"transformer": layers})
+    for path, (down, up, alpha) in layers.items():
+        change = payload.change("transformer", f"{path}.weight")
+        assert torch.allclose(change, alpha / len(down) * up @ down, atol=1e-6)
+        assert payload.layers["transformer"][path][2] == len(down)
