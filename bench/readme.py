@@ -48,6 +48,9 @@ def pages() -> dict[str, dict[str, str]]:
             "attacked": section("attack", 1),
             "costs": section("costs", 1),
             "stopping": section("stopping", 1),
+            "membranes": "\n\n".join(
+                [section("membranes", 0).partition("\n")[2], section("membranes", 1), section("membranes", 2)]
+            ),
             "drawing": "\n\n".join([section("pipelines", 0).partition("\n")[2], section("pipelines", 1)]),
         },
     }
