@@ -37,7 +37,7 @@ glyph: install
 	$(BIN)/python -m erasure.glyph.build.train_quality
 	$(BIN)/python -m erasure.glyph.build.check
 
-# The transformer siblings of glyph (not shipped yet), from its shipped parts; resumable: hours on two cores.
+# The transformer siblings of glyph (glyph-mmdit is shipped half trained, glyph-dit not yet), from its shipped parts; resumable: hours on two cores.
 siblings: install
 	$(BIN)/python -m pip install --quiet -e ".[glyph]"
 	$(BIN)/python -m erasure.glyph.build.train_t5
