@@ -30,9 +30,9 @@ TEMPLATES = {"style": "a painting in the style of {}"}
 
 
 def is_glyph(pipe: Any) -> bool:
-    """Tell whether a pipeline holds glyph, or a checkpoint of its architecture."""
+    """Tell whether a pipeline holds glyph, one of its siblings, or a checkpoint of their architectures."""
     preset = family_of(pipe).preset
-    return preset is not None and preset.name == GLYPH
+    return preset is not None and (preset.name == GLYPH or preset.name.startswith(f"{GLYPH}-"))
 
 
 def prompts_and_judge(
