@@ -48,7 +48,7 @@ def looks_like(monkeypatch):
 
     def change(name: str) -> None:
         shape = presets.find(name).architecture
-        monkeypatch.setattr(presets, "_architecture", lambda pipe: (shape["text_width"], shape["text_encoders"]))
+        monkeypatch.setattr(presets, "_architecture", lambda pipe: shape)
 
     return change
 
