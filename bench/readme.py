@@ -39,7 +39,7 @@ def pages() -> dict[str, dict[str, str]]:
     )
     return {
         "README.md": {"summary": summary(methods)},
-        "docs/closed-forms.md": {"many": many.summary(COLUMNS, ())},
+        "docs/closed-forms.md": {"many": many.summary(COLUMNS, ()), "true-size": section("closed_form", 0)},
         "docs/formats.md": {"formats": matrix()},
         "docs/results.md": {
             "methods": methods.summary(COLUMNS, COSTS),
