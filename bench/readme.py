@@ -14,7 +14,7 @@ RESULTS = ROOT / "bench" / "results"
 COSTS = ("F", "B")
 COLUMNS = ("UA", "quality", "leak", "IRA", "neighbours", "CRA", "H")  # of the table in docs/results.md
 TOGETHER_COLUMNS = tuple(name for name in COLUMNS if name != "quality")  # measured before there was a quality
-README_COLUMNS = ("UA", "quality", "leak", "IRA", "CRA", "H")
+README_COLUMNS = ("UA", "quality", "leak", "IRA", "H")
 README_GROUPS = ("objects", "styles")
 
 

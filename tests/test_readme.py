@@ -40,7 +40,7 @@ BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>not run|file): (?P<note>.+?) -->\n)?```(?P<language>[^\n]*)\n(?P<body>.*?)^```$", re.M | re.S
 )
 LANGUAGES = ("bash", "python", "yaml", "csv", "text")
-MOST_WORDS, MOST_ROWS = 1500, 12  # of README
+MOST_WORDS, MOST_ROWS = 1500, 14  # of README; the rows are the base and six methods on objects and styles
 MARKS = {page: pytest.mark.slow for page in ("docs/attacks.md", "docs/erase.md", "docs/evaluate.md")}
 QUICK = {
     "esd": ["iterations=2", "trajectories=1", "sample_steps=4"],

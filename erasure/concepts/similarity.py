@@ -157,7 +157,8 @@ def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
     Returns:
         n rows of m values, each at most 1.
     """
-    cosines = (prompts.flat.to(texts.flat.dtype) @ texts.flat.T).tolist()
+    # Prompt by prompt: in a product of matrices the rounding of a row would depend on the other prompts of the call.
+    cosines = [(texts.flat @ prompt).tolist() for prompt in prompts.flat.to(texts.flat.dtype)]
     return [
         [
             1.0 if prompt == text else min(1.0, max(cosine, len(has & words) / len(words) if words else 0.0))

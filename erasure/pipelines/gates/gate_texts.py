@@ -1,4 +1,4 @@
-"""The texts of all text gates of a pipeline: encoded once, and compared with a call's prompts in one product."""
+"""The texts of all text gates of a pipeline: encoded once, and compared with each prompt of a call in one product."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GateTexts:
             handle.remove()
 
     def similarities(self, pipe: Any, prompts: list[str]) -> dict[str, dict[str, float]]:
-        """Return prompt -> text of a gate -> their gamma, from one product.
+        """Return prompt -> text of a gate -> their gamma, from one product a prompt.
 
         Prompts whose states were taken over while `watching` are not encoded again.
 
