@@ -164,7 +164,8 @@ def tiles(shown: Sequence[Tile]) -> str:
         value = escape(tile.value) or "–"
         figure = f"<h2>{escape(tile.title)}</h2><strong{look}>{value}</strong><div>{lines}</div>"
         parts.append(f'<section class="tile">{figure}</section>')
-    return f'<div class="tiles of{len(parts)}">{"".join(parts)}</div>'
+    kind = "tiles of4" if len(parts) == 4 else "tiles"
+    return f'<div class="{kind}">{"".join(parts)}</div>'
 
 
 def strips(groups: Mapping[str, Sequence[Shot]], four: bool = False) -> str:
