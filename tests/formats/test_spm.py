@@ -40,7 +40,9 @@ def test_the_file_is_the_published_layout(file):
     patch, path = file
     tensors = load_file(path)
     with safe_open(path, "pt") as opened:
-        assert opened.metadata() == {"prompts": "cat", "rank": "1", "alpha": "1.0"}
+        header = opened.metadata()
+    family = {"ss_base_model_version": "sd_v1", "ss_v2": "False"}  # for A1111; the SPM code reads the first three alone
+    assert header == {"prompts": "cat", "rank": "1", "alpha": "1.0", **family}
     stems = {key.split(".")[0] for key in tensors}
     assert all(stem.startswith("lora_unet_") for stem in stems) and len(tensors) == 3 * len(stems)
     assert all(tensors[f"{stem}.alpha"].dim() == 0 for stem in stems)

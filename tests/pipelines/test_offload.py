@@ -70,7 +70,7 @@ def test_an_offloaded_base_computes_on_the_device_of_its_hooks(kind):
     base.pipe.enable_model_cpu_offload(device="cuda:0")
     assert next(base.unet.parameters()).device.type == "cpu" and base.device == torch.device("cuda:0")
     before = weights(base.pipe)
-    with pytest.raises(ErasureError, match="UNet is offloaded: .*not on cuda:0.*remove_all_hooks"):
+    with pytest.raises(ErasureError, match="unet is offloaded: .*not on cuda:0.*remove_all_hooks"):
         erase(base.pipe, "cat", "esd", progress=False)
     assert same(weights(base.pipe), before)
     base.pipe.remove_all_hooks()
