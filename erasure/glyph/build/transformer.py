@@ -7,7 +7,9 @@ needed to train them.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -111,6 +113,17 @@ def initialise(model: nn.Module, zero: tuple[str, ...], small: tuple[str, ...]) 
             nn.init.zeros_(module.bias)
 
 
+def share(folder: Path) -> None:
+    """Replace files that glyph ships too by links to them, if the folder lies beside its checkpoint."""
+    if folder.resolve().parent != CHECKPOINT.parent:
+        return
+    for path in folder.rglob("*"):
+        shipped = CHECKPOINT / path.relative_to(folder)
+        if path.suffix in (".safetensors", ".json") and shipped.is_file() and filecmp.cmp(path, shipped, shallow=False):
+            path.unlink()
+            path.symlink_to(os.path.relpath(shipped, path.parent))
+
+
 def save(pipe: Any, folder: Path) -> None:
     """Write the pipeline in half precision; it is made beside its place, then renamed."""
     fresh = folder.with_name(folder.name + ".new")
@@ -119,6 +132,7 @@ def save(pipe: Any, folder: Path) -> None:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             shrink(fresh / name, part)
+    share(fresh)
     if folder.is_dir():
         for kept in folder.glob("*.md"):
             shutil.copy2(kept, fresh)
