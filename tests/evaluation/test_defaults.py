@@ -129,8 +129,9 @@ def test_verify_and_glyphs_suites_are_refused_too(pipe, looks_like, no_clip, tmp
             run_suite(pipe, "cat", name, folder=tmp_path / "s", judge="nudenet")
 
 
-def test_glyph_keeps_its_prompts_and_judge(pipe, looks_like):
-    looks_like("glyph")
+@pytest.mark.parametrize("name", ["glyph", "glyph-mmdit", "glyph-dit"])
+def test_glyph_and_its_siblings_have_its_prompts_and_judge(pipe, looks_like, name):
+    looks_like(name)
     assert default_prompts(pipe, "cat", False, None).name == "glyph-objects"
     assert default_prompts(pipe, "cat", False, None, about=True).name == "about-cat"
     assert default_judge(pipe, ROWS).name == "glyph"
