@@ -104,6 +104,7 @@ def walk(
     sampler: str | None = None,
     scale: float | tuple[float, float] = 1.0,
     stop: int | None = None,
+    first: int | None = None,
     judged: bool = True,
     skip: int = 0,
 ) -> TrajectoryPool:
@@ -122,6 +123,8 @@ def walk(
         stop: index of the only state to record, at which sampling ends, as in the published loops; None records every
             state. The index after the last timestep means the clean latents, with t = 0. They have no output, so
             `judged` must then be off.
+        first: record so many states from the start, without outputs, and end sampling with the last of them; `judged`
+            must then be off. None records the whole trajectory, or the state `stop`.
         judged: also record the outputs at the state `stop`; if false, `neutral` and `concept` are empty.
         skip: number of timesteps to leave out at the start. The trajectory then starts later from the same noise (a
             quirk of the published code).
@@ -149,11 +152,12 @@ def walk(
     n = len(pairs)
     for index, t in enumerate(schedule.timesteps[skip:]):
         scaled = schedule.scale_model_input(x, t)
-        if index == stop and not judged:
+        if (first is not None or index == stop) and not judged:
             states.append(_state(scaled, t))
-            break
+            if first is None or index == first - 1:
+                break
         out = base.predict(scaled.repeat(len(conditions) // n, 1, 1, 1), t, conditions)
-        if stop is None or index == stop:
+        if first is None and (stop is None or index == stop):
             states.append(_state(scaled, t, out[:n] if all_empty else out[n : 2 * n], out[:n]))
         if index == stop:
             break

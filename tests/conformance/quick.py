@@ -27,6 +27,14 @@ QUICK = {
     },
     "dp": ALONE,
     "esd": {**SMALL, "learning_rate": 1e-3},
+    "gem": {
+        "iterations": 4,
+        "early_steps": 2,
+        "sample_steps": 3,
+        "retain_trajectories": 2,
+        "retain_batch_size": 2,
+        "learning_rate": 1e-2,
+    },
     "salun": {
         "iterations": 4,
         "batch_size": 2,

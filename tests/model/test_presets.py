@@ -19,7 +19,7 @@ from erasure.model.presets.preset import read_preset
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.tiny import blueprint, tiny_pipeline
 
-OWN = ("advunlearn", "esd", "salun", "spm", "unguide")
+OWN = ("advunlearn", "esd", "gem", "salun", "spm", "unguide")
 FAMILIES = ("sd1", "sd2", "sdxl")
 # What the kinds change on glyph; everything else there is the methods' default.
 GLYPH = {
@@ -166,9 +166,11 @@ def test_no_family_needs_settings_or_a_preset(method):
     ):
         settle(tiny, "cat", method, {"given": {"iterations": 3}})
     own = settle(tiny, "cat", method, {"given": {"iterations": 3, "learning_rate": 1e-3}}).chosen
-    assert own.sources["batch_size"] == "the method's default"
-    assert settle(tiny, "cat", method, {}, preset="sd1").chosen.method.learning_rate < 2e-4
-    assert settle(tiny, "cat", method, {"given": {"parity": True}}).chosen.sources["iterations"].startswith("parity")
+    assert own.sources["measure_every"] == "the method's default"
+    assert settle(tiny, "cat", method, {}, preset="sd1").chosen.method.learning_rate <= 1e-3
+    if methods.find(method).PARITY:
+        settled = settle(tiny, "cat", method, {"given": {"parity": True}})
+        assert settled.chosen.sources["iterations"].startswith("parity")
 
 
 def test_prompts_and_anchors_of_the_published_scripts():

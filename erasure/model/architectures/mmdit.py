@@ -35,8 +35,14 @@ LOG = logging.getLogger("erasure")
 ENCODERS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 TEXT_STREAM = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 KEYS_AND_VALUES = ("to_k", "to_v", "add_k_proj", "add_v_proj")
+QUERIES_AND_KEYS = ("to_q", "to_k", "add_q_proj", "add_k_proj")
 ATTENTION = (".attn.", ".attn2.")
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+
+
+def joint_queries_and_keys(path: str) -> bool:
+    """Tell whether a module makes queries or keys of an attention that both streams share."""
+    return path.startswith("transformer_blocks.") and ".attn." in path and path.endswith(QUERIES_AND_KEYS)
 
 
 class JointAttention(Architecture):
@@ -50,6 +56,7 @@ class JointAttention(Architecture):
     variants = {
         "x": ("attention: queries, keys, values and outputs of both streams", holds(*ATTENTION)),
         "x-strict": ("attention: keys and values of both streams", ends(*KEYS_AND_VALUES)),
+        "qk": ("attention of the two-stream blocks: queries and keys of both streams", joint_queries_and_keys),
         "text": ("attention: the text stream's queries, keys, values and outputs", ends(*TEXT_STREAM)),
         "u": ("all but attention", lambda path: not holds(*ATTENTION)(path)),
         "transformer": ("every layer of the transformer blocks", starts(*BLOCKS)),
