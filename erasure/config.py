@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import operator
 import types
@@ -41,6 +42,12 @@ def setting(
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return dataclasses.field(default=default, metadata={key: end for key, end in limits.items() if end is not None})
+
+
+def fields_of(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass, its own before those that it inherits."""
+    own = inspect.get_annotations(cls)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
 
 
 def allowed(limits: Mapping[str, float]) -> str:
@@ -138,7 +145,7 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
         ErasureError: naming every unknown key and every value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    names = [field.name for field in fields_of(cls) if field.init]
     merged: dict[str, Any] = {}
     faults = []
     for layer in layers:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.concepts.concept import MOST, Concept
@@ -25,7 +26,7 @@ from erasure.model.architectures import Architecture
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied, readers_gram
 from erasure.model.conditioning import text_encoders
-from erasure.model.diffusion import Counts, counting
+from erasure.model.diffusion import Counts, counting, guide
 from erasure.model.listed_base import ListedBase
 from erasure.model.trajectories import TrajectoryPool, build_pool
 from erasure.patch import LowRank
@@ -33,6 +34,8 @@ from erasure.training.compute import Computing, Engine
 from erasure.training.dry_run import Forecast, forecast_runtime, forecast_training
 from erasure.training.loop import train
 from erasure.training.memory import size_of
+from erasure.training.objective import ObjectiveOptions, Terms
+from erasure.training.reweighting import Samples
 from erasure.training.run import FitResult, Run
 
 
@@ -102,7 +105,7 @@ class Method(ABC):
             raise ErasureError(f"{self.method}: {'; '.join(faults)}. Leave the option out; nothing was changed")
 
 
-class GradientMethod(Method):
+class GradientMethod(ObjectiveOptions, Method):
     """A method that trains: settings with `prepare` and `loss`, run by the one training loop.
 
     What `loss` returns may depend only on the state, the step and the trained tensors, so that a resumed run is the
@@ -111,6 +114,8 @@ class GradientMethod(Method):
 
     LOGS: ClassVar[bool] = True
     PREVIEWS: ClassVar[bool] = True
+    FORGET: ClassVar[str] = ""  # the term of the loss that `forgotten` returns, for `reweight`; empty: there is none
+    RETAIN: ClassVar[tuple[str, ...]] = ()  # the terms that keep something, which `surgery` protects from all others
 
     iterations: int
     learning_rate: float
@@ -121,8 +126,18 @@ class GradientMethod(Method):
     NO_STOP: ClassVar[str] = ""  # why stop=auto has no meaning for the method; empty where it has
 
     def __post_init__(self) -> None:
-        """Check every setting, and that the stopping rule suits the method; raises ErasureError."""
+        """Check every setting, and that the options suit the method; raises ErasureError."""
         super().__post_init__()
+        if self.reweight != "none" and not self.FORGET:
+            raise ErasureError(
+                f"{self.method}: reweight={self.reweight} has no meaning here: no term of its loss says what it is "
+                "sample by sample. Leave reweight out; nothing was changed"
+            )
+        if self.surgery != "none" and not self.RETAIN:
+            raise ErasureError(
+                f"{self.method}: surgery={self.surgery} has no meaning here: its loss has no term that retains, so "
+                "there is no gradient to protect. Leave surgery out; nothing was changed"
+            )
         why = "the published script takes all its updates" if getattr(self, "parity", False) else self.NO_STOP
         if self.stop == "auto" and self.measure_every:
             raise ErasureError(
@@ -139,8 +154,46 @@ class GradientMethod(Method):
         """Return the state of a run: an object with an `adapter`, and all that does not change with the step."""
 
     @abstractmethod
-    def loss(self, state: Any, step: int) -> dict[str, Tensor]:
-        """Return the terms of the loss at a step, by name; their sum is minimised."""
+    def loss(self, state: Any, step: int) -> Terms:
+        """Return the terms of the loss at a step, by name; their sum is minimised.
+
+        Terms are numbers; the one that FORGET names comes from `forgotten`.
+        """
+
+    def forgotten(
+        self, output: Tensor, target: Tensor, t: Tensor, *, now: Tensor, truth: Tensor, before: Callable[[], Tensor]
+    ) -> Tensor | Samples:
+        """Return the term that forgets, the mean squared error of an output from its target; for `reweight`, by sample.
+
+        Args:
+            output: the network's output [n, c, h, w].
+            target: what it is to become.
+            t: timesteps [n].
+            now: the network's prediction for the samples as training data, of which `output` may be another form.
+            truth: what the prediction would be if it fitted the samples perfectly.
+            before: returns the original network's prediction; called for `reweight=static` alone.
+        """
+        if self.reweight == "none":
+            return F.mse_loss(output, target)
+        with torch.no_grad():
+            known = before() if self.reweight == "static" else now
+            own = ((known - truth) ** 2).flatten(1).mean(1)
+        return Samples(((output - target) ** 2).flatten(1).mean(1), own, t)
+
+    def forgotten_states(
+        self, output: Tensor, target: Tensor, batch: TrajectoryPool, guidance: float
+    ) -> Tensor | Samples:
+        """Return `forgotten` for states of a sampler, whose truth is the guided prediction that the sampler followed.
+
+        Args:
+            output: the network's output for the concept's prompt [n, c, h, w].
+            target: what it is to become.
+            batch: the states, with the original network's outputs.
+            guidance: scale of classifier-free guidance that the states were sampled with.
+        """
+        neutral, concept = batch.neutral.to(output), batch.concept.to(output)
+        truth = guide(neutral, concept, guidance)
+        return self.forgotten(output, target, batch.t, now=output, truth=truth, before=lambda: concept)
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate at a step."""

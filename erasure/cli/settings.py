@@ -54,6 +54,8 @@ def shown(value: Any) -> str:
 
 def rows(cls: type[Any]) -> list[Row]:
     """Return the settings of a dataclass."""
+    from erasure.config import fields_of
+
     hints, about = typing.get_type_hints(cls), described(cls)
     return [
         Row(
@@ -63,7 +65,7 @@ def rows(cls: type[Any]) -> list[Row]:
             allowed(hints[field.name], field.metadata),
             about.get(field.name, ""),
         )
-        for field in dataclasses.fields(cls)
+        for field in fields_of(cls)
         if field.init
     ]
 

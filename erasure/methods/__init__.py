@@ -60,7 +60,9 @@ def _checked(name: str, cls: Any) -> type[Method]:
     from erasure.method import Method
 
     label = f"the entry point {name!r} of the group {GROUP}"
-    if not isinstance(cls, type) or not issubclass(cls, Method) or not dataclasses.is_dataclass(cls):
+    # `is_dataclass` would take the dataclass that a method which trains inherits its options from.
+    declared = isinstance(cls, type) and "__dataclass_fields__" in vars(cls)
+    if not declared or not issubclass(cls, Method):
         raise ErasureError(
             f"{label} is not a method: it must be a frozen dataclass derived from GradientMethod, ClosedFormMethod or "
             "RuntimeMethod of erasure.method"
@@ -123,7 +125,7 @@ def choose(
     cls = find(name)
     given = {key: source for source, layer in layers.items() for key in layer}
     values = {key: value for layer in layers.values() for key, value in layer.items()}
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = [field.name for field in config.fields_of(cls)]
     if "stop" in values and not hasattr(cls, "stop"):
         raise ErasureError(
             f"{name}: stop has no meaning here: there are no updates to end. Leave it out; nothing was changed"
@@ -159,7 +161,7 @@ def _chosen(
     fields: Sequence[str] | None = None,
 ) -> Chosen:
     built = config.build(cls, *layers)
-    names = fields or [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = fields or [field.name for field in config.fields_of(cls)]
     return Chosen(built, {key: sources.get(key, rest) for key in names})
 
 

@@ -44,6 +44,7 @@ from erasure.model.diffusion import away
 from erasure.model.soft_prompt import Place, Slots, encode, search, slots, spread, start
 from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, late_states
 from erasure.training.adapters import Weights
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -100,6 +101,8 @@ class AdvUnlearn(GradientMethod):
     """
 
     method: ClassVar[str] = "advunlearn"
+    FORGET: ClassVar[str] = "erase"
+    RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
     NO_STOP: ClassVar[str] = (
         "the measurements do not see the attacker: the plain prompt is erased long before the encoder resists attacks"
     )
@@ -192,7 +195,7 @@ class AdvUnlearn(GradientMethod):
         """Return the vectors that an attack starts from."""
         return start(encoder, place, draw, zeros=not self.parity)
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Attack, then return the erasing and the retain term on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         encoder, device = base.pipe.text_encoder, base.device
@@ -221,7 +224,7 @@ class AdvUnlearn(GradientMethod):
         output, retained = base.predict(x, t, Conditions(texts)).float().split([len(batch), len(kept)])
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {
-            "erase": F.mse_loss(output, target),
+            "erase": self.forgotten_states(output, target, batch, self.trajectory_guidance),
             "retain": self.retain_weight * F.mse_loss(retained, kept.concept.to(device)),
         }
 

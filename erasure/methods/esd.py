@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from erasure.concepts.concept import Concept
 from erasure.config import setting
@@ -42,6 +40,7 @@ from erasure.model.conditioning import Conditions, text_encoders
 from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -86,6 +85,7 @@ class ESD(GradientMethod):
     """
 
     method: ClassVar[str] = "esd"
+    FORGET: ClassVar[str] = "esd"
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories")
     PARITY: ClassVar[dict[str, Any]] = {
@@ -195,12 +195,12 @@ class ESD(GradientMethod):
             pool = without(state.base, pool, [prompt for prompt, _ in state.pairs])
         return pool, [prompt for prompt, _ in pairs]
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Return the objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
-        output = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair])
+        output = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair]).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"esd": F.mse_loss(output.float(), target)}
+        return {"esd": self.forgotten_states(output, target, batch, self.trajectory_guidance)}
 
 
 @torch.no_grad()

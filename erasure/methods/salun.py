@@ -45,6 +45,7 @@ from erasure.model.diffusion import add_noise, count_metadata, count_stored, cou
 from erasure.model.trajectories import TrajectoryPool, build_pool, in_turn
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.saliency import read_mask, top, write_mask
 from erasure.training.stopping import Stop
@@ -93,6 +94,8 @@ class SalUn(GradientMethod):
     """
 
     method: ClassVar[str] = "salun"
+    FORGET: ClassVar[str] = "relabel"
+    RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 605,  # 5 epochs of 121 batches
         "forget_count": 968,  # an Imagenette class has 858 to 993 photographs
@@ -264,7 +267,7 @@ class SalUn(GradientMethod):
         pairs = list(state.pseudo.items())
         return build_pool(state.base, pairs, **options), [prompt for prompt, _ in pairs]
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Return the relabelling and the retain term on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         forget, retain = self.chosen(state, step, draw)
@@ -284,8 +287,14 @@ class SalUn(GradientMethod):
                 target = base.predict(seen, t, pseudo).float()
         outputs = base.predict(torch.cat([x, x_r]), torch.cat([t, t_r]), base.conditions(named + kept)).float()
         output, output_r = outputs.chunk(2)
+
+        def before() -> Tensor:
+            with state.adapter.off():
+                return to_eps(base.scheduler, base.predict(x, t, base.conditions(named)).float(), x, t)
+
+        now = to_eps(base.scheduler, output, x, t)
         return {
-            "relabel": F.mse_loss(output, target),
+            "relabel": self.forgotten(output, target, t, now=now, truth=eps, before=before),
             "retain": self.retain_weight * F.mse_loss(to_eps(base.scheduler, output_r, x_r, t_r), eps_r),
         }
 

@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
@@ -49,6 +48,7 @@ from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -100,6 +100,8 @@ class SPM(GradientMethod):
     """
 
     method: ClassVar[str] = "spm"
+    FORGET: ClassVar[str] = "erase"
+    RETAIN: ClassVar[tuple[str, ...]] = ("anchor",)
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "refresh", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
@@ -190,7 +192,7 @@ class SPM(GradientMethod):
         done = (step - self.warm_up) / max(1, self.iterations - self.warm_up)
         return 0.5 * (1 + math.cos(math.pi * ((self.cycles * done) % 1.0)))
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Return the erasing and the anchor term on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         batch = self.tuples(state, draw, step)
@@ -206,7 +208,10 @@ class SPM(GradientMethod):
         output, after = outputs[: len(x)], outputs[len(x) :]
         target = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
         drift = ((after - before) ** 2).mean((1, 2, 3)) * weights.to(base.device)
-        return {"erase": F.mse_loss(output, target), "anchor": self.anchor_weight * drift.sum() / len(x)}
+        return {
+            "erase": self.forgotten_states(output, target, batch, self.trajectory_guidance),
+            "anchor": self.anchor_weight * drift.sum() / len(x),
+        }
 
     def anchors(self, state: State, sources: Conditions, draw: torch.Generator) -> tuple[Conditions, Tensor]:
         """Return the conditions of the anchors, and their weights, which sum to 1 per sample.

@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import anchored, around, retain_prompts
@@ -43,6 +41,7 @@ from erasure.model.base import Base
 from erasure.model.diffusion import away
 from erasure.model.trajectories import Measure, TrajectoryPool, judge, kept_pool, late_states, shifts
 from erasure.training.adapters import LowRankTerm
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -114,6 +113,7 @@ class UnGuide(GradientMethod):
     """
 
     method: ClassVar[str] = "unguide"
+    FORGET: ClassVar[str] = "lead"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
     NO_STOP: ClassVar[str] = (
         "the LoRA is a direction to guide away from, which the gate switches on for the concept alone, so neither its "
@@ -232,13 +232,13 @@ class UnGuide(GradientMethod):
         prompts += [f"a {concept.name} in {style}" for concept in objects for style in styles]
         return list(dict.fromkeys(prompts))
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Return the objective on one batch."""
         batch, device = self.tuples(state, step), state.base.device
         conditions = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
         output = state.base.predict(batch.x.to(device), batch.t.to(device), conditions).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"lead": F.mse_loss(output, target)}
+        return {"lead": self.forgotten_states(output, target, batch, self.trajectory_guidance)}
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
         """Return the batch of states for a step; in parity mode with the LoRA on, and the published t."""

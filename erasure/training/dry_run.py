@@ -24,10 +24,11 @@ from erasure.model.diffusion import Counts, counting
 from erasure.training.compute import Computing, Engine, by_rows
 from erasure.training.loop import Trainable, observe
 from erasure.training.memory import Call, peaks
+from erasure.training.objective import Objective
 from erasure.training.run import FitResult, Run
 
 PROBE = 4  # samples in the timed call
-COPY = 4  # bytes per trained parameter: the fp32 copy that the stopping rule can go back to
+COPY = 4  # bytes per trained parameter: fp32 weights that the stopping rule can go back to, or a second gradient
 STATE = 16  # bytes per trained parameter: fp32 master, gradient, two Adam moments; the base's own stay with the model
 
 
@@ -151,15 +152,17 @@ def forecast_training(
         try:
             if ends:
                 observe(method, base, concepts, state, run, Counts())  # `_walk` counts all calls
+            objective = Objective(method, base.scheduler.config.num_train_timesteps)
+            params = state.adapter.parameters()
             for step in range(method.iterations):
-                torch.stack(list(method.loss(state, step).values())).sum().backward()
+                objective.backward(objective.reduce(method.loss(state, step)), params, run.scaler())
                 run.measure(step + 1)
             method.gate(state)
         finally:
             state.adapter.remove()
 
     forecast = _forecast(_walk(base, train), base, computing, processes)
-    more = COPY * forecast.weights if ends else 0
+    more = COPY * forecast.weights * (ends + (method.surgery != "none"))
     return replace(forecast, at_most=ends, training_bytes=forecast.training_bytes + more)
 
 

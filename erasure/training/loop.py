@@ -22,6 +22,7 @@ from erasure.model.diffusion import Counts, counting
 from erasure.model.trajectories import TrajectoryPool
 from erasure.training.adapters import Adapter
 from erasure.training.curves import Curves
+from erasure.training.objective import Objective, Optioned, Terms
 from erasure.training.run import Run
 from erasure.training.stopping import StopRule
 
@@ -30,7 +31,7 @@ STATE = "state.safetensors"
 PREPARED = "prepared.json"
 
 
-class Trainable(Protocol):
+class Trainable(Optioned, Protocol):
     """The part of a gradient method that the loop uses; see `erasure.method.GradientMethod`."""
 
     @property
@@ -63,7 +64,7 @@ class Trainable(Protocol):
     def held_out(self, state: Any, **options: Any) -> tuple[TrajectoryPool, list[str]]:
         """Return states to measure on, with outputs that give the target, and the prompt of each of their pairs."""
 
-    def loss(self, state: Any, step: int) -> dict[str, Tensor]:
+    def loss(self, state: Any, step: int) -> Terms:
         """Return the terms of the loss at a step."""
 
     def rate(self, step: int) -> float:
@@ -135,8 +136,10 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
     scaler = run.scaler()
     start = _restore(restored, params, optimizer, scaler)
     curves, rule = run.curves, run.rule
+    objective = Objective(method, base.scheduler.config.num_train_timesteps)
     if restored:
         method.restore(state, _part(restored, "extra"))
+        objective.restore(_part(restored, "objective"))
         if curves is not None:
             curves.restore(_part(restored, "curves"))
         if rule is not None:
@@ -147,23 +150,21 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
         for step in bar:
             factor = 1.0 if rule is None else rule.rate
             optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step) * factor
-            terms = method.loss(state, step)
-            loss = torch.stack(list(terms.values())).sum()
-            if not torch.isfinite(loss):
+            terms = objective.reduce(method.loss(state, step))
+            if not torch.isfinite(torch.stack(list(terms.values())).sum()):
                 raise _diverged(terms, step, run)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            objective.backward(terms, params, scaler)
             scaler.step(optimizer)
             scaler.update()
             _round(params, method.weight_rounding)
             if run.measure(step + 1) and curves is not None and rule is not None:
                 rule.see(step + 1, curves.erased[-1], curves.drift[-1], params, optimizer)
-            run.watch(step + 1, terms, optimizer.param_groups[0]["lr"])
+            run.watch(step + 1, terms, {"learning_rate": optimizer.param_groups[0]["lr"], **objective.figures})
             bar.set_postfix({name: f"{value.item():.4g}" for name, value in terms.items()}, refresh=False)
             if rule is not None and rule.why:
                 break
             if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
-                parts = {"extra": method.snapshot(state)}
+                parts = {"extra": method.snapshot(state), "objective": objective.tensors()}
                 parts |= {"curves": curves.tensors()} if curves is not None else {}
                 parts |= {"stop": rule.tensors()} if rule is not None else {}
                 extra = {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}

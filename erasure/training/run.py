@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,13 +118,13 @@ class Run:
             return None
         return {**self.curves.to_json(), **({"stop": self.rule.to_json()} if self.rule is not None else {})}
 
-    def watch(self, step: int, terms: dict[str, Tensor], rate: float) -> None:
-        """Log the losses of a step and draw its preview if one is due, in the main process; its cost is not counted."""
+    def watch(self, step: int, terms: dict[str, Tensor], figures: Mapping[str, float]) -> None:
+        """Log the losses and figures of a step and draw a preview that is due, in the main process, free of cost."""
         if not self.group.main:
             return
         if self.trackers is not None:
             values = {f"loss/{name}": value.item() for name, value in terms.items()}
-            self.trackers.log({**values, "learning_rate": rate}, step)
+            self.trackers.log({**values, **figures}, step)
         if self.previews is not None and self.previews.due(step):
             forward = self.costs.forward
             self.draw(step)

@@ -22,6 +22,7 @@ RANK = os.environ.get("RANK", "0")
 TRAINED = names(GradientMethod)
 # Batches that two processes cannot share evenly.
 ODD = {name: {**QUICK[name], "batch_size": 3} for name in TRAINED}
+OPTIONS = {"reweight": "static", "surgery": "first"}  # of a run of SPM
 ODD["advunlearn"] |= {"retain_batch_size": 4, "learning_rate": 1e-3}
 STOP = 3  # the update after which a run is interrupted
 
@@ -74,6 +75,7 @@ def main(folder: Path) -> None:
     for name in TRAINED:
         patch = erase(tiny_pipeline(), "cat", name, out=folder / f"{name}.safetensors", progress=False, **ODD[name])
         record["costs"][name] = patch.costs
+    erase(tiny_pipeline(), "cat", "spm", out=folder / "options.safetensors", progress=False, **ODD["spm"], **OPTIONS)
     interrupted(folder / "resumed.safetensors")
     record["left"] = sorted(path.name for path in (folder / "resumed.safetensors.run").iterdir())
     erase(tiny_pipeline(), "cat", "esd", out=folder / "resumed.safetensors", progress=False, **ODD["esd"])

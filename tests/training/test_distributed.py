@@ -14,7 +14,7 @@ from erasure.erasing import erase
 from erasure.patch import Patch
 from tests.conformance.quick import changes, same
 from tests.tiny import tiny_pipeline
-from tests.training.steps import ODD, TRAINED
+from tests.training.steps import ODD, OPTIONS, TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +52,13 @@ def test_two_processes_learn_what_one_learns(method, folder, records):
     assert not near(other, together)  # the comparison can fail: a process's share alone is another patch
     for record in records:  # every process knows the cost of all of them
         assert {key: record["costs"][method][key] for key in "FB"} == {key: alone.costs[key] for key in "FB"}
+
+
+def test_weights_and_surgery_are_those_of_the_whole_batch(folder):
+    together = Patch.load(folder / "options.safetensors")
+    alone = erase(tiny_pipeline(), "cat", "spm", progress=False, **ODD["spm"], **OPTIONS)
+    assert near(alone, together) and not near(Patch.load(folder / "spm.safetensors"), together)
+    assert {key: together.costs[key] for key in "FB"} == {key: alone.costs[key] for key in "FB"}
 
 
 def test_an_interrupted_launch_goes_on_together_or_alone(folder, records):
