@@ -15,7 +15,7 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Timed(Run):
         super().__init__(progress=False, **options)
         self.times: list[float] = []
 
-    def watch(self, step: int, terms: dict[str, torch.Tensor], rate: float) -> None:
+    def watch(self, step: int, terms: dict[str, torch.Tensor], figures: Mapping[str, float]) -> None:
         """Record the time; after the first step, also the peak memory so far, which includes the preparation."""
         self.times.append(now())
         if step == 1 and torch.cuda.is_available():

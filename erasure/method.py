@@ -14,7 +14,6 @@ from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.concepts.concept import MOST, Concept
@@ -35,7 +34,7 @@ from erasure.training.dry_run import Forecast, forecast_runtime, forecast_traini
 from erasure.training.loop import train
 from erasure.training.memory import size_of
 from erasure.training.objective import ObjectiveOptions, Terms
-from erasure.training.reweighting import Samples
+from erasure.training.reweighting import Samples, squared
 from erasure.training.run import FitResult, Run
 
 
@@ -161,39 +160,38 @@ class GradientMethod(ObjectiveOptions, Method):
         """
 
     def forgotten(
-        self, output: Tensor, target: Tensor, t: Tensor, *, now: Tensor, truth: Tensor, before: Callable[[], Tensor]
+        self, losses: Tensor, t: Tensor, *, now: Tensor, truth: Tensor, before: Callable[[], Tensor]
     ) -> Tensor | Samples:
-        """Return the term that forgets, the mean squared error of an output from its target; for `reweight`, by sample.
+        """Return the term that forgets, the mean of losses; with `reweight`, the losses and what decides their weights.
 
         Args:
-            output: the network's output [n, c, h, w].
-            target: what it is to become.
+            losses: of the samples [n].
             t: timesteps [n].
-            now: the network's prediction for the samples as training data, of which `output` may be another form.
+            now: the network's prediction for the samples as training data [n, c, h, w].
             truth: what the prediction would be if it fitted the samples perfectly.
             before: returns the original network's prediction; called for `reweight=static` alone.
         """
         if self.reweight == "none":
-            return F.mse_loss(output, target)
+            return losses.mean()
         with torch.no_grad():
             known = before() if self.reweight == "static" else now
-            own = ((known - truth) ** 2).flatten(1).mean(1)
-        return Samples(((output - target) ** 2).flatten(1).mean(1), own, t)
+            own = squared(known, truth)
+        return Samples(losses, own, t)
 
     def forgotten_states(
-        self, output: Tensor, target: Tensor, batch: TrajectoryPool, guidance: float
+        self, losses: Tensor, output: Tensor, batch: TrajectoryPool, guidance: float
     ) -> Tensor | Samples:
         """Return `forgotten` for states of a sampler, whose truth is the guided prediction that the sampler followed.
 
         Args:
+            losses: of the states [n].
             output: the network's output for the concept's prompt [n, c, h, w].
-            target: what it is to become.
             batch: the states, with the original network's outputs.
             guidance: scale of classifier-free guidance that the states were sampled with.
         """
         neutral, concept = batch.neutral.to(output), batch.concept.to(output)
         truth = guide(neutral, concept, guidance)
-        return self.forgotten(output, target, batch.t, now=output, truth=truth, before=lambda: concept)
+        return self.forgotten(losses, batch.t, now=output, truth=truth, before=lambda: concept)
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate at a step."""

@@ -45,6 +45,7 @@ from erasure.model.soft_prompt import Place, Slots, encode, search, slots, sprea
 from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, late_states
 from erasure.training.adapters import Weights
 from erasure.training.objective import Terms
+from erasure.training.reweighting import squared
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -224,7 +225,7 @@ class AdvUnlearn(GradientMethod):
         output, retained = base.predict(x, t, Conditions(texts)).float().split([len(batch), len(kept)])
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {
-            "erase": self.forgotten_states(output, target, batch, self.trajectory_guidance),
+            "erase": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance),
             "retain": self.retain_weight * F.mse_loss(retained, kept.concept.to(device)),
         }
 

@@ -41,6 +41,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, kept_pool, walk
 from erasure.training.adapters import Adapter, LowRankTerm, Weights
 from erasure.training.objective import Terms
+from erasure.training.reweighting import squared
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -200,7 +201,7 @@ class ESD(GradientMethod):
         batch, device = self.tuples(state, step), state.base.device
         output = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair]).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"esd": self.forgotten_states(output, target, batch, self.trajectory_guidance)}
+        return {"esd": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance)}
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ from erasure.method import GradientMethod
 from erasure.model.base import Base
 from erasure.model.trajectories import TrajectoryPool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
+from erasure.training.objective import Terms
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -83,6 +84,8 @@ class GEM(GradientMethod):
     """
 
     method: ClassVar[str] = "gem"
+    FORGET: ClassVar[str] = "erase"
+    RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "retain_trajectories")
 
@@ -160,7 +163,7 @@ class GEM(GradientMethod):
         with state.adapter.off():
             return judge(state.base, states, [state.pairs[int(i)] for i in states.pair])
 
-    def loss(self, state: State, step: int) -> dict[str, Tensor]:
+    def loss(self, state: State, step: int) -> Terms:
         """Return the erasing and the retain term on the states of one update."""
         base, batch = state.base, self.reached(state, step)
         parts, texts = [batch], [state.pairs[int(i)][0] for i in batch.pair]
@@ -170,7 +173,9 @@ class GEM(GradientMethod):
         x, t = (torch.cat([getattr(part, key) for part in parts]).to(base.device) for key in ("x", "t"))
         outputs = base.predict(x, t, base.conditions(texts)).float()
         anchor, concept = batch.neutral.to(base.device), batch.concept.to(base.device)
-        terms = {"erase": self.gamma * margin(outputs[: len(batch)], anchor, concept, self.eta).mean()}
+        output = outputs[: len(batch)]
+        losses = self.gamma * margin(output, anchor, concept, self.eta)
+        terms = {"erase": self.forgotten_states(losses, output, batch, self.trajectory_guidance)}
         if state.retain is not None:
             gap = distance(concept, anchor).mean().clamp_min(LEAST_GAP)
             moved = distance(outputs[len(batch) :], parts[1].concept.to(base.device), squared=True).mean()

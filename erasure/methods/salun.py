@@ -46,6 +46,7 @@ from erasure.model.trajectories import TrajectoryPool, build_pool, in_turn
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
 from erasure.training.objective import Terms
+from erasure.training.reweighting import squared
 from erasure.training.run import Run
 from erasure.training.saliency import read_mask, top, write_mask
 from erasure.training.stopping import Stop
@@ -294,7 +295,7 @@ class SalUn(GradientMethod):
 
         now = to_eps(base.scheduler, output, x, t)
         return {
-            "relabel": self.forgotten(output, target, t, now=now, truth=eps, before=before),
+            "relabel": self.forgotten(squared(output, target), t, now=now, truth=eps, before=before),
             "retain": self.retain_weight * F.mse_loss(to_eps(base.scheduler, output_r, x_r, t_r), eps_r),
         }
 

@@ -49,6 +49,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import TrajectoryPool, build_pool, judge, kept_pool, walk
 from erasure.training.adapters import LowRankTerm
 from erasure.training.objective import Terms
+from erasure.training.reweighting import squared
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -209,7 +210,7 @@ class SPM(GradientMethod):
         target = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
         drift = ((after - before) ** 2).mean((1, 2, 3)) * weights.to(base.device)
         return {
-            "erase": self.forgotten_states(output, target, batch, self.trajectory_guidance),
+            "erase": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance),
             "anchor": self.anchor_weight * drift.sum() / len(x),
         }
 

@@ -42,6 +42,7 @@ from erasure.model.diffusion import away
 from erasure.model.trajectories import Measure, TrajectoryPool, judge, kept_pool, late_states, shifts
 from erasure.training.adapters import LowRankTerm
 from erasure.training.objective import Terms
+from erasure.training.reweighting import squared
 from erasure.training.run import Run
 from erasure.training.stopping import Stop
 
@@ -238,7 +239,7 @@ class UnGuide(GradientMethod):
         conditions = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
         output = state.base.predict(batch.x.to(device), batch.t.to(device), conditions).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"lead": self.forgotten_states(output, target, batch, self.trajectory_guidance)}
+        return {"lead": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance)}
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
         """Return the batch of states for a step; in parity mode with the LoRA on, and the published t."""

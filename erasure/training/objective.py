@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.config import setting
+from erasure.errors import ErasureError
 from erasure.training.reweighting import MEMORY, Reweighting, Samples
 
 # A retain gradient so many times shorter is rounding: where nothing has changed yet, nothing is there to protect.
@@ -107,16 +108,26 @@ class Objective:
             terms: numbers, as `reduce` returns them.
             params: the trained tensors.
             scaler: scales the loss; does nothing except in fp16.
+
+        Raises:
+            ErasureError: surgery, and the settings leave no term that retains.
         """
         _clear(params)
         if self.surgery == "none":
             scaler.scale(torch.stack(list(terms.values())).sum()).backward()
             return
-        forgotten = [term for name, term in terms.items() if name not in self.retain]
-        scaler.scale(torch.stack(forgotten).sum()).backward(retain_graph=True)
+        parts: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, term in terms.items():
+            parts[name in self.retain].append(term)
+        if not parts[True]:
+            raise ErasureError(
+                f"surgery={self.surgery}: with these settings nothing is retained, so there is no gradient to protect. "
+                "Leave surgery out, or give the retain term a weight; no patch was written"
+            )
+        scaler.scale(torch.stack(parts[False]).sum()).backward(retain_graph=True)
         forget = {name: param.grad for name, param in params.items() if param.grad is not None}
         _clear(params)
-        scaler.scale(torch.stack([terms[name] for name in self.retain]).sum()).backward()
+        scaler.scale(torch.stack(parts[True]).sum()).backward()
         retain = {name: param.grad for name, param in params.items() if param.grad is not None}
         self.figures["surgery/cosine"] = cosine(forget, retain)
         forget = kept_from_hurting(forget, retain)

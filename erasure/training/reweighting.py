@@ -41,6 +41,11 @@ class Samples:
     t: Tensor
 
 
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each sample [n] of two tensors [n, c, h, w]."""
+    return ((output - target) ** 2).flatten(1).mean(1)
+
+
 class Reweighting:
     """The weights of forget samples, with the means and variances of their losses by noise level.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from erasure.errors import ErasureError
 from erasure.training.objective import Objective, cosine, kept_from_hurting
 from erasure.training.reweighting import Reweighting, Samples
 
@@ -98,6 +99,11 @@ def test_a_retain_gradient_of_zero_protects_nothing(params):
     assert torch.equal(kept_from_hurting(forget, rounding)["a"], forget["a"])
     assert kept_from_hurting(forget, {"a": torch.tensor([-1e-3, 0.0])})["a"].tolist() == [0.0, 1.0]
     assert cosine({"a": torch.ones(2)}, {"a": torch.zeros(2)}) == 0
+
+
+def test_a_loss_whose_settings_leave_nothing_to_retain_is_refused(params):
+    with pytest.raises(ErasureError, match="surgery=first: with these settings nothing is retained"):
+        after(objective(surgery="first"), {"forget": params["a"].sum()}, params)
 
 
 def test_tensors_that_one_side_lacks_are_zero_in_it():
