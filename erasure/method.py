@@ -249,10 +249,11 @@ class ClosedFormMethod(Method):
     STOCHASTIC: ClassVar[bool] = False
     PREVIEWS: ClassVar[bool] = True
     CALLS_UNET: ClassVar[bool] = False
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "pixart")
 
     @classmethod
     def unsuited(cls, architecture: Architecture) -> str:
-        """Return why there is no closed form: of the other architectures, PixArt's alone could have one."""
+        """Return why there is no closed form: it needs text states that are the same at every depth."""
         if architecture.joint:
             return (
                 "text and image share one attention there, so that the text states which a layer reads change with "
@@ -278,7 +279,7 @@ class ClosedFormMethod(Method):
         if not isinstance(base, ListedBase) or base.most_rank is None or edit.rank <= base.most_rank:
             return edit
         states = torch.cat([states for states, _ in base.last_blocks])
-        edit, base.held_share = edit.truncated(base.most_rank, readers_gram(base.unet), states)
+        edit, base.held_share = edit.truncated(base.most_rank, readers_gram(base.network), states)
         return edit
 
     def solve(self, edit: StateMap, path: str, module: nn.Module) -> Factors:
@@ -296,7 +297,7 @@ class ClosedFormMethod(Method):
                 run.draw(0)
                 with applied(modules, layers):
                     run.draw(1)
-        return FitResult(LowRank({"unet": layers}))
+        return FitResult(LowRank({base.component: layers}))
 
     def forecast(
         self, base: Base, concepts: list[Concept], computing: Computing, seed: int, processes: int

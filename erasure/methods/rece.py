@@ -29,7 +29,7 @@ from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, StateMap, readers, recovered
 from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
-from erasure.model.text_columns import Part, Places, states_of
+from erasure.model.text_columns import Part, Places, states_of, unit
 
 OLDER_RIDGE, OLDER_KEEP_WEIGHT = 0.1, 0.1  # of the published script's edits, which keep " " alone
 
@@ -93,14 +93,14 @@ class RECE(ClosedFormMethod):
             keep=kept_states(base, kept, self.keep_states),
             edit_weight=edited.weights,
             keep_weight=self.keep_weight,
-            ridge=self.ridge,
+            ridge=self.ridge * unit(base, edited.states),
         )
 
     def edit(self, base: Base, concepts: list[Concept]) -> StateMap:
         """Solve for the concept, then in each round also for the states that recover it."""
         first = columns = self.columns(base, concepts)
         solution: StateMap = self._solved(columns)
-        before = readers(base.unet)
+        before = readers(base.network)
         before = before if before.is_meta else before.cpu()
         for _ in range(self.rounds):
             found = found_states(before, solution, first.edit.cpu(), self.attack_ridge, absolute=self.parity)

@@ -36,7 +36,7 @@ from erasure.model.base import Base
 from erasure.model.closed_form import Columns, StateMap, readers
 from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
 from erasure.model.null_space import check_free
-from erasure.model.text_columns import Part, states_of
+from erasure.model.text_columns import Part, states_of, unit
 
 CENTRES = 3  # of the empty prompt's states
 ROUNDS = 20  # of k-means, which begins with states spread over the prompt
@@ -115,7 +115,7 @@ class SPEED(ClosedFormMethod):
         weights = torch.as_tensor(columns.edit_weight, dtype=torch.float64).cpu().expand(len(edit))
         left = ((guide - edit) * (weights / weights.sum())[:, None]).T  # (A - T) = left @ edit
         mean = edit.T @ (edit * (weights / weights.sum())[:, None])  # T
-        stacked = readers(base.unet) if self.filter or self.augment else None
+        stacked = readers(base.network) if self.filter or self.augment else None
         if stacked is not None and not stacked.is_meta:  # a forecast may have no weights to filter by
             stacked = stacked.cpu()
             if self.filter:
@@ -123,8 +123,8 @@ class SPEED(ClosedFormMethod):
             keep = torch.cat([keep, *self._variants(keep, stacked)])
         free = null_space(keep, self.null_below)
         check_free(base, concepts, free)
-        still = fixed_states(base.encode([""])[0].double().cpu())
-        return StateMap(left, constrained(edit, mean, free @ free.T, still, self.retain))
+        still = fixed_states(base.rows("").double().cpu())
+        return StateMap(left, constrained(edit, mean, free @ free.T, still, self.retain * unit(base, edit)))
 
     def _variants(self, keep: Tensor, stacked: Tensor) -> list[Tensor]:
         """Return the variants of kept states along the direction that the weights read least."""
@@ -168,6 +168,8 @@ def fixed_states(empty: Tensor) -> Tensor:
         empty: the states of the empty prompt [tokens, d].
     """
     others = empty[1:]
+    if len(others) <= CENTRES:  # no padding is read
+        return empty
     centres = others[torch.linspace(0, len(others) - 1, CENTRES).long()]
     for _ in range(ROUNDS):
         nearest = torch.cdist(others, centres).argmin(1)

@@ -39,7 +39,7 @@ from erasure.method import ClosedFormMethod
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap
 from erasure.model.concept_columns import Choice, Guide, Keep, kept_prompts, kept_states
-from erasure.model.text_columns import Part, Places, states_of
+from erasure.model.text_columns import Part, Places, states_of, unit
 
 LEAST_KEEP = 0.1  # the older script's s_p = max(0.1, 1 / number of kept prompts)
 
@@ -124,7 +124,7 @@ class UCE(ClosedFormMethod):
             keep=kept_states(base, kept, self.keep_states),
             edit_weight=self.edit_weight * edited.weights,
             keep_weight=max(LEAST_KEEP, 1 / max(1, len(kept))) if self.keep_weight is None else self.keep_weight,
-            ridge=self.ridge,
+            ridge=self.ridge * unit(base, edited.states),
         )
         return columns if self.rank is None else columns.principal(self.rank)
 

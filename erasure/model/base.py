@@ -225,6 +225,18 @@ class Base:
         """
         return self._encoded(prompts).states
 
+    def rows(self, prompt: str) -> Tensor:
+        """Return the text states of a prompt [tokens, width], as the layers read them that read nothing but text.
+
+        Raises:
+            ErasureError: the prompt has more tokens than the text encoder reads.
+        """
+        return self.architecture.rows(self.pipe, self._encoded([prompt]))
+
+    def as_read(self, text: str) -> str:
+        """Return a text as the pipeline hands it to the tokenizer."""
+        return self.architecture.as_read(self.pipe, text, self.options)
+
     def summary(self, prompts: list[str]) -> Tensor | None:
         """Return one vector [n, width] that stands for each prompt; None where its state at the end token does.
 

@@ -1,8 +1,13 @@
-"""Columns for closed forms: the text states of prompts from the last token of a name to the end of the padding.
+"""Columns for closed forms: the text states of prompts that know of a name.
 
 A text encoder with a causal mask, such as CLIP's, writes a name into its last token and into every state behind it, the
 padding included; the states before it do not know of the name. So these states, or the last token's alone, are what a
 closed form edits. Where two encoders are concatenated (XL), both have the same tokens at the same places.
+
+In an encoder without such a mask, such as T5, every state of a prompt knows of the name, and padding is masked later:
+what PixArt reads. There all states of the prompt are edited, the end token's included. Those before the name are
+answered like the ones at their own places of the other prompt; the name's and those behind it like the ones that lie as
+far from the end, and what the other prompt is too short for like the first of its name.
 """
 
 from __future__ import annotations
@@ -40,8 +45,8 @@ class Pair:
 
 
 def last_place(base: Base, text: str) -> int:
-    """Return the place of a text's last token; of the empty text, that of the start token, 0."""
-    return tokens(base, text) - 2  # the start and end tokens are counted
+    """Return the place of a text's last token; of the empty text 0, that of the start token or else the end token."""
+    return max(0, tokens(base, base.as_read(text)) - 2)  # the end token is counted, and so is a start token
 
 
 def fits(base: Base, text: str) -> bool:
@@ -55,14 +60,16 @@ def states_of(base: Base, prompts: Sequence[str], part: Part) -> Tensor:
     Args:
         base: the checkpoint, for its text encoders.
         prompts: the prompts; none give no rows.
-        part: tail: from the prompt's last token to the end of the padding; last: the last token alone; all: every
-            token of the encoder's length.
+        part: tail: from the prompt's last token to the end of the padding, and if the encoder has no causal mask, every
+            token; last: the last token alone; all: every token of the encoder's length.
     """
     if not prompts:
-        return base.encode([""])[0, :0].double()
-    encoded = base.encode(list(prompts)).double()
-    starts = [0 if part == "all" else last_place(base, prompt) for prompt in prompts]
-    ends = [start + 1 if part == "last" else encoded.shape[1] for start in starts]
+        return base.rows("")[:0].double()
+    whole = part == "all" or (part == "tail" and not base.architecture.causal_text)
+    starts = [0 if whole else last_place(base, prompt) for prompt in prompts]
+    ends = [start + 1 if part == "last" else None for start in starts]
+    causal = base.architecture.causal_text
+    encoded = base.encode(list(prompts)).double() if causal else [base.rows(prompt).double() for prompt in prompts]
     return torch.cat([row[start:end] for row, start, end in zip(encoded, starts, ends, strict=True)])
 
 
@@ -72,7 +79,8 @@ def states_of_pair(base: Base, pair: Pair, part: Part, places: Places) -> tuple[
     Args:
         base: the checkpoint, for its text encoders.
         pair: the two prompts.
-        part: tail: the states from the name's last token on; last: this token alone; all: every state.
+        part: tail: the states from the name's last token on, and if the encoder has no causal mask, every state; last:
+            this token alone; all: every state.
         places: same: each state is answered like the one at its own place of the other prompt; ends: the places are
             shifted so that the prompts' last tokens meet, and with them whatever both have behind the name.
 
@@ -80,12 +88,31 @@ def states_of_pair(base: Base, pair: Pair, part: Part, places: Places) -> tuple[
         Two tensors [n, d] in float64.
     """
     before = pair.prompt[: pair.prompt.rindex(pair.name) + len(pair.name)]
-    edit, guide = base.encode([pair.prompt])[0].double(), base.encode([pair.instead])[0].double()
+    edit, guide = base.rows(pair.prompt).double(), base.rows(pair.instead).double()
+    if not base.architecture.causal_text:
+        first = tokens(base, base.as_read(pair.prompt[: pair.prompt.rindex(pair.name)])) - 1
+        met = torch.arange(len(edit))
+        if places == "ends":
+            met[first:] = (met[first:] + len(guide) - len(edit)).clamp_min(first)
+        chosen = slice(last_place(base, before), last_place(base, before) + 1) if part == "last" else slice(None)
+        return edit[chosen], guide[met.clamp_max(len(guide) - 1)[chosen]]
     start = 0 if part == "all" else last_place(base, before)
     shift = tokens(base, pair.instead) - tokens(base, pair.prompt) if places == "ends" else 0
     start = max(start, -shift)
     length = 1 if part == "last" else len(edit) - start - max(0, shift)
     return edit[start : start + length], guide[start + shift : start + shift + length]
+
+
+def unit(base: Base, states: Tensor) -> float:
+    """Return the unit of a ridge, so that one value suits encoders of any scale.
+
+    It is the mean square of the states' entries. CLIP's last norm makes that about 1 already, so that there it is 1.
+
+    Args:
+        base: the checkpoint, for its kind of text encoder.
+        states: the edited states [n, d].
+    """
+    return 1.0 if base.architecture.causal_text else float(states.double().square().mean())
 
 
 def checked_names(base: Base, concepts: Sequence[Concept]) -> list[tuple[Concept, str]]:
@@ -130,5 +157,6 @@ def own_tokens(base: Base, text: str) -> tuple[tuple[int, ...], ...]:
     found = []
     for tokenizer, _ in text_encoders(base.pipe):
         special = set(tokenizer.all_special_ids)
-        found.append(tuple(i for i in tokenizer(text, verbose=False).input_ids if i not in special))
+        ids = tokenizer(base.as_read(text), verbose=False).input_ids
+        found.append(tuple(i for i in ids if i not in special))
     return tuple(found)

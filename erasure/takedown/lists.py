@@ -214,6 +214,11 @@ def prepared(
         )
     base = open_readers(model) if isinstance(model, str | os.PathLike) else Base.of(model)
     check_network(method, base)
+    if not base.architecture.causal_text:
+        raise ErasureError(
+            f"{base.name}: a list needs a text encoder with a causal mask, such as CLIP, which this one has not. Erase "
+            "the names without a list, one by one or in Python as a list of concepts. Nothing was changed"
+        )
     if isinstance(names, str | os.PathLike):
         names = NameList.read(names, base.words)
     elif isinstance(names, Mapping):

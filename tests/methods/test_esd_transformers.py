@@ -87,14 +87,14 @@ def test_parity_and_other_layouts_are_refused():
     [
         ("uce", "sd3", "share one attention"),
         ("rece", "flux", "share one attention"),
-        ("speed", "pixart", "not been carried over"),
+        ("unguide", "pixart", "not been carried over"),
         ("salun", "sd3", "not been carried over"),
         ("advunlearn", "flux", "not been carried over"),
     ],
 )
 def test_other_methods_refuse_with_the_reason(method, kind, reason):
     base = Base("tiny", tiny_transformer(kind))
-    with pytest.raises(ErasureError, match=rf"{method} cannot erase from tiny.*{reason}.*can: esd"):
+    with pytest.raises(ErasureError, match=rf"{method} cannot erase from tiny.*{reason}.*can: .*esd"):
         erase(base, "cat", method, progress=False)
 
 

@@ -31,6 +31,7 @@ class Architecture(ABC):
     joint: ClassVar[bool] = False  # whether text and image share one attention, so that text states change with depth
     flow: ClassVar[bool] = False  # whether it predicts the velocity noise - image of rectified flow
     guidance: ClassVar[str] = "guidance_scale"  # argument of the pipeline's call: scale of classifier-free guidance
+    causal_text: ClassVar[bool] = True  # whether a text state depends on the text before it alone, as CLIP's does
     samplers: ClassVar[tuple[str, ...]]  # kinds for `sampler`, the default first
     # Role of a module -> the test of its path. Every role in `roles` that is not in `optional` must match a module.
     roles: ClassVar[Mapping[str, Test]]
@@ -81,6 +82,14 @@ class Architecture(ABC):
     def unconditional(self, pipe: Any, empty: Conditions) -> Conditions:
         """Return the conditions that guidance uses for the empty prompt, given its encoding."""
         return empty
+
+    def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
+        """Return a prompt as the pipeline hands it to the tokenizer."""
+        return prompt
+
+    def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
+        """Return the text states of one prompt [tokens, width] as the layers read them that read nothing else."""
+        return conditions.states[0]
 
     def summary(self, conditions: Conditions) -> Tensor | None:
         """Return one vector [n, width] that stands for each of n texts: CLIP's pooled text.

@@ -65,6 +65,22 @@ class PixArt(CrossAttention):
     network = "PixArtTransformer2DModel"
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     samplers = ("ddim",)
+    causal_text = False
+
+    def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
+        """Return the prompt in lower case, and cleaned if the pipeline cleans captions."""
+        (text,) = pipe._text_preprocessing(prompt, clean_caption=cleans(pipe, options))
+        return str(text)
+
+    @torch.no_grad()
+    def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
+        """Return the states behind the caption projection, of those tokens that the mask of the padding leaves."""
+        projection = pipe.transformer.caption_projection
+        weight = projection.linear_1.weight
+        states = conditions.states[0] if conditions.mask is None else conditions.states[0][conditions.mask[0].bool()]
+        if not weight.is_meta:  # a module that is loaded for its call alone takes states of any device
+            states = states.to(weight.device)
+        return projection(states.to(weight.dtype))
 
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
         """Return the states of the text encoder and the mask of its padding."""
@@ -76,7 +92,7 @@ class PixArt(CrossAttention):
                 prompt,
                 do_classifier_free_guidance=False,
                 device=place(pipe, pipe.transformer),
-                clean_caption=default(pipe, options, "clean_caption", False),
+                clean_caption=cleans(pipe, options),
                 max_sequence_length=length,
             )
         return Conditions(states, mask=mask)
@@ -118,6 +134,13 @@ class PixArt(CrossAttention):
         sampler = self.sampler(pipe, kind)
         sampler.set_timesteps(steps, device=device)
         return sampler
+
+
+def cleans(pipe: Any, options: Options) -> bool:
+    """Tell whether the pipeline cleans captions: it has to be told so, and to have the libraries."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    return bool(default(pipe, options, "clean_caption", False)) and is_bs4_available() and is_ftfy_available()
 
 
 class Sana(CountedOnly, CrossAttention):
