@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from erasure.cli import choices, reports
 from erasure.cli.arguments import FILE, Commands, Options, Parser
@@ -19,6 +20,8 @@ from erasure.cli.options import (
 )
 from erasure.cli.output import say
 from erasure.errors import ErasureError
+
+GLYPH = "glyph"  # the default of --model
 
 
 def add_commands(commands: Commands) -> None:
@@ -38,7 +41,9 @@ def add_commands(commands: Commands) -> None:
         _verify_arguments,
         "Also writes a model card with the command that repeats the measurement. Verifying a verified patch compares "
         "the results. The given file is never changed.",
-        "erasure verify cat.safetensors --attack rece --limit 20 --cases 4 -o verified",
+        "erasure verify cat.safetensors --attack rece --limit 20 --cases 4 -o verified\n"
+        "erasure verify cat.safetensors -o verified --certificate\n"
+        "erasure verify verified --check",
     )
 
 
@@ -76,8 +81,10 @@ def _attack_arguments(parser: Parser) -> None:
 
 def _verify_arguments(parser: Parser) -> None:
     patch = Options(parser, "patch")
-    patch.add("file", metavar="FILE", completes=FILE, help="Patch file, or the name of a patch on the hub")
+    text = "Patch file, or the name of a patch on the hub; with --check, the folder of a certificate"
+    patch.add("file", metavar="FILE", completes=FILE, help=text)
     patch.add("--force", action="store_true", help=FORCE)
+    _certificate_arguments(Options(parser, "certificate"))
     attacks = Options(parser, "attacks")
     attacks.add(
         "--attack",
@@ -94,6 +101,29 @@ def _verify_arguments(parser: Parser) -> None:
     add_model(parser)
     add_sampling(parser, suites=False)
     add_folder(Options(parser, "output"), "verified")
+
+
+def _certificate_arguments(certificate: Options) -> None:
+    certificate.add(
+        "--certificate",
+        action="store_true",
+        help="Also write a certificate for people who read no tables, as HTML and, where Chromium is installed, PDF",
+    )
+    certificate.add(
+        "--sign",
+        metavar="KEY",
+        completes=FILE,
+        help="Sign the certificate with this private Ed25519 key (PEM or OpenSSH)",
+    )
+    certificate.add(
+        "--check",
+        action="store_true",
+        help="Check a certificate instead: its signature, and whether page, patch and model (--model, or none) are "
+        "those it was written for; exit code 1 if anything differs",
+    )
+    certificate.add(
+        "--key", metavar="KEY", completes=FILE, help="Public key of the signer, for --check (PEM or OpenSSH)"
+    )
 
 
 def _search_arguments(attacks: Options) -> None:
@@ -139,14 +169,21 @@ def run_attack(args: argparse.Namespace) -> None:
     say(args, report.to_json(), *reports.attacks(report), f"\nReport: {args.out / 'report.html'}")
 
 
-def run_verify(args: argparse.Namespace) -> None:
+def run_verify(args: argparse.Namespace) -> int:
     """Run `erasure verify`."""
+    from erasure.evaluation.certificate import certify
+    from erasure.evaluation.signing import private_key
     from erasure.evaluation.verify import ATTACKS, verify
     from erasure.patch import read_header
 
-    read_header(args.file)  # a bad file fails before the model loads
+    _check_certificate_options(args)
+    if args.check:
+        return run_check(args)
+    key = None if args.sign is None else private_key(args.sign)  # a bad key or file fails before the model loads
+    read_header(args.file)
+    pipe = model(args)
     verification = verify(
-        model(args),
+        pipe,
         args.file,
         folder=args.out,
         attacks=ATTACKS if args.attack is None else [name for name in args.attack if name != "none"],
@@ -161,4 +198,45 @@ def run_verify(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress=not args.json,
     )
-    say(args, verification.to_json(), verification.text())
+    data, texts = verification.to_json(), [verification.text()]
+    if args.certificate:
+        certificate = certify(verification, pipe, key=key)
+        data["certificate"] = certificate.to_json()
+        texts.append(certificate.text())
+    say(args, data, *texts)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Run `erasure verify --check`."""
+    from erasure.evaluation.certificate_check import NO_MODEL, check_certificate
+    from erasure.evaluation.signing import public_key
+
+    public = None if args.key is None else public_key(args.key)
+
+    def load(name: str) -> Any:
+        """Load the model of the command line; a certificate alone does not make anybody load what it names."""
+        if args.model == GLYPH and name != GLYPH:
+            raise ErasureError(
+                f"the certificate is for the model {name}: give --model with your copy of it, or --model {NO_MODEL} to "
+                "leave the model out; nothing was checked"
+            )
+        return model(args)
+
+    found = check_certificate(args.file, public=public, model=None if args.model == NO_MODEL else load)
+    say(args, found.to_json(), found.text())
+    return 1 if found.differs else 0
+
+
+def _check_certificate_options(args: argparse.Namespace) -> None:
+    """Refuse options of a certificate that contradict each other.
+
+    Raises:
+        ErasureError: they do.
+    """
+    if args.check and (args.certificate or args.sign):
+        raise ErasureError("--check reads a certificate, and --certificate and --sign write one: give one of them")
+    if args.sign is not None and not args.certificate:
+        raise ErasureError("--sign signs a certificate: give --certificate, too")
+    if args.key is not None and not args.check:
+        raise ErasureError("--key is the public key for --check; --sign takes the private key for --certificate")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from erasure.evaluation.text_files import write_text
 if TYPE_CHECKING:
     from erasure.evaluation.attacks.report import AttackReport
     from erasure.evaluation.judges.judge import Judge
+    from erasure.evaluation.report.html import Shot
     from erasure.evaluation.report.report import Report
     from erasure.patch import Patch
     from erasure.prompts.prompt_set import PromptSet
@@ -37,12 +38,16 @@ class Verification:
         card: path of the model card.
         results: the results, as in the header of the copy.
         earlier: the results in the header of the original file, or None.
+        before: name of a metric -> the base's value with its interval and number of images.
+        shots: heading -> columns of images, as on the page.
     """
 
     patch: Path
     card: Path
     results: dict[str, Any]
     earlier: dict[str, Any] | None
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shots: Mapping[str, Sequence[Shot]] = field(default_factory=dict, repr=False)
 
     def changed(self) -> list[str]:
         """List, as sentences, the figures whose earlier value is outside the new interval."""
@@ -175,8 +180,9 @@ def verify(
         pipe.unload_patches()
     results = header_results(report, attack_report)
     results["how"]["verify"] = {"prompts": _prompts_argument(prompts), "limit": limit, "cases": cases, "budget": budget}
-    page = verification_page(results, verification_shots(report, attack_report, out, rows.rows))
-    return _write(patch, path.name, results, page, out)
+    shots = verification_shots(report, attack_report, out, rows.rows)
+    written = _write(patch, path.name, results, verification_page(results, shots), out)
+    return dataclasses.replace(written, before=_before(report), shots=shots)
 
 
 def _write(patch: Patch, name: str, results: dict[str, Any], page: str, out: Path) -> Verification:
@@ -192,6 +198,14 @@ def _write(patch: Patch, name: str, results: dict[str, Any], page: str, out: Pat
         raise ErasureError(f"{out}: cannot be written: {fault.strerror or fault}") from None
     copy = verified.save(out / name, dtype=str(patch.stored["dtype"]))
     return Verification(copy, out / "README.md", results, None if patch.results is None else dict(patch.results))
+
+
+def _before(report: Report) -> dict[str, dict[str, Any]]:
+    """Return the base's value of each metric, with its interval and number of images."""
+    return {
+        metric.name: {"value": metric.value, "low": metric.low, "high": metric.high, "n": metric.n}
+        for metric in report.rows["base"]
+    }
 
 
 def _prompts_argument(prompts: str | PromptSet | None) -> str | None:

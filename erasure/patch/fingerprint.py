@@ -68,3 +68,28 @@ def same_base(one: str, other: str) -> bool:
     if len(one) != PART * len(PRECISIONS) or len(other) != len(one):
         return one == other
     return any(one[i : i + PART] == other[i : i + PART] for i in range(0, len(one), PART))
+
+
+def weights_hash(module: nn.Module) -> tuple[str, str]:
+    """Hash all weights of a module: names, shapes, types and values, in the order of the names.
+
+    Unlike a fingerprint, the hash covers every weight, resists forgery, and changes with the precision in which the
+    module was loaded.
+
+    Args:
+        module: the whole component.
+
+    Returns:
+        The sha256 in 64 hexadecimal digits, and the data type of the weights; several types are joined by `+`.
+
+    Raises:
+        ErasureError: the module's weights are not in memory, because they are offloaded.
+    """
+    total, types = hashlib.sha256(), set()
+    for name, tensor in sorted((name.removeprefix(NESTED), tensor) for name, tensor in module.named_parameters()):
+        if tensor.is_meta:
+            raise ErasureError(f"{type(module).__name__} is offloaded, so its weights cannot be hashed: load it whole")
+        types.add(str(tensor.dtype).removeprefix("torch."))
+        total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        total.update(tensor_bytes(tensor.detach().to("cpu")))
+    return total.hexdigest(), "+".join(sorted(types))

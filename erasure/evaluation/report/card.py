@@ -106,7 +106,7 @@ def card(patch: Patch, file: str, *, repository: str = "", grid: str = "", licen
             f"{file}: the results in its header do not have the form that verify writes "
             f"({type(fault).__name__}: {fault})"
         ) from None
-    base = _base_name(patch.base)
+    base = base_name(patch.base)
     parts = [
         f"# {', '.join(patch.names)}, erased from {base}",
         first,
@@ -165,7 +165,7 @@ def _results(patch: Patch) -> Iterator[EvalResult]:
         )
 
 
-def _base_name(base: str) -> str:
+def base_name(base: str) -> str:
     """Return the base's hub id or, because a path is specific to one machine, the last part of its path."""
     return base if HUB_ID.fullmatch(base) else Path(base).name or "an unnamed base"
 
@@ -189,7 +189,7 @@ def _description(patch: Patch) -> str:
 
 
 def _measured(patch: Patch, file: str) -> str:
-    command = f"```\nerasure verify {file} --model {_base_name(patch.base)}{_verify_flags(patch.results or {})}\n```"
+    command = f"```\n{repeat_command(patch, file)}\n```"
     if not patch.results:
         return f"Not measured yet. This command measures what the patch erases and what it keeps:\n\n{command}"
     if patch.results.get("schema") != SCHEMA:
@@ -201,6 +201,16 @@ def _measured(patch: Patch, file: str) -> str:
     meanings = [f"{name}: {cell['meaning']}" for name, cell in patch.results["metrics"].items() if cell.get("meaning")]
     legend = [f"{'; '.join(meanings)}."] if meanings else []
     return "\n\n".join([table(dict(patch.results)), *legend, intervals, source, command])
+
+
+def repeat_command(patch: Patch, file: str) -> str:
+    """Return the command that measures a patch, with the options of its last measurement if it has results.
+
+    Args:
+        patch: the patch.
+        file: name of the patch's file.
+    """
+    return f"erasure verify {file} --model {base_name(patch.base)}{_verify_flags(patch.results or {})}"
 
 
 def _verify_flags(results: Mapping[str, Any]) -> str:
@@ -222,7 +232,7 @@ def _loading(patch: Patch, source: str, file: str) -> str:
     text = f"""```python
 from erasure import ErasedStableDiffusionPipeline
 
-pipe = ErasedStableDiffusionPipeline.from_pretrained("{_base_name(patch.base)}")
+pipe = ErasedStableDiffusionPipeline.from_pretrained("{base_name(patch.base)}")
 pipe.load_patch("{source}")
 ```"""
     if patch.payload.kind != "low-rank":

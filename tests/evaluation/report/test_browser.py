@@ -21,7 +21,9 @@ from erasure.evaluation.generate import Record
 from erasure.evaluation.metrics.detections import DetectionCount
 from erasure.evaluation.metrics.gate_activity import GateActivity
 from erasure.evaluation.metrics.metric import Metric
+from erasure.evaluation.report.certificate_page import certificate_page
 from erasure.evaluation.report.html import Shot
+from erasure.evaluation.report.pdf import print_pdf
 from erasure.evaluation.report.report import Report
 from erasure.evaluation.report.verification_page import verification_page
 from erasure.evaluation.report.writer import write_attack_report, write_report
@@ -213,6 +215,44 @@ def test_the_page_of_a_verification(tmp_path):
     page.write_text(verification_page(results, shots), encoding="utf-8")
     # One image of each target pair is missing.
     check(page, tmp_path / "look", 6, "What is left: all images and figures · What came back", tiles=4)
+
+
+def test_a_certificate(tmp_path):
+    name = "Somebody whose name is rather long, and " + LONG
+    cell = {"value": 0.9, "low": 0.85, "high": 0.95, "n": 36}
+    attacked = {**cell, "before": 0.0, "control": 0.1, "access": "weights", "adapted": {"tries": 9}}
+    statement = {
+        "issued": "2026-01-02",
+        "removed": [{"name": name, "aliases": [LONG], "kind": "object"}],
+        "model": {"name": "owner/a-model-with-a-long-name-" + "x" * 60, "sha256": "0" * 64},
+        "patch": {
+            **{"file": f"{'p' * 60}.safetensors", "sha256": "0" * 64, "base": "b", "method": "m", "gate": "text"},
+            **{"parameters": 10**9, "components": {"unet": 1, "text_encoder": 1}},
+        },
+        "before": {"UA": cell},
+        "results": {
+            "metrics": dict.fromkeys(METRICS, cell),
+            "attacks": dict.fromkeys(("unlearndiffatk", "inversion", "an-attack-with-a-long-name"), attacked),
+            "how": {"prompts": {"used": 100}, "judge": {"name": "a-judge"}},
+        },
+        "repeat": ["pip install erasure-diffusion", f"erasure verify {'p' * 60}.safetensors --attack {'a' * 80}"],
+        "key": {"fingerprint": "SHA256:" + "x" * 43},
+    }
+    shots = {
+        "target": [Shot({"base": noise(1), "patched": None}, LONG, "seen: cat")] * 4,
+        "other": [Shot({"base": noise(3), "patched": noise(4)}, LONG, "seen: cat")] * 4,
+        "back": [Shot({"attacked": noise(2)}, LONG, "at try 1", frozenset({"attacked"}))] * 2,
+    }
+    page = tmp_path / "certificate.html"
+    page.write_text(certificate_page(statement, shots), encoding="utf-8")
+    windows, messages = look(page, tmp_path / "look")
+    assert not messages
+    for name in WINDOWS:
+        assert windows[name]["over"] <= 0 and windows[name]["inner"] == [], name
+        assert windows[name]["images"] == 4 + 8 + 2 and windows[name]["broken"] == 0
+    pdf = tmp_path / "certificate.pdf"
+    assert print_pdf(page, pdf) and pdf.read_bytes().startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page[^s]", pdf.read_bytes())) <= 2
 
 
 def draw(*places: Path | str) -> None:
