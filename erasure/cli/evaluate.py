@@ -112,7 +112,16 @@ def _evaluate_arguments(parser: Parser) -> None:
     add_model(parser)
     add_patches(parser)
     add_sampling(parser)
-    add_folder(Options(parser, "output"), "report")
+    output = Options(parser, "output")
+    add_folder(output, "report")
+    output.add(
+        "--base-images",
+        type=Path,
+        metavar="FOLDER",
+        shown="OUT/base",
+        completes=FOLDER,
+        help="Folder for the images without patches; runs on one model that name the same folder draw them once",
+    )
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -156,6 +165,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         "guidance": args.guidance,
         "batch_size": args.batch_size,
         "progress": not args.json,
+        "base_folder": args.base_images,
     }
     measures = {"features": args.features, "lpips": args.lpips, "reference": args.reference, "scorer": args.scorer}
     if args.suite:

@@ -213,6 +213,7 @@ def run_suite(
     limit: int | None = None,
     measures: Mapping[str, Any] | None = None,
     progress: bool = True,
+    base_folder: str | os.PathLike[str] | None = None,
     **sampling: Any,
 ) -> SuiteResult:
     """Run a suite on a pipeline with patches, and write its reports and suite.json.
@@ -229,6 +230,7 @@ def run_suite(
         limit: largest number of rows of each part.
         measures: `features`, `lpips`, `reference` and `scorer` for `evaluate`; None values leave the suite's setting.
         progress: show the progress.
+        base_folder: folder of the base's images, which runs over the same model can share; default: `folder`/base.
         sampling: `steps`, `guidance` and `batch_size`; None values leave the suite's setting.
 
     Raises:
@@ -261,9 +263,11 @@ def run_suite(
             missing.append(f"attacks {', '.join(protocol.attacks)}: not run, for they need the judge")
         generate(pipe, rows, out / "patched", progress=progress, **settings)
         with switched_off(pipe):
-            generate(pipe, rows, out / "base", progress=progress, **settings)
+            generate(pipe, rows, Path(base_folder or out / "base"), progress=progress, **settings)
     else:
-        extra = {"lpips": protocol.lpips} | {key: value for key, value in (measures or {}).items() if value is not None}
+        extra = {"base_folder": base_folder, "lpips": protocol.lpips} | {
+            key: value for key, value in (measures or {}).items() if value is not None
+        }
         options: dict[str, Any] = {"prompts": rows, "judge": suite_judge, "progress": progress, **settings}
         report, attacks = _measure(pipe, concepts, protocol, out, options, extra, missing)
     result = SuiteResult(protocol, report, attacks, missing)

@@ -12,11 +12,10 @@ from erasure.formats.patch_builder import ImportedPayload, TensorTarget, check_f
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.requirements import need_unet_names
 from erasure.model.base import Base
-from erasure.patch import Delta, Patch
+from erasure.patch import Delta, LowRank, Patch
 from erasure.patch.header import family_keys
-from erasure.patch.module_keys import kohya_prefix
 from erasure.patch.safetensors_io import write_file
-from erasure.patch.serialization import two_encoders
+from erasure.patch.serialization import kohya_keys
 
 ENDS = {"weight": ".diff", "bias": ".diff_b"}
 
@@ -66,6 +65,20 @@ def check_diff(patch: Patch) -> None:
                 raise ErasureError(f"holds weights and biases only, but {component}.{name} is neither")
 
 
+def differences(payload: LowRank | Delta) -> dict[str, Tensor]:
+    """Return every change of weights and biases as a dense tensor under its kohya key.
+
+    Args:
+        payload: the change of the weights, of weights and biases alone (`check_diff`).
+    """
+    key_of, tensors = kohya_keys(payload), {}
+    for component in payload.components:
+        for name in payload.names(component):
+            module, _, leaf = name.rpartition(".")
+            tensors[key_of(component, module) + ENDS[leaf]] = payload.change(component, name).contiguous()
+    return tensors
+
+
 def write_diff(patch: Patch, path: Path) -> list[str]:
     """Write every change as a dense difference; low-rank factors are multiplied out.
 
@@ -82,17 +95,10 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
         ErasureError: the patch changes a parameter that is neither a weight nor a bias, or the file cannot be written.
     """
     check_diff(patch)
-    tensors: dict[str, Tensor] = {}
-    payload, lone_biases = patch.payload, []
-    two = two_encoders(payload)
-    for component in payload.components:
-        names = payload.names(component)
-        for name in names:
-            module, _, leaf = name.rpartition(".")
-            prefix = kohya_prefix(component, module, two)
-            tensors[prefix + ENDS[leaf]] = payload.change(component, name).contiguous()
-            if leaf == "bias" and f"{module}.weight" not in names:
-                lone_biases.append(prefix)
+    payload = patch.payload
+    tensors = differences(payload)
+    biases = [key.removesuffix(ENDS["bias"]) for key in tensors if key.endswith(ENDS["bias"])]
+    lone_biases = [prefix for prefix in biases if prefix + ENDS["weight"] not in tensors]
     write_file(path, tensors, {"modelspec.title": title(patch), **family_keys(payload)})
     if lone_biases:
         return [

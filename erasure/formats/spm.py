@@ -95,7 +95,7 @@ def write_spm(patch: Patch, path: Path) -> list[str]:
         ErasureError: the patch is not one that the SPM code can load (see `check_spm`), or the file cannot be written.
     """
     payload, header = check_spm(patch)
-    tensors, _, _ = encode(payload, "fp32")
+    tensors, _, _ = encode(payload, "fp32", diffusers_names=True)  # the SPM code knows no others
     write_file(path, tensors, {**header, **family_keys(payload)})
     return ["the SPM code gates the file by its own rule: power and threshold of the gate are left out"]
 

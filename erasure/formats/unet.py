@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -16,10 +17,34 @@ from erasure.patch.module_keys import find_parameter
 from erasure.patch.safetensors_io import write_file
 
 UNET = "unet"
+# Names of the files that published scripts write: esd_sd.py's esd-CONCEPT-from-CONCEPT-esdx, the older
+# diffusers-CONCEPT-ESDx1-UNET, and what uce_sd_erase.py is told to call its file (uce_test if nothing).
+FILE_NAMES = {
+    "esd": re.compile(r"esd-.+-from-.+|.*[-_]esd[-_]?[xua].*", re.IGNORECASE),
+    "uce": re.compile(r"(.*[-_])?uce([-_].*)?", re.IGNORECASE),
+}
+_CROSS = re.compile(r"\.attn2\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)$")
+
+
+def script_of(stem: str, names: set[str]) -> str:
+    """Return the method of the script that wrote a file, as far as its name or its keys tell, or `unknown`.
+
+    Of the official scripts only ESD's (`esd-x`) writes cross-attention whole and nothing else. Keys and values alone
+    come from UCE and from `esd-x-strict`, so there only the name of the file decides.
+
+    Args:
+        stem: the name of the file, without its extension.
+        names: the parameters in the file, under diffusers' names.
+    """
+    found = [method for method, pattern in FILE_NAMES.items() if pattern.fullmatch(stem)]
+    if len(found) == 1:
+        return found[0]
+    layers = [match[1] if (match := _CROSS.search(name)) else "" for name in names]
+    return "esd" if set(layers) == {"to_q", "to_k", "to_v", "to_out.0"} else "unknown"
 
 
 def read_unet(source: PublishedFile, base: Base) -> ImportedPayload:
-    """Read the weights of a UNet under diffusers' names, which may start with `unet.`.
+    """Read the weights of a UNet under diffusers' names, which may start with `unet.`; a name may tell the method.
 
     Args:
         source: the file.
@@ -31,7 +56,7 @@ def read_unet(source: PublishedFile, base: Base) -> ImportedPayload:
     table: dict[str, Tensor] = {}
     for key, value in source.read().items():
         put(source, table, key.removeprefix(f"{UNET}."), key, value)
-    return ImportedPayload(changes(source, base, {UNET: table}))
+    return ImportedPayload(changes(source, base, {UNET: table}), script_of(source.path.stem, set(table)))
 
 
 def write_unet(patch: Patch, path: Path, base: Base) -> list[str]:

@@ -8,6 +8,7 @@ its projection transposed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,10 +39,21 @@ def compvis_names(unet: Any) -> dict[str, str]:
     The prefix `model.diffusion_model.` of single-file checkpoints is left out.
     """
     layers = unet.config.layers_per_block
-    return {name: _compvis(name, unet, layers) for name, _ in unet.named_parameters()}
+
+    def attends(level: int) -> bool:
+        return bool(getattr(unet.up_blocks[level], "attentions", None))
+
+    return {name: original_name(name, layers, attends) for name, _ in unet.named_parameters()}
 
 
-def _compvis(name: str, unet: Any, layers: int) -> str:
+def original_name(name: str, layers: int, attends: Callable[[int], bool]) -> str:
+    """Return the original name of one parameter of a UNet.
+
+    Args:
+        name: the name in diffusers.
+        layers: `layers_per_block` of the UNet.
+        attends: tells for a level of the upward half whether its blocks have attention; only asked for upsamplers.
+    """
     path, _, leaf = name.rpartition(".")
     if path in ENDS:
         return f"{ENDS[path]}.{leaf}"
@@ -56,8 +68,7 @@ def _compvis(name: str, unet: Any, layers: int) -> str:
         return f"input_blocks.{(layers + 1) * level + number + 1}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
     start = (layers + 1) * level
     if kind == "upsamplers":
-        attends = bool(getattr(unet.up_blocks[level], "attentions", None))
-        return f"output_blocks.{start + layers}.{1 + attends}.conv.{leaf}"
+        return f"output_blocks.{start + layers}.{1 + attends(level)}.conv.{leaf}"
     return f"output_blocks.{start + number}.{int(kind == 'attentions')}.{_inner(kind, parts[4:])}"
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from erasure.patch import Delta, LowRank, Patch
-from erasure.patch.module_keys import TRANSFORMER, kohya_prefix
-from erasure.patch.serialization import text_width, two_encoders
+from erasure.patch.module_keys import TRANSFORMER
+from erasure.patch.serialization import kohya_keys, text_width, two_encoders
 
 Keys = tuple[tuple[str, str], ...]
 BASES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text embedding -> family
@@ -52,7 +52,7 @@ LOADERS = {
             # The norms of open_clip's encoders have other names there.
             ("sd2", rf"lora_te_(?!text_model_encoder_layers_\d+_{_LINEAR}$).*"),
             ("sdxl", rf"lora_te2_(?!text_model_encoder_layers_\d+_{_LINEAR}$).*"),
-            # It uses the table of upsamplers of Stable Diffusion 1, where this block has no attention.
+            # It knows diffusers' names for Stable Diffusion 1's upsamplers, where this block has no attention.
             ("sdxl", r"lora_unet_up_blocks_0_upsamplers_0_conv"),
         ),
         # open_clip has one MultiheadAttention there (network_apply_weights in networks.py).
@@ -81,12 +81,12 @@ def missed(loader: str, payload: LowRank | Delta) -> list[str]:
         loader: the program, a key of `LOADERS`.
         payload: the payload of the patch.
     """
-    kind, two = family(payload), two_encoders(payload)
+    kind, key_of = family(payload), kohya_keys(payload)
     leaves: dict[str, set[str]] = {}
     for component in payload.components:
         for name in payload.names(component):
             module, _, leaf = name.rpartition(".")
-            leaves.setdefault(kohya_prefix(component, module, two), set()).add(leaf)
+            leaves.setdefault(key_of(component, module), set()).add(leaf)
     program = LOADERS[loader]
     patterns = [pattern for base, pattern in program.misses if base in ("", kind)]
     lost = {key for key in leaves if any(re.fullmatch(pattern, key) for pattern in patterns)}

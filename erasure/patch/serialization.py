@@ -7,6 +7,8 @@ alpha is always the rank. Weight differences have the key `<component>.<paramete
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from erasure.patch.module_keys import (
     UP,
     UP_PEFT,
     canonical,
+    has_xl_blocks,
     kohya_prefix,
     nested,
 )
@@ -33,12 +36,40 @@ Modules = dict[str, list[str]]  # component -> module paths, which cannot be rec
 Shapes = dict[str, list[int]]  # key of a sparse difference -> shape
 
 
-def encode(payload: LowRank | Delta, dtype: str) -> tuple[dict[str, Tensor], Modules, Shapes]:
+def kohya_keys(payload: LowRank | Delta, diffusers_names: bool = False) -> Callable[[str, str], str]:
+    """Return the function from a component and a module path to the kohya key under which a payload is written.
+
+    The layers of an XL UNet go by Stability's original names, all of them: a file that mixes them with diffusers' names
+    is refused by InvokeAI, and A1111 numbers XL's blocks wrongly when it converts diffusers' names.
+
+    Args:
+        payload: the payload.
+        diffusers_names: use diffusers' names for XL too, as the SPM code does.
+    """
+    two = two_encoders(payload)
+    layers = (name.rpartition(".")[0] for name in payload.names("unet")) if "unet" in payload.components else ()
+    return partial(kohya_prefix, two_encoders=two, original=two and not diffusers_names and has_xl_blocks(layers))
+
+
+def layer_keys(payload: LowRank | Delta, diffusers_names: bool = False) -> Callable[[str, str], str]:
+    """Return the function from a component and a module path to what precedes the factors of that layer in a file.
+
+    Args:
+        payload: the payload.
+        diffusers_names: use diffusers' names for XL too; see `kohya_keys`.
+    """
+    return _peft_prefix if TRANSFORMER in payload.components else kohya_keys(payload, diffusers_names)
+
+
+def encode(
+    payload: LowRank | Delta, dtype: str, diffusers_names: bool = False
+) -> tuple[dict[str, Tensor], Modules, Shapes]:
     """Convert a payload to the tensors of a file.
 
     Args:
         payload: the payload of the patch.
         dtype: type of the tensors: fp32, bf16 or fp16.
+        diffusers_names: write the keys of XL's UNet under diffusers' names, not under the original ones.
 
     Returns:
         The tensors by key, and two header fields: the module paths of each component (low-rank), and the shapes of the
@@ -50,17 +81,19 @@ def encode(payload: LowRank | Delta, dtype: str) -> tuple[dict[str, Tensor], Mod
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if isinstance(payload, LowRank):
-        tensors, modules = _encode_low_rank(payload, dtype)
+        tensors, modules = _encode_low_rank(payload, dtype, layer_keys(payload, diffusers_names))
         return tensors, modules, {}
     return _encode_delta(payload, dtype)
 
 
-def _encode_low_rank(payload: LowRank, dtype: str) -> tuple[dict[str, Tensor], Modules]:
+def _encode_low_rank(
+    payload: LowRank, dtype: str, key_of: Callable[[str, str], str]
+) -> tuple[dict[str, Tensor], Modules]:
     tensors: dict[str, Tensor] = {}
     for component, layers in payload.layers.items():
         for path, (down, up, alpha) in layers.items():
             peft = TRANSFORMER in payload.layers
-            prefix = _peft_prefix(component, path) if peft else kohya_prefix(component, path, two_encoders(payload))
+            prefix = key_of(component, path)
             first, second = (DOWN_PEFT, UP_PEFT) if peft else (DOWN, UP)
             if prefix + first in tensors:
                 raise ErasureError(f"{component}.{path}: another module has the same kohya key {prefix}")
@@ -210,7 +243,10 @@ def _decode_low_rank(tensors: dict[str, Tensor], dtype: str, modules: Modules) -
                 down, up = (_take(tensors, prefix + end, DTYPES[dtype]) for end in (DOWN_PEFT, UP_PEFT))
                 layers.setdefault(component, {})[path] = (down, up, down.shape[0] if down.dim() else 1)
                 continue
-            prefix = kohya_prefix(component, canonical(component, path), two)
+            plain = canonical(component, path)
+            # Older versions wrote diffusers' names for XL.
+            spellings = [kohya_prefix(component, plain, two, original) for original in (True, False)]
+            prefix = next((key for key in spellings if key + ALPHA in tensors), spellings[-1])
             alpha = _take(tensors, prefix + ALPHA, torch.float32)
             if alpha.dim() != 0:
                 raise ErasureError(f"tensor {prefix + ALPHA!r} must be a single number")

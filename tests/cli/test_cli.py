@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 
 import pytest
 
 from erasure.cli.main import main
+from erasure.errors import ErasureError
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -154,3 +156,22 @@ def test_version_and_wrong_options_are_argparses(capsys):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == code
+
+
+@pytest.mark.parametrize("suite", [(), ("--suite", "glyph-quick")])
+def test_runs_can_share_the_images_of_the_base(capsys, monkeypatch, tmp_path, suite):
+    """The folder reaches `evaluate` from the command line, directly and through a suite."""
+    import erasure.evaluation
+
+    seen = {}
+
+    def stop(pipe, concept, **options):
+        seen.update(options)
+        raise ErasureError("stopped")
+
+    monkeypatch.setattr(erasure.evaluation, "evaluate", stop, raising=False)
+    monkeypatch.setattr(sys.modules["erasure.evaluation.evaluate"], "evaluate", stop)
+    for given, expected in ((("--base-images", str(tmp_path)), tmp_path), ((), None)):
+        code, _, err = run(capsys, "evaluate", "cat", "-o", str(tmp_path / "out"), *suite, *given)
+        assert code != 0 and "stopped" in err
+        assert seen.pop("base_folder") == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,11 +191,10 @@ def unmatched(keys: set[str], kind: str) -> dict[str, list[str]]:
 
 
 # Keys of factors for every Linear and Conv2d that a program does not load although it reads the format.
-XL_MISSES = ["lora_te2_text_projection", "lora_unet_up_blocks_0_upsamplers_0_conv"]
 MISSES = {
     "sd1": {"ComfyUI": [], "A1111": []},
     "sd2": {"ComfyUI": [], "A1111": []},
-    "sdxl": {"ComfyUI": [], "A1111": XL_MISSES},
+    "sdxl": {"ComfyUI": [], "A1111": ["lora_te2_text_projection"]},
 }
 
 
@@ -207,6 +207,44 @@ def test_every_low_rank_key_has_a_layer_in_comfyui_and_a1111(kind):
     missing = unmatched(keys, kind)
     assert missing == MISSES[kind]
     assert {name: missed(name, payload) for name in missing} == missing, "the table agrees with the key maps"
+
+
+XL_FILES = ["patch", "kohya", "diff"]
+
+
+@pytest.mark.parametrize("form", XL_FILES)
+def test_every_unet_key_of_xl_has_stabilitys_name_alone(tmp_path, form):
+    """InvokeAI refuses a file that mixes them with diffusers' names; the names are those of kohya's XL trainer."""
+    payload: LowRank | Delta = every_parameter("sdxl") if form == "diff" else every_layer("sdxl")
+    patch, path = made_of(payload), tmp_path / "xl.safetensors"
+    path = patch.save(path) if form == "patch" else export_patch(patch, path, form).path
+    found = {key.split(".")[0] for key in load_file(path) if key.startswith("lora_unet_")}
+    layers = {name.rpartition(".")[0] for name in payload.names("unet")}
+    names = [theirs.replace(".", "_") for ours, theirs in truth.originals("sdxl").items() if ours in layers]
+    expected = {f"lora_unet_{name}" for name in names}
+    assert found == expected and len(found) > 700
+    if form == "patch":
+        assert Patch.load(path).payload.layers.keys() == payload.layers.keys()
+        assert Patch.load(path).payload.names("unet") == payload.names("unet")
+
+
+def test_diffusers_finds_every_layer_of_xl_under_stabilitys_names(tmp_path):
+    """Its conversion returns each of our layers under the path that it has in diffusers, with its own factors."""
+    layers = {"unet": {}}
+    for number, (path, (down, up, alpha)) in enumerate(every_layer("sdxl").layers["unet"].items()):
+        layers["unet"][path] = (down + number, up, alpha)
+    path = export_patch(made_of(LowRank(layers)), tmp_path / "xl.safetensors", "kohya").path
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+        str(path), unet_config=SimpleNamespace(layers_per_block=2), return_alphas=True
+    )
+    assert len(alphas) == len(layers["unet"])
+    found = {}
+    for key, value in state.items():
+        place, _, side = key.rpartition("lora")
+        if side.startswith((".down", "_A")):
+            layer = place.removeprefix("unet.").replace(".processor", "").strip("._")
+            found[layer + ".0" * layer.endswith("to_out")] = float(value.flatten()[0])
+    assert found == {name: float(number) for number, name in enumerate(layers["unet"])}
 
 
 @pytest.mark.parametrize("kind", KINDS)

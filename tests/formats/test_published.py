@@ -41,6 +41,29 @@ def test_esd_and_uce_some_weights_in_bf16(pipe, base, tmp_path):
         assert torch.equal((base_value + change).bfloat16(), full[name].bfloat16())
 
 
+CROSS = ("attn2.to_k", "attn2.to_v")
+SCRIPTS = {
+    "esd-cat-from-cat-esdxstrict": (CROSS, "esd"),
+    "esd-cat-from-animal-esdu": (("attn1",), "esd"),
+    "diffusers-cat-ESDx1-UNET": (("attn2",), "esd"),
+    "renamed": (("attn2",), "esd"),  # esd-x alone writes cross-attention whole
+    "uce_test": (CROSS, "uce"),
+    "cat-uce": (CROSS, "uce"),
+    "sauce": (CROSS, "unknown"),  # esd-x-strict writes the same keys
+    "whole": (("",), "unknown"),
+}
+
+
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_the_name_or_the_keys_tell_which_script_wrote_a_file(pipe, base, tmp_path, stem):
+    parts, method = SCRIPTS[stem]
+    full = changed(pipe, "unet", "attn")
+    path = tmp_path / f"{stem}.safetensors"
+    save_file({name: value for name, value in full.items() if any(part in name for part in parts)}, path)
+    assert import_patch(path, "auto", base).method == import_patch(path, "unet", base).method == method
+    assert import_patch(path, "uce", base).method == "uce", "what the user says counts"
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_whole_unets_in_a_pickle(pipe, base, tmp_path, nested):
     """SalUn and old ESD pickle one state dict; another old form is a table with a state dict for each module."""

@@ -175,7 +175,7 @@ def test_concepts_and_methods_of_imported_files(pipe, base, tmp_path):
     assert import_patch(path, model=base).names == ["Van Gogh"]
     imported = import_patch(path, "uce", base, concepts=["cat", "dog"])
     assert imported.method == "uce" and imported.names == ["cat", "dog"]
-    assert import_patch(path, model=base).method == "unknown"
+    assert import_patch(path, model=base).method == "esd"
 
 
 def test_a_patch_is_not_a_published_file(pipe, base, tmp_path):
