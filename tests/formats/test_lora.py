@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
 from erasure.training.saliency import compvis_names
+from erasure.patch import LowRank
+from erasure.patch.serialization import decode, encode
 from tests.formats.making import close
 from tests.patch.making import low_rank_patch
 
@@ -121,3 +123,24 @@ def test_variants_of_lora_are_refused(base, written, tmp_path):
     ):
         with pytest.raises(ErasureError, match=message):
             read(base, tmp_path, content, metadata)
+
+
+def test_patches_of_xl_with_the_names_of_earlier_versions_still_load():
+    """They held diffusers' names, which the SPM code still wants."""
+    paths = [
+        "down_blocks.1.attentions.1.proj_in",
+        "up_blocks.1.upsamplers.0.conv",
+        "add_embedding.linear_2",
+        "conv_out",
+    ]
+    layers = {path: (torch.full((1, 2), float(n)), torch.ones(3, 1), 1.0) for n, path in enumerate(paths)}
+    payload = LowRank(
+        {"unet": layers, "text_encoder_2": {"text_projection": (torch.ones(1, 2), torch.ones(2, 1), 1.0)}}
+    )
+    for old, key in ((True, "up_blocks_1_upsamplers_0_conv"), (False, "output_blocks_5_2_conv")):
+        tensors, modules, _ = encode(payload, "fp32", diffusers_names=old)
+        assert f"lora_unet_{key}.alpha" in tensors
+        again = decode(tensors, "low-rank", "fp32", modules, {})
+        assert [float(again.layers["unet"][path][0][0, 0]) for path in paths] == [0.0, 1.0, 2.0, 3.0]
+    few = LowRank({"unet": {paths[1]: layers[paths[1]]}, "text_encoder_2": payload.layers["text_encoder_2"]})
+    assert f"lora_unet_{paths[1].replace('.', '_')}.alpha" in encode(few, "fp32")[0], "too few layers to tell XL by"
