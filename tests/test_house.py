@@ -33,6 +33,7 @@ STOREYS = (
     ("prompts",),
     ("evaluation",),
     ("formats",),
+    ("comfyui",),
     ("benchmark",),
     ("cli",),
     ("glyph",),
