@@ -64,8 +64,9 @@ def write_checkpoint(path: Path, kind: str) -> None:
         kind: a configuration that the package carries: sd1, sd2 or sdxl.
     """
     from erasure.formats.single_file import original_tensors
+    from erasure.model.meta import parts_of
 
-    tensors = original_tensors(hollow(kind))
+    tensors = original_tensors(parts_of(kind))
     table: dict[str, Any] = {}
     end = 0
     for name, value in tensors.items():
@@ -86,27 +87,6 @@ def weights(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     deviation = 0.02 if "embedding" in name else 1 / math.sqrt(math.prod(shape[1:]))
     return torch.randn(shape, generator=draw) * deviation
-
-
-def hollow(kind: str) -> Any:
-    """Return the parts of a configuration on the `meta` device."""
-    from types import SimpleNamespace
-
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from erasure.model.single_file import carried
-
-    files = carried(kind).files
-    parts: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(files["scheduler/scheduler_config.json"])}
-    with torch.device("meta"):
-        parts["unet"] = UNet2DConditionModel.from_config(files["unet/config.json"])
-        parts["vae"] = AutoencoderKL.from_config(files["vae/config.json"])
-        for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            if f"{name}/config.json" in files:
-                parts[name] = cls(CLIPTextConfig.from_dict(files[f"{name}/config.json"]))
-                parts[name.replace("text_encoder", "tokenizer")] = object()
-    return SimpleNamespace(**parts)
 
 
 def child(arguments: list[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -148,20 +147,6 @@ def tiny_pipeline(cls: type[Any] | None = None, seed: int = 0, kind: str = "sd1"
     pipe = cls(**{name: part.eval() for name, part in parts.items()}, tokenizer=tiny_tokenizer(), **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def blueprint(kind: str) -> Any:
-    """The parts of a true architecture (a carried configuration) on the `meta` device: shapes, no weights."""
-    files = carried(kind).files
-    parts: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(files["scheduler/scheduler_config.json"])}
-    with torch.device("meta"):
-        parts["unet"] = UNet2DConditionModel.from_config(files["unet/config.json"])
-        parts["vae"] = AutoencoderKL.from_config(files["vae/config.json"])
-        for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            if f"{name}/config.json" in files:
-                parts[name] = cls(CLIPTextConfig.from_dict(files[f"{name}/config.json"]))
-                parts[name.replace("text_encoder", "tokenizer")] = object()
-    return SimpleNamespace(**parts)
 
 
 def shrunk_pipeline(kind: str = "sd1", seed: int = 0) -> Any:

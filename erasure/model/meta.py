@@ -57,6 +57,33 @@ def load_meta(model: str | os.PathLike[str], **options: Any) -> Base:
     return Base(name, SimpleNamespace(**{component: network}), about)
 
 
+def parts_of(kind: str) -> Any:
+    """Build every part of a bundled Stable Diffusion configuration on the `meta` device: shapes without weights.
+
+    Args:
+        kind: one of `single_file.kinds()`.
+
+    Returns:
+        The networks and the scheduler as attributes, as a pipeline has them, and a bare object for each tokenizer.
+
+    Raises:
+        ErasureError: there is no such configuration; the message lists them.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    files = carried(kind).files
+    parts: dict[str, Any] = {"scheduler": DDIMScheduler.from_config(files["scheduler/scheduler_config.json"])}
+    with torch.device("meta"):
+        parts["unet"] = UNet2DConditionModel.from_config(files["unet/config.json"])
+        parts["vae"] = AutoencoderKL.from_config(files["vae/config.json"])
+        for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            if f"{name}/config.json" in files:
+                parts[name] = cls(CLIPTextConfig.from_dict(files[f"{name}/config.json"]))
+                parts[name.replace("text_encoder", "tokenizer")] = object()
+    return SimpleNamespace(**parts)
+
+
 def _configured(name: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
     """Return the component that holds a model's network, its configuration, and what the model is."""
     if name in kinds():

@@ -14,10 +14,11 @@ from erasure.errors import ErasureError
 from erasure.model import presets
 from erasure.model.base import Base
 from erasure.model.loading import sampling_of
+from erasure.model.meta import parts_of
 from erasure.model.presets import Family
 from erasure.model.presets.preset import read_preset
 from erasure.pipelines import ErasedStableDiffusionPipeline
-from tests.tiny import blueprint, tiny_pipeline
+from tests.tiny import tiny_pipeline
 
 OWN = ("advunlearn", "esd", "gem", "salun", "spm", "unguide")
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -30,7 +31,7 @@ GLYPH = {
 
 
 def base(kind: str, name: str = "somewhere/mine") -> Base:
-    return Base(name, blueprint(kind))
+    return Base(name, parts_of(kind))
 
 
 def of(name: str) -> Family:
@@ -229,12 +230,12 @@ def test_a_file_can_be_like_another(tmp_path):
 def test_sampling_is_the_familys():
     expected = {"sd1": (50, 7.5), "sd2": (50, 7.5), "sdxl": (50, 5.0)}
     for kind, values in expected.items():
-        own = sampling_of(blueprint(kind))
+        own = sampling_of(parts_of(kind))
         assert (own.steps, own.guidance) == values and own.source.startswith(f"preset {kind}: ")
     for cls in (None, ErasedStableDiffusionPipeline):  # of no family: what diffusers' class does
         tiny = sampling_of(tiny_pipeline(cls))
         assert (tiny.steps, tiny.guidance, tiny.source) == (50, 7.5, "defaults of StableDiffusionPipeline")
-    assert (sampling_of(tiny_pipeline(), guidance=2.0).guidance, sampling_of(blueprint("sd1"), steps=3).steps) == (
+    assert (sampling_of(tiny_pipeline(), guidance=2.0).guidance, sampling_of(parts_of("sd1"), steps=3).steps) == (
         2.0,
         3,
     )

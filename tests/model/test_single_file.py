@@ -14,16 +14,17 @@ from erasure.errors import ErasureError
 from erasure.formats.single_file import original_tensors
 from erasure.model.base import Base
 from erasure.model.loading import look
+from erasure.model.meta import parts_of
 from erasure.model.original_keys import compvis_names, vae_names
 from erasure.model.single_file import TELLING, UNET, carried, identify, kinds
 from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline, load_pipeline
-from tests.tiny import blueprint, write_tiny
+from tests.tiny import write_tiny
 
 
 @pytest.fixture(scope="module")
 def true():
     """The real architectures without weights, and their tensors under the original names."""
-    pipes = {kind: blueprint(kind) for kind in ("sd1", "sd2", "sdxl")}
+    pipes = {kind: parts_of(kind) for kind in ("sd1", "sd2", "sdxl")}
     return {kind: (pipe, original_tensors(pipe)) for kind, pipe in pipes.items()}
 
 
