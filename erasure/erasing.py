@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from erasure.config import shown
 from erasure.errors import ErasureError
-from erasure.methods import Chosen, choose, configured, count_of, find, kind_of, worded
+from erasure.methods import Chosen, choose, configured, count_of, default, find, kind_of, worded
 
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
@@ -32,7 +32,7 @@ LOG = logging.getLogger("erasure")
 def erase(
     model: Any,
     concept: str | Mapping[str, Any] | Concept | Sequence[str | Mapping[str, Any] | Concept],
-    method: str = "esd",
+    method: str | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -51,7 +51,8 @@ def erase(
     Args:
         model: a pipeline, a `Base`, or the name of a model.
         concept: a name, a mapping of `Concept`'s fields, or a `Concept`; or a list of them, to erase together.
-        method: the name of a method, see `erasure list methods`.
+        method: the name of a method, see `erasure list methods`; None: what the preset of the model's family says is
+            best for the kind of concept.
         out: where to save the patch. The run then keeps its state in `<out>.run`, and the same call resumes it.
         config: a YAML file of settings, which override the method's preset.
         seed: seed of everything random in the run.
@@ -67,21 +68,20 @@ def erase(
         ErasureError: an unknown method, setting, model or concept, an option without meaning for the method, an output
             that cannot be written, a model of no known family without settings, or a loss that is NaN.
     """
-    from erasure.concepts.concept import Concept
     from erasure.config import read_yaml
     from erasure.model.base import Base
     from erasure.training.compute import Computing
 
     file = read_yaml(Path(config)) if config is not None else {}
     computing, layers = Computing.split(file, overrides)
-    # Bad input is refused before the model is loaded.
-    concepts = Concept.list_of(concept, most=find(method).MOST)
-    configured(method, concepts, *layers).check_options(computing, preview_every, trackers)
+    # Bad input is refused before the model is loaded, which a method that depends on the model has to wait for.
+    check_named(method, concept, layers, computing, preview_every, trackers)
     output = Output(Path(out) if out is not None else None, preview_every, trackers, dtype)
     output.check()
     base = Base.of(model)
     check_resident(base)
     settled = settle(base, concept, method, dict(zip(LAYERS, layers, strict=True)), preset=preset)
+    settled.chosen.method.check_options(computing, preview_every, trackers)
     settled.log()
     shown = sys.stderr.isatty() if progress is None else progress
     return _run(settled.chosen.method, base, settled.concepts, computing, seed, shown, output)
@@ -101,6 +101,7 @@ class Settled:
         chosen: the method with its settings, and where each came from.
         family: the family whose preset was taken.
         assumed: names of which no list knows the kind, so that they are erased as objects.
+        reason: why this method was taken, where none was named.
     """
 
     base: Base
@@ -108,10 +109,13 @@ class Settled:
     chosen: Chosen
     family: Family
     assumed: tuple[str, ...] = ()
+    reason: str = ""
 
     def lines(self) -> list[str]:
-        """Return for people where each setting came from: the family, the kinds, then a line for each source."""
-        lines = [f"settings of {self.chosen.method.method} for {self.base.name}: {self.family.text}"]
+        """Return for people what was chosen and why: the method, the family, the kinds, then a line for each source."""
+        name = self.chosen.method.method
+        lines = [f"method {name}, as none is named: {self.reason}"] if self.reason else []
+        lines.append(f"settings of {name} for {self.base.name}: {self.family.text}")
         if len(self.concepts) <= MOST_LINES:
             lines += [f"{concept.name!r} is erased as {_as_kind(concept)}" for concept in self.concepts]
         else:
@@ -134,14 +138,16 @@ class Settled:
 
 
 def settle(
-    base: Base, concept: Any, method: str, layers: Mapping[str, Mapping[str, Any]], *, preset: str | None = None
+    base: Base, concept: Any, method: str | None, layers: Mapping[str, Mapping[str, Any]], *, preset: str | None = None
 ) -> Settled:
     """Choose the settings of a run: those of the model's family and the concepts' kinds, then those of `layers`.
+
+    Where no method is named, the family's preset chooses it for the concepts' kinds first.
 
     Args:
         base: the checkpoint.
         concept: as for `erase`.
-        method: the name of a method.
+        method: the name of a method; None: the preset's choice.
         layers: settings of the method by where they come from; later layers override earlier ones.
         preset: the preset whose settings are taken; None: that of the family which the model belongs to.
 
@@ -149,12 +155,20 @@ def settle(
         ErasureError: anything that `choose` and `Concept.list_of` refuse.
     """
     from erasure.concepts.concept import Concept
+    from erasure.concepts.name_list import MOST_NAMES
 
+    family, reason = base.family(preset), ""
+    if method is None:
+        method, reason = default(Concept.list_of(concept, base.words, MOST_NAMES), family, base.architecture)
     check_network(method, base)
-    family = base.family(preset)
     concepts = Concept.list_of(concept, base.words, find(method).MOST)
     count = count_of(concepts, family.preset is None or family.preset.counts_members)
-    chosen = choose(method, kind_of(concepts), layers, count=count, family=family)
+    try:
+        chosen = choose(method, kind_of(concepts), layers, count=count, family=family)
+    except ErasureError as fault:
+        if not reason:
+            raise
+        raise ErasureError(f"{fault}. {_taken(method)}") from None
     parity = getattr(chosen.method, "parity", False)
     if parity and base.component != "unet":
         raise ErasureError(
@@ -163,7 +177,33 @@ def settle(
         )
     if not parity:  # parity modes bring the prompts of their scripts
         concepts = worded(concepts, method, family)
-    return Settled(base, concepts, chosen, family, unlisted(base, concept))
+    return Settled(base, concepts, chosen, family, unlisted(base, concept), reason)
+
+
+def check_named(
+    method: str | None,
+    concept: Any,
+    layers: Sequence[Mapping[str, Any]],
+    computing: Computing,
+    preview_every: int | None = None,
+    trackers: Sequence[str] = (),
+) -> None:
+    """Refuse concepts, and settings and options of a method that is named, before any model is loaded.
+
+    Raises:
+        ErasureError: anything that `choose`, `Concept.list_of` and `Method.check_options` refuse.
+    """
+    from erasure.concepts.concept import Concept
+    from erasure.concepts.name_list import MOST_NAMES
+
+    concepts = Concept.list_of(concept, most=MOST_NAMES if method is None else find(method).MOST)
+    if method is not None:
+        configured(method, concepts, *layers).check_options(computing, preview_every, trackers)
+
+
+def _taken(method: str) -> str:
+    """Return what to say after a refusal of settings by a method that the user did not name."""
+    return f"{method} was taken because no method is named: name the one that you mean (--method, or method=)"
 
 
 def check_network(method: str, base: Base) -> None:

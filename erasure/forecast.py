@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from erasure.concepts.concept import Concept
-from erasure.erasing import LAYERS, settle
+from erasure.erasing import LAYERS, check_named, settle
 from erasure.errors import ErasureError
-from erasure.methods import configured, find
 from erasure.model.base import Base
 from erasure.training.compute import Computing
 from erasure.training.dry_run import Forecast
@@ -20,7 +18,7 @@ __all__ = ["Forecast", "plan"]
 def plan(
     model: Any,
     concept: Any,
-    method: str,
+    method: str | None = None,
     *,
     seed: int = 0,
     processes: int = 1,
@@ -33,7 +31,7 @@ def plan(
     Args:
         model: as for `erase`, or a base whose UNet is on the `meta` device.
         concept: as for `erase`.
-        method: the name of a method, see `erasure list methods`.
+        method: as for `erase`.
         seed: seed of everything random in the run.
         processes: number of processes that will share the work.
         preset: as for `erase`.
@@ -47,8 +45,11 @@ def plan(
         raise ErasureError(f"processes={processes}: must be at least 1")
     computing, layers = Computing.split(file or {}, overrides)
     # Bad input is refused before the model is loaded.
-    configured(method, Concept.list_of(concept, most=find(method).MOST), *layers).check_options(computing)
+    check_named(method, concept, layers, computing)
     base = Base.of(model)
     settled = settle(base, concept, method, dict(zip(LAYERS, layers, strict=True)), preset=preset)
-    forecast = settled.chosen.method.forecast(base, settled.concepts, computing, seed, processes)
-    return replace(forecast, settings=settled.chosen.to_json(), sources=tuple(settled.lines()))
+    chosen = settled.chosen.method
+    chosen.check_options(computing)
+    forecast = chosen.forecast(base, settled.concepts, computing, seed, processes)
+    told = {"method": chosen.method, "settings": settled.chosen.to_json(), "sources": tuple(settled.lines())}
+    return replace(forecast, **told)

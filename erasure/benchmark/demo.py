@@ -41,7 +41,7 @@ class Demo:
 
 
 def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[str], None] = lambda _: None) -> Demo:
-    """Erase `concept` from glyph with ESD, load the patch and measure it against the base model.
+    """Erase `concept` from glyph by the default method, load the patch and measure it against the base model.
 
     Args:
         concept: an object or a style that glyph knows.
@@ -71,17 +71,17 @@ def demo(concept: str, folder: Path, *, progress: bool = True, say: Callable[[st
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
     millions = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
-    say(f"1. Erase {concept!r} from glyph, whose UNet has {millions:.0f} million parameters, with ESD.")
+    say(f"1. Erase {concept!r} from glyph, whose UNet has {millions:.0f} million parameters.")
     if target.is_file():
         patch = Patch.load(target)
         say(f"   {target} exists and is used again.")
     else:
-        patch = erase(pipe, concept, "esd", out=target, progress=progress)
+        patch = erase(pipe, concept, out=target, progress=progress)
     costs = patch.costs
     size = target.stat().st_size / 1e6
     say(
-        f"   {target}: {size:.1f} MB, made with {costs['F']} forward and {costs['B']} backward passes "
-        f"in {costs['seconds']} s."
+        f"   {target}: {size:.1f} MB, made by {patch.method} with {costs['F']} forward and {costs['B']} backward "
+        f"passes in {costs['seconds']} s."
     )
     say("2. Load the patch and generate the same prompts from the same seeds with and without it.")
     pipe.load_patch(target)

@@ -22,16 +22,17 @@ def add_commands(commands: Commands) -> None:
         "Erase a concept from the bundled model and measure the result",
         run_demo,
         _demo_arguments,
-        "Erases the concept from glyph with ESD, loads the patch, compares images drawn with and without it, and "
-        "writes a report. Takes about two minutes on a CPU and needs no network.",
+        "Erases the concept from glyph by the method that is best in glyph's tables, loads the patch, compares images "
+        "drawn with and without it, and writes a report. Takes about two minutes on a CPU and needs no network.",
     )
     commands.add(
         "erase",
         "Erase concepts from a model and write a patch",
         run_erase,
         _erase_arguments,
-        "An interrupted run is resumed by the same command.",
-        "erasure erase cat --method esd -o cat.safetensors\n"
+        "An interrupted run is resumed by the same command. Where the erasure has to resist attacks, name the method "
+        "that trains against them: --method advunlearn.",
+        "erasure erase cat -o cat.safetensors\n"
         "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors\n"
         "erasure erase --list names.yaml --model sd15.safetensors -o p.safetensors",
     )
@@ -126,7 +127,7 @@ def _what_arguments(parser: Parser) -> Options:
         "--method",
         metavar="METHOD",
         names=choices.methods(),
-        shown="esd; speed for a list",
+        shown="what the preset of the model's family says for the kind of concept; speed for a list",
         see="erasure list methods",
         help="Method of erasing",
     )
@@ -215,7 +216,6 @@ def named(args: argparse.Namespace) -> list[Any]:
     """
     if not args.concept:
         raise ErasureError("which concept should be erased? Give CONCEPT, or a list of names with --list")
-    args.method = args.method or "esd"
     details = {"aliases": args.alias, "anchor": args.anchor, "keep": args.keep, "kind": args.kind}
     details = {key: value for key, value in details.items() if value}
     if len(args.concept) > 1 and details.keys() - {"kind"}:
@@ -273,10 +273,11 @@ def run_erase(args: argparse.Namespace) -> None:
     settled = settle(model, concepts, args.method, dict(zip(LAYERS, layers, strict=True)), preset=args.preset)
     if not args.json and speaks():
         print(page("\n".join(settled.lines())), file=sys.stderr)
+    method = settled.chosen.method.method
     patch = erase(
         model,
         concepts,
-        args.method,
+        method,
         out=args.out,
         config=args.config,
         seed=args.seed,
@@ -289,7 +290,7 @@ def run_erase(args: argparse.Namespace) -> None:
     names = ", ".join(repr(name) for name in args.concept)
     costs = patch.costs
     text = (
-        f"{args.out}: erases {names} by {args.method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
+        f"{args.out}: erases {names} by {method}; took {costs['F']:,} forwards, {costs['B']:,} backwards "
         f"and {costs['seconds']:.1f} s"
     )
     if patch.curves is not None and "stop" in patch.curves:
@@ -320,7 +321,7 @@ def _plan_page(args: argparse.Namespace, costs: dict[str, Any]) -> list[Any]:
     most = "at most " if costs["at_most"] else ""
     time = f"about {costs['seconds']:,.1f} s on this machine" if costs["seconds"] else "not measured without weights"
     return [
-        f"To erase {', '.join(map(repr, args.concept))} from {args.model} by {args.method}:",
+        f"To erase {', '.join(map(repr, args.concept))} from {args.model} by {costs['method']}:",
         facts(
             "Work",
             [

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from erasure.model.presets import Preset
 
 HEADS = ("method", "kind", "settings", "source")
+DEFAULT_HEADS = ("without `--method`", "kind", "names by one patch", "source")
 PAGE = (
     "# Presets\n\n"
     "<!-- Made by `python -m erasure.cli.preset_tables`, with which a test compares it. Edit the YAML files. -->"
@@ -26,6 +27,8 @@ PAGE = (
     "family is refused unless `iterations` and `learning_rate` are given (`--set`, `--config`), or a preset is named "
     "with `--preset`. Settings of `--config` and `--set` override those of a preset. `erasure plan` and "
     "`erasure erase` print where each setting came from.\n\n"
+    "Where no method is named, the preset's first row that holds for any of the concepts names it, unless that method "
+    "cannot erase from the network. A checkpoint of no known family takes `esd`.\n\n"
     "Prompts and anchors are those of the published scripts where these have any; `{}` stands for each name of the "
     "concept. `--anchor` overrides an anchor. Methods that are not listed take their own defaults on every checkpoint."
     "\n\n"
@@ -51,7 +54,8 @@ def run_presets(args: argparse.Namespace) -> None:
     rows = preset_rows(preset)
     data = [dict(zip(HEADS, row, strict=True)) for row in rows]
     sampled = facts("Sampling", [("images", _sampling(preset)), ("source", preset.sampling.source)])
-    say(args, data, preset.about, sampled, "", table(HEADS, rows))
+    chosen = table(DEFAULT_HEADS, default_rows(preset))
+    say(args, data, preset.about, sampled, "", chosen, "", table(HEADS, rows))
 
 
 def page() -> str:
@@ -65,8 +69,20 @@ def page() -> str:
         sampling = [("images", preset.sampling), ("previews", preset.preview)]
         cells = [(name, str(own.steps), f"{own.guidance:g}", own.scheduler, own.source) for name, own in sampling]
         parts.append(_markdown(("sampling", "steps", "guidance", "scheduler", "source"), cells))
+        parts.append(_markdown(DEFAULT_HEADS, default_rows(preset)))
         parts.append(_markdown(HEADS, preset_rows(preset)))
     return "\n".join(parts)
+
+
+def default_rows(preset: Preset) -> list[tuple[str, str, str, str]]:
+    """Return the methods that a preset takes where none is named: method, kinds, number of names, source.
+
+    Of the rows that hold, the first is taken.
+    """
+    return [
+        (entry.method, _kinds(entry.kinds or choices.KINDS), f"{entry.at_least} or more", entry.source)
+        for entry in reversed(preset.default)
+    ]
 
 
 def preset_rows(preset: Preset) -> list[tuple[str, str, str, str]]:

@@ -18,6 +18,7 @@ from erasure.model.presets import Family
 if TYPE_CHECKING:
     from erasure.concepts.concept import Concept
     from erasure.method import Method
+    from erasure.model.architectures import Architecture
 
 GROUP = "erasure.methods"  # entry points of other packages
 
@@ -100,6 +101,25 @@ class Chosen:
             for name, source in self.sources.items()
             for value in [getattr(self.method, name)]
         }
+
+
+GENERAL = "esd"  # the method of papers and scripts for every kind of network
+
+
+def default(concepts: Sequence[Concept], family: Family, architecture: Architecture) -> tuple[str, str]:
+    """Return the method to take for concepts where none is named, and why: the last of the preset's that holds.
+
+    Args:
+        concepts: what is erased by one patch.
+        family: the checkpoint's family, whose preset says which method is best for a kind of concept.
+        architecture: of the checkpoint's network; methods that cannot erase from it are passed over.
+    """
+    kinds = {concept.kind for concept in concepts}
+    if family.preset is not None:
+        for entry in reversed(family.preset.default):
+            if entry.holds(kinds, len(concepts)) and not find(entry.method).unsuited(architecture):
+                return entry.method, f"preset {family.preset.name}: {entry.source}"
+    return GENERAL, f"{family.text} says no other; it is published for every kind of network"
 
 
 DECISIVE = ("iterations", "learning_rate")  # without them, a checkpoint of no family is not trained

@@ -49,8 +49,9 @@ class Forecast:
         modules: number of modules whose weights change, or that a runtime term acts on.
         weights: number of parameters that train, or that the runtime term has; of a closed form, of the weights that
             it solves for.
+        method: the name of the method.
         settings: each setting of the method: name -> `value` and `source`.
-        sources: where the settings came from, as lines for people.
+        sources: where the method, if none was named, and the settings came from, as lines for people.
         at_most: whether the run may end earlier (`stop=auto`); F, B and seconds are then the largest possible.
     """
 
@@ -65,6 +66,7 @@ class Forecast:
     processes: int = 1
     modules: int = 0
     weights: int = 0
+    method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     at_most: bool = False

@@ -23,9 +23,11 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     [
         (["erase", "cat", "--method", "edd"], "did you mean 'esd'"),
         (["erase", "cat", "--model", "glpyh"], "glyph"),
-        (["erase", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
-        (["erase", "cat", "--set", "variant=xattn"], "x-strict"),
-        (["erase", "cat", "--set", "rank=0"], "at least 1"),
+        (["erase", "cat", "--method", "esd", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["erase", "cat", "--method", "esd", "--set", "variant=xattn"], "x-strict"),
+        (["erase", "cat", "--set", "rank=0"], "at least 1. uce was taken because no method is named"),
+        (["erase", "cat", "--stop", "auto"], "uce was taken because no method is named"),
+        (["erase", "cat", "--precision", "bf16"], "makes no UNet calls"),
         (["erase", "", "-o", "x.safetensors"], "empty"),
         (["erase", "x" * 10_000], "10,000 characters"),
         (["erase", "cat", "--anchor", "cat"], "the concept itself"),
@@ -33,11 +35,11 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
         (["erase", "cat", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["erase", "cat", "dog", "--anchor", "tree"], "belong to one concept"),
         (["erase", "cat", "cat"], "two of the concepts"),
-        (["erase", *(f"thing {i}" for i in range(200))], "at most 100"),
+        (["erase", "--method", "esd", *(f"thing {i}" for i in range(200))], "at most 100"),
         (["erase", "cat", "--keep", "cat"], "to be erased and to be kept"),
-        (["erase", "cat", "--log", "tensorbord"], "unknown tracker"),
+        (["erase", "cat", "--method", "esd", "--log", "tensorbord"], "unknown tracker"),
         (["erase", "cat", "--preview-every", "0"], "at least 1"),
-        (["plan", "cat", "--set", "iterationz=3"], "did you mean 'iterations'"),
+        (["plan", "cat", "--method", "esd", "--set", "iterationz=3"], "did you mean 'iterations'"),
         (["bench", "--concepts", "dgo"], "did you mean 'dog'"),
         (["patch", "info", "nowhere.safetensors"], "nowhere.safetensors"),
         (["patch", "import", "nowhere.safetensors", "-o", "x.safetensors"], "nowhere.safetensors"),
@@ -144,10 +146,11 @@ def test_a_suite_says_what_it_asks_and_how_it_attacks(capsys):
 
 
 def test_a_plan_says_what_a_run_will_cost(capsys):
-    code, out, _ = run(capsys, "plan", "cat", "dog", "--set", "iterations=3", "--set", "batch_size=4", "--json")
+    short = ["--method", "esd", "--set", "iterations=3", "--set", "batch_size=4"]
+    code, out, _ = run(capsys, "plan", "cat", "dog", *short, "--json")
     costs = json.loads(out)
     assert code == 0 and costs["B"] == 12 and costs["F"] > 12 and costs["seconds"] > 0
-    text = run(capsys, "plan", "cat", "--set", "iterations=3", "--set", "batch_size=4")[1]
+    text = run(capsys, "plan", "cat", *short)[1]
     assert "F + 12 B" in text and "peak" in text and text.startswith("To erase 'cat' from glyph by esd:")
 
 

@@ -14,7 +14,8 @@ from erasure.model import presets
 from tests.tiny import write_tiny
 
 PAGE = Path(erasure.__file__).resolve().parents[1] / "docs" / "presets.md"
-GIVEN = ["--set", "iterations=2", "--set", "learning_rate=1e-3", "--set", "trajectories=1", "--set", "sample_steps=2"]
+BRIEF = ["iterations=2", "learning_rate=1e-3", "trajectories=1", "sample_steps=2"]
+GIVEN = ["--method", "esd", *(word for setting in BRIEF for word in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,13 @@ def test_presets_are_listed(capsys):
 
 
 def test_a_plan_tells_where_each_setting_came_from(capsys, tiny):
-    code, out, _ = run(capsys, "plan", "Monet", "--set", "iterations=3", "--preset", "glyph", "--json", "--model", tiny)
+    three = ["--method", "esd", "--set", "iterations=3"]
+    code, out, _ = run(capsys, "plan", "Monet", *three, "--preset", "glyph", "--json", "--model", tiny)
     costs = json.loads(out)
     assert code == 0 and costs["settings"]["iterations"] == {"value": 3, "source": "given"}
     assert costs["settings"]["trajectories"]["value"] == 12 and all(own["source"] for own in costs["settings"].values())
     assert "preset glyph (as asked for)" in costs["sources"][0] and "erased as a style" in costs["sources"][1]
-    text = " ".join(run(capsys, "plan", "cat", "--set", "iterations=3")[1].split())
+    text = " ".join(run(capsys, "plan", "cat", *three)[1].split())
     assert "iterations=3: given" in text and "tuned on glyph" in text and "Settings, and where they come from" in text
 
 

@@ -24,7 +24,7 @@ def test_names_without_any_of_its_words_are_unheard():
 def test_erasing_what_glyph_cannot_draw_is_warned_of(caplog):
     few = {"iterations": 1, "trajectories": 1, "sample_steps": 2, "batch_size": 1, "progress": False}
     with caplog.at_level(logging.WARNING, "erasure"):
-        erase("glyph", "cat", **few)
+        erase("glyph", "cat", "esd", **few)
         assert not caplog.records
-        erase("glyph", "mushroom", **few)
+        erase("glyph", "mushroom", "esd", **few)
     assert "glyph was never taught 'mushroom'" in caplog.text

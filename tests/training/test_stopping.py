@@ -179,7 +179,7 @@ def test_it_is_refused_where_it_has_no_meaning():
 
 def test_the_command_says_why_a_run_ended(tmp_path, capsys):
     model, out = write_tiny(tmp_path / "tiny"), tmp_path / "p.safetensors"
-    options = ["--stop", "auto", "--kind", "object", "--model", str(model), "--preset", "glyph"]
+    options = ["--method", "esd", "--stop", "auto", "--kind", "object", "--model", str(model), "--preset", "glyph"]
     options += [word for key, value in QUICK["esd"].items() for word in ("--set", f"{key}={value}")]
     assert main(["plan", "cat", *options]) == 0
     assert "at most" in capsys.readouterr().out

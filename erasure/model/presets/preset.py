@@ -16,9 +16,11 @@ A file has the keys
                   members are words for one thing
     defaults      the source of settings that the file does not set
     without       methods that do not suit the family, and why
+    default       the method that is taken where none is named: a list, of which the last entry that holds wins, with
+                  method, source, kinds (without it, all) and at_least (so many concepts by one patch; without it, one)
     methods       for each method a list of groups, of which later ones win
 
-and a group has the keys
+and a group of settings has the keys
 
     set      settings and their values
     kinds    kinds of concept that it holds for; without it, all
@@ -30,8 +32,8 @@ and a group has the keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ KEYS = (
     "members",
     "defaults",
     "without",
+    "default",
     "methods",
 )
 
@@ -122,6 +125,44 @@ class Group:
 
 
 @dataclass(frozen=True)
+class DefaultMethod:
+    """A method that is taken where none is named, and why.
+
+    Args:
+        method: its name.
+        source: where the choice comes from.
+        kinds: kinds of concept that it is taken for; empty: all.
+        at_least: number of concepts, erased by one patch, from which on it is taken.
+    """
+
+    method: str
+    source: str
+    kinds: tuple[str, ...] = ()
+    at_least: int = 1
+
+    @classmethod
+    def read(cls, entry: Any, where: str) -> DefaultMethod:
+        """Read an entry of a preset's file.
+
+        Raises:
+            ErasureError: no method, no source, or an unknown key.
+        """
+        known = ("method", "source", "kinds", "at_least")
+        if not isinstance(entry, dict):
+            raise ErasureError(f"{where}: an entry must be a mapping, not {type(entry).__name__}")
+        for key in entry:
+            if key not in known:
+                raise ErasureError(f"{where}: {unknown('key', key, known)}")
+        if missing := [key for key in known[:2] if not str(entry.get(key) or "").strip()]:
+            raise ErasureError(f"{where}: an entry has no {' and no '.join(missing)}")
+        return cls(**{**entry, "kinds": tuple(entry.get("kinds") or ())})
+
+    def holds(self, kinds: Collection[str], count: int) -> bool:
+        """Tell whether it holds for concepts of these kinds, erased by one patch: if it holds for any of the kinds."""
+        return count >= self.at_least and (not self.kinds or not set(kinds).isdisjoint(self.kinds))
+
+
+@dataclass(frozen=True)
 class Preset:
     """What is known in advance about one checkpoint, or about a family of checkpoints.
 
@@ -138,6 +179,7 @@ class Preset:
         counts_members: whether every member of a content concept gets as many updates as a concept alone.
         defaults: the source of settings that the preset does not set.
         without: methods that do not suit the family, and why.
+        default: methods that are taken where none is named; later ones win.
         groups: groups of settings, by method; later ones win.
     """
 
@@ -153,6 +195,7 @@ class Preset:
     counts_members: bool = False
     defaults: str = ""
     without: Mapping[str, str] = field(default_factory=dict)
+    default: tuple[DefaultMethod, ...] = ()
     groups: Mapping[str, tuple[Group, ...]] = field(default_factory=dict)
 
     def settings(self, method: str, kind: str) -> dict[str, tuple[Any, str]]:
@@ -216,6 +259,7 @@ def _read(folder: Path, name: str, trail: tuple[str, ...]) -> Preset:
         counts_members=members == "each",
         defaults=entry.get("defaults", ""),
         without=without,
+        default=_default(entry, path, other),
         groups=groups,
     )
 
@@ -223,6 +267,14 @@ def _read(folder: Path, name: str, trail: tuple[str, ...]) -> Preset:
 def _as(name: str, groups: Iterable[Group]) -> tuple[Group, ...]:
     """Return another preset's groups; their sources say that the values were set for that one."""
     return tuple(Group(**{**vars(group), "source": f"as {name}: {group.source}"}) for group in groups)
+
+
+def _default(entry: Mapping[str, Any], path: Path, other: Preset | None) -> tuple[DefaultMethod, ...]:
+    """Return the preset's own default methods, or else those of the preset that it is like."""
+    if "default" in entry:
+        return tuple(DefaultMethod.read(one, f"{path}, default") for one in entry["default"])
+    inherited = () if other is None else other.default
+    return tuple(replace(one, source=f"as {other.name}: {one.source}") for one in inherited if other is not None)
 
 
 def _sampling(entry: Mapping[str, Any], key: str, path: Path, other: Sampling | None) -> Sampling:
