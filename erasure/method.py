@@ -2,7 +2,8 @@
 
 There are three kinds. A `GradientMethod` trains, in the one loop of `training/loop.py`. A `ClosedFormMethod` solves for
 new weights from text states alone. A `RuntimeMethod` trains nothing: it collects the data with which a gated term acts
-when images are made. Each kind forecasts its own cost, and refuses the options of a run that have no meaning for it.
+when images are made; one whose patch holds texts and settings alone: `guard_method.py`. Each kind forecasts its own
+cost, and refuses the options of a run that have no meaning for it.
 """
 
 from __future__ import annotations
@@ -322,7 +323,7 @@ class ClosedFormMethod(Method):
             F=counts.forward,
             B=counts.backward,
             seconds=seconds,
-            model_bytes=_resident(base),
+            model_bytes=resident_bytes(base),
             # In float64 G, its Cholesky factor and one layer; in float32 the factors of all layers.
             training_bytes=8 * (2 * width**2 + max(map(_numbers, modules.values())))
             + 4 * edit.rank * sum(sum(shape) for shape in shapes),
@@ -345,9 +346,8 @@ class ClosedFormMethod(Method):
 class RuntimeMethod(Method):
     """A method that changes no weight by training or solving: it collects the data of a term that acts at run time.
 
-    The term is a low-rank one with a gate, which decides for each prompt how strongly it acts (`pipelines/gates`).
-    Patches hold nothing else so far: data that is neither low-rank factors nor weight differences has no place in the
-    file format yet.
+    The term is a low-rank one with a gate, which decides for each prompt how strongly it acts (`pipelines/gates`), or a
+    guard, which holds no tensors (`guard_method.py`).
     """
 
     @abstractmethod
@@ -369,7 +369,7 @@ class RuntimeMethod(Method):
         return forecast_runtime(self, base, concepts, computing, seed, processes)
 
 
-def _resident(base: Base) -> int:
+def resident_bytes(base: Base) -> int:
     """Return the bytes of the checkpoint in memory; text encoders are held in fp32 during a run."""
     parts = {name: part for name, part in base.pipe.components.items() if isinstance(part, nn.Module)}
     return sum(

@@ -26,7 +26,7 @@ STOREYS = (
     ("patch",),
     ("pipelines",),
     ("training",),
-    ("method",),
+    ("method", "guard_method"),
     ("methods",),
     ("erasing", "forecast"),
     ("takedown",),

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 SHORT = 60  # characters of a value of the gate; longer ones are encoded arrays
 DETAILS = {"aliases": "also called", "anchor": "shows instead", "keep": "preserves"}  # of a concept, in words
-KINDS = {"low-rank": "LoRA factors", "delta": "differences of whole weights"}
+KINDS = {
+    "low-rank": "LoRA factors",
+    "delta": "differences of whole weights",
+    "guard": "texts and settings that act while drawing; no weight changes",
+}
 COSTS = {"F": "forwards", "B": "backwards"}
 
 
@@ -46,13 +50,24 @@ def _what(patch: Patch) -> list[tuple[str, object]]:
     loss = f" (relative rounding error {info['dtype_error']:.2g})" if info["dtype_error"] else ""
     return [
         ("kind", f"{info['kind']}{rank} ({KINDS[info['kind']]})"),
-        ("changes", ", ".join(f"{count} weight tensors of {part}" for part, count in info["components"].items())),
+        *([("changes", _changes(info))] if info["guard"] is None else _guard(info["guard"])),
         ("size", f"{info['bytes']:,} bytes"),
         ("tensors", f"{info['tensors']:,} with {info['parameters']:,} numbers in {info['dtype']}{loss}"),
         ("method", patch.method),
         ("seed", patch.seed),
         ("made with", ", ".join(f"{name} {version}" for name, version in patch.versions.items()) or "not recorded"),
     ]
+
+
+def _changes(info: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} weight tensors of {part}" for part, count in info["components"].items())
+
+
+def _guard(guard: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Return what a guard changes while drawing, and with which texts and settings."""
+    settings = [(key.replace("_", " "), plain(value)) for key, value in guard["settings"].items()]
+    scale = [("scale", plain(guard["scale"]))] if guard["scale"] != 1 else []
+    return [("acts on", guard["form"]), ("keeps out", plain(guard["texts"])), *settings, *scale]
 
 
 def _concept(concept: Mapping[str, Any]) -> list[tuple[str, object]]:

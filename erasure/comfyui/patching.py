@@ -35,7 +35,7 @@ def lora_tensors(patch: Patch) -> dict[str, Tensor]:
         check_diff(patch)
     except ErasureError as fault:
         raise ErasureError(f"ComfyUI cannot take this patch: a file of differences {fault}") from None
-    return differences(patch.payload)
+    return differences(patch.weights)
 
 
 def targets(model: Any, clip: Any) -> dict[str, Target]:
@@ -66,7 +66,7 @@ def check(name: str, patch: Patch, model: Any, clip: Any, other_base: bool) -> l
     """
     table, missing = targets(model, clip), []
     found: dict[str, dict[str, Tensor | None]] = {}
-    for component, parameter, prefix in _layers(patch.payload):
+    for component, parameter, prefix in _layers(patch.weights):
         if prefix not in table:
             missing.append(prefix)
             continue

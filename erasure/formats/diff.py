@@ -95,7 +95,7 @@ def write_diff(patch: Patch, path: Path) -> list[str]:
         ErasureError: the patch changes a parameter that is neither a weight nor a bias, or the file cannot be written.
     """
     check_diff(patch)
-    payload = patch.payload
+    payload = patch.weights
     tensors = differences(payload)
     biases = [key.removesuffix(ENDS["bias"]) for key in tensors if key.endswith(ENDS["bias"])]
     lone_biases = [prefix for prefix in biases if prefix + ENDS["weight"] not in tensors]

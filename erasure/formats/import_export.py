@@ -14,6 +14,7 @@ from erasure.formats import loaders
 from erasure.formats.patch_builder import components, make_patch
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.registry import FORMATS, METHODS, format_name, recognise
+from erasure.formats.requirements import need_weights
 from erasure.formats.truncated_svd import low_rank
 from erasure.model.base import Base
 from erasure.patch import Delta, Patch, fingerprint
@@ -101,13 +102,14 @@ def export_patch(
         The path, the format, the error of the approximation, and what is left out.
 
     Raises:
-        ErasureError: the format is unknown or cannot hold the patch, or the base is another one. Nothing is written
-            then.
+        ErasureError: the format is unknown or cannot hold the patch, the patch changes no weight, or the base is
+            another one. Nothing is written then.
     """
     name = format_name(form)
     target, location = FORMATS[name], Path(path).expanduser()
     if target.only_read:
         raise ErasureError(f"the format {name} can only be read: {target.only_read}. Nothing was written")
+    need_weights(patch)
     patch, error = _approximate(patch, name, rank)
     try:
         target.check(patch)
@@ -119,7 +121,7 @@ def export_patch(
     elif target.rewrite is not None:
         base = _load_base(patch.base if model is None else model)
         notes += target.rewrite(_with_fingerprint_of(base, patch) if force else patch, location, base)
-    return Exported(location, name, error, tuple([*notes, *loaders.notes(name, patch.payload)]))
+    return Exported(location, name, error, tuple([*notes, *loaders.notes(name, patch.weights)]))
 
 
 def gate_notes(patch: Patch, name: str) -> list[str]:

@@ -10,6 +10,18 @@ from erasure.patch import LowRank, Patch
 from erasure.patch.module_keys import TRANSFORMER
 
 
+def need_weights(patch: Patch) -> None:
+    """Check that a patch changes weights, as every format holds them.
+
+    Raises:
+        ErasureError: it is a guard.
+    """
+    try:
+        patch.weights  # noqa: B018
+    except ErasureError as fault:
+        raise ErasureError(f"{fault}. Nothing was written") from None
+
+
 def need_low_rank(patch: Patch) -> LowRank:
     """Return the low-rank factors of a patch.
 

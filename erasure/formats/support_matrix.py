@@ -9,7 +9,7 @@ from erasure.formats import loaders
 from erasure.formats.import_export import gate_notes
 from erasure.formats.registry import FORMATS
 from erasure.formats.requirements import need_low_rank
-from erasure.patch import Delta, LowRank, Patch
+from erasure.patch import Delta, Guard, LowRank, Patch
 
 
 def rows() -> list[dict[str, Any]]:
@@ -57,6 +57,9 @@ def exports(patch: Patch) -> dict[str, str]:
     for name, entry in FORMATS.items():
         if entry.only_read:
             continue
+        if isinstance(patch.payload, Guard):
+            verdicts[name] = "no: a guard changes no weight"
+            continue
         if entry.check is need_low_rank and isinstance(patch.payload, Delta):
             verdicts[name] = "with --rank R, approximated at that rank"
             continue
@@ -65,7 +68,7 @@ def exports(patch: Patch) -> dict[str, str]:
         except ErasureError as fault:
             verdicts[name] = f"no: {fault}"
             continue
-        notes = [*gate_notes(patch, name), *loaders.notes(name, patch.payload)]
+        notes = [*gate_notes(patch, name), *loaders.notes(name, patch.weights)]
         if entry.rewrite is not None:
             notes.insert(0, "with --model, the base")
         if name == "diff" and isinstance(patch.payload, LowRank):

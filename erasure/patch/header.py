@@ -14,6 +14,7 @@ from torch import Tensor
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.hub_files import located
+from erasure.patch.guard import Guard
 from erasure.patch.module_keys import COMPONENTS, DOWN, TRANSFORMER
 from erasure.patch.payload import Delta, LowRank
 from erasure.patch.safetensors_io import digest, read_layout
@@ -21,7 +22,8 @@ from erasure.patch.serialization import text_width, two_encoders
 
 FORMAT = 1
 PREFIX = "erasure."  # of all header keys that Erasure reads
-KINDS = (LowRank.kind, Delta.kind)
+# Kind of payload -> the field that describes it besides the tensors.
+KINDS = {LowRank.kind: "modules", Delta.kind: "sparse", Guard.kind: "guard"}
 # Field -> type of its JSON value. TEXTS lists the fields that are plain strings.
 JSON: dict[str, type] = {
     "concepts": list,
@@ -35,8 +37,9 @@ JSON: dict[str, type] = {
     "kept": dict,
     "modules": dict,
     "sparse": dict,
+    "guard": dict,
 }
-OPTIONAL = ("curves", "results", "kept", "modules", "sparse")
+OPTIONAL = ("curves", "results", "kept", *KINDS.values())
 TEXTS = ("method", "base", "kind", "dtype")
 # Width of the text embedding -> names of the architecture for other loaders.
 ARCHITECTURES = {
@@ -155,7 +158,7 @@ def decode_header(metadata: dict[str, str]) -> dict[str, Any]:
         raise ErasureError("erasure.seed is not a whole number")
     fields["seed"] = int(metadata["erasure.seed"])
     fields["dtype_error"] = from_json("erasure.dtype_error", metadata["erasure.dtype_error"], (int, float))
-    needed = "modules" if fields["kind"] == LowRank.kind else "sparse"
+    needed = KINDS[fields["kind"]]
     if fields[needed] is None:
         raise ErasureError(f"the header lacks erasure.{needed}")
     check_fields(fields)

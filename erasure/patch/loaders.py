@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from erasure.patch import Delta, LowRank, Patch
+from erasure.patch import Delta, Guard, LowRank, Patch
 from erasure.patch.module_keys import TRANSFORMER
 from erasure.patch.serialization import kohya_keys, text_width, two_encoders
 
@@ -113,6 +113,8 @@ def as_it_is(patch: Patch) -> dict[str, str]:
     for name, loader in LOADERS.items():
         if loader.gate:
             answers[name] = "with its gate" if gated else "yes"
+        elif isinstance(patch.payload, Guard):
+            answers[name] = "no: it is a guard, which only Erasure's pipelines run"
         elif not isinstance(patch.payload, LowRank) and TRANSFORMER in patch.components:
             answers[name] = NO_LAYERS if name == "A1111" else "no: export --format peft --rank R"
         elif not isinstance(patch.payload, LowRank):

@@ -1,4 +1,4 @@
-"""The class Patch: a change of weights together with its header. Patches are immutable."""
+"""The class Patch: a change of weights, or a guard, together with its header. Patches are immutable."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.hub_files import located
+from erasure.patch.guard import Guard
 from erasure.patch.header import (
     FORMAT,
     JSON,
@@ -26,7 +27,7 @@ from erasure.patch.header import (
     to_json,
 )
 from erasure.patch.module_keys import ALPHA, check_component
-from erasure.patch.payload import Delta, LowRank
+from erasure.patch.payload import Delta, LowRank, Payload
 from erasure.patch.safetensors_io import digest, read_layout, write_file
 from erasure.patch.serialization import cast_error, decode, encode
 
@@ -36,10 +37,10 @@ FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The result of an erasure: the change of the weights, and a record of how it was made.
+    """The result of an erasure: the change of the weights, or a guard, and a record of how it was made.
 
     Args:
-        payload: the change, a `LowRank` or a `Delta`.
+        payload: the change, a `LowRank` or a `Delta`; or a `Guard`, which changes no weight.
         method: the name of the method that made the patch.
         concepts: the erased concepts, as JSON objects or objects with `to_json()`. Only their key `name` is used.
         base: the checkpoint that the patch was made from, as the user named it.
@@ -60,7 +61,7 @@ class Patch:
         ErasureError: a field has the wrong type or cannot be written as JSON.
     """
 
-    payload: LowRank | Delta
+    payload: Payload
     method: str
     concepts: Sequence[Any]
     base: str = ""
@@ -76,8 +77,8 @@ class Patch:
     stored: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.payload, LowRank | Delta):
-            raise ErasureError(f"payload must be LowRank or Delta, not {type(self.payload).__name__}")
+        if not isinstance(self.payload, Payload):
+            raise ErasureError(f"payload must be LowRank, Delta or Guard, not {type(self.payload).__name__}")
         if not isinstance(self.method, str) or not self.method or not isinstance(self.base, str):
             raise ErasureError("method and base must be strings, and method must not be empty")
         if type(self.seed) is not int:
@@ -112,6 +113,21 @@ class Patch:
             if concept.get("anchor")
             for name in (concept.get("name", "?"), *concept.get("aliases", ()))
         }
+
+    @property
+    def weights(self) -> LowRank | Delta:
+        """Return the change of weights that the patch holds.
+
+        Raises:
+            ErasureError: the patch is a guard, which changes no weight.
+        """
+        if isinstance(self.payload, Guard):
+            raise ErasureError(
+                f"{'+'.join(self.names)!r} ({self.method}) is a guard: it holds texts and settings with which "
+                "Erasure's pipelines draw, and changes no weight that could be combined, resized or written to another "
+                "format"
+            )
+        return self.payload
 
     @property
     def components(self) -> list[str]:
@@ -162,6 +178,7 @@ class Patch:
             "kind": self.payload.kind,
             "components": {name: len(self.payload.names(name)) for name in self.components},
             "rank": self.payload.ranks if isinstance(self.payload, LowRank) else None,
+            "guard": self.payload.to_json() if isinstance(self.payload, Guard) else None,
             "tensors": len(tensors),
             "parameters": sum(tensor.numel() for tensor in tensors),
             "bytes": self.stored.get("bytes", sum(tensor.numel() * tensor.element_size() for tensor in tensors)),
@@ -204,6 +221,8 @@ class Patch:
         if isinstance(self.payload, LowRank):
             fields["modules"] = to_json("modules", modules)
             metadata |= loader_keys(self.payload, f"{', '.join(self.names)} erased by {self.method}")
+        elif isinstance(self.payload, Guard):
+            fields["guard"] = to_json("guard", self.payload.to_json())
         else:
             fields["sparse"] = to_json("sparse", shapes)
         fields["digest"] = digest(tensors, fields)
@@ -231,12 +250,19 @@ class Patch:
             fields = decode_header(layout.metadata)
             kind, dtype = fields.pop("kind"), fields.pop("dtype")
             modules, shapes = fields.pop("modules") or {}, fields.pop("sparse") or {}
+            guard = fields.pop("guard")
             stored = {"path": str(layout.path), "bytes": layout.size, "dtype": dtype}
             stored["dtype_error"] = fields.pop("dtype_error")
             if source.repository:
                 stored |= {"repository": source.repository, "revision": source.revision}
             tensors = layout.read()
-            payload = decode(tensors, kind, dtype, modules, shapes)
+            payload: Payload
+            if kind == Guard.kind:
+                payload = Guard.from_json(guard)
+                if tensors:
+                    raise ErasureError(f"unknown tensor {min(tensors)!r}: a guard holds no tensors")
+            else:
+                payload = decode(tensors, kind, dtype, modules, shapes)
             if isinstance(payload, LowRank):
                 stored["alphas"] = len({float(value) for key, value in tensors.items() if key.endswith(ALPHA)})
             check_digest(tensors, layout.metadata)

@@ -1,4 +1,4 @@
-"""The two kinds of payload of a patch, low-rank factors and weight differences, both in fp32 on the CPU."""
+"""The kinds of payload that change weights, low-rank factors and weight differences, both in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.patch.fingerprint import tensor_bytes
+from erasure.patch.guard import Guard
 from erasure.patch.module_keys import TRANSFORMER, canonical, check_component
 
 Layer = tuple[Tensor, Tensor, float]  # down, up, alpha
@@ -163,6 +164,9 @@ class Delta:
                 digest.update(f"{component}.{name}{list(change.shape)}".encode())
                 digest.update(tensor_bytes(change))
         return digest.hexdigest()
+
+
+Payload = LowRank | Delta | Guard  # what a patch may hold
 
 
 def stack_layers(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:

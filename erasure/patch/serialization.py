@@ -16,6 +16,7 @@ from torch import Tensor
 
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError, unknown
+from erasure.patch.guard import Guard
 from erasure.patch.module_keys import (
     ALPHA,
     COMPONENTS,
@@ -29,7 +30,7 @@ from erasure.patch.module_keys import (
     kohya_prefix,
     nested,
 )
-from erasure.patch.payload import Delta, LowRank
+from erasure.patch.payload import Delta, LowRank, Payload
 from erasure.patch.sparse import MASK, VALUES, is_sparse, pack, unpack
 
 Modules = dict[str, list[str]]  # component -> module paths, which cannot be recovered from kohya keys
@@ -61,9 +62,7 @@ def layer_keys(payload: LowRank | Delta, diffusers_names: bool = False) -> Calla
     return _peft_prefix if TRANSFORMER in payload.components else kohya_keys(payload, diffusers_names)
 
 
-def encode(
-    payload: LowRank | Delta, dtype: str, diffusers_names: bool = False
-) -> tuple[dict[str, Tensor], Modules, Shapes]:
+def encode(payload: Payload, dtype: str, diffusers_names: bool = False) -> tuple[dict[str, Tensor], Modules, Shapes]:
     """Convert a payload to the tensors of a file.
 
     Args:
@@ -80,6 +79,8 @@ def encode(
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    if isinstance(payload, Guard):
+        return {}, {}, {}
     if isinstance(payload, LowRank):
         tensors, modules = _encode_low_rank(payload, dtype, layer_keys(payload, diffusers_names))
         return tensors, modules, {}
@@ -174,14 +175,14 @@ def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:
     return value
 
 
-def cast_error(payload: LowRank | Delta, dtype: str) -> float:
+def cast_error(payload: Payload, dtype: str) -> float:
     """Return the relative L2 error of a cast, |cast - exact| / |exact|, over all weight changes together.
 
     Args:
         payload: the payload of the patch.
         dtype: fp32, bf16 or fp16.
     """
-    if dtype == "fp32":
+    if dtype == "fp32" or isinstance(payload, Guard):
         return 0.0
     wrong = total = 0.0
     for component in payload.components:

@@ -13,6 +13,7 @@ from erasure.errors import ErasureError
 from erasure.patch import Patch
 from erasure.pipelines.gates.latent import LatentGate
 from erasure.pipelines.gates.text import TextGate
+from erasure.pipelines.guards import Form
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,20 @@ class Loaded:
         patch: the patch.
         strength: factor on its change.
         gate: its gate, or None if it acts on every prompt alike.
+        form: of a guard, what it changes while drawing; None for a patch that changes weights.
+        component: of a guard, the component in which it acts.
     """
 
     patch: Patch
     strength: float
     gate: TextGate | LatentGate | None
+    form: Form | None = None
+    component: str = ""
+
+    @property
+    def components(self) -> list[str]:
+        """Return the components that the patch changes, or in which the guard acts."""
+        return [self.component] if self.form is not None else self.patch.components
 
     def describe(self) -> dict[str, Any]:
         """Return the strength and what the header says, as `PatchStack.get_list_patches` lists it."""

@@ -18,7 +18,8 @@ from erasure.errors import ErasureError
 from erasure.model.loading import open_pipeline
 from erasure.patch import Patch
 from erasure.patch.module_keys import NETWORKS
-from erasure.pipelines.stack import ATTRIBUTE, Acting, patch_stack
+from erasure.pipelines.acting import Acting
+from erasure.pipelines.stack import ATTRIBUTE, patch_stack
 from erasure.pipelines.user_loras import LoraMixin
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,11 @@ class PatchMixin(LoraMixin):
         if not encoded and bound.arguments.get("lora_scale") is None:
             with stack.watching() as watched:
                 result = encode(*args, **kwargs) if watched else None
-        self._erasure_acting = stack.open(prompts, rows, images, self._erasure_scope, encoded)
+        scope, self._erasure_scope = self._erasure_scope, None  # guards may encode their texts with this method
+        try:
+            self._erasure_acting = stack.open(prompts, rows, images, scope, encoded)
+        finally:
+            self._erasure_scope = scope
         if result is None or any(hook.component not in NETWORKS for hook in self._erasure_acting):
             return encode(*args, **kwargs)
         return result
@@ -256,7 +261,7 @@ class PatchMixin(LoraMixin):
                 "save_pretrained writes the erased weights, in which %s cannot be unloaded any more", ", ".join(folded)
             )
         if gated:
-            log.warning("save_pretrained leaves out %s, because a gate cannot be folded into weights", ", ".join(gated))
+            log.warning("save_pretrained leaves out %s, because gates and guards are no weights", ", ".join(gated))
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:

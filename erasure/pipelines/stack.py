@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import weakref
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure.errors import ErasureError, unknown
-from erasure.patch import Delta, LowRank, Patch
+from erasure.patch import Guard, Patch
 from erasure.patch.module_keys import COMPONENTS, NETWORKS
 from erasure.patch.ops.overlap_warning import warn_of_overlap
+from erasure.pipelines.acting import Acting, attach
 from erasure.pipelines.bypass_warning import BypassWarning
 from erasure.pipelines.compatibility import Compatibility, Fingerprints
 from erasure.pipelines.fused_weights import FoldedWeights, Share
-from erasure.pipelines.gated_lora import Membrane, membranes
 from erasure.pipelines.gates.evaluation import GateEvaluation
-from erasure.pipelines.gates.latent import Combination, Decider, LatentGate
+from erasure.pipelines.gates.latent import Decider, LatentGate
 from erasure.pipelines.gates.parse import parse_gate
-from erasure.pipelines.gates.text import TextGate
+from erasure.pipelines.guards import FORMS, check_network, make_form
 from erasure.pipelines.loaded import Loaded, checked_name, checked_strength, named, warn_of_repeated_concepts
 from erasure.pipelines.torch_compile import original, uncompiled
 
 ATTRIBUTE = "_erasure_stack"
-Acting = Membrane | Combination  # what gates attach for one call; both count how often they ran
 # The stack whose patches change a module: pipelines may share components.
 _OWNERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PatchStack]] = weakref.WeakKeyDictionary()
 
@@ -72,8 +70,9 @@ def _shared_stack(pipe: Any) -> PatchStack | None:
 class PatchStack:
     """The patches on one pipeline by name, with their strengths.
 
-    Patches that act on every prompt alike are folded into the weights. Gated patches are attached to the layers for the
-    duration of a call. `gate_log` holds, for each prompt of the last call, the strength with which each patch acted.
+    Patches that act on every prompt alike are folded into the weights. Gated patches and guards are attached to the
+    network for the duration of a call. `gate_log` holds, for each prompt of the last call, the strength with which each
+    patch acted.
 
     Args:
         pipe: the diffusers pipeline.
@@ -181,8 +180,8 @@ class PatchStack:
         checks = Compatibility(self.pipe, self.component, self._fingerprints)
         for given, patch in patches:
             name = checked_name(patch, given, ChainMap(new, self._loaded))
-            new[name] = Loaded(patch, strength, self._checked_gate(name, patch))
-            for component in patch.components:
+            new[name] = self._entry(name, patch, strength)
+            for component in new[name].components:
                 self._check_owner(component)
             checks.check(name, patch, force)
         warn_of_overlap(*({name: entry.patch for name, entry in entries.items()} for entries in (new, self._loaded)))
@@ -190,18 +189,23 @@ class PatchStack:
         self._change({**self._loaded, **new})
         return list(new)
 
-    def _checked_gate(self, name: str, patch: Patch) -> TextGate | LatentGate | None:
-        gate = parse_gate(patch)
-        if gate is not None and not hasattr(type(self.pipe), "gate_log"):
+    def _entry(self, name: str, patch: Patch, strength: float) -> Loaded:
+        """Return a patch with its gate, and of a guard its form, if this pipeline can run them."""
+        gate, payload = parse_gate(patch), patch.payload
+        form = make_form(payload, FORMS) if isinstance(payload, Guard) else None
+        if (gate or form) and not hasattr(type(self.pipe), "gate_log"):
             kind = type(self.pipe).__name__
+            what = "is a guard" if form else f"has a {patch.gate['kind']} gate"
             raise ErasureError(
-                f"patch {name!r} has a {patch.gate['kind']} gate, which {kind} cannot run. Convert the pipeline with "
+                f"patch {name!r} {what}, which {kind} cannot run. Convert the pipeline with "
                 f"Erased{kind}.from_pipe(pipe); if there is no such class, define one with "
                 f"class MyPipeline(PatchMixin, {kind})"
             )
         if isinstance(gate, LatentGate):
             Decider.check(self.pipe)
-        return gate
+        if form is None or not isinstance(payload, Guard):
+            return Loaded(patch, strength, gate)
+        return Loaded(patch, strength, gate, form, check_network(name, form, payload.form, self.pipe))
 
     def set_patches(self, patches: Mapping[str, float] | Iterable[str] | str) -> None:
         """Set the strengths of all patches: those that are not named get strength 0.
@@ -247,7 +251,10 @@ class PatchStack:
         self._fused = False
 
     def fuse_patches(self) -> None:
-        """Fold gated patches into the weights too, so that they act on every prompt and a call runs no extra layers."""
+        """Fold gated patches into the weights too, so that they act on every prompt and a call runs no extra layers.
+
+        Guards have no weights to fold: they go on acting in every call, without their gates on every prompt.
+        """
         self._change(self._loaded, fused=True)
 
     def unfuse_patches(self) -> None:
@@ -256,10 +263,17 @@ class PatchStack:
 
     @property
     def gated(self) -> dict[str, Loaded]:
-        """Return the patches, by name, whose strength currently depends on the prompt."""
-        if self._fused:
-            return {}
-        return {name: entry for name, entry in self._loaded.items() if entry.gate and entry.strength}
+        """Return the patches, by name, that act only while a call runs: those with a gate, and guards."""
+        return {
+            name: entry
+            for name, entry in self._loaded.items()
+            if entry.strength and (entry.form or (entry.gate and not self._fused))
+        }
+
+    @property
+    def _deciding(self) -> dict[str, Loaded]:
+        """Return the patches, by name, whose gates decide."""
+        return {name: entry for name, entry in self.gated.items() if entry.gate and not self._fused}
 
     def open(
         self, prompts: list[list[str]] | None, rows: int, images: int, scope: ExitStack, encoded: bool = False
@@ -280,11 +294,13 @@ class PatchStack:
             ErasureError: a patch is gated and only embeddings are known, or the text encoder that it changes does not
                 run.
         """
-        gated = self.gated
+        gated, runtime = self._deciding, self.gated
         scope.enter_context(self._bypass_warning.decided())
-        if gated and prompts is None:
+        readers = (name for name, entry in runtime.items() if entry.form and entry.form.NEEDS_PROMPTS)
+        blind = dict.fromkeys([*gated, *readers])
+        if blind and prompts is None:
             raise ErasureError(
-                f"{named(map(repr, gated))}: gated by the prompt, but only prompt_embeds were given. Pass the "
+                f"{named(map(repr, blind))}: gated by the prompt, but only prompt_embeds were given. Pass the "
                 "texts with erasure_prompts=[...], disable the gates with fuse_patches(), or disable the patches with "
                 "set_patches()"
             )
@@ -292,7 +308,7 @@ class PatchStack:
         with uncompiled(self.pipe) if gated else nullcontext():
             strengths |= self._gates.strengths(self.pipe, gated, prompts or [])
         self.gate_log = [{name: values[row] for name, values in strengths.items()} for row in range(rows)]
-        acting = {name: entry for name, entry in gated.items() if any(strengths[name])}
+        acting = {name: entry for name, entry in runtime.items() if any(strengths[name])}
         bypassed = [
             name for name, entry in acting.items() if encoded and not set(entry.patch.components) <= set(NETWORKS)
         ]
@@ -304,24 +320,7 @@ class PatchStack:
         if not acting:
             return []
         scope.enter_context(uncompiled(self.pipe))
-        terms: list[tuple[LowRank | Delta, torch.Tensor]] = []
-        parts: list[tuple[torch.Tensor, Callable[[], Any]]] = []
-        # Sorted by content, as in the weights, so that the order of loading changes no bit.
-        for name, entry in sorted(acting.items(), key=lambda item: (item[1].patch.payload.digest, item[1].strength)):
-            shares = torch.tensor(strengths[name])
-            if isinstance(entry.gate, LatentGate):
-                parts.append((shares.repeat_interleave(images), self._gates.patched(entry.patch)))
-            else:
-                terms.append((entry.patch.payload, shares))
-        hooks: list[Acting] = []
-        for membrane, module in membranes(terms, self.component, images):
-            scope.callback(membrane.attach(module).remove)
-            hooks.append(membrane)
-        if parts:
-            combination = Combination(self.component("unet"), parts, whole=bool(hooks))
-            scope.callback(combination.remove)
-            hooks.append(combination)
-        return hooks
+        return attach(self.pipe, self.component, self._gates.patched, acting, strengths, prompts, images, scope)
 
     @contextmanager
     def watching(self) -> Iterator[bool]:
@@ -330,7 +329,7 @@ class PatchStack:
         Yields:
             Whether they do; if not, they encode the prompts themselves.
         """
-        if not self._gates.may_watch(self.pipe, self.gated):
+        if not self._gates.may_watch(self.pipe, self._deciding):
             yield False
             return
         with self._bypass_warning.decided(), self._gates.watching(self.pipe):
@@ -352,17 +351,17 @@ class PatchStack:
             raise
         self._gates.keep(loaded)
         self._loaded, self._fused = loaded, fused
-        components = {component for entry in loaded.values() for component in entry.patch.components}
+        components = {component for entry in loaded.values() for component in entry.components}
         self._modules = {component: self.component(component) for component in sorted(components)}
         self._claim()
-        touched = {component for entry in self.gated.values() for component in entry.patch.components}
+        touched = {component for entry in self.gated.values() for component in entry.components}
         self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [
-            Share(entry.patch.payload, entry.strength)
+            Share(entry.patch.weights, entry.strength)
             for entry in loaded.values()
-            if entry.strength and (entry.gate is None or fused)
+            if entry.strength and entry.form is None and (entry.gate is None or fused)
         ]
 
     def _check_owner(self, component: str) -> None:

@@ -92,7 +92,7 @@ class Forecast:
         timed = f"about {self.seconds:,.1f} s here, " if self.seconds else ""
         shared = f" in each of {self.processes} processes" if self.processes > 1 else ""
         total = f"{_size(self.peak_bytes)} of memory{shared} in {self.precision}"
-        what = f"{self.modules} modules change, {self.weights:,} parameters"
+        what = f"{self.modules} modules change, {self.weights:,} parameters" if self.modules else "no weight changes"
         most = "at most " if self.at_most else ""
         return f"{what}; {most}{self.F:,} F + {self.B:,} B, {timed}{total} ({parts})"
 

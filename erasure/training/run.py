@@ -18,7 +18,7 @@ from torch import Tensor
 from erasure.distributed import ProcessGroup
 from erasure.errors import ErasureError
 from erasure.model.diffusion import Counts
-from erasure.patch import Delta, LowRank
+from erasure.patch import Payload
 from erasure.training.callbacks import Previews, Trackers
 from erasure.training.compute import Engine
 from erasure.training.curves import Curves
@@ -27,9 +27,9 @@ from erasure.training.stopping import StopRule
 
 @dataclass(frozen=True)
 class FitResult:
-    """The result of a method: the tensors of the patch, and the gate that decides when they act."""
+    """The result of a method: what the patch holds, and the gate that decides when it acts."""
 
-    payload: Delta | LowRank
+    payload: Payload
     gate: dict[str, Any] = field(default_factory=lambda: {"kind": "always"})
 
 

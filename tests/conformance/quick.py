@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from erasure.patch import Patch
+from erasure.patch import Guard, Patch
 from erasure.training import loop
 
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
@@ -44,6 +44,7 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "rece": ALONE,
+    "sld": {},
     "speed": ALONE,
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
     "uce": ALONE,
@@ -64,6 +65,9 @@ def same(one, other) -> bool:
 
 
 def changes(patch: Patch) -> dict[str, torch.Tensor]:
+    """What a patch changes by name; of a guard, its digest."""
+    if isinstance(patch.payload, Guard):
+        return {"guard": torch.tensor(list(bytes.fromhex(patch.payload.digest)))}
     return {
         f"{part}.{name}": patch.payload.change(part, name)
         for part in patch.payload.components

@@ -6,16 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from erasure.evaluation.metrics.gate_activity import gate_kinds
+from erasure.patch import Guard
 
 
 def gating(pipe: Any) -> list[str]:
-    """Return one sentence for each active patch with a gate: which attacks the gate can see."""
+    """Return one sentence for each active guard and each patch with a gate: what the attacks face of it."""
     patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
     active = {name: entry for name, entry in patches.items() if entry["strength"]}
-    return [
+    guards = [name for name, entry in active.items() if entry.get("kind") == Guard.kind]
+    sentences = [
+        f"{name} is a guard, which acts in calls of the pipeline alone. A search outside of them faces the model "
+        "without it, and only the pictures of what it finds are drawn with it: a search with the guard may find more"
+        for name in guards
+    ]
+    return sentences + [
         f"{name} has a {kind} gate, which reads the prompts of text attacks as it reads any prompt. It cannot read "
         "embeddings, so the patch acts at full strength during every search and in attacks that pass embeddings"
         for name, kind in gate_kinds(active).items()
+        if name not in guards
     ]
 
 

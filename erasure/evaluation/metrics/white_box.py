@@ -33,6 +33,7 @@ from erasure.model import presets
 from erasure.model.closed_form import readers
 from erasure.model.diffusion import Counts, add_noise, counting
 from erasure.model.loading import name_of, sampling_of, words_of
+from erasure.patch import Guard
 from erasure.pipelines.strengths import switched_off
 
 BINS = 4  # equal intervals of timesteps; each image gets one timestep in each of them
@@ -120,12 +121,19 @@ def measure_white_box(
         seed: seed of all random numbers.
 
     Raises:
-        ErasureError: there are no kept prompts, or fewer than 2 images.
+        ErasureError: there are no kept prompts, fewer than 2 images, or guards are the only patches that act.
     """
     if isinstance(kept, str) or not kept:
         raise ErasureError("kept: expected a list of at least one prompt that should be unaffected")
     if images < 2:
         raise ErasureError(f"images={images}: an interval needs at least 2")
+    loaded: Any = getattr(pipe, "get_list_patches", dict)()
+    kinds = {entry.get("kind") for entry in loaded.values() if entry["strength"]}
+    if kinds == {Guard.kind}:
+        raise ErasureError(
+            "white-box measurements compare the weights with the base's, and guards change none: they would show "
+            "nothing. Leave --inside out"
+        )
     vocabulary = presets.vocabulary(name_of(pipe))
     sampling = sampling_of(pipe, steps, guidance)
     victim, concept, counts = Victim(pipe, switched_off), Concept.of(concept, words_of(pipe)), Counts()
@@ -133,7 +141,6 @@ def measure_white_box(
     pairs = _repeat(concept.prompt_pairs(), images)
     prompts, anchors = [prompt for prompt, _ in pairs], [anchor for _, anchor in pairs]
     kept_prompts = _repeat(list(kept), images)
-    loaded: Any = getattr(pipe, "get_list_patches", dict)()
     with torch.no_grad(), counting(pipe.unet, counts):
         latents = victim.base_latents(
             [*prompts, *kept_prompts],

@@ -172,8 +172,11 @@ def base_name(base: str) -> str:
 
 def _description(patch: Patch) -> str:
     info = patch.info()
+    content = "texts and settings that act while drawing, and no parameters"
+    if info["guard"] is None:
+        content = f"{info['parameters']:,} parameters"
     text = (
-        f"A patch made by the method `{patch.method}`, with {info['parameters']:,} parameters; gate: {info['gate']}. "
+        f"A patch made by the method `{patch.method}`, with {content}; gate: {info['gate']}. "
         f"Programs that load the file: {'; '.join(f'{name}: {answer}' for name, answer in as_it_is(patch).items())}."
     )
     parents = patch.config.get("parents")

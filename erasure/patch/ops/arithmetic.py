@@ -20,7 +20,7 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.patch.ops.provenance import Part, fingerprints, history, say
 from erasure.patch.patch import ALWAYS, Patch
-from erasure.patch.payload import Delta, Layer, LowRank
+from erasure.patch.payload import Delta, Layer, LowRank, Payload
 
 LIBRARIES = ("torch", "safetensors")
 
@@ -146,14 +146,14 @@ def _gate_of(patch: Patch) -> Mapping[str, Any]:
     return {**patch.gate, "concepts": list(patch.concepts)} if implicit else patch.gate
 
 
-def _sum(parts: Sequence[Part]) -> LowRank | Delta:
+def _sum(parts: Sequence[Part]) -> Payload:
     weights: dict[str, float] = {}
     for patch, weight in parts:
         weights[patch.payload.digest] = weights.get(patch.payload.digest, 0.0) + weight
-    payloads = {patch.payload.digest: patch.payload for patch, _ in parts}
+    if len(weights) == 1:
+        return parts[0][0].payload.scaled(weights[parts[0][0].payload.digest])
+    payloads = {patch.payload.digest: patch.weights for patch, _ in parts}
     terms = [(payloads[digest], weight) for digest, weight in weights.items()]
-    if len(terms) == 1:
-        return terms[0][0].scaled(terms[0][1])
     terms_of: dict[tuple[str, str], list[tuple[LowRank | Delta, float]]] = {}
     for payload, weight in terms:
         for component in payload.components:

@@ -118,11 +118,11 @@ def _squares(payload: LowRank | Delta, component: str) -> dict[str, float]:
 
 def _overlap(component: str, one: tuple[str, Patch], other: tuple[str, Patch]) -> list[Overlap]:
     (a, first), (b, second) = one, other
-    size_a, size_b = (_squares(patch.payload, component) for patch in (first, second))
+    size_a, size_b = (_squares(patch.weights, component) for patch in (first, second))
     shared = sorted(size_a.keys() & size_b.keys())
     if not shared:
         return []
-    products = {name: _inner(first.payload, second.payload, component, name) for name in shared}
+    products = {name: _inner(first.weights, second.weights, component, name) for name in shared}
     here_a, here_b = (sum(size[name] for name in shared) for size in (size_a, size_b))
     whole_a, whole_b = sum(size_a.values()), sum(size_b.values())
     norm = math.sqrt(here_a * here_b)

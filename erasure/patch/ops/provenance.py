@@ -9,7 +9,7 @@ from erasure.errors import ErasureError
 from erasure.patch.fingerprint import same_base
 from erasure.patch.ops.diff import Checkpoint
 from erasure.patch.patch import Patch
-from erasure.patch.payload import Delta, LowRank
+from erasure.patch.payload import Payload
 
 Part = tuple[Patch, float]  # a patch and its weight
 
@@ -45,7 +45,7 @@ def say(patch: Patch) -> str:
     return f"{'+'.join(patch.names)!r} ({patch.method})"
 
 
-def fingerprints(patches: Sequence[Patch], payload: LowRank | Delta, base: Any, force: bool) -> dict[str, str]:
+def fingerprints(patches: Sequence[Patch], payload: Payload, base: Any, force: bool) -> dict[str, str]:
     """Return the fingerprints of the base parameters that a derived payload changes, by component.
 
     If each patch changes the same parameters as the payload, the patches' own fingerprint is returned. Otherwise it is

@@ -122,7 +122,7 @@ def sizes(patch: Patch, ranks: Iterable[int] | None = None, *, dtype: str = "fp3
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    payload = patch.payload
+    payload = patch.weights
     labels, dropped = matrices(patch, drop)
     limit = max(full_rank(payload, *label) for label in labels)
     chosen = sorted({2**n for n in range(limit.bit_length())} | {limit}) if ranks is None else sorted(set(ranks))

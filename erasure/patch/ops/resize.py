@@ -120,17 +120,17 @@ def resize(
         raise ErasureError(f"energy must be a share above 0 and at most 1, not {energy!r}")
     labels, dropped = matrices(patch, drop)
     if rank is not None:
-        check_rank(rank, max(full_rank(patch.payload, *label) for label in labels))
+        check_rank(rank, max(full_rank(patch.weights, *label) for label in labels))
     layers: dict[str, dict[str, Layer]] = {}
     for component, name in labels:
-        spectrum = Spectrum.of(patch.payload, component, name)
+        spectrum = Spectrum.of(patch.weights, component, name)
         chosen = spectrum.rank(energy or 1.0) if rank is None else min(rank, len(spectrum.values))
         down, up = spectrum.factors(chosen)
-        shape = patch.payload.shape(component, name)
+        shape = patch.weights.shape(component, name)
         pair = down.reshape(chosen, *shape[1:]), up.reshape(shape[0], chosen, *(1 for _ in shape[2:]))
         layers.setdefault(component, {})[name.removesuffix(".weight")] = (*pair, float(chosen))
     payload = LowRank(layers)
-    total, errors = _errors(patch.payload, payload, labels, dropped)
+    total, errors = _errors(patch.weights, payload, labels, dropped)
     details: dict[str, Any] = {"energy": energy} if rank is None else {"rank": rank}
     if dropped:
         details["dropped"] = [".".join(label) for label in dropped]
@@ -183,7 +183,7 @@ def matrices(patch: Patch, drop: bool) -> tuple[list[Label], list[Label]]:
     Raises:
         ErasureError: there are others and `drop` is false, or there are only others.
     """
-    payload = patch.payload
+    payload = patch.weights
     labels = [(component, name) for component in payload.components for name in payload.names(component)]
     fits = [label for label in labels if _is_matrix(payload.shape(*label), label[1])]
     others = [label for label in labels if label not in set(fits)]

@@ -101,7 +101,7 @@ class GateEvaluation:
 
     def patched(self, patch: Patch) -> Callable[[], Any]:
         """Return a function that opens a context in which the UNet has a low-rank patch at strength 1."""
-        return attached(membranes([(patch.payload, torch.ones(1))], self._component, 1))
+        return attached(membranes([(patch.weights, torch.ones(1))], self._component, 1))
 
     def _in_patch(self, patch: Patch) -> Any:
         return self.patched(patch)()

@@ -30,6 +30,7 @@ from erasure.errors import ErasureError, unknown
 from erasure.model.base import Base
 from erasure.model.conditioning import text_encoders
 from erasure.model.trajectories import MEASURES, shifts
+from erasure.pipelines.replaced_forward import ReplacedForward, pick, prediction, with_prediction
 
 FIRST = 3  # noises before the first test of whether the decision is clear
 CLEAR = 4.0  # standard errors
@@ -196,7 +197,7 @@ def clear(differences: list[float]) -> bool:
     return abs(mean) > CLEAR * math.sqrt(variance / n)
 
 
-class Combination:
+class Combination(ReplacedForward):
     """A replacement for the UNet's forward during one call: e_0 + sum over patches of (1 - w_i) (e_i - e_0).
 
     Args:
@@ -206,23 +207,9 @@ class Combination:
         whole: whether to run every row through every patch, because other hooks expect full batches.
     """
 
-    component = "unet"
-
     def __init__(self, unet: nn.Module, parts: list[tuple[Tensor, Callable[[], Any]]], whole: bool) -> None:
-        self._unet, self._parts, self._whole = unet, parts, whole
-        self._forward = unet.forward
-        self._had_own_forward = "forward" in vars(unet)
-        self.calls = 0
-        unet.forward = self
-
-    def remove(self) -> None:
-        """Restore the UNet's own forward, unless an offloading hook has already done so."""
-        # diffusers removes and adds offloading hooks at the end of a call; a forward that they have set must stay.
-        if vars(self._unet).get("forward") is self:
-            if self._had_own_forward:
-                self._unet.forward = self._forward
-            else:
-                del self._unet.forward
+        super().__init__(unet, "unet")
+        self._parts, self._whole = parts, whole
 
     def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the UNet with and without the patches, and return the combined output in the UNet's own type.
@@ -248,36 +235,12 @@ class Combination:
             chosen = torch.ones_like(weight, dtype=torch.bool) if self._whole else weight != 0
             with patched():
                 output = self._forward(*pick((sample, *args), chosen, rows), **pick(kwargs, chosen, rows))
-            moves.append((weight[chosen].view(-1, 1, 1, 1), chosen, _prediction(output)))
+            moves.append((weight[chosen].view(-1, 1, 1, 1), chosen, prediction(output)))
         if len(moves) == 1 and bool((moves[0][0] == 1).all()) and bool(moves[0][1].all()):
             return output  # the patch alone, on every row
         plain = self._forward(sample, *args, **kwargs)
-        base = _prediction(plain)
+        base = prediction(plain)
         combined = base.clone()
-        for weight, chosen, prediction in moves:
-            combined[chosen] += (weight * (prediction.float() - base[chosen].float())).to(combined.dtype)
-        if isinstance(plain, tuple):
-            return (combined, *plain[1:])
-        plain.sample = combined
-        return plain
-
-
-def _prediction(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
-def pick(value: Any, rows: Tensor, n: int) -> Any:
-    """Select rows from every tensor with n rows in nested arguments; return everything else unchanged.
-
-    Args:
-        value: a tensor, a list, tuple or dict of values, or anything else.
-        rows: boolean mask of the rows to keep [n].
-        n: number of rows of the batch.
-    """
-    if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.dim() and value.shape[0] == n else value
-    if isinstance(value, dict):
-        return {key: pick(item, rows, n) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(pick(item, rows, n) for item in value)
-    return value
+        for weight, chosen, patch in moves:
+            combined[chosen] += (weight * (patch.float() - base[chosen].float())).to(combined.dtype)
+        return with_prediction(plain, combined)

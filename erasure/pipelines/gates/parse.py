@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from erasure.errors import ErasureError, unknown
-from erasure.patch import LowRank, Patch
+from erasure.patch import Delta, LowRank, Patch
 from erasure.pipelines.gates.latent import LatentGate
 from erasure.pipelines.gates.text import TextGate
 
@@ -36,12 +36,17 @@ def parse_gate(patch: Patch) -> TextGate | LatentGate | None:
             raise unknown(f"key of a gate of kind {kind}", key, allowed)
     if kind == "always":
         return None
-    if not isinstance(patch.payload, LowRank):
+    if isinstance(patch.payload, Delta):
         raise ErasureError(
             f"a {kind} gate needs a low-rank payload, but this patch holds differences of whole weights, which act on "
             "every prompt alike"
         )
     if kind == "latent":
+        if not isinstance(patch.payload, LowRank):
+            raise ErasureError(
+                "a latent gate compares the network with and without a low-rank change, and a guard changes no weight; "
+                "a guard can have a text gate"
+            )
         if patch.components != ["unet"]:
             raise ErasureError(
                 f"a latent gate needs a patch that changes the unet alone, but this one changes "

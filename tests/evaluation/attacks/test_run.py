@@ -23,7 +23,9 @@ from erasure.evaluation.attacks.run import attack
 from erasure.evaluation.attacks.runner import AttackRunner, split_at_name
 from erasure.evaluation.attacks.token_search import simplex
 from erasure.evaluation.metrics.target import Target
+from erasure.evaluation.metrics.white_box import measure_white_box
 from erasure.model.closed_form import recovered
+from erasure.patch import Guard, Patch
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.strengths import switched_off
 from erasure.prompts.prompt_set import PromptSet
@@ -182,6 +184,18 @@ def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
     assert same(before, state(pipe)) and report.outcome(name).n == 3
     assert not pipe.unet.training and list(pipe.get_list_patches()) == ["p"]
     assert "p has a text gate" in report.text() and "acts at full strength" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["inversion", "p4d", "rece"])
+def test_guards_can_be_attacked_and_the_report_says_what_the_search_faced(pipe, tmp_path, name):
+    settings = {"safety_scale": 9.0, "threshold": 1.0, "warm_up": 0.0, "momentum": 0.5, "momentum_decay": 0.7}
+    payload = Guard("guidance", ("cat",), settings)
+    pipe.load_patch(Patch(payload=payload, method="test", concepts=[{"name": "cat"}]), name="p")
+    report = attack(pipe, "cat", name, folder=tmp_path, settings=SMALL[name], judge=Likeness(), **QUICK)
+    assert report.outcome(name).n == 3 and list(pipe.get_list_patches()) == ["p"]
+    assert "p is a guard" in report.text() and "p has a" not in report.text()
+    with pytest.raises(ErasureError, match="guards change none.*Leave --inside out"):
+        measure_white_box(pipe, "cat", ["a dog"], images=2)
 
 
 def test_the_base_encoder_undoes_a_patch_of_the_encoder_and_nothing_else(pipe, tmp_path):

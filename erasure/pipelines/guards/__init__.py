@@ -1,0 +1,14 @@
+"""Guards: changes while drawing that are made of texts and settings and change no weight; one file per form.
+
+`guidance`: guidance away from a text (see guidance.py).
+"""
+
+from __future__ import annotations
+
+from erasure.pipelines.guards.form import Acting, Attached, Drawing, Form, check_network, make_form
+from erasure.pipelines.guards.guidance import Guidance
+
+__all__ = ["FORMS", "Acting", "Attached", "Drawing", "Form", "check_network", "make_form"]
+
+# The forms by name, in the order in which they are attached: each calls those before it.
+FORMS: dict[str, type[Form]] = {"guidance": Guidance}
