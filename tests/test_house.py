@@ -35,6 +35,7 @@ STOREYS = (
     ("formats",),
     ("comfyui",),
     ("benchmark",),
+    ("app",),
     ("cli",),
     ("glyph",),
     ("__init__", "__main__"),

@@ -14,6 +14,11 @@ from erasure.cli.options import add_device, add_file, add_folder, add_model, add
 from erasure.cli.output import facts, heading, page, say
 from erasure.errors import ErasureError
 
+APP = (
+    "Next: `erasure app` opens a page in the browser on which you erase whatever you like and look at it "
+    "(needs Gradio: pip install 'erasure-diffusion[app]')."
+)
+
 
 def add_commands(commands: Commands) -> None:
     """Add demo, erase, plan and bench."""
@@ -205,7 +210,7 @@ def run_demo(args: argparse.Namespace) -> None:
     quiet()
     tell = (lambda _: None) if args.json else lambda text: print(page(text))
     result = demo(args.concept, args.out, progress=not args.json, say=tell)
-    say(args, result.to_json(), f"{result.summary}\n4. {result.seconds:.0f} s; the report: {result.report}")
+    say(args, result.to_json(), f"{result.summary}\n4. {result.seconds:.0f} s; the report: {result.report}\n{APP}")
 
 
 def named(args: argparse.Namespace) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from erasure.cli import attack, completion, erase, evaluate, hub, listing, patch
+from erasure.cli import app, attack, completion, erase, evaluate, hub, listing, patch
 from erasure.cli.arguments import Commands, Options, Parser
 from erasure.version import __version__
 
@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   erasure generate "a cat" "a dog" --patch cat.safetensors -o out
   erasure evaluate cat --patch cat.safetensors -o report"""
 SECTIONS = {
-    "Erase": ("demo", "erase", "plan"),
+    "Erase": ("demo", "app", "erase", "plan"),
     "Use and measure": ("generate", "evaluate", "attack", "verify", "bench"),
     "Patch files": ("patch", "push", "pull"),
     "Look up": ("list", *listing.ALIASES),
@@ -28,7 +28,7 @@ def parser() -> Parser:
         epilog=f"{EXAMPLES}\n\n`erasure COMMAND --help` shows the arguments of a command.",
     )
     commands = Commands(top, "command", "COMMAND", SECTIONS)
-    for group in (erase, evaluate, attack, patch, hub, listing, completion):
+    for group in (erase, evaluate, attack, patch, hub, listing, app, completion):
         group.add_commands(commands)
     general = Options(top, "general")
     general.add("-h", "--help", action="help", help="Show this help and exit")

@@ -1,0 +1,186 @@
+"""The page: what stands where. `events` says what happens when something is pressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from erasure.app.events import Events
+from erasure.app.models import Models, method_label
+from erasure.app.samples import Sample, samples
+from erasure.app.visits import MOST_PATCHES, Visits
+from erasure.concepts.concept import KINDS
+
+HEAD = """<h1>Erasure</h1>
+<p>Make an image model forget something, and see what is left. Your model stays as it is: what you make is a small
+patch file.</p>"""
+EMPTY = "Pictures appear here in a moment."
+KIND_NAMES = {"as our lists say": "", **{kind: kind for kind in KINDS}}
+
+
+@dataclass
+class Parts:
+    """The components of the page that events read or change."""
+
+    picker: Any = None
+    concept: Any = None
+    model: Any = None
+    method: Any = None
+    kind: Any = None
+    anchor: Any = None
+    path: Any = None
+    forecast: Any = None
+    erase: Any = None
+    stop: Any = None
+    status: Any = None
+    live: Any = None
+    pair: Any = None
+    rows: list[Any] = field(default_factory=list)
+    sliders: list[Any] = field(default_factory=list)
+    removes: list[Any] = field(default_factory=list)
+    prompt: Any = None
+    draw: Any = None
+    chips: list[Any] = field(default_factory=list)
+    readings: Any = None
+    upload: Any = None
+    later: Any = None
+    which: Any = None
+    files: list[Any] = field(default_factory=list)
+    leaves_out: Any = None
+    images: Any = None
+    measure: Any = None
+    measured: Any = None
+    attack: Any = None
+    cases: Any = None
+    try_attack: Any = None
+    attacked: Any = None
+
+
+def build(models: Models, visits: Visits) -> Any:
+    """Return the page as Gradio blocks.
+
+    Args:
+        models: the models that it offers.
+        visits: where it remembers its visitors.
+    """
+    import gradio as gr
+
+    parts, shown = Parts(), samples()
+    with gr.Blocks(title="Erasure", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(HEAD, elem_classes="era-head")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320, elem_classes="era-card"):
+                _choose(gr, parts, models, shown)
+            with gr.Column(scale=6, min_width=320, elem_classes="era-card"):
+                _look(gr, parts)
+        with gr.Column(elem_classes="era-card", visible=False) as parts.later:
+            _keep(gr, parts)
+        Events(gr, parts, models, visits, shown).connect(page)
+    page.queue(default_concurrency_limit=None, api_open=False)
+    return page
+
+
+def _step(gr: Any, number: int, title: str, text: str) -> None:
+    gr.HTML(f"<h2><b>{number}</b>{title}</h2><p>{text}</p>", elem_classes="era-step")
+
+
+def _choose(gr: Any, parts: Parts, models: Models, shown: list[Sample]) -> None:
+    """Lay out what is erased, from what and how."""
+    _step(gr, 1, "Choose what to forget", "Tap a picture, or type a word. Then press the button.")
+    parts.picker = gr.Gallery(
+        [(one.image, one.name) for one in shown],
+        show_label=False,
+        container=False,
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        visible=bool(shown),
+        format="png",
+        elem_id="picker",
+        elem_classes="era-picker",
+    )
+    parts.concept = gr.Dropdown(
+        [], value=None, allow_custom_value=True, label="Concept", info="An object, a style, a person", elem_id="concept"
+    )
+    parts.erase = gr.Button("Erase", variant="primary", size="lg", elem_id="erase", elem_classes="era-erase")
+    parts.stop = gr.Button("Stop", variant="stop", size="md", visible=False, elem_id="stop")
+    parts.status = gr.HTML("", elem_id="status")
+    parts.live = gr.HTML("", elem_id="live")
+    parts.forecast = gr.HTML("", elem_id="forecast")
+    with gr.Accordion("Model, method and more", open=False, elem_id="more"):
+        with gr.Row():
+            parts.model = gr.Dropdown(
+                models.choices(), value=models.offered[0], label="Model", min_width=130, elem_id="model"
+            )
+            parts.method = gr.Dropdown(
+                [(method_label("uce"), "uce")], value="uce", label="Method", min_width=130, elem_id="method"
+            )
+        with gr.Row():
+            parts.kind = gr.Dropdown(list(KIND_NAMES.items()), value="", label="Kind of concept", min_width=130)
+            parts.anchor = gr.Textbox(label="Draw instead", placeholder="left to the method", min_width=130)
+        parts.path = gr.Textbox(
+            label="A model of your own",
+            info="A diffusers folder or a .safetensors file on this machine; press Enter to open it",
+            placeholder="path",
+            visible=models.any_path,
+            elem_id="path",
+        )
+
+
+def _look(gr: Any, parts: Parts) -> None:
+    """Lay out the pictures before and after, the strengths and the gates."""
+    _step(gr, 2, "Before and after", "The same prompt and the same seeds, without your patches and with them.")
+    parts.pair = gr.HTML(f'<p class="era-note">{EMPTY}</p>', elem_id="pair")
+    for number in range(MOST_PATCHES):
+        with gr.Row(visible=False, elem_classes="era-slot") as row:
+            parts.sliders.append(
+                gr.Slider(0, 2, value=1, step=0.05, label="Strength", buttons=[], elem_id=f"strength-{number}")
+            )
+            parts.removes.append(gr.Button("Remove", size="sm", elem_id=f"remove-{number}"))
+        parts.rows.append(row)
+    with gr.Row(elem_classes="era-ask"):
+        parts.prompt = gr.Textbox(label="Prompt: try any", placeholder="a cat on a blue background", elem_id="prompt")
+        parts.draw = gr.Button("Draw", size="md", elem_id="draw")
+    with gr.Row(elem_classes="era-chips"):
+        parts.chips = [gr.Button("", size="sm", visible=False, elem_id=f"chip-{number}") for number in range(3)]
+    parts.readings = gr.HTML("", elem_id="readings")
+    with gr.Accordion("Add a patch file", open=False):
+        parts.upload = gr.File(
+            label="A .safetensors patch for this model", file_types=[".safetensors"], height=120, elem_id="upload"
+        )
+
+
+def _keep(gr: Any, parts: Parts) -> None:
+    """Lay out downloads, the measurement and the attacks."""
+    from erasure.evaluation.attacks.attack import names
+
+    _step(
+        gr,
+        3,
+        "Keep it, measure it, attack it",
+        "Erase something else as well, and both patches act above.",
+    )
+    parts.which = gr.Dropdown([], label="Patch", elem_id="which")
+    with gr.Tabs():
+        with gr.Tab("Download"):
+            with gr.Row():
+                titles = ("Patch (.safetensors)", "Card (.md)", "LoRA for ComfyUI")
+                parts.files = [
+                    gr.DownloadButton(title, size="md", min_width=140, elem_id=f"file-{number}")
+                    for number, title in enumerate(titles)
+                ]
+            parts.leaves_out = gr.HTML("")
+        with gr.Tab("Measure"):
+            parts.images = gr.Slider(
+                12, 120, value=24, step=12, buttons=[], label="Prompts", info="Each is drawn before and after"
+            )
+            parts.measure = gr.Button(
+                "Measure what is gone and what is kept", variant="primary", size="md", elem_id="measure"
+            )
+            parts.measured = gr.HTML("", elem_id="measured")
+        with gr.Tab("Attack"):
+            with gr.Row():
+                parts.attack = gr.Dropdown(names(), value="rece", label="Attack", min_width=130, elem_id="attack")
+                parts.cases = gr.Slider(2, 12, value=4, step=1, buttons=[], label="Prompts", min_width=130)
+            parts.try_attack = gr.Button("Try to bring it back", variant="primary", size="md", elem_id="try-attack")
+            parts.attacked = gr.HTML("", elem_id="attacked")
