@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from erasure.app import markup, tasks
+from erasure.app import comparison, markup, measuring, tasks
 from erasure.app.jobs import Job, Line, Stopped
 from erasure.app.models import Models, label, method_label, suited
+from erasure.app.parts import Parts
 from erasure.app.samples import Sample
 from erasure.app.visits import Visit, Visits
 from erasure.errors import ErasureError
 from erasure.model.base import Base
 
-if TYPE_CHECKING:
-    from erasure.app.page import Parts
-
 Updates = dict[Any, Any]
+Steps = Generator[Updates, None, Any]  # what changes, step by step
 STOPPED = "Stopped. Nothing was changed; press Erase again to go on from where it was."
 FIRST = "cat"
 # On a narrow window the pictures are below the button.
@@ -37,7 +36,7 @@ class Events:
 
     def __init__(self, gr: Any, parts: Parts, models: Models, visits: Visits, shown: list[Sample]) -> None:
         self.gr, self.parts, self.models, self.visits, self.shown = gr, parts, models, visits, shown
-        self.line, self.pictures = Line(), tasks.Pictures()
+        self.line, self.pictures = Line(), comparison.Pictures()
 
     def connect(self, page: Any) -> None:
         """Connect the handlers to the components of a page."""
@@ -82,7 +81,7 @@ class Events:
     def _connect_picker(self, p: Parts, wish: list[Any], seen: list[Any]) -> None:
         gr = self.gr
 
-        def pick(event: Any, request: Any, method: str, kind: str, anchor: str) -> Iterator[Updates]:
+        def pick(event: Any, request: Any, method: str, kind: str, anchor: str) -> Steps:
             name = self.shown[event.index].name
             visit = self.visits.of(request.session_hash)
             yield {p.concept: name}
@@ -92,10 +91,10 @@ class Events:
         outputs = list(dict.fromkeys([p.concept, *seen]))
         p.picker.select(pick, wish[1:], outputs, show_progress="hidden", api_visibility="private")
 
-    def _with_visit(self, handler: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
+    def _with_visit(self, handler: Callable[..., Steps]) -> Callable[..., Steps]:
         """Return a handler as Gradio calls it: with the request instead of the visit."""
 
-        def handled(request: Any, *values: Any) -> Iterator[Updates]:
+        def handled(request: Any, *values: Any) -> Steps:
             yield from handler(self.visits.of(request.session_hash), *values)
 
         handled.__annotations__["request"] = self.gr.Request  # by which Gradio knows what to pass
@@ -110,7 +109,7 @@ class Events:
         handled.__annotations__["request"] = self.gr.Request
         return handled
 
-    def follow(self, visit: Visit, work: Callable[[Job], Any], place: Any = None) -> Iterator[Updates]:
+    def follow(self, visit: Visit, work: Callable[[Job], Any], place: Any = None) -> Steps:
         """Run a job and show its progress; return its result.
 
         Args:
@@ -142,7 +141,7 @@ class Events:
             raise Stopped
         return job.result
 
-    def guarded(self, steps: Iterator[Updates]) -> Iterator[Updates]:
+    def guarded(self, steps: Steps) -> Steps:
         """Pass on what changes, and show a fault or a stop on the page instead of raising it."""
         p, gr = self.parts, self.gr
         idle = {p.stop: gr.update(visible=False), p.erase: gr.update(interactive=True), p.live: ""}
@@ -153,11 +152,11 @@ class Events:
         except ErasureError as fault:
             yield {p.status: markup.fault(str(fault)), **idle}
 
-    def choose_model(self, visit: Visit, name: str) -> Iterator[Updates]:
+    def choose_model(self, visit: Visit, name: str) -> Steps:
         """Open a model, and show what it draws."""
         yield from self.guarded(self._choose_model(visit, name.strip()))
 
-    def _choose_model(self, visit: Visit, name: str) -> Iterator[Updates]:
+    def _choose_model(self, visit: Visit, name: str) -> Steps:
         p, gr = self.parts, self.gr
 
         def opened(job: Job) -> tuple[list[str], list[str]]:
@@ -182,15 +181,15 @@ class Events:
         if first:
             yield from self._choose_concept(visit, tasks.Wish(first, methods[0]), draw=True)
 
-    def choose_concept(self, visit: Visit, *wish: str | None) -> Iterator[Updates]:
+    def choose_concept(self, visit: Visit, *wish: str | None) -> Steps:
         """Forecast what erasing a concept costs, and show what the model draws for it."""
         yield from self.guarded(self._choose_concept(visit, _wish(wish), draw=True))
 
-    def choose_method(self, visit: Visit, *wish: str | None) -> Iterator[Updates]:
+    def choose_method(self, visit: Visit, *wish: str | None) -> Steps:
         """Forecast what erasing a concept costs."""
         yield from self.guarded(self._choose_concept(visit, _wish(wish), draw=False))
 
-    def _choose_concept(self, visit: Visit, wish: tasks.Wish, draw: bool) -> Iterator[Updates]:
+    def _choose_concept(self, visit: Visit, wish: tasks.Wish, draw: bool) -> Steps:
         p, gr = self.parts, self.gr
         yield {p.erase: gr.update(value=f"Erase “{wish.names}”"), p.status: ""}
         outlook = yield from self.follow(visit, lambda job: tasks.outlook(self.models, visit, job, wish))
@@ -203,13 +202,13 @@ class Events:
         pairs = zip(self.parts.chips, [*prompts, "", "", ""], strict=False)
         return {chip: self.gr.update(value=text, visible=bool(text)) for chip, text in pairs}
 
-    def draw(self, visit: Visit, prompt: str) -> Iterator[Updates]:
+    def draw(self, visit: Visit, prompt: str) -> Steps:
         """Draw a prompt before and after."""
         yield from self.guarded(self._draw(visit, prompt))
 
-    def _draw(self, visit: Visit, prompt: str) -> Iterator[Updates]:
+    def _draw(self, visit: Visit, prompt: str) -> Steps:
         p = self.parts
-        work = partial(tasks.compare, self.models, visit, prompt=prompt, pictures=self.pictures)
+        work = partial(comparison.compare, self.models, visit, prompt=prompt, pictures=self.pictures)
         compared = yield from self.follow(visit, lambda job: work(job=job))
         yield {
             p.prompt: compared.prompt,
@@ -217,11 +216,11 @@ class Events:
             p.readings: markup.readings(compared.readings, compared.prompt),
         }
 
-    def erase(self, visit: Visit, *wish: str | None) -> Iterator[Updates]:
+    def erase(self, visit: Visit, *wish: str | None) -> Steps:
         """Erase what is chosen, and show it before and after."""
         yield from self.guarded(self._erase(visit, _wish(wish)))
 
-    def _erase(self, visit: Visit, wish: tasks.Wish) -> Iterator[Updates]:
+    def _erase(self, visit: Visit, wish: tasks.Wish) -> Steps:
         p = self.parts
         outlook = yield from self.follow(visit, lambda job: tasks.outlook(self.models, visit, job, wish))
         yield {p.forecast: markup.forecast(outlook), p.prompt: outlook.prompts[0], **self._chips(outlook.prompts)}
@@ -232,14 +231,14 @@ class Events:
         text = f"Done: {name}. Move the strength, try another prompt, or erase more."
         yield {p.status: markup.note(text), p.live: ""}
 
-    def strength(self, number: int, visit: Visit, value: float, prompt: str) -> Iterator[Updates]:
+    def strength(self, number: int, visit: Visit, value: float, prompt: str) -> Steps:
         """Set the strength of a patch, and draw the prompt again."""
         held = list(visit.patches().values())
         if number < len(held):
             held[number].strength = float(value)
         yield from self.draw(visit, prompt)
 
-    def remove(self, number: int, visit: Visit, prompt: str) -> Iterator[Updates]:
+    def remove(self, number: int, visit: Visit, prompt: str) -> Steps:
         """Take a patch off the stack, and draw the prompt again."""
         names = list(visit.patches())
         if number < len(names):
@@ -247,13 +246,13 @@ class Events:
         yield self._stacked(visit)
         yield from self.draw(visit, prompt)
 
-    def add(self, visit: Visit, path: str | None, prompt: str) -> Iterator[Updates]:
+    def add(self, visit: Visit, path: str | None, prompt: str) -> Steps:
         """Add a patch file that was uploaded, and draw the prompt with it."""
         yield {self.parts.upload: None}
         if path is not None:
             yield from self.guarded(self._add(visit, path, prompt))
 
-    def _add(self, visit: Visit, path: str, prompt: str) -> Iterator[Updates]:
+    def _add(self, visit: Visit, path: str, prompt: str) -> Steps:
         name = tasks.add_file(visit, path)
         try:
             yield from self._draw(visit, prompt)
@@ -277,7 +276,7 @@ class Events:
         updates |= {p.which: gr.update(choices=names, value=chosen), p.later: gr.update(visible=bool(names))}
         return updates | (self._files(visit, chosen) if chosen else {})
 
-    def choose_patch(self, visit: Visit, name: str) -> Iterator[Updates]:
+    def choose_patch(self, visit: Visit, name: str) -> Steps:
         """Offer the files of another patch."""
         yield self._files(visit, name)
 
@@ -290,19 +289,17 @@ class Events:
         }
         return updates | {p.leaves_out: markup.note(text)}
 
-    def measure(self, visit: Visit, name: str, images: float) -> Iterator[Updates]:
+    def measure(self, visit: Visit, name: str, images: float) -> Steps:
         """Measure what is gone and what is kept, and open the report."""
-        work = partial(tasks.measure, self.models, visit, name=name, images=int(images))
+        work = partial(measuring.measure, self.models, visit, name=name, images=int(images))
         yield from self.guarded(self._reported(visit, work, self.parts.measured, markup.measured))
 
-    def attack(self, visit: Visit, name: str, attack: str, cases: float) -> Iterator[Updates]:
+    def attack(self, visit: Visit, name: str, attack: str, cases: float) -> Steps:
         """Try to bring the concept back, show what comes back, and open the report."""
-        work = partial(tasks.attack_patch, self.models, visit, name=name, attack_name=attack, cases=int(cases))
+        work = partial(measuring.attack_patch, self.models, visit, name=name, attack_name=attack, cases=int(cases))
         yield from self.guarded(self._reported(visit, work, self.parts.attacked, markup.attacked))
 
-    def _reported(
-        self, visit: Visit, work: Callable[..., Any], place: Any, figures: Callable[[Any], str]
-    ) -> Iterator[Updates]:
+    def _reported(self, visit: Visit, work: Callable[..., Any], place: Any, figures: Callable[[Any], str]) -> Steps:
         yield {place: ""}
         report, page = yield from self.follow(visit, lambda job: work(job=job), place)
         yield {place: figures(report) + markup.report(page)}

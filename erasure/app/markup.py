@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from erasure.app.comparison import Comparison, Reading
 from erasure.app.jobs import Job, Picture
-from erasure.app.tasks import Comparison, Outlook, Reading
+from erasure.app.tasks import Outlook
 
 SMALL = 128  # pixels: images up to this side are shown enlarged, as PNG
 EMPTY = (

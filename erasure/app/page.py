@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from erasure.app.events import Events
-from erasure.app.models import Models, method_label
+from erasure.app.models import QUICKEST, Models, method_label
+from erasure.app.parts import Parts
 from erasure.app.samples import Sample, samples
 from erasure.app.visits import MOST_PATCHES, Visits
 from erasure.concepts.concept import KINDS
@@ -16,44 +16,6 @@ HEAD = """<h1>Erasure</h1>
 patch file.</p>"""
 EMPTY = "Pictures appear here in a moment."
 KIND_NAMES = {"as our lists say": "", **{kind: kind for kind in KINDS}}
-
-
-@dataclass
-class Parts:
-    """The components of the page that events read or change."""
-
-    picker: Any = None
-    concept: Any = None
-    model: Any = None
-    method: Any = None
-    kind: Any = None
-    anchor: Any = None
-    path: Any = None
-    forecast: Any = None
-    erase: Any = None
-    stop: Any = None
-    status: Any = None
-    live: Any = None
-    pair: Any = None
-    rows: list[Any] = field(default_factory=list)
-    sliders: list[Any] = field(default_factory=list)
-    removes: list[Any] = field(default_factory=list)
-    prompt: Any = None
-    draw: Any = None
-    chips: list[Any] = field(default_factory=list)
-    readings: Any = None
-    upload: Any = None
-    later: Any = None
-    which: Any = None
-    files: list[Any] = field(default_factory=list)
-    leaves_out: Any = None
-    images: Any = None
-    measure: Any = None
-    measured: Any = None
-    attack: Any = None
-    cases: Any = None
-    try_attack: Any = None
-    attacked: Any = None
 
 
 def build(models: Models, visits: Visits) -> Any:
@@ -113,7 +75,7 @@ def _choose(gr: Any, parts: Parts, models: Models, shown: list[Sample]) -> None:
                 models.choices(), value=models.offered[0], label="Model", min_width=130, elem_id="model"
             )
             parts.method = gr.Dropdown(
-                [(method_label("uce"), "uce")], value="uce", label="Method", min_width=130, elem_id="method"
+                [(method_label(QUICKEST), QUICKEST)], value=QUICKEST, label="Method", min_width=130, elem_id="method"
             )
         with gr.Row():
             parts.kind = gr.Dropdown(list(KIND_NAMES.items()), value="", label="Kind of concept", min_width=130)

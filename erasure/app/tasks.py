@@ -1,20 +1,17 @@
-"""The work behind the page: forecast, erase, draw before and after, measure, attack, and make files to download.
+"""The work behind the page: forecast, erase, add a patch, and make files to download.
 
 Each function takes the models, a visit and a job, runs in the job's thread, and returns plain values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-
-from erasure.app.jobs import Job, Picture
+from erasure.app.jobs import Job
 from erasure.app.models import Models, watched
 from erasure.app.visits import Visit
 from erasure.concepts.concept import KINDS, Concept
@@ -24,13 +21,10 @@ from erasure.errors import ErasureError
 from erasure.forecast import Forecast, plan
 from erasure.methods import find
 from erasure.model.base import Base
-from erasure.model.loading import call_of, sampling_of
 from erasure.patch import Patch
 
 MOST_NAMES = 10  # names that are erased together from the page
-LONGEST = 500  # characters of a prompt
 PREVIEWS = 4  # previews of a run that trains
-SEEDS = (0, 1, 2, 3)
 KEPT = 2  # prompts of neighbours that are suggested
 
 
@@ -78,40 +72,6 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How strongly a patch acted on a prompt.
-
-    Args:
-        name: the patch's name.
-        gate: the kind of its gate; `always` for a patch without one.
-        strength: what the visitor has set.
-        acted: the strength with which it acted.
-    """
-
-    name: str
-    gate: str
-    strength: float
-    acted: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A prompt before and after, from the same seeds.
-
-    Args:
-        prompt: the prompt.
-        before: images of the model as it is.
-        after: images with the visitor's patches; empty if there are none.
-        readings: what each patch's gate read.
-    """
-
-    prompt: str
-    before: list[Image.Image]
-    after: list[Image.Image]
-    readings: list[Reading]
-
-
-@dataclass(frozen=True)
 class Outlook:
     """What is known before a concept is erased.
 
@@ -126,30 +86,6 @@ class Outlook:
     prompts: list[str]
     trains: bool
     unknown: list[str]
-
-
-class Pictures:
-    """Images of the models as they are, which all visitors share; the oldest are forgotten.
-
-    Args:
-        most: images that are kept.
-    """
-
-    def __init__(self, most: int = 400) -> None:
-        self.most = most
-        self._kept: dict[tuple[str, str, int], Image.Image] = {}
-
-    def get(self, model: str, prompt: str, seeds: Sequence[int]) -> list[Image.Image] | None:
-        """Return the images of a prompt, or None unless all of them are here."""
-        keys = [(model, prompt, seed) for seed in seeds]
-        return [self._kept[key] for key in keys] if all(key in self._kept for key in keys) else None
-
-    def put(self, model: str, prompt: str, seeds: Sequence[int], images: Sequence[Image.Image]) -> None:
-        """Keep the images of a prompt."""
-        for seed, image in zip(seeds, images, strict=True):
-            self._kept[model, prompt, seed] = image
-        while len(self._kept) > self.most:
-            del self._kept[next(iter(self._kept))]
 
 
 def asking(kind: str, word: str) -> str:
@@ -231,46 +167,6 @@ def newest_preview(job: Job) -> Path | None:
     return max(Path(job.note).glob("step-*.png"), default=None) if job.note else None
 
 
-def compare(models: Models, visit: Visit, job: Job, prompt: str, pictures: Pictures) -> Comparison:
-    """Draw a prompt without and with the visitor's patches, from the same seeds.
-
-    Raises:
-        ErasureError: the prompt is empty or too long.
-    """
-    prompt = prompt.strip()
-    if not prompt or len(prompt) > LONGEST:
-        raise ErasureError(f"Type a prompt of 1 to {LONGEST} characters, such as: a cat")
-    seeds = list(SEEDS)
-    before = pictures.get(visit.model, prompt, seeds)
-    if before is None:
-        with models.patched(visit.model, {}) as pipe:
-            before = _draw(pipe, job, f"Drawing “{prompt}” before", prompt, seeds)
-        pictures.put(visit.model, prompt, seeds, before)
-    held = visit.patches()
-    if not held:
-        return Comparison(prompt, before, [], [])
-    with models.patched(visit.model, visit.stack()) as pipe:
-        after = _draw(pipe, job, f"Drawing “{prompt}” after", prompt, seeds)
-        acted = pipe.gate_log[0]
-    readings = [Reading(name, one.patch.gate["kind"], one.strength, acted[name]) for name, one in held.items()]
-    return Comparison(prompt, before, after, readings)
-
-
-def _draw(pipe: Any, job: Job, stage: str, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
-    own = sampling_of(pipe)
-    count = len(seeds)
-    guided = 2 if own.guidance > 1 else 1  # samples of a step: with the prompt, and without it
-    job.enter(stage, own.steps * count * guided)
-    with job.watching(*watched(pipe)):
-        drawn = pipe(
-            prompt=[prompt] * count,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=own.steps,
-            **call_of(pipe, count, own.guidance),
-        )
-    return list(drawn.images)
-
-
 def add_file(visit: Visit, path: str | Path) -> str:
     """Read a patch that a visitor uploads, put it on the stack, and return its name there.
 
@@ -287,93 +183,11 @@ def add_file(visit: Visit, path: str | Path) -> str:
     return visit.add(patch, source)
 
 
-def measure(models: Models, visit: Visit, job: Job, name: str, images: int) -> tuple[Any, Path]:
-    """Measure what the patches on a model have erased and kept; return the report and the path of its page.
-
-    Args:
-        models: the models.
-        visit: the visit.
-        job: the job.
-        name: the patch whose concepts should be gone; all patches on the model act.
-        images: prompts to draw, each before and after.
-    """
-    from erasure.evaluation import evaluate
-
-    concepts = _held(visit, name).patch.names
-    folder = visit.new_file("report", "")
-    with models.patched(visit.model, visit.stack()) as pipe, job.watching(*watched(pipe)):
-        own = sampling_of(pipe)
-        job.enter(f"Measuring {', '.join(concepts)}: {images} prompts, before and after", 4 * images * own.steps)
-        report = evaluate(pipe, concepts, folder=folder, limit=images, progress=False, judge=_judge(pipe, job, ""))
-    return report, folder / "report.html"
-
-
-def attack_patch(models: Models, visit: Visit, job: Job, name: str, attack_name: str, cases: int) -> tuple[Any, Path]:
-    """Try to bring a concept back, and return the report of the attack and the path of its page.
-
-    While it runs, the job's pictures are those that the judge has looked at last.
-
-    Args:
-        models: the models.
-        visit: the visit.
-        job: the job.
-        name: the patch whose concepts are attacked; all patches on the model act.
-        attack_name: the name of the attack.
-        cases: prompts to attack.
-    """
-    from erasure.evaluation.attacks.run import attack
-
-    concepts = _held(visit, name).patch.names
-    folder = visit.new_file("attack", "")
-    with models.patched(visit.model, visit.stack()) as pipe, job.watching(*watched(pipe)):
-        job.enter(f"{attack_name}: trying to bring {', '.join(concepts)} back")
-        judge = _judge(pipe, job, concepts[0])
-        report = attack(pipe, concepts, attack_name, folder=folder, cases=cases, progress=False, judge=judge)
-    return report, folder / "report.html"
-
-
-def _held(visit: Visit, name: str) -> Any:
+def held(visit: Visit, name: str) -> Any:
     """Return a visitor's patch by its name."""
     if name not in visit.patches():
         raise ErasureError("Erase something first, or add a patch file: there is nothing to work on yet")
     return visit.patches()[name]
-
-
-def _judge(pipe: Any, job: Job, concept: str) -> Any:
-    """Return the judge that suits a model, made to show what it looks at; None where the library has to choose."""
-    from erasure.evaluation.defaults import GLYPH, is_glyph
-    from erasure.evaluation.judges.registry import find_judge
-
-    return WatchedJudge(find_judge(GLYPH), job, pipe, concept) if is_glyph(pipe) else None
-
-
-class WatchedJudge:
-    """A judge that shows on the page what it looks at.
-
-    Args:
-        judge: the judge whose answers these are.
-        job: the job that shows the pictures.
-        pipe: the pipeline that draws them.
-        concept: what is marked where it is seen with a patch; empty: nothing.
-    """
-
-    def __init__(self, judge: Any, job: Job, pipe: Any, concept: str) -> None:
-        self._judge, self._job, self._pipe = judge, job, pipe
-        self._head, self._labels = judge.find(concept) if concept else ("", [])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._judge, name)
-
-    def judge(self, images: list[Image.Image]) -> list[Any]:
-        """Return the verdicts of the judge, and show the images with what was seen in them."""
-        verdicts = self._judge.judge(images)
-        head = self._head or next(iter(self._judge.heads))
-        acting, shown = any(any(row.values()) for row in self._pipe.gate_log), []
-        for image, verdict in zip(images[:8], verdicts[:8], strict=True):
-            seen = max(verdict[head], key=verdict[head].get)
-            shown.append(Picture(image, f"{'seen' if acting else 'before'}: {seen}", acting and seen in self._labels))
-        self._job.pictures = shown
-        return list(verdicts)
 
 
 @contextmanager
@@ -396,16 +210,16 @@ def downloads(visit: Visit, name: str) -> tuple[Path, Path, Path | None, str]:
     from erasure.formats.import_export import export_patch
     from erasure.patch.payload import LowRank
 
-    held = _held(visit, name)
-    text, folder = visit.folder / f"{held.path.stem}-card.md", visit.folder
+    one = held(visit, name)
+    text, folder = visit.folder / f"{one.path.stem}-card.md", visit.folder
     temporary = text.with_suffix(".tmp")
-    temporary.write_text(card(held.patch, held.path.name), encoding="utf-8")
+    temporary.write_text(card(one.patch, one.path.name), encoding="utf-8")
     temporary.replace(text)
-    lora = folder / f"{held.path.stem}-comfyui.safetensors"
-    form = "kohya" if isinstance(held.patch.payload, LowRank) else "diff"
+    lora = folder / f"{one.path.stem}-comfyui.safetensors"
+    form = "kohya" if isinstance(one.patch.payload, LowRank) else "diff"
     try:
         with _renamed(visit):
-            written = export_patch(replace(held.patch, stored={}), lora, form)
+            written = export_patch(replace(one.patch, stored={}), lora, form)
     except ErasureError as fault:
-        return held.path, text, None, f"ComfyUI: {fault}"
-    return held.path, text, lora, f"ComfyUI: {'; '.join(written.notes)}" if written.notes else ""
+        return one.path, text, None, f"ComfyUI: {fault}"
+    return one.path, text, lora, f"ComfyUI: {'; '.join(written.notes)}" if written.notes else ""

@@ -37,7 +37,7 @@ class Held:
 
 @dataclass
 class Visit:
-    """One open tab.
+    """One open tab of the page.
 
     Args:
         folder: where its files are written.

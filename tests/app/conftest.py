@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from erasure.app import tasks
+from erasure.app import comparison
 from erasure.app.models import Models
 from erasure.app.visits import Visits
 
@@ -34,6 +34,6 @@ def visit(visits):
 @pytest.fixture
 def hurried(monkeypatch):
     """Images of two steps, from two seeds."""
-    own = tasks.sampling_of
-    monkeypatch.setattr(tasks, "sampling_of", lambda pipe: replace(own(pipe), steps=2))
-    monkeypatch.setattr(tasks, "SEEDS", (0, 1))
+    own = comparison.sampling_of
+    monkeypatch.setattr(comparison, "sampling_of", lambda pipe: replace(own(pipe), steps=2))
+    monkeypatch.setattr(comparison, "SEEDS", (0, 1))

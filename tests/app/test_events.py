@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from erasure.app.events import Events
-from erasure.app.page import Parts
+from erasure.app.parts import Parts
 from erasure.app.visits import MOST_PATCHES
 
 CAT = ("cat", "uce", None, None)

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from erasure.app import markup
+from erasure.app.comparison import Comparison, Reading
 from erasure.app.jobs import Job, Picture
 from erasure.app.samples import samples
-from erasure.app.tasks import Comparison, Outlook, Reading
+from erasure.app.tasks import Outlook
 from erasure.training.dry_run import Forecast
 
 EVIL = '<script>alert("x")</script>'

@@ -26,11 +26,11 @@ clicked = pytest.mark.skipif(
 SERVE = """
 import sys
 from dataclasses import replace
-from erasure.app import tasks
+from erasure.app import comparison
 from erasure.cli.main import main
 
-own = tasks.sampling_of
-tasks.sampling_of = lambda pipe: replace(own(pipe), steps=6)
+own = comparison.sampling_of
+comparison.sampling_of = lambda pipe: replace(own(pipe), steps=6)
 sys.exit(main(["app", "--port", "0", "--device", "cpu", *sys.argv[1:]]))
 """
 
