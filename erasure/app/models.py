@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from erasure.errors import ErasureError, unknown
-from erasure.method import ClosedFormMethod
+from erasure.method import GradientMethod
 from erasure.methods import find, names
 from erasure.model import presets
 from erasure.model.base import Base
@@ -115,7 +115,7 @@ def suited(pipe: Any) -> list[str]:
 
 def method_label(name: str) -> str:
     """Return what the page shows for a method: its name, and whether it trains."""
-    trains = not issubclass(find(name), ClosedFormMethod)
+    trains = issubclass(find(name), GradientMethod)
     return f"{name} · {'trains' if trains else 'no training'}"
 
 
