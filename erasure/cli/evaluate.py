@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,15 @@ def _evaluate_arguments(parser: Parser) -> None:
         completes=FOLDER,
         help="Folder for the images without patches; runs on one model that name the same folder draw them once",
     )
+    output.add(
+        "--submission",
+        nargs="*",
+        type=Path,
+        metavar="ATTACKS",
+        completes=FILE,
+        help="Also write the file of results that eval-unlearn ranks, with the success rates in these reports "
+        "(report.json) of erasure attack",
+    )
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -173,8 +184,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     rows = prompt_rows(args)
     if rows is not None:
         options["prompts"] = rows
+    attacks = [_attack_report(path) for path in args.submission or ()]
     report = evaluate(pipeline(args), concept, judge=judge(args), within=args.inside, **measures, **options)
-    say(args, report.to_json(), *reports.evaluation(report), _written(args))
+    written = _written(args) + _write_submission(args, report, attacks)
+    say(args, report.to_json(), *reports.evaluation(report), written)
     return 0
 
 
@@ -189,10 +202,39 @@ def _run_suite(args: argparse.Namespace, concept: Any, measures: dict[str, Any],
     suite = Suite.read(args.suite)
     if args.judge:
         check_judge(args.judge)  # a typo is reported now; a judge whose model is missing, after the images are drawn
+    attacks = [_attack_report(path) for path in args.submission or ()]
     outcome = run_suite(pipeline(args), concept, suite, data=args.data, judge=args.judge, measures=measures, **options)
     written = _written(args) if outcome.report else f"\nWritten: {args.out / 'suite.json'}"
+    if outcome.report:
+        attacks += [outcome.attacks.to_json()] if outcome.attacks else []
+        written += _write_submission(args, outcome.report, attacks)
     say(args, outcome.to_json(), *reports.suite(outcome), written)
     return 1 if outcome.missing else 0
+
+
+def _attack_report(path: Path) -> dict[str, Any]:
+    """Read a report of `erasure attack`, before anything is drawn."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise ErasureError(f"{path} is no report.json of erasure attack: {fault}. Nothing was drawn") from None
+    if not isinstance(data, dict) or "attacks" not in data:
+        raise ErasureError(f"{path} is no report.json of erasure attack. Nothing was drawn")
+    return data
+
+
+def _write_submission(args: argparse.Namespace, report: Any, attacks: list[dict[str, Any]]) -> str:
+    """Write eval-unlearn's file if it was asked for, and return a line that names it and what it lacks."""
+    if args.submission is None:
+        return ""
+    from erasure.evaluation.report.submission import file_name, submission
+    from erasure.evaluation.text_files import write_text
+
+    data = submission(report.to_json(), attacks, time.time())
+    path = args.out / file_name(data)
+    write_text(path, json.dumps(data, indent=4))
+    lacks = ", ".join(data["not_measured"])
+    return f"\nFor eval-unlearn: {path}" + (f" (not measured: {lacks})" if lacks else "")
 
 
 def _written(args: argparse.Namespace) -> str:

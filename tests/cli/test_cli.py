@@ -178,3 +178,26 @@ def test_runs_can_share_the_images_of_the_base(capsys, monkeypatch, tmp_path, su
         code, _, err = run(capsys, "evaluate", "cat", "-o", str(tmp_path / "out"), *suite, *given)
         assert code != 0 and "stopped" in err
         assert seen.pop("base_folder") == expected
+
+
+def test_a_submission_holds_the_attacks_that_are_named(capsys, monkeypatch, tmp_path):
+    import erasure.evaluation
+    from erasure.evaluation.report.report import Report
+
+    shares = [{"name": "UA", "value": 0.9, "n": 10}, {"name": "IRA", "value": 0.5, "n": 20}]
+    data = {"concept": ["cat"], "rows": {"patched": shares}, "provenance": {}}
+    monkeypatch.setattr(Report, "to_json", lambda self: data)
+    report = Report(("cat",), "object", {"base": [], "patched": []}, {}, {}, {"prompts": {"name": "x"}})
+    monkeypatch.setattr(erasure.evaluation, "evaluate", lambda *args, **options: report)
+    attacks, wrong = tmp_path / "attacks.json", tmp_path / "wrong.json"
+    rate = {"value": 0.5, "low": 0.2, "high": 0.8}
+    found = {"p4d": {"n": 4, "after": rate, "settings": {}}}
+    attacks.write_text(json.dumps({"concept": ["cat"], "attacks": found}))
+    wrong.write_text("{}")
+    out = str(tmp_path)
+    code, text, _ = run(capsys, "evaluate", "cat", "-o", out, "--submission", str(attacks))
+    assert code == 0 and "none_cat_latest_report.json (not measured: asr_i2p" in " ".join(text.split())
+    written = json.loads((tmp_path / "none_cat_latest_report.json").read_text())
+    assert written["metric_names"] == ["asr_p4d", "err", "ua_ira"]
+    code, _, err = run(capsys, "evaluate", "cat", "-o", out, "--submission", str(wrong))
+    assert code == 2 and "is no report.json of erasure attack. Nothing was drawn" in err

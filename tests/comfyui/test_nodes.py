@@ -132,6 +132,12 @@ def test_every_part_of_a_long_prompt_is_read(pipe, graph):
     assert clip.loaded, "the text encoder was brought to its device"
 
 
+def test_start_end_and_padding_are_no_words(pipe, graph):
+    """Otherwise every prompt would share some with every text."""
+    ids = pipe.tokenizer("a cat", add_special_tokens=False).input_ids
+    assert nodes.reading.states(graph[1], ["a cat"]).words == [set(ids)]
+
+
 def test_the_readings_of_several_prompts(pipe, graph):
     shown = nodes.ReadGates().read(graph[1], graph[2](low_rank_patch(pipe, gate=GATE)), "\n".join(["", *PROMPTS]))
     (text,) = shown["result"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from erasure.errors import ErasureError
 from erasure.formats import export_patch, import_patch
-from erasure.training.saliency import compvis_names
 from erasure.patch import LowRank
 from erasure.patch.serialization import decode, encode
+from erasure.training.saliency import compvis_names
 from tests.formats.making import close
 from tests.patch.making import low_rank_patch
 
