@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install glyph siblings clean
+.PHONY: demo test lint docs install glyph siblings clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ lint: install
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The documentation site, in build/site.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 # Every file of the embedded checkpoint again, from nothing: hours on two cores, minutes on a GPU.
 glyph: install

@@ -1,10 +1,11 @@
-"""Fill the tables of README and docs/results.md from bench/results: `python bench/readme.py`. A test compares them."""
+"""Fill the tables of README and docs/ from bench/results: `python bench/readme.py`. A test compares them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from erasure.benchmark import choosing
 from erasure.benchmark.comparison import differences
 from erasure.benchmark.table import Table
 from erasure.formats import matrix
@@ -41,6 +42,12 @@ def pages() -> dict[str, dict[str, str]]:
         "README.md": {"summary": summary(methods)},
         "docs/closed-forms.md": {"many": many.summary(COLUMNS, ()), "true-size": section("closed_form", 0)},
         "docs/formats.md": {"formats": matrix()},
+        "docs/which-method.md": {
+            "by-kind": choosing.by_kind(methods),
+            "by-number": choosing.by_number([many, together]),
+            "by-computing": choosing.by_computing(methods),
+            "by-threat": choosing.by_threat(json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))),
+        },
         "docs/results.md": {
             "methods": methods.summary(COLUMNS, COSTS),
             "differences": differences(methods.comparisons),
