@@ -17,6 +17,7 @@ import torch
 
 from erasure.patch import Delta, Patch
 from erasure.patch.header import JSON, OPTIONAL, TEXTS
+from erasure.patch.header import KINDS as HEADER_KINDS
 from erasure.pipelines.gates import parse
 from tests.patch.making import delta_patch, low_rank_patch
 from tests.tiny import tiny_pipeline
@@ -200,7 +201,9 @@ def test_the_page_names_every_field_and_gate():
     named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`.+?) \|", table, re.M))))
     assert named == {"format", "seed", "dtype_error", "digest", *TEXTS, *JSON}
     optional = next(line for line in table.splitlines() if line.endswith("| optional |"))
-    assert set(re.findall(r"`([a-z_]+)`", optional)) == set(OPTIONAL) - {"modules", "sparse"}
+    assert set(re.findall(r"`([a-z_]+)`", optional)) == set(OPTIONAL) - {"modules", "sparse", "guard"}
+    kinds = next(line for line in table.splitlines() if line.startswith("| `kind` |"))
+    assert set(re.findall(r"`([a-z-]+)`", kinds)) == {"kind", *HEADER_KINDS}
     gates = PAGE.split("## Gates")[1].split("## ")[0]
     rows = {
         kind: set(re.findall(r"`(\w+)`", keys)) for kind, keys in re.findall(r"^\| `(\w+)` \| (.*?) \|", gates, re.M)

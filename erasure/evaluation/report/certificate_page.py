@@ -319,10 +319,12 @@ def _how(statement: Mapping[str, Any]) -> str:
         else f"It acts only on some requests: a gate of the kind “{patch['gate']}” reads each request and decides."
     )
     other = "" if patch["base"] == statement["model"]["name"] else f" The patch was made from {patch['base']}."
-    return escape(
-        f"A patch of {patch['parameters']:,} numbers changes {parts}. It was computed by the method "
-        f"{method}. {acts}{other}"
+    changed = (
+        f"A patch of {patch['parameters']:,} numbers changes {parts}."
+        if patch["components"]
+        else "No weight was changed: a guard changes what the program does while it draws."
     )
+    return escape(f"{changed} It was made by the method {method}. {acts}{other}")
 
 
 def _repeat(statement: Mapping[str, Any]) -> str:

@@ -105,3 +105,11 @@ def test_a_long_list_is_counted_and_folded():
     text = page(removed=removed, results__names={"name 3": {"shown": 1, "base": 4, "n": 4}, "name 4": {"shown": 0}})
     assert "“name 11” and 28 others were removed" in text and "All 40 names" in text and "name 39" in text
     assert "at least one picture still shows: “name 3”." in text
+
+
+def test_how_it_was_removed():
+    assert (
+        "A patch of 1,234 numbers changes the part that draws (unet). It was made by the method unheard-of." in page()
+    )
+    guard = page(patch__components={}, patch__gate="always")
+    assert "No weight was changed" in guard and "It acts on every request" in guard and "A patch of" not in guard
