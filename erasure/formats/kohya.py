@@ -11,11 +11,17 @@ from erasure.errors import ErasureError
 from erasure.formats.patch_builder import ImportedPayload, components, low_rank, put, rank_of
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.requirements import need_low_rank
+from erasure.formats.transformer_lora import (
+    check_transformer,
+    put_transformer_layer,
+    transformer_notes,
+    transformer_tensors,
+)
 from erasure.model.base import Base
 from erasure.model.original_keys import compvis_names
 from erasure.patch import LowRank, Patch
 from erasure.patch.header import loader_keys
-from erasure.patch.module_keys import ALPHA, DOWN, UP, kohya_prefix
+from erasure.patch.module_keys import ALPHA, DOWN, TRANSFORMER, UP, kohya_prefix
 from erasure.patch.safetensors_io import write_file
 from erasure.patch.serialization import encode, two_encoders
 
@@ -111,6 +117,8 @@ def layers_of(source: PublishedFile, base: Base, groups: Mapping[str, Mapping[st
         component, path = prefixes.get(prefix, ("", prefix))
         down, up = parts[DOWN].float(), parts[UP].float()
         alpha = float(parts[ALPHA]) if ALPHA in parts else float(rank_of(source, prefix, down))
+        if not component and put_transformer_layer(source, base, layers, prefix, (down, up, alpha)):
+            continue
         put(source, layers.setdefault(component, {}), path, prefix, (prefix, (down, up, alpha)))
     return low_rank(source, base, layers)
 
@@ -136,12 +144,16 @@ def write_kohya(patch: Patch, path: Path) -> list[str]:
         path: the file.
 
     Returns:
-        A note, if kohya's scripts ignore some layers.
+        A note, if kohya's scripts ignore some layers, or diffusers the whole file.
 
     Raises:
         ErasureError: the patch is not of low rank, or the file cannot be written.
     """
     payload = need_low_rank(patch)
+    if TRANSFORMER in payload.components:
+        check_transformer(payload)
+        write_file(path, transformer_tensors(payload), {"modelspec.title": title(patch)})
+        return transformer_notes(payload)
     tensors, _, _ = encode(payload, "fp32")
     write_file(path, tensors, loader_keys(payload, title(patch)))
     ignored = sorted(path for part in payload.components for path in payload.layers[part] if path in IGNORED_BY_KOHYA)

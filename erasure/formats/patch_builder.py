@@ -16,7 +16,7 @@ from erasure.errors import ErasureError
 from erasure.formats.published_file import PublishedFile
 from erasure.model.base import Base
 from erasure.patch import Delta, LowRank, Patch, fingerprint
-from erasure.patch.module_keys import COMPONENTS, canonical, find_parameter
+from erasure.patch.module_keys import COMPONENTS, NETWORKS, canonical, find_parameter
 from erasure.patch.payload import Layer
 
 
@@ -186,15 +186,21 @@ def _concept_in_name(stem: str) -> str:
     return (match[1] if match else stem).replace("_", " ").strip() or "unknown"
 
 
-def split(key: str, names: Iterable[str]) -> tuple[str, str]:
-    """Split a key into its component and the remainder; a key without a component belongs to the `unet`.
+def network_of(base: Base) -> str:
+    """Return the component of a base that denoises: `unet` or `transformer`."""
+    return next((name for name in NETWORKS if name in components(base)), NETWORKS[0])
+
+
+def split(key: str, names: Iterable[str], network: str = NETWORKS[0]) -> tuple[str, str]:
+    """Split a key into its component and the remainder.
 
     Args:
         key: key of a tensor, such as `text_encoder.encoder.layers.0`.
         names: names of the components.
+        network: the component that a key without one belongs to.
     """
     head, _, remainder = key.partition(".")
-    return (head, remainder) if head in names and remainder else ("unet", key)
+    return (head, remainder) if head in names and remainder else (network, key)
 
 
 def put(source: PublishedFile, table: dict[str, Any], name: str, key: str, value: Any) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.formats.kohya import title
-from erasure.formats.patch_builder import ImportedPayload, low_rank, put, rank_of, split
+from erasure.formats.patch_builder import ImportedPayload, low_rank, network_of, put, rank_of, split
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.requirements import need_low_rank
+from erasure.formats.transformer_lora import put_transformer_layer
 from erasure.model.base import Base
 from erasure.patch import Patch
-from erasure.patch.module_keys import COMPONENTS, canonical, nested
+from erasure.patch.module_keys import COMPONENTS, TRANSFORMER, canonical, nested
 from erasure.patch.payload import Layer
 from erasure.patch.safetensors_io import write_file
 
@@ -64,9 +65,11 @@ def read_peft(source: PublishedFile, base: Base) -> ImportedPayload:
         if missing := [side for side in ("down", "up") if side not in parts]:
             factor = "lora_A" if missing[0] == "down" else "lora_B"
             raise ErasureError(f"{source.path}: the layer {key} lacks its {factor}")
-        component, path = split(key.removeprefix(WRAPPED), COMPONENTS)
+        component, path = split(key.removeprefix(WRAPPED), COMPONENTS, network_of(base))
         rank = rank_of(source, key, parts["down"])
         alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(settings, component, path, rank)
+        if put_transformer_layer(source, base, layers, key.removeprefix(WRAPPED), (parts["down"], parts["up"], alpha)):
+            continue
         entry = (key, (parts["down"], parts["up"], alpha))
         put(source, layers.setdefault(component, {}), canonical(component, path), key, entry)
     return ImportedPayload(low_rank(source, base, layers))
@@ -120,7 +123,7 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
         path: the file.
 
     Returns:
-        A note, because ComfyUI loads part of such a file and only logs what it leaves out.
+        A note for UNets, because ComfyUI loads part of such a file and only logs what it leaves out.
 
     Raises:
         ErasureError: the patch is not of low rank, or the file cannot be written.
@@ -136,6 +139,8 @@ def write_peft(patch: Patch, path: Path) -> list[str]:
             tensors[f"{key}.lora_A.weight"] = _padded(down, rank, 0)
             tensors[f"{key}.lora_B.weight"] = _padded(scaled, rank, 1)
     write_file(path, tensors, {"format": "pt", "modelspec.title": title(patch)})
+    if TRANSFORMER in payload.components:
+        return []
     return ["ComfyUI loads only part of a PEFT file, and says so in its log alone: use --format kohya for ComfyUI"]
 
 

@@ -17,10 +17,11 @@ from erasure.formats.requirements import need_low_rank, need_only, need_unet_nam
 from erasure.formats.single_file import read_single_file, write_single_file
 from erasure.formats.spm import check_spm, read_spm, write_spm
 from erasure.formats.text_encoder import TEXT, TWINS, read_text_encoder, write_text_encoder
+from erasure.formats.transformer_lora import check_transformer
 from erasure.formats.unet import UNET, read_unet, write_unet
 from erasure.formats.unguide import A, B, read_unguide
 from erasure.patch import Patch
-from erasure.patch.module_keys import DOWN, NESTED, UP
+from erasure.patch.module_keys import DOWN, NESTED, TRANSFORMER, UP
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Format:
 
 
 def check_kohya(patch: Patch) -> None:
-    """Refuse patches that kohya's keys cannot hold: differences, and those of a transformer; raises ErasureError."""
-    need_unet_names(patch)
-    need_low_rank(patch)
+    """Refuse patches that kohya's keys cannot hold: differences, and transformers other than FLUX.1 and SD 3."""
+    payload = need_low_rank(patch)
+    if TRANSFORMER in patch.components:
+        check_transformer(payload)
 
 
 FORMATS = {
