@@ -10,7 +10,8 @@ like another one, c', and to predict the retain images as before:
 
     L = || e(z_t, c) - sg[e(z_t, c')] ||^2 + alpha || eps - e(z_t^r, r) ||^2
 
-For v-prediction the first term compares raw outputs, the others the noise that the outputs stand for.
+For v-prediction the first term compares raw outputs, the others the noise that the outputs stand for. For rectified
+flow (SD3, FLUX) all of them compare velocities (`model/noising.py`).
 
 Cost: 2F per step for every image that the base draws, 2F + 2B per forget image for the mask, and 24F + 16B per update
 of 8 + 8 images, as published.
@@ -41,7 +42,8 @@ from erasure.config import setting
 from erasure.errors import ErasureError
 from erasure.method import GradientMethod
 from erasure.model.base import Base
-from erasure.model.diffusion import add_noise, count_metadata, count_stored, counting, guide, to_eps
+from erasure.model.diffusion import count_metadata, count_stored, counting, guide
+from erasure.model.noising import draw_times, noised, predicted, truth
 from erasure.model.trajectories import TrajectoryPool, build_pool, in_turn
 from erasure.training.adapters import Weights
 from erasure.training.image_latents import Images, drawn, read_folder, shown
@@ -95,6 +97,7 @@ class SalUn(GradientMethod):
     """
 
     method: ClassVar[str] = "salun"
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     FORGET: ClassVar[str] = "relabel"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
     PARITY: ClassVar[dict[str, Any]] = {
@@ -133,9 +136,10 @@ class SalUn(GradientMethod):
         """Draw or read the images, choose the prompts that they are relabelled to, and compute the mask.
 
         Raises:
-            ErasureError: a folder or mask that cannot be used, or nothing to retain.
+            ErasureError: a folder or mask that cannot be used, nothing to retain, or guidance of a distilled model.
         """
-        masks = read_mask(self.mask, base.unet) if self.mask is not None else None
+        base.check_guidance(self.sample_guidance)
+        masks = read_mask(self.mask, base.network) if self.mask is not None else None
         relabelled = [self.relabelled(base, concept, concepts) for concept in concepts]
         texts = self.kept(base, concepts, run.seed) if self.retain_images is None else []
         options: dict[str, Any] = {"steps": self.sample_steps, "guidance": self.sample_guidance}
@@ -150,7 +154,7 @@ class SalUn(GradientMethod):
         else:
             count, path = max(self.retain_count, len(texts)), run.path("retain.safetensors")
             retain = drawn(base, texts, count, seed=2 * run.seed + 1, path=path, **options)
-        adapter = Weights(base.unet, self.trained(base))
+        adapter = Weights(base.network, self.trained(base), base.component)
         state = State(base, forget, retain, pseudo, adapter, run.seed)
         try:
             if self.density < 1 or masks is not None:
@@ -206,8 +210,13 @@ class SalUn(GradientMethod):
         """Return the modules that may train, by path."""
         if self.variant != EVERYTHING:
             return base.targets(self.variant)
-        modules = base.unet.named_modules()
-        return {path: module for path, module in modules if next(module.parameters(recurse=False), None) is not None}
+        modules = base.network.named_modules()
+        # PixArt's network has a tensor of its own, which belongs to no layer.
+        return {
+            path: module
+            for path, module in modules
+            if path and next(module.parameters(recurse=False), None) is not None
+        }
 
     def _mask(self, state: State, run: Run, masks: dict[str, Tensor] | None) -> None:
         """Let only masked weights train: those of `masks`, of an interrupted run, or with the largest saliency."""
@@ -219,10 +228,10 @@ class SalUn(GradientMethod):
                     f"{self.mask} marks none of the weights that train (variant={self.variant}); nothing was changed"
                 )
         elif path is not None and path.is_file():
-            masks = read_mask(path, state.base.unet)
-            count_stored(state.base.unet, path)
+            masks = read_mask(path, state.base.network)
+            count_stored(state.base.network, path)
         else:
-            with counting(state.base.unet) as spent:
+            with counting(state.base.network) as spent:
                 masks = top(self.saliency(state), self.density)
             if path is not None:
                 write_mask(masks, path, metadata=count_metadata(spent))
@@ -236,11 +245,12 @@ class SalUn(GradientMethod):
         draw = torch.Generator().manual_seed(state.seed * 30_011)
         for start in range(0, len(state.forget), self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, len(state.forget)))
-            x, t, eps = self.noised(base, state.forget.sample(index, draw), draw)
+            z = state.forget.sample(index, draw).to(base.device)
+            x, t, eps = self.noised(base, z, draw)
             conditions = base.conditions([""] * len(index) + [state.forget.prompts[int(i)] for i in index])
             empty, named = base.predict(x.repeat(2, 1, 1, 1), t.repeat(2), conditions).float().chunk(2)
-            predicted = to_eps(base.scheduler, guide(empty, named, 1 + self.mask_guidance), x, t)
-            F.mse_loss(predicted, eps).backward()
+            guided = predicted(base, guide(empty, named, 1 + self.mask_guidance), x, t)
+            F.mse_loss(guided, truth(base, z, eps)).backward()
         scores = {}
         for name, param in params.items():
             scores[name] = torch.zeros_like(param) if param.grad is None else param.grad.abs()
@@ -249,9 +259,9 @@ class SalUn(GradientMethod):
 
     def noised(self, base: Base, z: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return x_t, t (uniform) and eps for latents z [n, c, h, w]."""
-        t = torch.randint(base.scheduler.config.num_train_timesteps, (len(z),), generator=draw).to(base.device)
-        eps, z = torch.randn(z.shape, generator=draw).to(base.device), z.to(base.device)
-        return add_noise(base.scheduler, z, eps, t), t, eps
+        t = draw_times(base, len(z), draw)
+        eps = torch.randn(z.shape, generator=draw).to(base.device)
+        return noised(base, z.to(base.device), eps, t), t, eps
 
     def chosen(self, state: State, step: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the indices of the forget and the retain images of a step; in parity mode, they come in epochs."""
@@ -272,11 +282,13 @@ class SalUn(GradientMethod):
         """Return the relabelling and the retain term on one batch."""
         base, draw = state.base, torch.Generator().manual_seed(state.seed * 1_000_003 + step)
         forget, retain = self.chosen(state, step, draw)
-        x, t, eps = self.noised(base, state.forget.sample(forget, draw), draw)
-        x_r, t_r, eps_r = self.noised(base, state.retain.sample(retain, draw), draw)
+        z = state.forget.sample(forget, draw).to(base.device)
+        x, t, eps = self.noised(base, z, draw)
+        z_r = state.retain.sample(retain, draw).to(base.device)
+        x_r, t_r, eps_r = self.noised(base, z_r, draw)
         seen = x
         if self.parity:  # the published target encodes the image again: another draw of its posterior
-            seen = add_noise(base.scheduler, state.forget.sample(forget, draw).to(base.device), eps, t)
+            seen = noised(base, state.forget.sample(forget, draw).to(base.device), eps, t)
         named = [state.forget.prompts[int(i)] for i in forget]
         kept = [state.retain.prompts[int(i)] for i in retain]
         pseudo = base.conditions([state.pseudo[text] for text in named])
@@ -291,12 +303,12 @@ class SalUn(GradientMethod):
 
         def before() -> Tensor:
             with state.adapter.off():
-                return to_eps(base.scheduler, base.predict(x, t, base.conditions(named)).float(), x, t)
+                return predicted(base, base.predict(x, t, base.conditions(named)).float(), x, t)
 
-        now = to_eps(base.scheduler, output, x, t)
+        now = predicted(base, output, x, t)
         return {
-            "relabel": self.forgotten(squared(output, target), t, now=now, truth=eps, before=before),
-            "retain": self.retain_weight * F.mse_loss(to_eps(base.scheduler, output_r, x_r, t_r), eps_r),
+            "relabel": self.forgotten(squared(output, target), t, now=now, truth=truth(base, z, eps), before=before),
+            "retain": self.retain_weight * F.mse_loss(predicted(base, output_r, x_r, t_r), truth(base, z_r, eps_r)),
         }
 
 

@@ -25,7 +25,7 @@ class Images:
     """The latents of n images, each with the prompt that it shows.
 
     Args:
-        mean: mean of the autoencoder's posterior, in the UNet's scale, [n, c, h, w].
+        mean: mean of the autoencoder's posterior, in the network's scale, [n, c, h, w].
         std: its standard deviation; 0 for latents that the base has drawn.
         prompts: n texts.
     """
@@ -71,12 +71,11 @@ def drawn(
         count_stored(base.network, path)
         mean = load_file(path)["mean"]
         return Images(mean, torch.zeros_like(mean), texts)
-    schedule = base.sampler("ddim")
     parts = []
     with counting(base.network) as spent:
         for start in range(0, count, batch):
             part = texts[start : start + batch]
-            schedule.set_timesteps(steps, device=base.device)
+            schedule = base.schedule(None, steps, base.latent_shape())
             noise = [torch.Generator().manual_seed(seed * 20_011 + start + i) for i in range(len(part))]
             x = torch.stack([torch.randn(base.latent_shape(), generator=generator) for generator in noise])
             x = x.to(base.device, base.network.dtype) * schedule.init_noise_sigma
@@ -112,6 +111,7 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
     vae = base.pipe.vae
     _, height, width = base.latent_shape()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0  # autoencoders of rectified flow have one
     mean, std, prompts = [], [], []
     for path in paths:
         try:
@@ -123,7 +123,7 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
         pixels = raw.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
         with wide(vae):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        mean.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
+        mean.append((posterior.mean.float().cpu() - shift) * vae.config.scaling_factor)
         std.append(posterior.std.float().cpu() * vae.config.scaling_factor)
         folders = path.parent.relative_to(top).parts
         prompts.append(folders[-1] if folders else prompt)

@@ -127,7 +127,8 @@ def read_mask(path: str | os.PathLike[str], unet: Any) -> dict[str, Tensor]:
     except Exception as fault:  # torch.load has no narrower error
         raise ErasureError(f"{source}: cannot be read as a mask: {fault}") from None
     params = dict(unet.named_parameters())
-    diffusers_names = {theirs: ours for ours, theirs in compvis_names(unet).items()}
+    other = compvis_names(unet) if hasattr(unet.config, "down_block_types") else {}  # transformers have no such names
+    diffusers_names = {theirs: ours for ours, theirs in other.items()}
     masks = {diffusers_names.get(name, name): mask for name, mask in masks.items()}
     for name, mask in masks.items():
         if name not in params:
