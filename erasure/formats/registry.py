@@ -144,6 +144,9 @@ def recognise(source: PublishedFile) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
     if any(key.removeprefix(f"{UNET}.").startswith(blocks) for key in keys):
         return "unet"
+    streams = ("transformer_blocks.", "single_transformer_blocks.", "context_embedder.")
+    if any(key.removeprefix(f"{TRANSFORMER}.").startswith(streams) for key in keys):
+        return "unet"
     if any(key.startswith("model.diffusion_model.") for key in keys):
         return "single-file"
     first = keys[0] if keys else "missing"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from erasure.formats.patch_builder import ImportedPayload, changes, put
+from erasure.formats.patch_builder import ImportedPayload, changes, network_of, put
 from erasure.formats.patched_base import patched
 from erasure.formats.published_file import PublishedFile
 from erasure.formats.requirements import need_only
@@ -23,14 +23,16 @@ FILE_NAMES = {
     "esd": re.compile(r"esd-.+-from-.+|.*[-_]esd[-_]?[xua].*", re.IGNORECASE),
     "uce": re.compile(r"(.*[-_])?uce([-_].*)?", re.IGNORECASE),
 }
+# What uce_flux_edit.py edits: the text entry and the first layer of the pooled text.
+UCE_FLUX = {"context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"}
 _CROSS = re.compile(r"\.attn2\.(to_q|to_k|to_v|to_out\.0)\.(weight|bias)$")
 
 
 def script_of(stem: str, names: set[str]) -> str:
     """Return the method of the script that wrote a file, as far as its name or its keys tell, or `unknown`.
 
-    Of the official scripts only ESD's (`esd-x`) writes cross-attention whole and nothing else. Keys and values alone
-    come from UCE and from `esd-x-strict`, so there only the name of the file decides.
+    Of the official scripts only ESD's (`esd-x`) writes cross-attention whole and nothing else, and only UCE's for FLUX
+    the text entry. Keys and values alone come from UCE and from `esd-x-strict`, so there the name of the file decides.
 
     Args:
         stem: the name of the file, without its extension.
@@ -39,12 +41,14 @@ def script_of(stem: str, names: set[str]) -> str:
     found = [method for method, pattern in FILE_NAMES.items() if pattern.fullmatch(stem)]
     if len(found) == 1:
         return found[0]
+    if names == UCE_FLUX:
+        return "uce"
     layers = [match[1] if (match := _CROSS.search(name)) else "" for name in names]
     return "esd" if set(layers) == {"to_q", "to_k", "to_v", "to_out.0"} else "unknown"
 
 
 def read_unet(source: PublishedFile, base: Base) -> ImportedPayload:
-    """Read the weights of a UNet under diffusers' names, which may start with `unet.`; a name may tell the method.
+    """Read weights of a UNet or transformer under diffusers' names, with or without `unet.` or `transformer.` before.
 
     Args:
         source: the file.
@@ -53,10 +57,10 @@ def read_unet(source: PublishedFile, base: Base) -> ImportedPayload:
     Raises:
         ErasureError: the weights do not fit the base, or none of them differs from it.
     """
-    table: dict[str, Tensor] = {}
+    network, table = network_of(base), dict[str, Tensor]()
     for key, value in source.read().items():
-        put(source, table, key.removeprefix(f"{UNET}."), key, value)
-    return ImportedPayload(changes(source, base, {UNET: table}), script_of(source.path.stem, set(table)))
+        put(source, table, key.removeprefix(f"{network}."), key, value)
+    return ImportedPayload(changes(source, base, {network: table}), script_of(source.path.stem, set(table)))
 
 
 def write_unet(patch: Patch, path: Path, base: Base) -> list[str]:

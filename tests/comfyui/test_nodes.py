@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from erasure.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, nodes
 from erasure.comfyui.__main__ import main
 from erasure.errors import ErasureError
+from erasure.model.base import Base
 from erasure.patch import LowRank
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.comfyui import standin
@@ -190,6 +192,28 @@ def test_the_inputs_are_those_of_the_functions(tmp_path, monkeypatch):
         needed = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
         assert needed == list(inputs["required"]), node
         assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) and node.CATEGORY and node.DESCRIPTION
+
+
+def test_a_closed_form_in_the_graph(pipe, graph, tmp_path, monkeypatch):
+    """The patch is made from the file that the node names, and fits the model of the graph."""
+    opened = []
+
+    def load(path, device=None):
+        opened.append((Path(path).name, device))
+        return Base("tiny", pipe)
+
+    monkeypatch.setattr(Base, "load", load)
+    (tmp_path / "model.safetensors").write_text("")
+    below = graph[2](low_rank_patch(pipe))
+    erase = nodes.EraseConcept().erase
+    (patches,) = erase("model.safetensors", "cat", "uce", 0.5, anchor=" dog ", keep="car, tree,", patches=below)
+    assert opened == [("model.safetensors", "cpu")] and list(patches) == ["van gogh", "cat"]
+    (concept,) = patches["cat"].patch.concepts
+    assert (concept["anchor"], concept["keep"]) == ("dog", ["car", "tree"]) and patches["cat"].strength == 0.5
+    made = {"cat": patches["cat"]}
+    positive, _, _ = run(pipe, graph, made, "a cat")
+    assert gap(positive, expected(pipe, [(patches["cat"].patch, 0.5)], "a cat")) < 1e-5
+    assert gap(positive, expected(pipe, [], "a cat")) > 1e-4
 
 
 def test_a_changed_file_is_loaded_again(pipe, graph, tmp_path):

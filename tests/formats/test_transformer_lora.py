@@ -141,6 +141,28 @@ def test_a_joined_layer_that_others_trained_has_one_down_factor_for_all_parts():
         assert torch.allclose(own_up @ own_down * alpha / 2, up[4 * number : 4 * number + 4] @ down * 0.5, atol=1e-6)
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_weights_that_uces_script_for_flux_writes_are_read(flux, tmp_path, prefix):
+    names = ("context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight")
+    values = {name: flux.transformer.get_parameter(name).detach() for name in names}
+    save_file({prefix + name: value + 0.5 for name, value in values.items()}, tmp_path / "x.safetensors")
+    patch = import_patch(tmp_path / "x.safetensors", model=flux)
+    assert patch.method == "uce" and patch.components == ["transformer"]
+    assert all(torch.allclose(patch.payload.change("transformer", name), torch.tensor(0.5)) for name in names)
+    more = flux.transformer.get_parameter("transformer_blocks.0.attn.to_k.weight").detach() + 1
+    save_file({prefix + "transformer_blocks.0.attn.to_k.weight": more}, tmp_path / "y.safetensors")
+    assert import_patch(tmp_path / "y.safetensors", model=flux).method == "unknown"
+
+
+def test_alphas_are_folded_into_joined_factors():
+    down, up = torch.randn(2, 4), torch.randn(4, 2)
+    joined = join("flux", {"single_transformer_blocks.0.attn.to_k": (down, up, 6.0)})
+    down_all, up_all, alpha = joined["single_blocks.0.linear1"]
+    change = up_all @ down_all * alpha / len(down_all)
+    assert change.shape == (28, 4) and torch.allclose(change[4:8], 3 * up @ down, atol=1e-6)
+    assert not change[:4].any() and not change[8:].any()
+
+
 def test_what_has_no_name_is_refused(flux, tmp_path):
     unknown = made(tiny_transformer("sd3"), re.compile(r"attn\."))
     with pytest.raises(ErasureError, match="do not tell which.*Nothing was written"):
