@@ -16,6 +16,7 @@ footer { display: none !important; }
 .era-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary) !important;
   border-radius: 16px !important; padding: 18px !important; box-shadow: 0 1px 3px rgb(15 23 42 / 6%); }
 .era-card { gap: 14px !important; align-self: start; }
+.era-card .form { gap: 14px !important; border: 0 !important; background: transparent !important; }
 .era-card .block:has(> .html-container:empty), .era-card .block:has(> .html-container > .prose:empty) {
   display: none !important; }
 .era-step h2 { font-size: 17px; margin: 0; display: flex; align-items: center; gap: 9px; }

@@ -88,9 +88,9 @@ def forecast(outlook: Outlook) -> str:
     most = "at most " if costs.at_most else ""
     work = f"{most}{costs.F:,} forward and {costs.B:,} backward passes" if outlook.trains else "no training"
     facts = [
-        ("time", f"{most}{duration(costs.seconds)}" if costs.seconds else "not known"),
+        ("time", f"{most}{duration(costs.seconds)}" if costs.seconds else "not known" if costs.F else "none"),
         ("work", work),
-        ("changes", f"{costs.modules:,} layers"),
+        ("changes", f"{costs.modules:,} layers" if costs.modules else "no weight"),
         ("memory", size(costs.peak_bytes)),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in facts)

@@ -13,6 +13,8 @@ from erasure.app.tasks import held
 from erasure.app.visits import Visit
 from erasure.model.loading import sampling_of
 
+SHOWN = 8  # pictures: the latest that the judge has looked at
+
 
 def measure(models: Models, visit: Visit, job: Job, name: str, images: int) -> tuple[Any, Path]:
     """Measure what the patches on a model have erased and kept; return the report and the path of its page.
@@ -89,8 +91,8 @@ class WatchedJudge:
         verdicts = self._judge.judge(images)
         head = self._head or next(iter(self._judge.heads))
         acting, shown = any(any(row.values()) for row in self._pipe.gate_log), []
-        for image, verdict in zip(images[:8], verdicts[:8], strict=True):
+        for image, verdict in zip(images, verdicts, strict=True):
             seen = max(verdict[head], key=verdict[head].get)
             shown.append(Picture(image, f"{'seen' if acting else 'before'}: {seen}", acting and seen in self._labels))
-        self._job.pictures = shown
+        self._job.pictures = [*self._job.pictures, *shown][-SHOWN:]
         return list(verdicts)

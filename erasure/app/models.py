@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ class Models:
 def label(name: str) -> str:
     """Return what the page shows for a model: the name, and of a path only its last part."""
     return name if name in presets.bundled() else Path(name).name
+
+
+def base_of(name: str, pipe: Any) -> Base:
+    """Return a pipeline without patches as a base to erase from, under the name that the visitor chose it by."""
+    return replace(Base.of(pipe), name=name)
 
 
 def suited(pipe: Any) -> list[str]:

@@ -211,6 +211,26 @@ def serve(
         listener.close()
 
 
+def serve_public(port: int = PORT, *, models: Sequence[str] = (), upload: int = 50) -> None:
+    """Serve the page to anybody, without a login: for a container that holds nothing else, such as a Space.
+
+    Visitors share one queue and can name no file of the machine.
+
+    Args:
+        port: the port.
+        models: folders, `.safetensors` files or hub ids to offer besides the bundled models.
+        upload: size of the largest file that is taken, in MB.
+
+    Raises:
+        ErasureError: as for `serve`.
+    """
+    listener = free_socket("0.0.0.0", port)
+    try:
+        _serve(listener, "0.0.0.0", None, models, None, upload, print)
+    finally:
+        listener.close()
+
+
 def _serve(
     listener: socket.socket,
     host: str,

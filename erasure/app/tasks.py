@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from erasure.app.jobs import Job
-from erasure.app.models import Models, watched
+from erasure.app.models import Models, base_of, watched
 from erasure.app.visits import Visit
 from erasure.concepts.concept import KINDS, Concept
 from erasure.concepts.neighbors import neighbours
@@ -101,7 +101,7 @@ def outlook(models: Models, visit: Visit, job: Job, wish: Wish) -> Outlook:
     """Forecast an erasure, and suggest prompts to look at it with."""
     job.enter("Forecasting")
     pipe = models.open(visit.model)
-    base = Base.of(pipe)
+    base = base_of(visit.model, pipe)
     check_network(wish.method, base)
     with job.watching(*watched(pipe)):
         concepts = wish.concepts(base)
@@ -135,7 +135,7 @@ def erase_concept(models: Models, visit: Visit, job: Job, wish: Wish, forecast: 
     visit.check_room()
     job.enter("Loading the model")
     pipe = models.open(visit.model)
-    base = Base.of(pipe)
+    base = base_of(visit.model, pipe)
     check_network(wish.method, base)
     with job.watching(*watched(pipe)):
         concepts = wish.concepts(base)

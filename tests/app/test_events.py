@@ -10,6 +10,8 @@ import pytest
 from erasure.app.events import Events
 from erasure.app.parts import Parts
 from erasure.app.visits import MOST_PATCHES
+from erasure.formats.single_file import save_single_file
+from tests.tiny import shrunk_pipeline
 
 CAT = ("cat", "uce", None, None)
 
@@ -97,3 +99,17 @@ def test_a_patch_of_another_model_is_refused_and_leaves_the_stack(events, visits
     assert "era-fault" in page["status"] and len(visit.patches()) == 1
     good = after(events.add(visits.of("b"), str(held.path), "a cat"))
     assert good["rows-0"]["visible"] and good["pair"].count("<img") == 4
+
+
+def test_a_model_in_one_file_is_opened_erased_from_and_named_in_the_patch(events, visit, tmp_path):
+    path = str(tmp_path / "own.safetensors")
+    save_single_file(shrunk_pipeline(), tmp_path / "own.safetensors")
+    page = after(events.choose_model(visit, path))
+    assert visit.model == path and ("own.safetensors", path) in page["model"]["choices"]
+    assert page["concept"] == {"choices": [], "value": None} and page["picker"]["visible"] is False
+    assert "choose the kind" in after(events.erase(visit, "cxbz", "uce", None, None))["status"]
+    page = after(events.erase(visit, "Van Gogh", "uce", None, None))
+    assert page["pair"].count("<img") == 4 and page["prompt"] == "a dog in Van Gogh style"
+    (held,) = visit.patches().values()
+    assert held.patch.base == path
+    assert str(tmp_path) not in (visit.folder / f"{held.path.stem}-card.md").read_text()

@@ -52,6 +52,8 @@ def test_the_forecast_names_time_work_and_memory():
     assert "no training" in markup.forecast(Outlook(replace(FORECAST, F=0, B=0), [], False, []))
     assert "at most about 90 s" in markup.forecast(Outlook(replace(FORECAST, at_most=True), [], True, []))
     assert "not known" in markup.forecast(Outlook(replace(FORECAST, seconds=0), [], True, []))
+    guard = markup.forecast(Outlook(replace(FORECAST, F=0, B=0, seconds=0, modules=0), [], False, []))
+    assert "none" in guard and "no weight" in guard and "not known" not in guard
 
 
 @pytest.mark.parametrize(

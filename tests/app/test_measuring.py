@@ -36,7 +36,9 @@ def test_the_judge_shows_what_it_looks_at():
     assert [(one.caption, one.marked) for one in job.pictures] == [("seen: cat", True), ("seen: dog", False)]
     pipe.gate_log = [{"p": 0.0}]  # the model as it is, whose cats have not come back
     judge.judge(images[:1])
-    assert [(one.caption, one.marked) for one in job.pictures] == [("before: cat", False)]
+    assert [(one.caption, one.marked) for one in job.pictures[2:]] == [("before: cat", False)]
+    judge.judge(images * 4)
+    assert len(job.pictures) == measuring.SHOWN == 8
 
 
 def test_without_a_patch_there_is_nothing_to_measure(models, visit):

@@ -47,6 +47,15 @@ def test_half_a_login_is_refused_everywhere(login):
             checked_login(host, login)
 
 
+def test_a_space_serves_anybody_but_lets_nobody_name_a_file(monkeypatch):
+    from erasure.app import server
+
+    asked = {}
+    monkeypatch.setattr(server, "_serve", lambda listener, host, account, *rest: asked.update(host=host, login=account))
+    server.serve_public(port=0)
+    assert asked == {"host": "0.0.0.0", "login": None} and not is_local(asked["host"])  # so `any_path` is off
+
+
 def test_a_taken_port_is_refused_with_a_reason():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
