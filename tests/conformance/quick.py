@@ -15,6 +15,7 @@ SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
 # The text states of the concept alone: the vocabulary's would take longer to read than all the rest.
 ALONE = {"guide": "empty", "contexts": False, "keep": "listed"}
 QUICK = {
+    "adavd": {"slope": 0.0, "centre": 0.0},
     "advunlearn": {
         **SMALL,
         "retain_trajectories": 3,
