@@ -41,12 +41,12 @@ class ObjectiveOptions:
             by the original model's loss, `dynamic` by the present model's.
         reweight_temperature: tau of these weights; greater values make them more alike.
         surgery: `first` takes out of the forgetting gradient what, to first order, would raise the loss of what is
-            retained (`training/objective.py`).
+            retained (`training/objective.py`); `doco` is the published code of DoCo with its defects.
     """
 
     reweight: Literal["none", "static", "dynamic"] = "none"
     reweight_temperature: float = setting(1.0, above=0)
-    surgery: Literal["none", "first"] = "none"
+    surgery: Literal["none", "first", "doco"] = "none"
 
 
 class Optioned(Protocol):
@@ -62,7 +62,7 @@ class Optioned(Protocol):
 
     @property
     def surgery(self) -> str:
-        """Return "none", or "first" for surgery of first order."""
+        """Return "none", "first" for surgery of first order, or "doco" for DoCo's published one."""
 
     @property
     def RETAIN(self) -> tuple[str, ...]:  # noqa: N802 (a class variable of methods)
@@ -130,6 +130,12 @@ class Objective:
         scaler.scale(torch.stack(parts[True]).sum()).backward()
         retain = {name: param.grad for name, param in params.items() if param.grad is not None}
         self.figures["surgery/cosine"] = cosine(forget, retain)
+        if self.surgery == "doco":
+            unscaled = 1 / scaler.get_scale()
+            _clear(params)
+            for name, gradient in published(forget, retain, unscaled).items():
+                params[name].grad = gradient
+            return
         forget = kept_from_hurting(forget, retain)
         for name, gradient in forget.items():
             own = params[name].grad
@@ -164,6 +170,28 @@ def kept_from_hurting(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor]
     return absent | {
         name: gradient - share * retain[name] if name in retain else gradient for name, gradient in forget.items()
     }
+
+
+def published(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+    """Return the gradient of DoCo's published code (arXiv 2405.15304), with its defects.
+
+    The forgetting gradient is clipped to a length of 1. Then, in each tensor where both point against each other, their
+    cosine times the unit retain gradient is subtracted: the component would be that times the gradient's own length,
+    which is far below 1 in a single tensor. The retain gradient itself is not added.
+
+    Args:
+        forget: the gradient of the terms that forget, by tensor.
+        retain: that of the terms that retain.
+        factor: what undoes the scale of the loss.
+    """
+    clip = min(1.0, 1 / max(float(dot(forget, forget).sqrt()) * factor, 1e-12))
+    found = {}
+    for name, gradient in forget.items():
+        found[name] = clip * gradient
+        angle = cosine({name: gradient}, {name: retain[name]}) if name in retain else 0.0
+        if angle < 0:
+            found[name] = found[name] - angle / factor * retain[name] / retain[name].norm()
+    return found
 
 
 def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

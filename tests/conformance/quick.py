@@ -26,6 +26,15 @@ QUICK = {
         "warm_up": 1,
         "learning_rate": 1e-2,
     },
+    "doco": {
+        "iterations": 4,
+        "batch_size": 2,
+        "warm_up": 2,
+        "anchor_count": 2,
+        "retain_count": 2,
+        "sample_steps": 2,
+        "learning_rate": 1e-3,
+    },
     "dp": ALONE,
     "esd": {**SMALL, "learning_rate": 1e-3},
     "gem": {

@@ -95,7 +95,7 @@ def test_an_option_that_a_method_cannot_use_is_refused_before_the_model_is_loade
     [
         ({"reweight": "hard"}, "none, static, dynamic"),
         ({"reweight_temperature": 0.0}, "reweight_temperature=0.0: must be above 0"),
-        ({"surgery": "third"}, "none, first"),
+        ({"surgery": "third"}, "none, first, doco"),
     ],
 )
 def test_bad_values_say_what_is_allowed(setting, says):
