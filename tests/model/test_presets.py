@@ -73,7 +73,7 @@ def test_glyph_is_as_it_was():
 def test_settings_are_real_and_each_has_a_source():
     for name in presets.names():
         preset = presets.find(name)
-        assert set(preset.groups) | set(preset.without) <= set(OWN)
+        assert set(preset.groups) | set(preset.without) <= set(methods.names())
         for method, groups in preset.groups.items():
             for group in groups:
                 config.build(methods.find(method), group.settings)
@@ -92,7 +92,9 @@ def test_no_number_of_glyph_is_left_on_another_family():
         for method in set(OWN) - set(presets.find(name).without):
             for kind in (*KINDS, "mixed"):
                 chosen = methods.choose(method, kind, {}, family=of(name))
-                own = inspect.get_annotations(type(chosen.method))  # not the options that every method has, switched off
+                own = inspect.get_annotations(
+                    type(chosen.method)
+                )  # not the options that every method has, switched off
                 kept = {key for key, source in chosen.sources.items() if not source.startswith(f"preset {name}: ")}
                 kept &= set(own)
                 assert {getattr(chosen.method, key) for key in kept} <= {None, False, (), "never"}, (name, method, kept)
