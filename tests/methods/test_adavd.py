@@ -12,6 +12,7 @@ from erasure.methods.adavd import measured
 from erasure.model.base import Base
 from erasure.model.presets import Family, find
 from tests.tiny import tiny_pipeline
+from tests.tiny_transformers import tiny_transformer
 
 
 def test_the_patch_holds_names_and_three_numbers():
@@ -47,3 +48,10 @@ def test_the_published_numbers_have_a_source(family):
     chosen = choose("adavd", "object", {}, family=Family(find(family), "by its name"))
     assert (chosen.method.peak, chosen.method.slope, chosen.method.centre) == (2.0, 100.0, None)
     assert "2412.06143" in chosen.sources["slope"] and "derived" in chosen.sources["centre"]
+
+
+def test_flux_is_refused_with_the_reason():
+    with pytest.raises(
+        ErasureError, match="adavd cannot erase from.*Flux.*share one attention.*Nothing was"
+    ):
+        erase(tiny_transformer("flux"), "cat", "adavd", progress=False)

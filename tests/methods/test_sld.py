@@ -9,6 +9,7 @@ from erasure.errors import ErasureError
 from erasure.methods import choose
 from erasure.model.presets import Family, find
 from tests.tiny import LENGTH, tiny_pipeline
+from tests.tiny_transformers import tiny_transformer
 
 MAX = {"safety_scale": 5000.0, "threshold": 1.0, "warm_up": 0.0, "momentum": 0.5, "momentum_decay": 0.7}
 
@@ -40,3 +41,10 @@ def test_the_published_numbers_have_a_source(family):
     chosen = choose("sld", "object", {}, family=Family(find(family), "by its name"))
     assert {name: getattr(chosen.method, name) for name in MAX} == MAX
     assert all("2211.05105" in chosen.sources[name] or "paper" in chosen.sources[name] for name in MAX)
+
+
+def test_flux_is_refused_with_the_reason():
+    with pytest.raises(
+        ErasureError, match="sld cannot erase from.*Flux.*guidance is an input.*Nothing was"
+    ):
+        erase(tiny_transformer("flux"), "cat", "sld", progress=False)
