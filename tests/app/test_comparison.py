@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from erasure.app import comparison
@@ -70,3 +72,15 @@ def test_images_before_are_shared_and_the_oldest_forgotten():
     assert pictures.get("other", "p", (0,)) is None and pictures.get("m", "q", (0,)) is None
     pictures.put("m", "q", (0, 1), ["z", "w"])
     assert pictures.get("m", "p", (0,)) is None and pictures.get("m", "p", (1,)) == ["y"]
+
+
+def test_a_gate_reads_the_prompt(models, visit, hurried):
+    name = erased(models, visit)
+    held = visit.held[name]
+    held.patch = replace(held.patch, gate={"kind": "text", "texts": ["cat"], "power": 2.0})
+    held.strength = 0.8
+    found = {
+        prompt: comparison.compare(models, visit, Job(), prompt, Pictures()).readings[0] for prompt in ("cat", "dog")
+    }
+    assert found["cat"].gate == found["dog"].gate == "text" and found["cat"].strength == 0.8
+    assert found["cat"].acted == pytest.approx(0.8, abs=1e-4) and 0 <= found["dog"].acted < 0.7

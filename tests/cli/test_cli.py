@@ -201,3 +201,14 @@ def test_a_submission_holds_the_attacks_that_are_named(capsys, monkeypatch, tmp_
     assert written["metric_names"] == ["asr_p4d", "err", "ua_ira"]
     code, _, err = run(capsys, "evaluate", "cat", "-o", out, "--submission", str(wrong))
     assert code == 2 and "is no report.json of erasure attack. Nothing was drawn" in err
+
+
+def test_the_demo_ends_by_telling_how_to_open_the_page(capsys, monkeypatch, tmp_path):
+    from erasure.benchmark import demo as module
+
+    made = module.Demo(tmp_path / "p", tmp_path / "report.html", 3.0, "summary", [])
+    monkeypatch.setattr(module, "demo", lambda *values, **options: made)
+    code, out, _ = run(capsys, "demo", "-o", str(tmp_path))
+    assert code == 0 and "`erasure app`" in out[out.index("report.html") :]
+    code, out, _ = run(capsys, "demo", "-o", str(tmp_path), "--json")
+    assert code == 0 and json.loads(out)["summary"] == "summary"
