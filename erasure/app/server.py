@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -231,6 +233,10 @@ def serve_public(port: int = PORT, *, models: Sequence[str] = (), upload: int = 
         listener.close()
 
 
+def _end(*signal_and_frame: Any) -> None:
+    raise SystemExit(0)
+
+
 def _serve(
     listener: socket.socket,
     host: str,
@@ -253,6 +259,8 @@ def _serve(
         models.open(models.offered[0])
         port = listener.getsockname()[1]
         say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)  # uvicorn raises it again; by default, no file would be deleted
         with suppress(KeyboardInterrupt):  # Ctrl-C is how the page ends
             uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run([listener])
     finally:

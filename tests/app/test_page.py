@@ -36,7 +36,7 @@ sys.exit(main(["app", "--port", "0", "--device", "cpu", *sys.argv[1:]]))
 
 
 @contextmanager
-def served(folder, *options):
+def served(folder, *options, end=signal.SIGINT):
     """Serve the page in a process of its own, whose files lie in a folder."""
     environment = {key: value for key, value in os.environ.items() if key != LOGIN}
     environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
@@ -47,7 +47,7 @@ def served(folder, *options):
         assert line.startswith("Open http://127.0.0.1:"), line
         (own,) = folder.glob("erasure-app-*")
         yield SimpleNamespace(address=line.split()[1], folder=own)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         process.wait(60)
         assert list(folder.glob("erasure-app-*")) == []  # no files are left
     finally:
@@ -212,7 +212,10 @@ def test_nothing_of_this_machine_can_be_read_or_asked_for(page, tmp_path):
 def test_a_login_is_asked_for_and_uploads_are_limited(tmp_path):
     import httpx
 
-    with served(tmp_path, "--login", "me:long enough", "--max-upload", "1") as page, httpx.Client() as web:
+    with (
+        served(tmp_path, "--login", "me:long enough", "--max-upload", "1", end=signal.SIGTERM) as page,
+        httpx.Client() as web,
+    ):
         for path in ("/config", "/gradio_api/queue/data?session_hash=a", "/gradio_api/info"):
             assert web.get(page.address + path).status_code == 401, path
         file = {"files": ("p.safetensors", b"x" * 1000)}
