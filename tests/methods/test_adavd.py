@@ -51,7 +51,5 @@ def test_the_published_numbers_have_a_source(family):
 
 
 def test_flux_is_refused_with_the_reason():
-    with pytest.raises(
-        ErasureError, match="adavd cannot erase from.*Flux.*share one attention.*Nothing was"
-    ):
+    with pytest.raises(ErasureError, match="adavd cannot erase from.*Flux.*share one attention.*Nothing was"):
         erase(tiny_transformer("flux"), "cat", "adavd", progress=False)

@@ -44,7 +44,5 @@ def test_the_published_numbers_have_a_source(family):
 
 
 def test_flux_is_refused_with_the_reason():
-    with pytest.raises(
-        ErasureError, match="sld cannot erase from.*Flux.*guidance is an input.*Nothing was"
-    ):
+    with pytest.raises(ErasureError, match="sld cannot erase from.*Flux.*guidance is an input.*Nothing was"):
         erase(tiny_transformer("flux"), "cat", "sld", progress=False)
