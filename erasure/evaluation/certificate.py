@@ -165,11 +165,20 @@ def _statement(
         },
         "before": verification.before,
         "results": verification.results,
-        "repeat": [f"pip install erasure-diffusion=={__version__}", repeat_command(patch, file)],
+        "repeat": [_install(signed=key is not None), repeat_command(patch, file)],
         "key": None
         if public is None
         else {"algorithm": "Ed25519", "public": public.hex(), "fingerprint": key_fingerprint(public)},
     }
+
+
+def _install(signed: bool) -> str:
+    """Return the command that installs this version, with what the check of a signature needs."""
+    return (
+        f"pip install 'erasure-diffusion[sign]=={__version__}'"
+        if signed
+        else f"pip install erasure-diffusion=={__version__}"
+    )
 
 
 def _removed(concept: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def test_the_statement_says_everything(signed, verified):
     for text in (statement["model"]["sha256"], statement["patch"]["sha256"], statement["key"]["fingerprint"]):
         assert text in page
     assert "kitty &lt;b&gt;" in page and "<b>”" not in page
+    assert statement["repeat"][0].startswith("pip install 'erasure-diffusion[sign]==")
     assert statement["repeat"][1].startswith("erasure verify cat.safetensors --model tiny --judge likeness")
 
 
