@@ -20,7 +20,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from erasure.model.clip_tokenizer import END, clip_tokenizer
 from erasure.model.single_file import carried
@@ -196,3 +203,25 @@ def latents(pipe: Any, prompts: list[str], seed: int = 0, steps: int = 2, guidan
     return pipe(
         prompts, latents=noise, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", **more
     ).images
+
+
+def write_tiny_clip(folder: str | Path, seed: int = 0, layers: int = 2, width: int = WIDTH) -> Path:
+    """Write a CLIP of transformers with random weights, whose text tower has the shapes of the tiny text encoder.
+
+    Returns the folder.
+    """
+    text = {**tiny_text_encoder(width=width).config.to_dict(), "num_hidden_layers": layers}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 2 * SIDE,
+        "patch_size": SIDE,
+        "projection_dim": width,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    clip.save_pretrained(folder)
+    return Path(folder)

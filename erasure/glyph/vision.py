@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erasure.glyph import CHECKPOINT, JUDGES, objects, styles
+from erasure.model.clip_towers import ClipTowers
 
 WIDTHS = (24, 48, 96, 160)
 
@@ -153,3 +154,9 @@ def load_clip() -> Clip:
         )
     model.tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
     return model.eval()
+
+
+def clip_towers() -> ClipTowers:
+    """Return both towers of the shipped CLIP, for methods that compare texts with images."""
+    clip = load_clip().requires_grad_(False)
+    return ClipTowers("glyph's CLIP", clip.text, clip.embed, clip.image, float(clip.scale.exp()))

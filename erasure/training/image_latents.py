@@ -92,6 +92,19 @@ def drawn(
 
 
 @torch.no_grad()
+def decoded(base: Base, images: Images, batch: int = 16) -> Tensor:
+    """Return images as pixels [n, 3, h, w] in [-1, 1], in fp32 on the CPU, from the means of their latents."""
+    vae = base.pipe.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    parts = []
+    with wide(vae):
+        for latents in images.mean.split(batch):
+            z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+            parts.append(vae.decode(z).sample.float().clamp(-1, 1).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") -> Images:
     """Read the images of a folder, cropped to the centre, as latents.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,11 @@ import torch
 
 from erasure.patch import Guard, Patch
 from erasure.training import loop
+from tests.tiny import write_tiny_clip
 
+CLIP = tempfile.mkdtemp(prefix="erasure-clip-")  # the text encoders of all tiny checkpoints have its shapes
+write_tiny_clip(CLIP)
+atexit.register(shutil.rmtree, CLIP, ignore_errors=True)
 # A small run of each method. The list is written by hand, so that a lost method turns the suite red.
 SMALL = {"iterations": 4, "batch_size": 2, "trajectories": 2, "sample_steps": 3}
 # The text states of the concept alone: the vocabulary's would take longer to read than all the rest.
@@ -55,6 +62,7 @@ QUICK = {
     },
     "rece": ALONE,
     "sld": {},
+    "slug": {"clip": CLIP, "step": 0.3, "forget_count": 3, "retain_count": 3, "sample_steps": 2},
     "speed": ALONE,
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
     "uce": ALONE,

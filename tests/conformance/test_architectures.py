@@ -24,7 +24,10 @@ from tests.conformance.sketches import METHODS, those
 from tests.tiny import tiny_pipeline
 
 PIPELINES = {"sd2-v": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
-REFUSED = {("advunlearn", "sdxl"): "trains the one text encoder of Stable Diffusion 1 and 2, and unknown reads two"}
+REFUSED = {
+    ("advunlearn", "sdxl"): "trains the one text encoder of Stable Diffusion 1 and 2, and unknown reads two",
+    ("slug", "sdxl"): "changes the one text encoder of Stable Diffusion 1 and 2, and unknown reads two",
+}
 RUNS = [(method, kind) for method in METHODS for kind in PIPELINES if (method, kind) not in REFUSED]
 SHORT: dict = {
     method: {**small(method), "iterations": 2} if method in those(GradientMethod) else small(method)

@@ -6,6 +6,7 @@ A file has the keys
     like          another preset, from which everything is taken that the file does not set
     checkpoint    a diffusers folder that ships with the package, relative to the file
     vocabulary    a YAML file with the words that the checkpoint was taught
+    clip          the CLIP that the text encoder was trained in: a hub id, or a function of this package
     architecture  what the family's networks have in common: text_width and text_encoders of a UNet; network (its class)
                   and text_width of a transformer
     checkpoints   names of published checkpoints of the family
@@ -46,6 +47,7 @@ KEYS = (
     "like",
     "checkpoint",
     "vocabulary",
+    "clip",
     "architecture",
     "checkpoints",
     "sampling",
@@ -171,6 +173,7 @@ class Preset:
         about: a description in one line.
         checkpoint: a diffusers folder that ships with the package, or None.
         words: the YAML file with the checkpoint's vocabulary, or None.
+        clip: the CLIP that the text encoder was trained in (`model/clip_towers.py`), or None.
         architecture: what the networks that belong to the family have in common.
         checkpoints: names of published checkpoints of the family.
         sampling: how images are sampled that are drawn to be looked at, judged or trained on.
@@ -187,6 +190,7 @@ class Preset:
     about: str
     checkpoint: Path | None = None
     words: Path | None = None
+    clip: str | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = ()
     sampling: Sampling = Sampling(50, 7.5)
@@ -251,6 +255,7 @@ def _read(folder: Path, name: str, trail: tuple[str, ...]) -> Preset:
         about=entry["about"],
         checkpoint=paths["checkpoint"],
         words=paths["vocabulary"],
+        clip=entry.get("clip"),
         architecture=entry.get("architecture") or {},
         checkpoints=tuple(entry.get("checkpoints") or ()),
         sampling=_sampling(entry, "sampling", path, other.sampling if other is not None else None),
