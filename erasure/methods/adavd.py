@@ -43,7 +43,7 @@ MOST_WORDS = 120  # kept words whose values are compared, evenly spread over all
 
 @dataclass(frozen=True)
 class AdaVD(GuardMethod):
-    """Settings of AdaVD.
+    """Settings of the guard AdaVD.
 
     Args:
         peak: the largest shift: the multiple of the concept's part that is subtracted.
