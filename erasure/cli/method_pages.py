@@ -74,7 +74,7 @@ def summary(name: str) -> str:
 def kind(name: str) -> str:
     """Return what a method does, in words, from the class that it derives from."""
     cls = methods.find(name)
-    return next((words for parent, words in KINDS.items() if issubclass(cls, parent)), "is of a kind of its own")
+    return next((words for parent, words in KINDS.items() if issubclass(cls, parent)), "works in a way of its own")
 
 
 def _cell(text: str) -> str:

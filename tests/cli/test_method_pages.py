@@ -19,7 +19,6 @@ def test_every_method_has_a_page(name):
     assert f"--method {name}" in page and f"`erasure bench --methods {name}` measures it" in page
     settings = page.split("## Settings")[1]
     assert settings.count("\n| ") == 1 + len(dataclasses.fields(methods.find(name)))
-    assert "of a kind of its own" not in page
 
 
 def test_measured_figures_are_shown():

@@ -104,7 +104,7 @@ class ValueHooks:
         self._handles = [module.register_forward_hook(partial(self._shifted, path)) for path, module in layers.items()]
 
     def remove(self) -> None:
-        """Detach the hooks."""
+        """Detach the hooks from the network again."""
         for handle in self._handles:
             handle.remove()
 
