@@ -114,6 +114,7 @@ class UnGuide(GradientMethod):
     """
 
     method: ClassVar[str] = "unguide"
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     FORGET: ClassVar[str] = "lead"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
     NO_STOP: ClassVar[str] = (
@@ -173,6 +174,8 @@ class UnGuide(GradientMethod):
         Raises:
             ErasureError: the gate could not measure what would be trained, or no module fits the variant.
         """
+        for scale in (self.trajectory_guidance, self.decide_guidance):
+            base.check_guidance(scale)
         targets = base.targets(self.variant)
         if self.measure == "norm" and base.still(targets):
             raise ErasureError(
@@ -193,11 +196,12 @@ class UnGuide(GradientMethod):
                 guidance=self.trajectory_guidance,
             )
         adapter = LowRankTerm(
-            base.unet,
+            base.network,
             targets,
             rank=self.rank,
             alpha=self.scale * self.rank,
             generator=torch.Generator().manual_seed(run.seed),
+            component=base.component,
             normal=True,
         )
         others = self.others(base, concepts, run.seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erasure.model.architectures import architecture_of
 from erasure.patch import Guard
 from erasure.pipelines import guards
 from erasure.pipelines.gated_lora import Membrane, membranes
@@ -68,7 +69,8 @@ def attach(
         scope.callback(membrane.attach(module).remove)
         hooks.append(membrane)
     if parts:
-        combination = Combination(component("unet"), parts, whole=bool(hooks) or bool(ready))
+        network = architecture_of(pipe).component
+        combination = Combination(component(network), network, parts, whole=bool(hooks) or bool(ready))
         scope.callback(combination.remove)
         hooks.append(combination)
     for start in ready:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+SHARED = ("img_ids", "txt_ids")  # arguments of FLUX that all rows share: one entry for each token
+
 
 class ReplacedForward:
     """A callable that takes the place of a network's forward until `remove`; subclasses define `__call__`.
@@ -55,7 +57,7 @@ def with_prediction(output: Any, value: Tensor) -> Any:
 
 
 def pick(value: Any, rows: Tensor, n: int) -> Any:
-    """Select rows from every tensor with n rows in nested arguments; return everything else unchanged.
+    """Select rows from every tensor with n rows in nested arguments; return everything else, and SHARED, unchanged.
 
     Args:
         value: a tensor, a list, tuple or dict of values, or anything else.
@@ -65,7 +67,7 @@ def pick(value: Any, rows: Tensor, n: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.dim() and value.shape[0] == n else value
     if isinstance(value, dict):
-        return {key: pick(item, rows, n) for key, item in value.items()}
+        return {key: item if key in SHARED else pick(item, rows, n) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(pick(item, rows, n) for item in value)
     return value

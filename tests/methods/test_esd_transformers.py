@@ -87,8 +87,7 @@ def test_parity_and_other_layouts_are_refused():
     [
         ("uce", "sd3", "share one attention"),
         ("rece", "flux", "share one attention"),
-        ("unguide", "pixart", "not been carried over"),
-        ("unguide", "sd3", "not been carried over"),
+        ("advunlearn", "pixart", "not been carried over"),
         ("advunlearn", "flux", "not been carried over"),
     ],
 )

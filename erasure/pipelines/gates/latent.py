@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
+from erasure.model.architectures import architecture_of
 from erasure.model.base import Base
 from erasure.model.conditioning import text_encoders
 from erasure.model.trajectories import MEASURES, shifts
-from erasure.pipelines.replaced_forward import ReplacedForward, pick, prediction, with_prediction
+from erasure.pipelines.replaced_forward import ReplacedForward, pick, prediction, split, with_prediction
 
 FIRST = 3  # noises before the first test of whether the decision is clear
 CLEAR = 4.0  # standard errors
@@ -111,6 +112,10 @@ class Decider:
         Raises:
             ErasureError: its prompts cannot be encoded, or its UNet needs more than latents.
         """
+        architecture = architecture_of(pipe)
+        if architecture.component != "unet":
+            architecture.check(pipe)
+            return
         text_encoders(pipe)  # raises if the prompts cannot be encoded
         config = pipe.unet.config
         if config.in_channels != config.out_channels:
@@ -132,7 +137,7 @@ class Decider:
         Raises:
             ErasureError: the UNet needs an image too (IP-Adapter), or the patch does not affect the empty prompt.
         """
-        if self._base.unet.config.encoder_hid_dim_type is not None:
+        if getattr(self._base.network.config, "encoder_hid_dim_type", None) is not None:
             raise ErasureError(
                 "a latent gate decides by the prompt alone, but this UNet also needs an image (IP-Adapter). Call "
                 "unload_ip_adapter() or fuse_patches(), or disable the patch with set_patches()"
@@ -159,7 +164,7 @@ class Decider:
     def _noise_schedule(self) -> str:
         config = self._base.scheduler.config
         if self._schedule[0] is not config:
-            self._schedule = config, str(self._base.sampler("ddim").config)
+            self._schedule = config, str(self._base.sampler().config)
         return self._schedule[1]
 
     def _effects_on_empty(
@@ -198,31 +203,34 @@ def clear(differences: list[float]) -> bool:
 
 
 class Combination(ReplacedForward):
-    """A replacement for the UNet's forward during one call: e_0 + sum over patches of (1 - w_i) (e_i - e_0).
+    """A replacement for the network's forward during one call: e_0 + sum over patches of (1 - w_i) (e_i - e_0).
 
     Args:
-        unet: the UNet.
+        network: the network.
+        component: its name in the pipeline, `unet` or `transformer`.
         parts: for each patch, 1 - w for each row [rows], and a function that opens a context in which the UNet has the
             patch.
         whole: whether to run every row through every patch, because other hooks expect full batches.
     """
 
-    def __init__(self, unet: nn.Module, parts: list[tuple[Tensor, Callable[[], Any]]], whole: bool) -> None:
-        super().__init__(unet, "unet")
+    def __init__(
+        self, network: nn.Module, component: str, parts: list[tuple[Tensor, Callable[[], Any]]], whole: bool
+    ) -> None:
+        super().__init__(network, component)
         self._parts, self._whole = parts, whole
 
-    def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the UNet with and without the patches, and return the combined output in the UNet's own type.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network with and without the patches, and return the combined output in the network's own type.
 
         Args:
-            sample: noisy latents [rows, channels, height, width].
-            args: further arguments of the UNet.
-            kwargs: further arguments of the UNet.
+            args: positional arguments of the network, noisy latents [rows, ...] first.
+            kwargs: named ones, among them the latents if none are positional.
 
         Raises:
             ErasureError: the number of rows is not a multiple of the number that the gates were opened for.
         """
         self.calls += 1
+        sample, _, _ = split(args, kwargs)
         rows = sample.shape[0]
         moves = []
         for weights, patched in self._parts:
@@ -234,11 +242,12 @@ class Combination(ReplacedForward):
             weight = weights.repeat(rows // len(weights)).to(sample.device)
             chosen = torch.ones_like(weight, dtype=torch.bool) if self._whole else weight != 0
             with patched():
-                output = self._forward(*pick((sample, *args), chosen, rows), **pick(kwargs, chosen, rows))
-            moves.append((weight[chosen].view(-1, 1, 1, 1), chosen, prediction(output)))
+                output = self._forward(*pick(args, chosen, rows), **pick(kwargs, chosen, rows))
+            patch = prediction(output)
+            moves.append((weight[chosen].view(-1, *[1] * (patch.dim() - 1)), chosen, patch))
         if len(moves) == 1 and bool((moves[0][0] == 1).all()) and bool(moves[0][1].all()):
             return output  # the patch alone, on every row
-        plain = self._forward(sample, *args, **kwargs)
+        plain = self._forward(*args, **kwargs)
         base = prediction(plain)
         combined = base.clone()
         for weight, chosen, patch in moves:

@@ -8,6 +8,7 @@ from typing import Any
 
 from erasure.errors import ErasureError, unknown
 from erasure.patch import Delta, LowRank, Patch
+from erasure.patch.module_keys import NETWORKS
 from erasure.pipelines.gates.latent import LatentGate
 from erasure.pipelines.gates.text import TextGate
 
@@ -47,9 +48,9 @@ def parse_gate(patch: Patch) -> TextGate | LatentGate | None:
                 "a latent gate compares the network with and without a low-rank change, and a guard changes no weight; "
                 "a guard can have a text gate"
             )
-        if patch.components != ["unet"]:
+        if len(patch.components) != 1 or patch.components[0] not in NETWORKS:
             raise ErasureError(
-                f"a latent gate needs a patch that changes the unet alone, but this one changes "
+                f"a latent gate needs a patch that changes the {' or the '.join(NETWORKS)} alone, but this one changes "
                 f"{', '.join(patch.components)}"
             )
         return LatentGate(**{key: value for key, value in settings.items() if key != "kind"})

@@ -64,7 +64,9 @@ def test_gates_that_cannot_run_are_refused_at_loading(pipe):
         pipe.load_patch(low_rank_patch(pipe, gate=TEXT, concepts=[{}]))
     with pytest.raises(ErasureError, match="aliases of a concept must be a list"):
         pipe.load_patch(low_rank_patch(pipe, gate=TEXT, concepts=[{"name": "cat", "aliases": "kitten"}]))
-    with pytest.raises(ErasureError, match="changes the unet alone, but this one changes text_encoder"):
+    with pytest.raises(
+        ErasureError, match="changes the unet or the transformer alone, but this one changes text_encoder"
+    ):
         pipe.load_patch(low_rank_patch(pipe, components=("text_encoder",), gate={"kind": "latent"}))
     plain = tiny_pipeline()
     with pytest.raises(ErasureError, match=r"ErasedStableDiffusionPipeline.from_pipe\(pipe\)"):
