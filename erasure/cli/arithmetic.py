@@ -1,4 +1,4 @@
-"""`erasure patch scale|negate|merge|subtract|resize|diff|conflicts`: patches made of patches and of checkpoints."""
+"""`erasure patch scale|negate|merge|subtract|average|remove|resize|diff|conflicts`: patches made of patches."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def add_actions(actions: Commands) -> None:
         examples="erasure patch merge cat.safetensors dog.safetensors:0.5 -o both.safetensors",
     )
     actions.add("subtract", "Take what one patch does out of another", run_subtract, _subtract_arguments)
+    actions.add(
+        "average",
+        "Make the average of patches, from which each can be taken out again",
+        run_average,
+        _average_arguments,
+        examples="erasure patch average ann.safetensors ben.safetensors -o both.safetensors",
+    )
+    actions.add("remove", "Take one of the patches out of an average", run_remove, _remove_arguments)
     actions.add("resize", "Make a smaller patch, or show what each rank would lose", run_resize, _resize_arguments)
     actions.add(
         "diff",
@@ -78,6 +86,22 @@ def _subtract_arguments(parser: Parser) -> None:
     patches.add("other", metavar="OTHER", completes=FILE, help="Patch to take out of it")
     _gate(patches)
     _base(parser)
+    _output(parser)
+
+
+def _average_arguments(parser: Parser) -> None:
+    patches = Options(parser, "patches")
+    patches.add("file", nargs="+", metavar="FILE", completes=FILE, help=f"{PATCH}; one for each contributor")
+    _gate(patches)
+    _base(parser)
+    _output(parser)
+
+
+def _remove_arguments(parser: Parser) -> None:
+    patches = Options(parser, "patches")
+    patches.add("file", metavar="FILE", completes=FILE, help="Average that `erasure patch average` has written")
+    patches.add("other", metavar="OTHER", completes=FILE, help="Patch to take out of it")
+    patches.add("--force", action="store_true", help="Accept an average that was stored in half precision")
     _output(parser)
 
 
@@ -173,6 +197,20 @@ def run_subtract(args: argparse.Namespace) -> None:
 
     patch, other = _load(args.file), _load(args.other)
     _write(args, subtract(patch, other, **_options(args), drop_gate=args.drop_gate))
+
+
+def run_average(args: argparse.Namespace) -> None:
+    """Run `erasure patch average`."""
+    from erasure.patch.ops.soup import average
+
+    _write(args, average([_load(path) for path in args.file], **_options(args), drop_gate=args.drop_gate))
+
+
+def run_remove(args: argparse.Namespace) -> None:
+    """Run `erasure patch remove`."""
+    from erasure.patch.ops.soup import remove
+
+    _write(args, remove(_load(args.file), _load(args.other), force=args.force))
 
 
 def run_resize(args: argparse.Namespace) -> None:

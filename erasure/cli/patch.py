@@ -14,7 +14,7 @@ from erasure.cli.output import say, table
 SECTIONS = {
     "Inspect": ("info", "conflicts"),
     "Convert": ("formats", "import", "export"),
-    "Combine and change": ("scale", "negate", "merge", "subtract", "resize", "diff"),
+    "Combine and change": ("scale", "negate", "merge", "subtract", "average", "remove", "resize", "diff"),
 }
 
 
