@@ -15,9 +15,10 @@ from erasure.forecast import plan
 from erasure.methods import default, find
 from erasure.model import presets
 from erasure.model.base import Base
+from erasure.model.meta import parts_of
 from erasure.model.presets import Family
 from erasure.model.presets.preset import read_preset
-from tests.tiny import blueprint, tiny_pipeline
+from tests.tiny import tiny_pipeline
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 GLYPH = Family(presets.find("glyph"), "as asked for")
@@ -27,7 +28,7 @@ def taken(family: str | None, kinds: tuple[str, ...] = ("object",), network: str
     """The name of the default method for concepts of these kinds."""
     concepts = [Concept(f"thing {place}", kind=kind) for place, kind in enumerate(kinds)]
     known = Family(None if family is None else presets.find(family), "for a test")
-    return default(concepts, known, Base("mine", blueprint(network)).architecture)[0]
+    return default(concepts, known, Base("mine", parts_of(network)).architecture)[0]
 
 
 def test_each_family_says_which_method_suits_a_kind():
