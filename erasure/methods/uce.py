@@ -26,6 +26,7 @@ W0 (c + sum_i r_i a_i), always from the base's weights, where the published loop
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -110,6 +111,9 @@ class UCE(ClosedFormMethod):
         self._choice()
         if self.answer == "orthogonal" and (self.rank is not None or self.attributes):
             raise ErasureError("answer=orthogonal needs rank=null and no attributes, which are for answers to guides")
+        for text, number in (self.attributes or {}).items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise ErasureError(f"attributes: {text}={number!r} is not a finite number, such as {text}: 0.5")
 
     def _choice(self) -> Choice:
         return Choice(self.states, self.places, self.guide, self.beyond, self.contexts, self.templates, self.parity)

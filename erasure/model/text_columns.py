@@ -115,6 +115,30 @@ def unit(base: Base, states: Tensor) -> float:
     return 1.0 if base.architecture.causal_text else float(states.double().square().mean())
 
 
+def places_of_name(base: Base, pair: Pair) -> tuple[int, int]:
+    """Return the place of the first token of the name in a pair's prompt, and the place behind its last."""
+    start = pair.prompt.rindex(pair.name)
+    before, whole = pair.prompt[:start].rstrip(), pair.prompt[: start + len(pair.name)]
+    return last_place(base, before) + 1, last_place(base, whole) + 1
+
+
+def states_beside_name(base: Base, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Return the states of a prompt but for those of the name's own tokens, and the states at the same words instead.
+
+    Words before the name meet from the start of the two prompts, all that is behind it, with the padding, from their
+    ends (MACE, arXiv 2403.06135, section 3.2).
+
+    Returns:
+        Two tensors [n, d] in float64.
+    """
+    edit, guide = base.encode([pair.prompt])[0].double(), base.encode([pair.instead])[0].double()
+    first, end = places_of_name(base, pair)
+    shift = tokens(base, pair.instead) - tokens(base, pair.prompt)
+    first, end = min(first, max(1, end + shift)), max(end, 1 - shift)
+    stop = len(edit) - max(0, shift)
+    return torch.cat([edit[:first], edit[end:stop]]), torch.cat([guide[:first], guide[end + shift : stop + shift]])
+
+
 def checked_names(base: Base, concepts: Sequence[Concept]) -> list[tuple[Concept, str]]:
     """Return every name of the concepts with its concept, each once, after checking them by their tokens.
 

@@ -209,8 +209,11 @@ def _write(
         **extra,
     }
     for name, param in params.items():
-        moments = optimizer.state[param]
-        tensors |= {f"weight.{name}": param.data, f"first.{name}": moments["exp_avg"]}
+        tensors[f"weight.{name}"] = param.data
+        moments = optimizer.state.get(param)
+        if not moments:  # no step has trained it yet
+            continue
+        tensors[f"first.{name}"] = moments["exp_avg"]
         # In fp16 a step that overflows is skipped, so Adam may have taken fewer steps than the loop.
         tensors |= {f"second.{name}": moments["exp_avg_sq"], f"taken.{name}": moments["step"]}
     temporary = path.with_suffix(".tmp")
@@ -254,6 +257,8 @@ def _restore(
     fused = bool(optimizer.defaults.get("fused"))  # a fused optimizer counts its steps on the weights' device
     for name, param in params.items():
         param.copy_(state[f"weight.{name}"])
+        if f"first.{name}" not in state:
+            continue
         taken = state.get(f"taken.{name}", torch.tensor(float(step)))
         optimizer.state[param] = {
             "step": taken.to(param.device) if fused else taken,

@@ -52,6 +52,15 @@ QUICK = {
         "retain_batch_size": 2,
         "learning_rate": 1e-2,
     },
+    "mace": {
+        "guide": "empty",
+        "contexts": False,
+        "keep": "listed",
+        "iterations": 4,
+        "batch_size": 2,
+        "images": 3,
+        "sample_steps": 2,
+    },
     "salun": {
         "iterations": 4,
         "batch_size": 2,

@@ -8,6 +8,7 @@ import torch
 
 from erasure.concepts import neighbors
 from erasure.concepts.concept import Concept
+from erasure.config import parse_overrides
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure, configured
@@ -244,12 +245,19 @@ def test_a_rank_gives_a_smaller_patch_that_does_nearly_the_same(base):
         ({"templates": ["a photo"]}, "needs {x} in the place of the name"),
         ({"answer": "orthogonal", "rank": 3}, "needs rank=null"),
         ({"states": "first"}, "states.*tail, last"),
+        ({"attributes": {"red": "much"}}, "red='much' is not a finite number"),
+        ({"attributes": {"red": float("nan")}}, "red=nan is not a finite number"),
         ({"ridge": 0}, "ridge.*above 0"),
     ],
 )
 def test_bad_settings(base, settings, says):
     with pytest.raises(ErasureError, match=says):
         erase(base, "cat", "uce", **settings)
+
+
+def test_attributes_come_from_the_command_line_with_their_signs():
+    given = parse_overrides(["attributes={red: 0.5, blue tree: -1}"])
+    assert configure("uce", "object", given).attributes == {"red": 0.5, "blue tree": -1}
 
 
 def test_every_layer_that_reads_text_is_solved_on_both_encoders_of_xl():
