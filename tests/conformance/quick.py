@@ -60,6 +60,7 @@ QUICK = {
         "batch_size": 2,
         "images": 3,
         "sample_steps": 2,
+        "learning_rate": 1e-2,
     },
     "salun": {
         "iterations": 4,
