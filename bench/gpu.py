@@ -248,7 +248,8 @@ def page(results: dict[str, Any]) -> str:
                 continue
             peak = f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "not measured"
             lines.append(
-                f"| {method} | {loops[loop]} | {row['batch_size'] or ''} | {row['step_seconds']:.3f} | {row['iterations']} "
+                f"| {method} | {loops[loop]} | {row['batch_size'] or ''} "
+                f"| {row['step_seconds']:.3f} | {row['iterations']} "
                 f"| {row['whole_seconds']:,.0f} | {peak} | {row['forecast_bytes'] / 1e9:.1f} |"
             )
     if rates := results.get("images"):

@@ -12,9 +12,11 @@ from erasure.concepts.concept import Concept
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods import configure
-from erasure.methods.mace import MACE, focal, shares, spanned
+from erasure.methods.mace import LOOKED_AT, MACE, focal, shares, spanned
+from erasure.model.attention_maps import AttentionMaps, sides
 from erasure.model.base import Base
 from erasure.model.closed_form import READERS
+from erasure.model.diffusion import add_noise
 from erasure.model.text_columns import Pair, places_of_name, states_beside_name
 from erasure.training.run import Run
 from tests.conformance.quick import QUICK
@@ -130,6 +132,55 @@ def test_the_loss_is_that_of_the_mask(monkeypatch):
     plain = started(mask="none")[2]
     assert plain.subjects[0].where.all()
     plain.adapter.remove()
+
+
+def test_the_mask_lies_where_the_base_looks_at_the_name():
+    base, method, state = started()
+    subject, draw = state.subjects[0], torch.Generator().manual_seed(3 * 1_003)
+    places = places_of_name(base, subject.shown[0])
+    planes = []
+    for share in LOOKED_AT:
+        t = torch.tensor([int(share * base.scheduler.config.num_train_timesteps)])
+        x = add_noise(base.scheduler, subject.latents[:1], torch.randn(subject.latents[:1].shape, generator=draw), t)
+        with AttentionMaps(base.unet) as maps, torch.no_grad(), state.adapter.off():
+            base.predict(x, t, base.conditions([subject.shown[0].prompt]))
+            for layer in maps.layers.values():
+                plane = layer[..., slice(*places)].mean((1, 3)).unflatten(1, sides(layer.shape[2], *x.shape[2:]))
+                planes.append(torch.nn.functional.interpolate(plane[None], x.shape[2:], mode="bilinear")[0, 0])
+    looked, where = torch.stack(planes).mean(0), subject.where[0]
+    assert looked[where].min() > looked[~where].max()
+    state.adapter.remove()
+
+
+def test_concepts_take_turns_with_their_own_prompts_and_pictures(monkeypatch):
+    base, method, state = started((CAT, DOG))
+    for own, subject in enumerate(state.subjects):
+        subject.latents = torch.full_like(subject.latents, float(own))
+    asked, real = [], base.predict
+    monkeypatch.setattr(base, "conditions", lambda texts, real=base.conditions: asked.append(texts) or real(texts))
+    monkeypatch.setattr(base, "predict", lambda x, t, c: asked.append(x) or real(x, t, c))
+    for step in (0, 1, 2):
+        method.loss(state, step)
+    assert [set(texts) for texts in asked[0::2]] == [{"cat"}, {"dog"}, {"cat"}]
+    means = [float(x.mean()) for x in asked[1::2]]
+    assert means[1] > max(means[0], means[2]) + 0.3
+    state.adapter.remove()
+
+
+def test_what_is_kept_counts_in_the_fusion_by_its_weight():
+    """A term that answers a kept word's states is taken out of them by a great weight and stays with a small one."""
+    left = []
+    for weight in (1e-4, 1e6):
+        base, method, state = started(keep_weight=weight)
+        layer = base.unet.get_submodule(next(iter(base.targets("x-strict")))).weight
+        draw = torch.Generator().manual_seed(0)
+        terms = [(torch.randn(1, layer.shape[1], generator=draw), torch.randn(len(layer), 1, generator=draw))]
+        car = torch.from_numpy(states(base, "car")[1:])
+        down, up, _ = state.fusion.factors(layer, terms)
+        own = (up[:, -1:] @ down[-1:]).double() @ car.T
+        left.append(float(own.norm() / ((terms[0][1] @ terms[0][0]).double() @ car.T).norm()))
+        state.adapter.remove()
+    assert left[0] > 0.3 and left[1] < 1e-3
 
 
 def test_off_is_the_base_and_removed_leaves_nothing():
