@@ -145,7 +145,8 @@ def test_together_is_one_patch_and_stacked_a_patch_each(tmp_path):
     folders = {place.parent.name for place in (tmp_path / "esd").glob("*/patch.safetensors")}
     assert folders == {"dog+owl", "dog", "owl"}
     assert (joint.group, stacked.group) == ("2 together", "2 stacked")
-    assert (stacked.bytes, stacked.costs["F"]) == (2 * alone.bytes, 2 * alone.costs["F"])
+    assert stacked.costs["F"] == 2 * alone.costs["F"]
+    assert stacked.bytes == pytest.approx(2 * alone.bytes, abs=64)  # headers hold the seconds, in more digits or fewer
     records = (tmp_path / "esd" / "dog&owl" / "patched" / "records.jsonl").read_text().splitlines()
     assert set(json.loads(records[0])["gates"]) == {"dog", "owl"}
 

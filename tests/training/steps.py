@@ -20,8 +20,9 @@ from tests.tiny import tiny_pipeline
 
 RANK = os.environ.get("RANK", "0")
 TRAINED = names(GradientMethod)
+BATCH = {name: "retain_batch_size" if name == "gem" else "batch_size" for name in TRAINED}
 # Batches that two processes cannot share evenly.
-ODD = {name: {**QUICK[name], "batch_size": 3} for name in TRAINED}
+ODD = {name: {**QUICK[name], BATCH[name]: 3} for name in TRAINED}
 OPTIONS = {"reweight": "static", "surgery": "first"}  # of a run of SPM
 ODD["advunlearn"] |= {"retain_batch_size": 4, "learning_rate": 1e-3}
 STOP = 3  # the update after which a run is interrupted

@@ -14,7 +14,7 @@ from erasure.erasing import erase
 from erasure.patch import Patch
 from tests.conformance.quick import changes, same
 from tests.tiny import tiny_pipeline
-from tests.training.steps import ODD, OPTIONS, TRAINED
+from tests.training.steps import BATCH, ODD, OPTIONS, TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +48,7 @@ def test_two_processes_learn_what_one_learns(method, folder, records):
     alone = erase(tiny_pipeline(), "cat", method, progress=False, **ODD[method])
     together = Patch.load(folder / f"{method}.safetensors")
     assert near(alone, together) and alone.gate == together.gate
-    other = erase(tiny_pipeline(), "cat", method, progress=False, **{**ODD[method], "batch_size": 2})
+    other = erase(tiny_pipeline(), "cat", method, progress=False, **{**ODD[method], BATCH[method]: 2})
     assert not near(other, together)  # the comparison can fail: a process's share alone is another patch
     for record in records:  # every process knows the cost of all of them
         assert {key: record["costs"][method][key] for key in "FB"} == {key: alone.costs[key] for key in "FB"}
