@@ -40,8 +40,8 @@ def measure(
         *name_metrics(target.plain_images(images)),
     ]
     metrics = [metric for metric in measured if metric is not None]
-    mace = mace_harmonic_mean(metrics)
-    return metrics if mace is None else [*metrics, mace]
+    other = mace_harmonic_mean(metrics)
+    return metrics if other is None else [*metrics, other]
 
 
 def shares(images: list[JudgedImage], target: Target) -> list[Share]:
