@@ -55,7 +55,11 @@ SLOPE, EARLY, LATE = 0.05, 0.2, 0.4  # of eq. 8; the ends are shares of the nois
 
 @dataclass(frozen=True)
 class MACE(GradientMethod):
-    """The settings of MACE. Those of the closed forms are UCE's, tuned on glyph; those of the training are published.
+    """The settings of MACE. Those of the refinement are UCE's, tuned on glyph; those of the training are not tuned.
+
+    Defaults that are not the published values: learning_rate (published 1e-4 and 1e-5; ours 1e-2), batch_size (1; 4),
+    sample_steps (50; 25). They were tried once, on cat, and spoil the target's pictures on other concepts
+    (docs/closed-forms.md).
 
     Args:
         guide: what a concept without an anchor is answered like: the `nearest` other name of its kind, the `empty`
