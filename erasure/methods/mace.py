@@ -92,11 +92,8 @@ class MACE(GradientMethod):
         "keep_weight": 8.0,  # train_preserve_scale 1e-4 times preserve_weight 8e4
         "ridge": 1e-4,  # 0
         "rank": None,
-        "focal": True,
-        "images": 8,
         "sample_steps": 50,
         "sample_guidance": 7.5,
-        "iterations": 50,
         "batch_size": 1,
         "learning_rate": 1e-4,
     }

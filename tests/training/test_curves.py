@@ -35,7 +35,7 @@ def started(base: Base, name: str, **settings) -> tuple[GradientMethod, Curves]:
     return state, Curves.start(method, base, concepts, state, every=2, seed=3)
 
 
-@pytest.mark.parametrize("name", names(GradientMethod))
+@pytest.mark.parametrize("name", [name for name in names(GradientMethod) if name != "mace"])  # it has no curves
 def test_the_base_has_erased_and_moved_nothing_and_a_trained_model_something(base, name):
     state, curves = started(base, name)
     curves.measure(0)
