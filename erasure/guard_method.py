@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from erasure.concepts.concept import Concept
+from erasure.config import setting
 from erasure.dtypes import DTYPES
 from erasure.method import RuntimeMethod, resident_bytes
 from erasure.model.architectures import Architecture
@@ -17,21 +19,23 @@ from erasure.training.dry_run import Forecast
 from erasure.training.run import FitResult, Run
 
 
+@dataclass(frozen=True, kw_only=True)
 class GuardMethod(RuntimeMethod):
     """A method whose patch holds texts and settings and no tensors: `guard` chooses them, in no time.
 
     What they change while pictures are drawn is a form in `pipelines/guards`. Such a patch fits every checkpoint in
     whose network the form can act; it has no fingerprint of a base, because it changes no weight.
 
-    Subclasses declare two settings: `gate`, `always` or `text` (see `pipelines/gates/text.py`), and `gate_threshold`,
-    the similarity of a prompt to the concept's names from which on the guard acts, at full strength.
+    Args:
+        gate: `always`, or `text` to act on prompts near the concept's names alone.
+        gate_threshold: similarity of a prompt to a name from which on a text gate lets the guard act, at full strength.
     """
 
     STOCHASTIC: ClassVar[bool] = False
     CALLS_UNET: ClassVar[bool] = False
 
-    gate: str
-    gate_threshold: float
+    gate: Literal["always", "text"] = "always"
+    gate_threshold: float = setting(0.9, at_least=0, at_most=1)
 
     @abstractmethod
     def guard(self, base: Base, concepts: list[Concept]) -> Guard:

@@ -255,11 +255,8 @@ class ClosedFormMethod(Method):
     @classmethod
     def unsuited(cls, architecture: Architecture) -> str:
         """Return why there is no closed form: it needs text states that are the same at every depth."""
-        if architecture.joint:
-            return (
-                "text and image share one attention there, so that the text states which a layer reads change with "
-                "depth, image and time, and no closed form is exact; the pooled text would be left as a second route"
-            )
+        if drift := architecture.drift("the text states which a layer reads"):
+            return f"{drift}, and no closed form is exact; the pooled text would be left as a second route"
         return super().unsuited(architecture)
 
     @abstractmethod

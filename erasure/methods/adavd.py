@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -50,8 +50,6 @@ class AdaVD(GuardMethod):
         slope: how sharply the shift rises with the cosine; 0 with a peak of 2 subtracts the whole part everywhere.
         centre: cosine at which the shift is half of its peak; None measures it with `far`.
         far: share of the kept words' cosines below the measured centre.
-        gate: `always`, or `text` to act on prompts near the concept's names alone.
-        gate_threshold: similarity to a name from which on a text gate lets the guard act.
     """
 
     method: ClassVar[str] = "adavd"
@@ -60,8 +58,6 @@ class AdaVD(GuardMethod):
     slope: float = setting(100.0, at_least=0)
     centre: float | None = setting(None, at_least=-1, at_most=1)
     far: float = setting(0.99, above=0, at_most=1)
-    gate: Literal["always", "text"] = "always"
-    gate_threshold: float = setting(0.9, at_least=0, at_most=1)
 
     @classmethod
     def form(cls) -> type[Values]:

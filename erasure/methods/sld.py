@@ -28,7 +28,7 @@ inappropriateness that is to weaken and not to vanish. Their settings: docs/guar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import prompt_of
@@ -49,8 +49,6 @@ class SLD(GuardMethod):
         warm_up: share of the noise schedule at its noisy end in which guidance is left as it is (delta, of 1).
         momentum: weight of the momentum (s_m).
         momentum_decay: share of the momentum that a step keeps (beta_m).
-        gate: `always`, or `text` to act on prompts near the concept's names alone.
-        gate_threshold: similarity to a name from which on a text gate lets the guard act.
     """
 
     method: ClassVar[str] = "sld"
@@ -60,8 +58,6 @@ class SLD(GuardMethod):
     warm_up: float = setting(0.0, at_least=0, below=1)
     momentum: float = setting(0.5, at_least=0)
     momentum_decay: float = setting(0.7, at_least=0, below=1)
-    gate: Literal["always", "text"] = "always"
-    gate_threshold: float = setting(0.9, at_least=0, at_most=1)
 
     @classmethod
     def form(cls) -> type[Guidance]:

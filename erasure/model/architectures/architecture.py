@@ -39,6 +39,12 @@ class Architecture(ABC):
     # Variant -> its description, and the test of a module's path. Only Linear and Conv2d modules are ever trained.
     variants: ClassVar[Mapping[str, tuple[str, Test]]]
 
+    def drift(self, what: str) -> str:
+        """Return why nothing about `what` is the text's alone; an empty string where text has its own attention."""
+        if not self.joint:
+            return ""
+        return f"text and image share one attention there, so that {what} change with depth, image and time"
+
     @abstractmethod
     def check(self, pipe: Any) -> None:
         """Refuse a pipeline that lacks something which erasing needs, such as a text encoder; raises ErasureError."""

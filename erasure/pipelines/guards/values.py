@@ -51,11 +51,8 @@ class Values(Form):
     @classmethod
     def unsuited(cls, architecture: Architecture) -> str:
         """Return why there are no values to change: of the other architectures, none reads CLIP's states alone."""
-        if architecture.joint:
-            return (
-                "text and image share one attention there, so that the values of a text change with depth, image and "
-                "time, and no direction of them is the text's"
-            )
+        if drift := architecture.drift("the values of a text"):
+            return f"{drift}, and no direction of them is the text's"
         return super().unsuited(architecture)
 
     @classmethod
