@@ -7,9 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from erasure.concepts.concept import Concept
 from erasure.errors import ErasureError
 from erasure.forecast import plan
+from erasure.methods.esd import ESD
 from erasure.model.base import Base
+from erasure.training.compute import Computing, Engine
+from erasure.training.dry_run import forecast_training
+from erasure.training.memory import _Tally
+from erasure.training.run import Run
 from tests.conformance.quick import QUICK
 from tests.tiny import tiny_pipeline, tiny_unet
 
@@ -61,3 +67,31 @@ def test_the_model_is_counted_as_it_lies():
 
 def targets(pipe):
     return Base("tiny", SimpleNamespace(unet=pipe.unet)).targets("x").values()
+
+
+@pytest.mark.parametrize("twice", (False, True))
+def test_activations_are_those_of_a_real_update(twice):
+    """Calls that wait for one backward pass are held together, and gradients are not counted a second time.
+
+    ESD in all weights with checkpointing has more gradients than activations: tensors made in a real update, freed ones
+    taken off, against the forecast.
+    """
+
+    class Twice(ESD):
+        def loss(self, state, step):
+            parts = [super(Twice, self).loss(state, step)["esd"] for _ in range(1 + twice)]
+            return {"esd": torch.stack(parts).sum()}
+
+    settings = {**QUICK["esd"], "variant": "full", "iterations": 1}
+    method, computing = Twice(**settings), Computing(gradient_checkpointing=True)
+    base, concepts = Base.of(tiny_pipeline()), [Concept("cat")]
+    forecast = forecast_training(method, base, concepts, computing, 0, 1)
+    with Engine(base, computing) as engine:
+        state = method.prepare(base, concepts, Run(seed=0, progress=False, engine=engine))
+        engine.settle(state.adapter.parameters(), inside=True)
+        with _Tally() as tally:
+            method.loss(state, 0)["esd"].backward()
+        state.adapter.remove()
+    gradients = 4 * forecast.weights
+    assert tally.most > gradients  # the gradients are in the count
+    assert forecast.activation_bytes == pytest.approx(tally.most - gradients, rel=0.1)

@@ -2,13 +2,14 @@
 
 The run is simulated with a UNet that answers at once (with zeros that are part of the graph). Every call is counted as
 in the real run, so a method's cost is written down nowhere else. One real call is timed. Memory is that of the largest
-calls (`memory.py`), computed as the real run computes them. A UNet on the `meta` device (a configuration without
-weights) has counts and memory, but no seconds.
+calls (`memory.py`), computed as the real run computes them; calls whose graphs wait for the same backward pass are held
+together. A UNet on the `meta` device (a configuration without weights) has counts and memory, but no seconds.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -42,7 +43,7 @@ class Forecast:
         seconds: on this machine, of the UNet's calls alone (of a closed form: of the whole solve); 0 without weights.
         model_bytes: the checkpoint in memory during the run.
         training_bytes: masters, gradients and two Adam moments of what trains; of a closed form its matrices.
-        activation_bytes: what the largest call with gradients holds at most.
+        activation_bytes: what the calls of a backward pass hold at most, beyond the gradients of what trains.
         prepare_bytes: the checkpoint and the largest call without gradients, before training starts.
         precision: of the UNet.
         processes: number of processes that share the work; memory is per process, seconds are of all together.
@@ -99,19 +100,52 @@ class Forecast:
 
 @dataclass
 class Walk:
-    """What a simulated run did: its counts, its adapter (None if nothing trains), the largest call of each kind."""
+    """What a simulated run did: its counts, its adapter (None if nothing trains), and its largest calls.
+
+    `forward` is the largest call without gradients; `backward` holds the calls with gradients whose graphs existed at
+    the same time, where they were largest together.
+    """
 
     counts: Counts
     adapter: Any = None
-    backward: Call = ((), {})
+    backward: tuple[Call, ...] = ()
     forward: Call = ((), {})
+    graphs: list[tuple[weakref.ref[Mark], Call]] = field(default_factory=list)
 
-    def see(self, call: Call) -> None:
-        """Keep a call if it is the largest of its kind so far."""
-        kind = "backward" if torch.is_grad_enabled() else "forward"
-        largest = getattr(self, kind)[0]
-        if not largest or call[0][0].numel() > largest[0].numel():
-            setattr(self, kind, call)
+    def see(self, call: Call) -> Mark:
+        """Keep a call if it is the largest of its kind so far; return what must live as long as its graph."""
+        mark = Mark()
+        if torch.is_grad_enabled():
+            alive = [(other, earlier) for other, earlier in self.graphs if other() is not None]
+            self.graphs = [*alive, (weakref.ref(mark), call)]
+            together = tuple(held for _, held in self.graphs)
+            if _numbers(together) > _numbers(self.backward):
+                self.backward = together
+        elif _numbers((call,)) > _numbers((self.forward,)):
+            self.forward = call
+        return mark
+
+
+class Mark:
+    """A mark on the graph of a call: it is gone when the graph is."""
+
+
+class _Marked(torch.autograd.Function):
+    """The identity; its graph holds a mark."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, mark: Mark) -> Tensor:
+        ctx.mark = mark
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def _numbers(calls: tuple[Call, ...]) -> int:
+    """Return how many numbers enter calls of the network together."""
+    return sum(args[0].numel() for args, _ in calls if args)
 
 
 class _Elsewhere(Base):
@@ -194,11 +228,11 @@ def forecast_runtime(
 def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> Forecast:
     computing = computing.on(base.device)
     counts, seconds = walk.counts, 0.0
-    largest = walk.backward if walk.backward[0] else walk.forward
+    largest = max(walk.backward, key=lambda call: call[0][0].numel(), default=walk.forward)
     if base.device.type != "meta" and largest[0]:
         forward, both = _timed(base, largest, computing)
         seconds = ((counts.forward - counts.backward) * forward + counts.backward * both) / processes
-    sizes = peaks(base, (walk.forward, walk.backward), walk.adapter, computing, processes)
+    sizes = peaks(base, walk.forward, walk.backward, walk.adapter, computing, processes)
     params = walk.adapter.parameters() if walk.adapter is not None else {}
     trained = sum(param.numel() for param in params.values())
     return Forecast(
@@ -241,13 +275,13 @@ def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
     leaf = torch.zeros((), requires_grad=True)  # stands for adapters next to the weights
 
     def answer(sample: Tensor, *rest: Any, **named: Any) -> Any:
-        walk.see(((sample, *rest), named))
+        mark = walk.see(((sample, *rest), named))
         states: Tensor = named["encoder_hidden_states"] if "encoder_hidden_states" in named else rest[1]
         out = sample * 0 + states.sum() * 0
         if torch.is_grad_enabled():
             out = out + leaf.to(out.device) * 0
             trained = [param for param in unet.parameters() if param.requires_grad and not param.is_meta]
-            out = out + sum(param.reshape(-1)[0] * 1e-6 for param in trained)
+            out = _Marked.apply(out + sum(param.reshape(-1)[0] * 1e-6 for param in trained), mark)
         return (out,) if named.get("return_dict") is False else Transformer2DModelOutput(sample=out)
 
     real = unet.__dict__.get("forward")

@@ -156,6 +156,7 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
             objective.backward(terms, params, scaler)
             scaler.step(optimizer)
             scaler.update()
+            optimizer.zero_grad()  # the next calls shall not be held beside gradients that nobody needs
             _round(params, method.weight_rounding)
             if run.measure(step + 1) and curves is not None and rule is not None:
                 rule.see(step + 1, curves.erased[-1], curves.drift[-1], params, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,23 +20,26 @@ from erasure.training.compute import Computing, Engine, Rows, by_rows, cast
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the UNet
 
 
-def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computing, processes: int) -> dict[str, int]:
+def peaks(
+    base: Base, forward: Call, backward: tuple[Call, ...], adapter: Any, computing: Computing, processes: int
+) -> dict[str, int]:
     """Return the bytes of the model and of its largest calls.
 
     Args:
         base: the checkpoint; its weights are not touched.
-        calls: the largest call without gradients and the largest with them; empty where there is none.
+        forward: the largest call without gradients; empty if there is none.
+        backward: the calls that one backward pass goes through; none if nothing trains.
         adapter: what trains, or None where nothing does.
         computing: precision and layout of the run.
         processes: how many processes share each call.
 
     Returns:
         `wide`, the model before it is narrowed to the run's precision; `model`, after; `forward` and `backward`, held
-        at most during the calls.
+        at most during the calls, the latter beyond the gradients of what trains.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    forward, backward = (_shapes(call, processes) for call in calls)
+    forward, *together = (_shapes(call, processes) for call in (forward, *backward))
     others = 0  # the text encoders are fp32 while a run trains
     for name, part in base.pipe.components.items():
         if isinstance(part, nn.Module) and name != base.component:
@@ -50,9 +54,9 @@ def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computi
             for norm in unet.modules():  # what autocast does on a GPU, and not on a CPU
                 if engine.half and isinstance(norm, nn.GroupNorm | nn.LayerNorm):
                     norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-            if calls[0][0]:
+            if forward[0]:
                 with torch.no_grad():
-                    sizes["forward"] = _held(unet, forward)
+                    sizes["forward"] = _held(unet, [forward])
             before = size_of(unet)
             inside = adapter is not None and adapter.component == base.component
             twin = adapter.twin(unet) if inside and hasattr(adapter, "twin") else None
@@ -60,8 +64,9 @@ def peaks(base: Base, calls: tuple[Call, Call], adapter: Any, computing: Computi
             trained = {id(param) for param in twin.parameters().values()} if twin else set()
             after = sum(4 * p.numel() if id(p) in trained else size_of(p) for p in unet.parameters())
             sizes["model"] = others + min(after, before)
-            if calls[1][0]:
-                sizes["backward"] = _held(unet, backward)
+            if together:
+                own = twin.parameters().values() if twin else ()  # their gradients belong to the working state
+                sizes["backward"] = max(0, _held(unet, together) - sum(4 * p.numel() for p in own))
             if twin:
                 twin.remove()
     return sizes
@@ -86,18 +91,18 @@ def _shapes(call: Call, processes: int) -> Any:
     return tree_map_only(Tensor, lambda value: _Shape(value.shape, value.dtype, value.requires_grad), share)
 
 
-def _held(unet: nn.Module, call: Any) -> int:
-    """Return the most bytes held at once, besides the weights, in a call of these shapes (and its backward pass)."""
+def _held(unet: nn.Module, calls: Sequence[Any]) -> int:
+    """Return the most bytes held at once, besides the weights, in calls of these shapes (and their backward pass)."""
 
     def bare(of: _Shape) -> Tensor:
         value = torch.zeros(of.shape, dtype=of.dtype)
         return value.requires_grad_(torch.is_grad_enabled() and of.trained)
 
-    rest, named = tree_map_only(_Shape, bare, call)
+    given = [tree_map_only(_Shape, bare, call) for call in calls]
     with _Tally() as tally:
-        out = unet(*rest, **named)
+        outs = [unet(*rest, **named) for rest, named in given]
         if torch.is_grad_enabled():
-            (out[0] if isinstance(out, tuple) else out.sample).sum().backward()
+            torch.stack([(out[0] if isinstance(out, tuple) else out.sample).sum() for out in outs]).sum().backward()
     return tally.most
 
 
