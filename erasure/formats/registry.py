@@ -13,8 +13,8 @@ from erasure.formats.kohya import read_kohya, write_kohya
 from erasure.formats.patch_builder import BaseWriter, Reader, Writer
 from erasure.formats.peft import FACTOR, read_peft, write_peft
 from erasure.formats.published_file import PublishedFile
-from erasure.formats.requirements import need_low_rank, need_only, need_unet_names
-from erasure.formats.single_file import read_single_file, write_single_file
+from erasure.formats.requirements import need_low_rank, need_only
+from erasure.formats.single_file import check_single_file, read_single_file, write_single_file
 from erasure.formats.spm import check_spm, read_spm, write_spm
 from erasure.formats.text_encoder import TEXT, TWINS, read_text_encoder, write_text_encoder
 from erasure.formats.transformer_lora import check_transformer
@@ -86,7 +86,7 @@ FORMATS = {
         "weights",
         read_single_file,
         rewrite=write_single_file,
-        check=need_unet_names,
+        check=check_single_file,
     ),
     "unguide": Format(
         "UnGuide's lora.pth",
@@ -144,10 +144,10 @@ def recognise(source: PublishedFile) -> str:
     blocks = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.")
     if any(key.removeprefix(f"{UNET}.").startswith(blocks) for key in keys):
         return "unet"
+    if any(key.startswith(("model.diffusion_model.", "double_blocks.", "joint_blocks.")) for key in keys):
+        return "single-file"
     streams = ("transformer_blocks.", "single_transformer_blocks.", "context_embedder.")
     if any(key.removeprefix(f"{TRANSFORMER}.").startswith(streams) for key in keys):
         return "unet"
-    if any(key.startswith("model.diffusion_model.") for key in keys):
-        return "single-file"
     first = keys[0] if keys else "missing"
     raise ErasureError(f"{source.path} is none of {', '.join(FORMATS)}; its first tensor is {first}")

@@ -1,4 +1,7 @@
-"""Whole pipelines as one .safetensors file under the original names, as ComfyUI and A1111 load them."""
+"""Whole pipelines as one .safetensors file under the original names, as ComfyUI and A1111 load them.
+
+Of FLUX.1 and Stable Diffusion 3 the file holds the transformer, as ComfyUI's `diffusion_models` folder takes it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from erasure.errors import ErasureError, unknown
 from erasure.formats.patch_builder import ImportedPayload, changes, components
 from erasure.formats.patched_base import patched
 from erasure.formats.published_file import PublishedFile
+from erasure.formats.requirements import need_only
 from erasure.model.base import Base
 from erasure.model.clip_tokenizer import clip_tokenizer
 from erasure.model.conditioning import text_encoders
 from erasure.model.original_keys import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
-from erasure.model.single_file import HEADER, INDEX, SPREAD, TELLING, UNET, read_configs
+from erasure.model.original_transformer import CLASSES, FLUX, transformer_tensors
+from erasure.model.single_file import HEADER, INDEX, SPREAD, TELLING, UNET, open_transformer, read_configs
 from erasure.patch import Patch
+from erasure.patch.module_keys import TRANSFORMER
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
 from erasure.version import __version__
@@ -33,11 +39,16 @@ ARCHITECTURES = {
     "sd2-v": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sdxl-v": "stable-diffusion-xl-v1-base",
+    "flux": "flux-1-dev",
+    "flux-schnell": "flux-1-schnell",
+    "sd3": "stable-diffusion-v3",
 }
 
 
 def read_single_file(source: PublishedFile, base: Base) -> ImportedPayload:
-    """Read the changes of the UNet and the text encoders of a single-file checkpoint; the VAE is not compared.
+    """Read the changes of the UNet and the text encoders of a single-file checkpoint, or of a transformer alone.
+
+    The autoencoder is not compared, and of FLUX and Stable Diffusion 3 neither are the text encoders.
 
     Args:
         source: the file.
@@ -49,6 +60,9 @@ def read_single_file(source: PublishedFile, base: Base) -> ImportedPayload:
     """
     if source.kind == "pickle":
         raise ErasureError(f"{source.path} is a pickle; whole checkpoints are only read from .safetensors files")
+    if base.component == TRANSFORMER:
+        network = open_transformer(source.path, type(base.network), base.network.config)
+        return ImportedPayload(changes(source, base, {TRANSFORMER: dict(network.named_parameters())}))
     modules = components(Base.load(source.path, device="cpu"))
     if missing := sorted(set(components(base)) - set(modules)):
         raise ErasureError(
@@ -68,15 +82,40 @@ def write_single_file(patch: Patch, path: Path, base: Base) -> list[str]:
         base: the base that the patch was made from.
 
     Returns:
-        A note, if ComfyUI would take the file for a model of the other kind of prediction.
+        A note, if ComfyUI would take the file for a model of the other kind of prediction, or if the file is only the
+        transformer.
 
     Raises:
-        ErasureError: the patch does not fit the base, its architecture has no such layout, or the file cannot be
-            written.
+        ErasureError: the patch does not fit the base, its architecture has no such layout, the patch changes a text
+            encoder beside a transformer, or the file cannot be written.
     """
+    if base.component == TRANSFORMER:
+        need_only(patch, TRANSFORMER)
     with patched(patch, base):
         save_single_file(base.pipe, path)
+        if base.component == TRANSFORMER:
+            return ["the file holds the transformer alone; in ComfyUI it goes into the folder diffusion_models"]
         return prediction_notes(base.pipe)
+
+
+def check_single_file(patch: Patch) -> None:
+    """Check that a patch on a transformer changes nothing else, and a transformer whose original names are known.
+
+    Args:
+        patch: the patch.
+
+    Raises:
+        ErasureError: it changes another component too, or a transformer of cross-attention (PixArt, SANA).
+    """
+    if TRANSFORMER not in patch.components:
+        return
+    need_only(patch, TRANSFORMER)
+    names = " ".join(patch.payload.names(TRANSFORMER))
+    if ".attn1." in names or (".attn2." in names and ".attn." not in names):
+        raise ErasureError(
+            "has no names for the layers of this transformer: --format checkpoint writes the whole pipeline, --format "
+            "peft a low-rank patch"
+        )
 
 
 def prediction_notes(pipe: Any) -> list[str]:
@@ -105,12 +144,20 @@ def prediction_notes(pipe: Any) -> list[str]:
 def family(pipe: Any) -> str:
     """Return the layout of a pipeline's single file: `sd1`, `sd2` or `sdxl`, with `-v` appended for v-prediction.
 
+    Of transformers it is `flux`, `flux-schnell` or `sd3`.
+
     Args:
         pipe: a diffusers pipeline.
 
     Raises:
         ErasureError: there is no such layout for its architecture.
     """
+    if (transformer := getattr(pipe, TRANSFORMER, None)) is not None:
+        name = type(transformer).__name__
+        if name not in CLASSES:
+            raise ErasureError(f"a single file has no names for {name}. Nothing was written")
+        schnell = CLASSES[name] == FLUX and not transformer.config.guidance_embeds
+        return f"{CLASSES[name]}-schnell" if schnell else CLASSES[name]
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise ErasureError(f"a single file needs a model of noise or v-prediction, but this one predicts {kind}")
@@ -125,12 +172,15 @@ def original_tensors(pipe: Any) -> dict[str, Tensor]:
     """Return all weights of a pipeline under the original names, with the patches that are folded in.
 
     Args:
-        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL.
+        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL; of FLUX.1 and Stable Diffusion 3 the transformer.
 
     Raises:
         ErasureError: its architecture has no original names.
     """
-    kind, encoders = family(pipe), [encoder for _, encoder in text_encoders(pipe)]
+    kind = family(pipe)
+    if hasattr(pipe, TRANSFORMER):
+        return transformer_tensors(pipe.transformer)
+    encoders = [encoder for _, encoder in text_encoders(pipe)]
     names = compvis_names(pipe.unet)
     tensors = {f"{UNET}{names[name]}": value for name, value in pipe.unet.named_parameters()}
     if kind.startswith("sdxl"):
@@ -159,7 +209,7 @@ def save_single_file(
     tokenizer unless it is CLIP's.
 
     Args:
-        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL.
+        pipe: a diffusers pipeline of Stable Diffusion 1, 2 or XL, of FLUX.1 or Stable Diffusion 3.
         path: the file.
         dtype: `fp32`, `fp16` or `bf16` (default: the dtype of each weight).
         overwrite: whether an existing file may be replaced.
@@ -189,17 +239,18 @@ def save_single_file(
         name: value.detach().to("cpu", DTYPES[dtype] if dtype is not None else value.dtype).contiguous()
         for name, value in weights.items()
     }
-    files, pads = configurations(pipe)
     header = {
-        HEADER: json.dumps({"files": files, "pads": pads}, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES[kind],
-        "modelspec.implementation": "sgm" if kind.startswith("sdxl") else "ldm",
-        "modelspec.prediction_type": "v" if kind.endswith("-v") else "epsilon",
         "modelspec.title": title or Path(path).stem,
         "erasure.version": __version__,
         "format": "pt",
     }
+    if not hasattr(pipe, TRANSFORMER):
+        files, pads = configurations(pipe)
+        header[HEADER] = json.dumps({"files": files, "pads": pads}, sort_keys=True)
+        header["modelspec.implementation"] = "sgm" if kind.startswith("sdxl") else "ldm"
+        header["modelspec.prediction_type"] = "v" if kind.endswith("-v") else "epsilon"
     return write_file(path, tensors, header, overwrite)
 
 

@@ -1,93 +1,22 @@
-"""Names of the layers of FLUX.1 and Stable Diffusion 3 in the original code, which kohya's and ComfyUI's LoRAs use.
+"""LoRA factors of FLUX.1 and Stable Diffusion 3 under the original names, which kohya's and ComfyUI's LoRAs use.
 
-The original code has one layer for queries, keys and values, and in FLUX's single-stream blocks one for these and the
-first layer of the feed-forward network; diffusers has one for each. `join` stacks the factors of several of its layers
-into those of one original layer, `cut` takes them apart again.
+`join` stacks the factors of several of diffusers' layers into those of one original layer, `cut` takes them apart
+again.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from erasure.errors import ErasureError
+from erasure.model.original_transformer import FLUX, SD3, original_layer
 from erasure.patch.payload import Layer
 
-FLUX, SD3 = "flux", "sd3"
 HIDDEN = {3072: FLUX, 1536: SD3, 2432: SD3}  # widths of FLUX.1, of SD 3 and 3.5 medium, and of SD 3.5 large
 PREFIXES = ("lora_unet_", "lora_transformer_")
-_IMAGE, _TEXT = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# diffusers' block -> the original block, and its layers: the original one -> those of diffusers, in its order.
-BLOCKS: dict[str, dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
-    FLUX: {
-        "transformer_blocks": (
-            "double_blocks",
-            {
-                "img_attn.qkv": _IMAGE,
-                "txt_attn.qkv": _TEXT,
-                "img_attn.proj": ("attn.to_out.0",),
-                "txt_attn.proj": ("attn.to_add_out",),
-                "img_mod.lin": ("norm1.linear",),
-                "txt_mod.lin": ("norm1_context.linear",),
-                "img_mlp.0": ("ff.net.0.proj",),
-                "img_mlp.2": ("ff.net.2",),
-                "txt_mlp.0": ("ff_context.net.0.proj",),
-                "txt_mlp.2": ("ff_context.net.2",),
-            },
-        ),
-        "single_transformer_blocks": (
-            "single_blocks",
-            {
-                "linear1": (*_IMAGE, "proj_mlp"),
-                "linear2": ("proj_out",),
-                "modulation.lin": ("norm.linear",),
-            },
-        ),
-    },
-    SD3: {
-        "transformer_blocks": (
-            "joint_blocks",
-            {
-                "x_block.attn.qkv": _IMAGE,
-                "context_block.attn.qkv": _TEXT,
-                "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-                "x_block.attn.proj": ("attn.to_out.0",),
-                "x_block.attn2.proj": ("attn2.to_out.0",),
-                "context_block.attn.proj": ("attn.to_add_out",),
-                "x_block.mlp.fc1": ("ff.net.0.proj",),
-                "x_block.mlp.fc2": ("ff.net.2",),
-                "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-                "context_block.mlp.fc2": ("ff_context.net.2",),
-            },
-        ),
-    },
-}
-# Layers outside the blocks. norm_out is left out: its halves are in the other order.
-ENDS = {
-    FLUX: {
-        "context_embedder": "txt_in",
-        "x_embedder": "img_in",
-        "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-        "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-        "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-        "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-        "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-        "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-        "proj_out": "final_layer.linear",
-    },
-    SD3: {
-        "context_embedder": "context_embedder",
-        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        "proj_out": "final_layer.linear",
-    },
-}
-_BLOCK = re.compile(r"(\w+_blocks|transformer_blocks)\.(\d+)\.(.+)")
 
 
 def kind_of(layers: Mapping[str, Layer]) -> str:
@@ -111,27 +40,6 @@ def kind_of(layers: Mapping[str, Layer]) -> str:
         "has names for the transformers of FLUX.1 and Stable Diffusion 3 alone, and the layers of this patch belong to "
         "neither or do not tell which: --format peft holds a low-rank patch under the names that diffusers reads"
     )
-
-
-def original_layer(kind: str, path: str) -> tuple[str, int, int]:
-    """Return the original layer of one of diffusers' layers, its number among those in it, and how many these are.
-
-    Args:
-        kind: `flux` or `sd3`.
-        path: module path in diffusers' transformer.
-
-    Raises:
-        ErasureError: the original code has no such layer.
-    """
-    if path in ENDS[kind]:
-        return ENDS[kind][path], 0, 1
-    match = _BLOCK.fullmatch(path)
-    if match and match[1] in BLOCKS[kind]:
-        block, table = BLOCKS[kind][match[1]]
-        for name, parts in table.items():
-            if match[3] in parts:
-                return f"{block}.{match[2]}.{name}", parts.index(match[3]), len(parts)
-    raise ErasureError(f"has no name for the layer transformer.{path}")
 
 
 def join(kind: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from erasure.errors import ErasureError
 from erasure.formats.patch_builder import components, put
 from erasure.formats.published_file import PublishedFile
-from erasure.formats.transformer_keys import FLUX, PREFIXES, SD3, cut, join, kind_of, original_layer, parts_in
+from erasure.formats.transformer_keys import PREFIXES, cut, join, kind_of, parts_in
 from erasure.model.base import Base
+from erasure.model.original_transformer import CLASSES, FLUX, SD3, original_layer
 from erasure.patch import LowRank
 from erasure.patch.module_keys import ALPHA, DOWN, TRANSFORMER, UP, kohya_prefix
 from erasure.patch.payload import Layer
 
-KINDS = {"FluxTransformer2DModel": FLUX, "SD3Transformer2DModel": SD3}
 COMFY = "diffusion_model."
 
 
@@ -72,7 +72,7 @@ def transformer_notes(payload: LowRank) -> list[str]:
 def transformer_of(base: Base) -> nn.Module | None:
     """Return the transformer of a base if its layers have original names here, else None."""
     module = components(base).get(TRANSFORMER)
-    return module if type(module).__name__ in KINDS else None
+    return module if type(module).__name__ in CLASSES else None
 
 
 def put_transformer_layer(
@@ -97,7 +97,7 @@ def put_transformer_layer(
     if network is None or not key.startswith((*PREFIXES, COMFY)):
         return False
     outputs = {path: module.out_features for path, module in network.named_modules() if isinstance(module, nn.Linear)}
-    names = _names(KINDS[type(network).__name__], outputs)
+    names = _names(CLASSES[type(network).__name__], outputs)
     plain = re.sub(rf"^({'|'.join(map(re.escape, (*PREFIXES, COMFY)))})", "", key).replace(".", "_")
     paths = names.get(plain)
     if paths is None:

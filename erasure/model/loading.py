@@ -18,7 +18,7 @@ from erasure.errors import ErasureError
 from erasure.model import presets
 from erasure.model.architectures import architecture_of
 from erasure.model.presets import Family, Sampling
-from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file
+from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file, open_transformer
 
 THIRD = ("text_encoder_3", "tokenizer_3")
 
@@ -240,8 +240,8 @@ def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any)
     Raises:
         ErasureError: the model does not exist, cannot be loaded, or is not of a type that the class supports.
     """
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
 
     where = resolve(model)
     detected = look(where, **options)
@@ -251,17 +251,23 @@ def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any)
         raise ErasureError(
             f"{model}: {detected.about}; {cls.__name__} cannot hold it. erasure.load_pipeline chooses the right class"
         )
+    dtype = options.pop("dtype", options.pop("torch_dtype", None)) or torch.float32
+    if detected.folder is not None:
+        options.pop("config")
+        transformer, configs = detected.files[INDEX]["transformer"][1], detected.files["transformer/config.json"]
+        options["transformer"] = open_transformer(where, getattr(diffusers, transformer), configs, **of_type(dtype))
+        where = os.fspath(detected.folder)
     for name in _left_out(where, options):  # diffusers takes it for an error that they are missing
         options.setdefault(name, None)
     if "safety_checker" in inspect.signature(cls.__init__).parameters and "safety_checker" not in options:
         options["safety_checker"] = None
         options.setdefault("requires_safety_checker", False)
-    options |= of_type(options.pop("dtype", options.pop("torch_dtype", None)) or torch.float32)
+    options |= of_type(dtype)
     if Path(where).is_file():
         return open_single_file(
             cls, where, detected, **{key: value for key, value in options.items() if key != "config"}
         )
     try:
-        return DiffusionPipeline.from_pretrained.__func__(cls, where, **options)  # type: ignore[attr-defined]
+        return diffusers.DiffusionPipeline.from_pretrained.__func__(cls, where, **options)  # type: ignore[attr-defined]
     except (OSError, ValueError) as fault:
         raise ErasureError(f"{model} cannot be loaded: {fault}") from None

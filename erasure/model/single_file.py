@@ -28,11 +28,13 @@ TELLING, SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0
 VERSIONS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text states
 INDEX = "model_index.json"
 
-OTHER = "which can be opened as a diffusers folder only, with its text encoders; a file of the transformer has none"
+# Transformers under their original names: how the names begin, after UNET or alone; the model; its pipelines' names.
+TRANSFORMERS = {
+    "joint_blocks.": ("Stable Diffusion 3", "StableDiffusion3"),
+    "double_blocks.": ("FLUX", "Flux"),
+}
 # Other things that users have in such files: how parameter names begin in them, and what the message says.
 FOREIGN = {
-    **dict.fromkeys((f"{UNET}joint_blocks.", "joint_blocks."), f"Stable Diffusion 3, {OTHER}"),
-    **dict.fromkeys((f"{UNET}double_blocks.", "double_blocks."), f"Flux, {OTHER}"),
     "lora_": "a LoRA or a low-rank patch, not a model: load it with --patch into the model that it was made for",
     "control_model.": "a ControlNet, which cannot draw images by itself",
     "down_blocks.": "a UNet with diffusers' parameter names: give the whole diffusers folder that it comes from",
@@ -46,16 +48,19 @@ class DetectedModel:
 
     Args:
         kind: a name in `configs/models`; `own` for a file that we wrote, `given` for a folder that the user gave as the
-            configuration, `folder` for a diffusers folder.
+            configuration, `transformer` for a file of which only the transformer is read, `folder` for a diffusers
+            folder.
         about: the type in words, and how it was detected.
         files: the JSON files of a diffusers folder, by path.
         pads: the padding token of each tokenizer that the files do not include.
+        folder: the diffusers folder that everything but the transformer is loaded from.
     """
 
     kind: str
     about: str
     files: dict[str, Any]
     pads: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def pipeline(self) -> str:
@@ -94,8 +99,9 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
 
     Args:
         path: the file.
-        config: overrides the detected type: one of `kinds()`, or a diffusers folder with the configuration; its
-            weights are not read.
+        config: overrides the detected type: one of `kinds()`, or a diffusers folder with the configuration, whose
+            weights are not read. With a transformer (FLUX, Stable Diffusion 3) it is the diffusers folder that the text
+            encoders, tokenizers and the autoencoder are loaded from.
 
     Raises:
         ErasureError: the file is damaged or its type is not supported; the message says why.
@@ -105,6 +111,9 @@ def identify(path: str | os.PathLike[str], config: str | os.PathLike[str] | None
     try:
         with safe_open(path, "pt") as file:
             header, names = file.metadata() or {}, list(file.keys())
+            for start, (model, line) in TRANSFORMERS.items():
+                if any(name.removeprefix(UNET).startswith(start) for name in names):
+                    return _transformer(path, config, model, line, names)
             if config is not None:
                 return _given(config)
             if HEADER in header:
@@ -198,6 +207,55 @@ def _given(config: str | os.PathLike[str]) -> DetectedModel:
     if not (folder / INDEX).is_file():
         raise ErasureError(f"{folder} is not a diffusers folder: it contains no {INDEX}")
     return DetectedModel("given", f"a model as configured in {folder}", read_configs(folder))
+
+
+def _transformer(path: Any, config: Any, model: str, line: str, names: list[str]) -> DetectedModel:
+    """Return how a transformer under its original names is opened: beside the parts of a diffusers folder."""
+    if any(name.endswith(("scale_weight", "weight_scale", "scaled_fp8", ".absmax")) for name in names):
+        raise ErasureError(
+            f"{path}: this {model} is quantised with scales of its own, which are not read: take the file in bf16, "
+            "fp16 or plain fp8. Nothing was loaded"
+        )
+    folder = Path(config) if config is not None else None
+    if folder is None or not (folder / INDEX).is_file():
+        given = f", and {config} is none" if config is not None else ""
+        raise ErasureError(
+            f"{path}: this is {model}'s transformer under its original names. Its text encoders, tokenizers and "
+            f"autoencoder are loaded from a diffusers folder of the same model{given}: give one with --model-config "
+            "(config=). The folder needs no weights of the transformer. Nothing was loaded"
+        )
+    files = read_configs(folder)
+    pipeline = files[INDEX].get("_class_name", "")
+    if not pipeline.startswith(line):
+        raise ErasureError(f"{path}: this is {model}'s transformer, but {folder} is a {pipeline}. Nothing was loaded")
+    return DetectedModel("transformer", f"{model}'s transformer, with the other parts of {folder}", files, {}, folder)
+
+
+def open_transformer(path: str | os.PathLike[str], cls: Any, config: Mapping[str, Any], **options: Any) -> Any:
+    """Load a transformer from a file with its original names.
+
+    Args:
+        path: the file.
+        cls: diffusers' class of the transformer.
+        config: its configuration.
+        options: arguments of diffusers' `from_single_file`.
+
+    Raises:
+        ErasureError: the weights do not fit the configuration.
+    """
+    with TemporaryDirectory(prefix="erasure-config-") as folder:
+        target = Path(folder, "transformer", "config.json")
+        target.parent.mkdir()
+        target.write_text(json.dumps(dict(config)), encoding="utf-8")
+        try:
+            part = cls.from_single_file(
+                os.fspath(path), config=folder, subfolder="transformer", local_files_only=True, **options
+            )
+        except (ValueError, RuntimeError, KeyError, OSError, TypeError, IndexError) as fault:
+            raise ErasureError(f"{path}: its transformer does not fit the configuration: {fault}") from None
+    if missing := [name for name, value in part.named_parameters() if value.is_meta]:
+        raise ErasureError(f"{path}: {len(missing)} weights of the transformer are missing (first: {missing[0]})")
+    return part
 
 
 def _own(path: Any, text: str) -> DetectedModel:

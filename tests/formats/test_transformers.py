@@ -85,7 +85,7 @@ def test_exports_are_read_back(dense, tmp_path):
     assert whole.payload.names("transformer") == patch.payload.names("transformer")
 
 
-@pytest.mark.parametrize("form", ["spm", "diff", "unet", "single-file"])
+@pytest.mark.parametrize("form", ["spm", "diff", "unet"])
 def test_formats_without_names_for_transformers_refuse_them(form, tmp_path):
     pipe = tiny_transformer("flux")
     with pytest.raises(ErasureError, match=r"transformer.*Nothing was written"):
