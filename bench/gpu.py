@@ -42,6 +42,7 @@ CUT: dict[str, dict[str, Any]] = {
     "advunlearn": {"warm_up": 0},
     "doco": {"anchor_count": 8, "retain_count": 8, "sample_steps": 2, "warm_up": 0},
     "mace": {"images": 2, "sample_steps": 2},
+    "negmerge": {"image_count": 8, "sample_steps": 2, "fine_tunes": 1, "scale": 1.0},
 }
 POOLS = {"trajectories": 2, "sample_steps": 5}  # PNDM needs at least 5 steps
 DRAWN = {"forget_count": 2, "retain_count": 2, "sample_steps": 2}
@@ -54,6 +55,7 @@ TINY: dict[str, dict[str, Any]] = {
     "doco": {"anchor_count": 2, "retain_count": 2, "sample_steps": 2, "warm_up": 1, "batch_size": 2},
     "gem": {"early_steps": 2, "sample_steps": 3, "retain_trajectories": 2, "retain_batch_size": 2},
     "mace": {"images": 2, "sample_steps": 2, "batch_size": 2},
+    "negmerge": {"image_count": 2, "sample_steps": 2, "fine_tunes": 1, "scale": 1.0, "batch_size": 2},
     "advunlearn": {**POOLS, **ADVERSARY, "batch_size": 2, "retain_batch_size": 2},
 }
 PROMPTS = ["cat", "a dog", "a painting of a house", "blueprint of a car"]

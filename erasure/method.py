@@ -198,6 +198,13 @@ class GradientMethod(ObjectiveOptions, Method):
         """Return the factor on the learning rate at a step."""
         return 1.0
 
+    def restarts(self, step: int) -> bool:
+        """Return whether Adam begins anew at a step, without the moments of the steps before."""
+        return False
+
+    def conclude(self, state: Any, run: Run) -> None:
+        """Do what follows the last update and precedes the patch; its calls of the UNet are counted and forecast."""
+
     def gate(self, state: Any) -> dict[str, Any]:
         """Return the gate of the patch, once training has ended."""
         return {"kind": "always"}
@@ -226,6 +233,7 @@ class GradientMethod(ObjectiveOptions, Method):
         state = train(self, base, concepts, run)
         try:
             with counting(base.network, run.costs):
+                self.conclude(state, run)
                 return FitResult(state.adapter.payload(), self.gate(state))
         finally:
             state.adapter.remove()

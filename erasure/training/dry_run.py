@@ -42,7 +42,8 @@ class Forecast:
         B: backward passes, counted in samples.
         seconds: on this machine, of the UNet's calls alone (of a closed form: of the whole solve); 0 without weights.
         model_bytes: the checkpoint in memory during the run.
-        training_bytes: masters, gradients and two Adam moments of what trains; of a closed form its matrices.
+        training_bytes: masters, gradients and two Adam moments of what trains, and what else its adapter holds; of a
+            closed form its matrices.
         activation_bytes: what the calls of a backward pass hold at most, beyond the gradients of what trains.
         prepare_bytes: the checkpoint and the largest call without gradients, before training starts.
         precision: of the UNet.
@@ -157,7 +158,10 @@ class _Elsewhere(Base):
 
 
 class Gated(Trainable, Protocol):
-    """The part of a gradient method that a forecast uses: what the loop calls, and the gate."""
+    """The part of a gradient method that a forecast uses: what the loop calls, what follows it, and the gate."""
+
+    def conclude(self, state: Any, run: Run) -> None:
+        """Do what follows the last update."""
 
     def gate(self, state: Any) -> dict[str, Any]:
         """Return the gate of the patch."""
@@ -193,6 +197,7 @@ def forecast_training(
             for step in range(method.iterations):
                 objective.backward(objective.reduce(method.loss(state, step)), params, run.scaler())
                 run.measure(step + 1)
+            method.conclude(state, run)
             method.gate(state)
         finally:
             state.adapter.remove()
@@ -240,7 +245,7 @@ def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> F
         counts.backward,
         seconds,
         sizes["model"],
-        STATE * trained,
+        STATE * trained + getattr(walk.adapter, "held_bytes", 0),
         sizes["backward"],
         sizes["wide"] + sizes["forward"],
         computing.precision or "fp32",

@@ -70,6 +70,9 @@ class Trainable(Optioned, Protocol):
     def rate(self, step: int) -> float:
         """Return the factor on the learning rate at a step."""
 
+    def restarts(self, step: int) -> bool:
+        """Return whether Adam begins anew at a step, without its moments."""
+
     def snapshot(self, state: Any) -> dict[str, Tensor]:
         """Return the tensors, besides the trained ones, that change from step to step."""
 
@@ -150,6 +153,8 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
         for step in bar:
             factor = 1.0 if rule is None else rule.rate
             optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step) * factor
+            if method.restarts(step):
+                optimizer.state.clear()
             terms = objective.reduce(method.loss(state, step))
             if not torch.isfinite(torch.stack(list(terms.values())).sum()):
                 raise _diverged(terms, step, run)

@@ -47,6 +47,7 @@ class Run:
         engine: how the UNet computes, already entered; None: as the base is, in this process alone.
         curves: how much is erased and kept in the course of the run; None measures nothing.
         rule: ends the run by its curves; None takes every update.
+        search: the measurements by which a number was chosen after the last update; None if none was.
         group: the processes that work on the run together.
     """
 
@@ -59,6 +60,7 @@ class Run:
     engine: Engine | None = None
     curves: Curves | None = None
     rule: StopRule | None = None
+    search: dict[str, Any] | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
 
     def open(self, settings: dict[str, Any]) -> None:
@@ -113,9 +115,9 @@ class Run:
         return True
 
     def record(self) -> dict[str, Any] | None:
-        """Return the curves, and why the rule ended the run, for a patch's header; None if nothing was measured."""
+        """Return the curves, and why the rule ended the run, or the search, for a patch's header; None if neither is."""
         if self.curves is None or not self.curves.steps:
-            return None
+            return self.search
         return {**self.curves.to_json(), **({"stop": self.rule.to_json()} if self.rule is not None else {})}
 
     def watch(self, step: int, terms: dict[str, Tensor], figures: Mapping[str, float]) -> None:

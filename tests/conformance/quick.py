@@ -62,6 +62,15 @@ QUICK = {
         "sample_steps": 2,
         "learning_rate": 1e-2,
     },
+    "negmerge": {
+        "iterations": 4,
+        "fine_tunes": 2,
+        "batch_size": 2,
+        "image_count": 2,
+        "sample_steps": 2,
+        "scale_steps": 2,
+        "learning_rate": 1e-3,
+    },
     "salun": {
         "iterations": 4,
         "batch_size": 2,
