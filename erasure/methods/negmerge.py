@@ -19,8 +19,8 @@ which the largest drift of neighbours is at most `most_drift`, the one that eras
 The header records the search and the share of weights whose signs agree. Published: the grid 0.05, 0.10, .., 1, the
 lowest accuracy on what is to be forgotten among those that keep 95 % of the accuracy on a control set.
 
-Cost: 2F per step for every image that the base draws; 1F + 1B per sample and update; for the search the states, and then
-one F for each state and value (for each kept state two).
+Cost: 2F per step for every image that the base draws; 1F + 1B per sample and update; the search takes the states' own
+cost and, for each value, 1F for each state (for each kept state 2F).
 
 Deviations: the paper forgets classes of classifiers and of CLIP; nothing is published for diffusion, so there is no
 parity mode. Its fine-tunes differ in their augmentation (published: 10 to 30), ours in learning rate, captions and the

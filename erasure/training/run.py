@@ -115,7 +115,7 @@ class Run:
         return True
 
     def record(self) -> dict[str, Any] | None:
-        """Return the curves, and why the rule ended the run, or the search, for a patch's header; None if neither is."""
+        """Return for a patch's header the curves and why the rule ended the run, or the search; None without both."""
         if self.curves is None or not self.curves.steps:
             return self.search
         return {**self.curves.to_json(), **({"stop": self.rule.to_json()} if self.rule is not None else {})}

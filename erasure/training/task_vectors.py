@@ -54,7 +54,7 @@ class TaskVectors(Weights):
         self.count += 1
 
     def merged(self) -> dict[str, Tensor]:
-        """Return tau, by parameter."""
+        """Return tau by the name of the parameter."""
         mean = {key: total / self.count for key, total in self._sum.items()}
         if not self.consensus:
             return mean

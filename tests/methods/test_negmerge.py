@@ -187,7 +187,7 @@ def test_the_forecast_counts_the_search_and_what_is_kept_of_the_fine_tunes(base)
 
 
 def test_styles_are_learnt_on_their_subjects(base):
-    _, state = prepared(base, [Concept("monet", kind="style")], image_count=2)
+    _, state = prepared(base, [Concept("monet", kind="style", keep=("red",))], image_count=2)
     assert {"monet style", "a dog in monet style"} & set(state.images.prompts)
     assert len(state.images) == len(state.pairs) > 2
     state.adapter.remove()

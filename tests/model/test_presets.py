@@ -170,8 +170,8 @@ def test_no_family_needs_settings_or_a_preset(method):
     with pytest.raises(
         ErasureError, match="no settings for this checkpoint.*--preset.*sd1.*learning_rate.*Nothing was"
     ):
-        settle(tiny, "cat", method, {"given": {"iterations": 3}})
-    own = settle(tiny, "cat", method, {"given": {"iterations": 3, "learning_rate": 1e-3}}).chosen
+        settle(tiny, "cat", method, {"given": {"iterations": 4}})
+    own = settle(tiny, "cat", method, {"given": {"iterations": 4, "learning_rate": 1e-3}}).chosen
     assert own.sources.get("measure_every", "the method's default") == "the method's default"
     assert settle(tiny, "cat", method, {}, preset="sd1").chosen.method.learning_rate <= 1e-3
     if methods.find(method).PARITY:
