@@ -8,7 +8,7 @@ from erasure.version import __version__
 
 EXAMPLES = """examples:
   erasure demo
-  erasure erase cat --method esd -o cat.safetensors
+  erasure erase cat -o cat.safetensors
   erasure generate "a cat" "a dog" --patch cat.safetensors -o out
   erasure evaluate cat --patch cat.safetensors -o report"""
 SECTIONS = {

@@ -135,14 +135,17 @@ def _without(whole: LowRank | Delta, part: LowRank | Delta, count: int) -> LowRa
 
 def _cut(label: str, whole: Layer, part: Layer, count: int) -> Layer:
     """Return a layer's factors without those of one patch, which stand next to the others', scaled to the new mean."""
-    (downs, ups, alpha), down = whole, part[0]
-    rank = down.shape[0]
+    (downs, ups, alpha), (down, up, own) = whole, part
+    rank, put = down.shape[0], alpha / downs.shape[0] * count
     starts = [i for i in range(downs.shape[0] - rank + 1) if torch.equal(downs[i : i + rank], down)]
+    # Patches that are multiples of one another have `down` in common.
+    change = up.double() * own / rank
+    apart = {i: float((ups[:, i : i + rank].double() * put - change).abs().max()) for i in starts}
+    starts = [i for i in starts if apart[i] <= 1e-5 * float(change.abs().max())]
     if len(starts) != 1:
         raise ErasureError(f"{label}: the factors of the patch are not in the average as they were put in")
     rows = [i for i in range(downs.shape[0]) if not starts[0] <= i < starts[0] + rank]
-    scale = alpha / downs.shape[0] * count / (count - 1)
-    return downs[rows], ups[:, rows] * scale, float(len(rows))
+    return downs[rows], ups[:, rows] * (put / (count - 1)), float(len(rows))
 
 
 def _names(patch: Patch) -> dict[str, list[str]]:

@@ -76,6 +76,15 @@ def test_one_after_the_other_can_be_taken_out_in_any_order_but_not_the_last(pipe
         remove(last, patches[1])
 
 
+@MAKERS
+def test_multiples_of_one_patch_are_told_apart(pipe, make):
+    patch = make(pipe, seed=1)
+    multiples = [patch, scale(patch, 0.5), scale(patch, -2.0)]
+    left, right = dense(remove(average(multiples), multiples[1])), dense(average([multiples[0], multiples[2]]))
+    for name, change in right.items():
+        assert (left[name] - change).abs().max() <= 1e-6 * dense(patch)[name].abs().max()
+
+
 def test_what_is_left_draws_what_the_average_of_the_others_draws(pipe):
     patches = contributors(pipe, delta_patch)
     latents = []
