@@ -30,6 +30,7 @@ from erasure.patch import Patch
 from erasure.patch.module_keys import TRANSFORMER
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
+from erasure.pipelines.quantised import is_quantised
 from erasure.version import __version__
 
 # The names of the architectures in modelspec headers (github.com/Stability-AI/ModelSpec).
@@ -220,7 +221,7 @@ def save_single_file(
 
     Raises:
         ErasureError: the architecture has no such layout, a gated patch is active (a single file cannot hold a gate),
-            or the file exists or cannot be written.
+            or weights are quantised, or the file exists or cannot be written.
     """
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -235,6 +236,8 @@ def save_single_file(
             f"{missing[0]} is not in memory, because the pipeline is offloaded. Load it without offloading. "
             "Nothing was written"
         )
+    if packed := [name for name, value in weights.items() if is_quantised(value)]:
+        raise ErasureError(f"{packed[0]} is quantised. Load the pipeline unquantised. Nothing was written")
     tensors = {
         name: value.detach().to("cpu", DTYPES[dtype] if dtype is not None else value.dtype).contiguous()
         for name, value in weights.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +14,9 @@ from erasure.errors import ErasureError
 from erasure.patch import LowRank, Patch, same_base
 from erasure.patch.fingerprint import fingerprint_tensors
 from erasure.patch.module_keys import find_module, find_parameter
+from erasure.pipelines.quantised import is_quantised, quantised_names
 
+log = logging.getLogger("erasure")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -27,8 +30,8 @@ def check_shapes(name: str, patch: Patch, component: str, module: nn.Module) -> 
         module: the component of the pipeline.
 
     Raises:
-        ErasureError: a layer is missing, has another shape, is not floating point, or cannot take low-rank terms. The
-            message says how many layers fit and which one is the first that does not.
+        ErasureError: a layer is missing, has another shape, cannot take low-rank terms, or is quantised and the patch
+            is not of low rank. The message says how many layers fit and which one is the first that does not.
     """
     names = patch.payload.names(component)
     parameters = {parameter: find_parameter(module, parameter) for parameter in names}
@@ -39,18 +42,36 @@ def check_shapes(name: str, patch: Patch, component: str, module: nn.Module) -> 
             f"that it changes (first missing: {missing[0]}). Was it made for another architecture?"
         )
     for parameter, value in parameters.items():
-        shape = patch.payload.shape(component, parameter)
+        shape, layer = patch.payload.shape(component, parameter), find_module(module, parameter.rpartition(".")[0])
+        if is_quantised(value):
+            _check_quantised(name, patch, component, parameter, layer)
+            continue
         if value is not None and tuple(value.shape) != shape:
             raise ErasureError(
                 f"patch {name!r} does not fit: {component}.{parameter} has shape {list(value.shape)} in the pipeline "
                 f"and {list(shape)} in the patch"
             )
-        if value is not None and not value.is_floating_point():
-            raise ErasureError(
-                f"{component}.{parameter} has dtype {value.dtype}, but patches need floating-point weights"
-            )
         if isinstance(patch.payload, LowRank):
-            _check_layer(component, parameter, find_module(module, parameter.removesuffix(".weight")))
+            _check_layer(component, parameter, layer)
+
+
+def _check_quantised(name: str, patch: Patch, component: str, parameter: str, layer: nn.Module | None) -> None:
+    """Check that a patch can act beside a quantised layer, whose weight may be packed into another shape."""
+    if not isinstance(patch.payload, LowRank):
+        raise ErasureError(
+            f"{component}.{parameter} is quantised, and weight differences cannot be added to it. Make a low-rank "
+            "patch of it (erasure patch resize --rank R), or load the base unquantised. Nothing was loaded"
+        )
+    if not isinstance(layer, nn.Linear):
+        raise ErasureError(
+            f"{component}.{parameter} belongs to a quantised {type(layer).__name__}; only Linear is known"
+        )
+    shape = patch.payload.shape(component, parameter)
+    if (layer.out_features, layer.in_features) != shape:
+        raise ErasureError(
+            f"patch {name!r} does not fit: {component}.{parameter} has shape {[layer.out_features, layer.in_features]} "
+            f"in the pipeline and {list(shape)} in the patch"
+        )
 
 
 def _check_layer(component: str, parameter: str, layer: nn.Module | None) -> None:
@@ -128,8 +149,23 @@ class Compatibility:
             if layout not in self._fitting:
                 check_shapes(name, patch, component, self._component(component))
                 self._fitting.add(layout)
-        if not force:
+        if not force and not self._quantised(name, patch):
             check_base(name, patch, self._pipe, self._fingerprint)
+
+    def _quantised(self, name: str, patch: Patch) -> bool:
+        """Return whether the patch touches quantised layers, whose base cannot be told by its weights; say so once."""
+        count = sum(
+            len(quantised_names(self._component(component), patch.payload.names(component)))
+            for component in patch.components
+        )
+        if count:
+            log.warning(
+                "%s: %d of the layers that it changes are quantised. There it acts beside the weights, and it cannot "
+                "be checked that the patch was made from this base",
+                name,
+                count,
+            )
+        return count > 0
 
 
 class Fingerprints:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from erasure.errors import ErasureError
 from erasure.patch.module_keys import NESTED, find_module, find_parameter
 from erasure.patch.payload import Delta, LowRank
+from erasure.pipelines.quantised import Beside, is_quantised
 
 Key = tuple[str, str]  # component, parameter name
 
@@ -44,6 +45,7 @@ class FoldedWeights:
         self._component = component
         self._base: dict[Key, Tensor] = {}
         self._folded: dict[Key, list[Share]] = {}
+        self.beside = Beside(component)  # what acts at quantised layers, which nothing can be folded into
         self._merged_loras: dict[Key, tuple[str, ...]] = {}  # LoRAs that peft had merged when the base was copied
 
     def base(self, component: str, name: str) -> Tensor:
@@ -59,6 +61,8 @@ class FoldedWeights:
     def fold(self, shares: list[Share]) -> None:
         """Set all weights to base + `shares`, and restore the base of parameters that no share changes any more.
 
+        At quantised layers the shares act beside the weights.
+
         Args:
             shares: the contributions of all patches that are to be folded in; an empty list restores the base.
 
@@ -72,6 +76,7 @@ class FoldedWeights:
                 for name in share.payload.names(component):
                     shares_of.setdefault((component, name), []).append(share)
         live = {key: self._live(*key) for key in {**shares_of, **self._base}}
+        live = {key: value for key, value in live.items() if not is_quantised(value)}
         for key in self._base:
             self._check_loras(key, live[key])
         with torch.no_grad():
@@ -81,6 +86,7 @@ class FoldedWeights:
                 else:
                     parameter.copy_(self._base[key])
                     del self._base[key], self._folded[key], self._merged_loras[key]
+        self.beside.set([(share.payload, share.strength) for share in shares])
 
     def _write(self, key: Key, parameter: Tensor, shares: list[Share]) -> None:
         if key in self._folded and [share.order for share in self._folded[key]] == [share.order for share in shares]:

@@ -262,6 +262,10 @@ class PatchMixin(LoraMixin):
             )
         if gated:
             log.warning("save_pretrained leaves out %s, because gates and guards are no weights", ", ".join(gated))
+        if stack.beside:
+            log.warning(
+                "save_pretrained leaves out what patches do at quantised layers, because it is not in the weights"
+            )
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:

@@ -357,6 +357,11 @@ class PatchStack:
         touched = {component for entry in self.gated.values() for component in entry.components}
         self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
+    @property
+    def beside(self) -> bool:
+        """Return whether patches act beside quantised layers, and so are not in the weights."""
+        return self._weights.beside.acts
+
     def _shares(self, loaded: dict[str, Loaded], fused: bool) -> list[Share]:
         return [
             Share(entry.patch.weights, entry.strength)

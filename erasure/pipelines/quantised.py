@@ -1,0 +1,77 @@
+"""Patches on quantised layers (8 or 4 bits: torchao, bitsandbytes, quanto, GGUF), which they cannot be folded into.
+
+To round base + change to 8 bits would lose most of a small change, and the base could not be restored. A low-rank patch
+therefore acts beside such a layer, as a gated one does: y = Q(W) x + s up(down(x)). The patch itself is not rounded, so
+the result differs from the patched full-precision model by the error of the quantised base alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from erasure.patch.module_keys import find_parameter
+from erasure.patch.payload import Delta, LowRank
+from erasure.pipelines.gated_lora import membranes
+
+SUBCLASSES = ("torchao", "optimum")  # packages whose tensors say that they are floating-point
+
+
+def is_quantised(value: Tensor | None) -> bool:
+    """Return whether a parameter holds quantised numbers."""
+    if value is None:
+        return False
+    return not value.is_floating_point() or type(value.data).__module__.partition(".")[0] in SUBCLASSES
+
+
+def quantised_names(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return those of the named parameters of a component that are quantised."""
+    return [name for name in names if is_quantised(find_parameter(module, name))]
+
+
+class Beside:
+    """The low-rank terms that act beside quantised layers, in every call.
+
+    Args:
+        component: function from the name of a component to its module.
+    """
+
+    def __init__(self, component: Callable[[str], nn.Module]) -> None:
+        self._component = component
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def acts(self) -> bool:
+        """Return whether anything acts beside the weights."""
+        return bool(self._handles)
+
+    def set(self, terms: Sequence[tuple[LowRank | Delta, float]]) -> None:
+        """Let these payloads act beside all their quantised layers, and nothing else.
+
+        Args:
+            terms: each payload with its strength.
+        """
+        parts = []
+        for payload, strength in terms:
+            if isinstance(payload, LowRank) and (kept := self._quantised(payload)):
+                parts.append((LowRank(kept), torch.tensor([strength])))
+        pairs = membranes(parts, self._component, 1)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [membrane.attach(module) for membrane, module in pairs]
+
+    def _quantised(self, payload: LowRank) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
+        """Return the factors of a payload that belong to quantised layers."""
+        kept = {}
+        for name, layers in payload.layers.items():
+            paths = {
+                path: layer
+                for path, layer in layers.items()
+                if is_quantised(find_parameter(self._component(name), f"{path}.weight"))
+            }
+            if paths:
+                kept[name] = paths
+        return kept
