@@ -43,6 +43,14 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "dp": ALONE,
+    "eraseflow": {
+        **SMALL,
+        "last_steps": 1,
+        "random_steps": 1,
+        "retain_trajectories": 2,
+        "retain_batch_size": 2,
+        "learning_rate": 1e-2,
+    },
     "esd": {**SMALL, "learning_rate": 1e-3},
     "gem": {
         "iterations": 4,

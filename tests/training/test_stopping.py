@@ -138,7 +138,7 @@ def test_measurements_are_counted_and_the_plan_is_the_largest_cost(name, monkeyp
     # States of 8 levels, sampled with guidance: of 4 trajectories of the concept (with a neutral prompt that is not the
     # empty one, one more call), and of one for each word. Four measurements of these, and of the empty prompt.
     kept = len(patch.curves["kept"]) - 1
-    sampled = 8 * ((3 if name in ("doco", "gem", "salun") else 2) * 4 + 2 * kept)
+    sampled = 8 * ((3 if name in ("doco", "eraseflow", "gem", "salun") else 2) * 4 + 2 * kept)
     assert patch.costs["F"] == plain.costs["F"] + sampled + 4 * 8 * (4 + 2 * kept)
     assert patch.costs["B"] == plain.costs["B"]
     forecast = plan(tiny_pipeline(), "cat", name, **{**QUICK[name], "stop": "auto"})

@@ -42,6 +42,7 @@ class CrossAttention(Architecture):
         "x": ("cross-attention: query, key, value and output", holds(".attn2.")),
         "x-strict": ("cross-attention: key and value", ends("attn2.to_k", "attn2.to_v")),
         "qk": ("cross-attention: query and key", ends("attn2.to_q", "attn2.to_k")),
+        "attention": ("self- and cross-attention", holds(".attn1.", ".attn2.")),
         "selfattn": ("self-attention", holds(".attn1.")),
         "u": ("all but cross-attention", lambda path: ".attn2." not in path),
         "transformer": ("every layer of the transformer blocks", starts("transformer_blocks.")),
