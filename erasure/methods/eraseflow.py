@@ -35,7 +35,7 @@ weight decay, no clipping of gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -141,7 +141,7 @@ class EraseFlow(GradientMethod):
         led = all_anchored(base, concepts) if self.guide == "nearest" else concepts
         pairs = [pair for concept in led for pair in concept.prompt_pairs()]
         kept = self.kept(base, concepts, run.seed)
-        options = {"steps": self.sample_steps, "guidance": self.trajectory_guidance}
+        options: dict[str, Any] = {"steps": self.sample_steps, "guidance": self.trajectory_guidance}
         count = max(self.trajectories, len(pairs))  # at least one for each prompt
         paths = kept_paths(run.path("paths.safetensors"), base, pairs, count=count, seed=run.seed, **options)
         retain = None
@@ -257,13 +257,23 @@ class Batch:
 def drawn(state: State, paths: Paths, rows: Tensor, at: Tensor) -> Batch:
     """Return the transitions at the steps `at` [n] of the trajectories `rows` [n]."""
     steps, device = [state.steps[int(i)] for i in at], state.base.device
-    outputs = (getattr(paths, name)[rows, at].to(device) for name in ("neutral", "guide", "concept"))
-    numbers = (
-        torch.tensor([getattr(step, name) for step in steps], device=device) for name in ("deviation", "ratio", "added")
+
+    def number(name: str) -> Tensor:
+        return torch.tensor([getattr(step, name) for step in steps], device=device)
+
+    return Batch(
+        pair=paths.pair[rows],
+        x=paths.x[rows, at].to(device),
+        after=paths.x[rows, at + 1].to(device),
+        t=number("t"),
+        neutral=paths.neutral[rows, at].to(device),
+        guide=paths.guide[rows, at].to(device),
+        concept=paths.concept[rows, at].to(device),
+        deviation=number("deviation"),
+        ratio=number("ratio"),
+        added=number("added"),
+        steps=steps,
     )
-    times = torch.tensor([step.t for step in steps], device=device)
-    states = (paths.x[rows, index].to(device) for index in (at, at + 1))
-    return Batch(paths.pair[rows], *states, times, *outputs, *numbers, steps)
 
 
 @dataclass
