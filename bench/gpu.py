@@ -57,6 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mace": {"images": 2, "sample_steps": 2, "batch_size": 2},
     "negmerge": {"image_count": 2, "sample_steps": 2, "fine_tunes": 1, "scale": 1.0, "batch_size": 2},
     "eraseflow": {**POOLS, "batch_size": 2, "retain_trajectories": 2, "retain_batch_size": 2},
+    "receler": {**POOLS, "attack_steps": 2, "batch_size": 2},
     "advunlearn": {**POOLS, **ADVERSARY, "batch_size": 2, "retain_batch_size": 2},
 }
 PROMPTS = ["cat", "a dog", "a painting of a house", "blueprint of a car"]

@@ -96,3 +96,21 @@ def attended(maps: Sequence[Tensor], first: int, end: int, where: Tensor) -> Ten
         shown = layer[..., first:end] * near.flatten(1)[:, None, :, None]
         total = total + shown.flatten(1).norm(dim=1).mean()
     return total
+
+
+def outside(outputs: Sequence[Tensor], where: Tensor) -> Tensor:
+    """Return the mean square of layers' outputs on the pixels outside of the mask (Receler, arXiv 2311.17717).
+
+    The mean is over channels and pixels, then over samples and layers; a sample that is all object counts as 0.
+
+    Args:
+        outputs: of each layer [n, pixels, channels].
+        where: the masks [n, height, width], of the latents' size; each layer takes the nearest pixels.
+    """
+    total = torch.zeros((), device=where.device)
+    for layer in outputs:
+        near = F.interpolate((~where[:, None]).float(), sides(layer.shape[1], *where.shape[1:]), mode="nearest")
+        away = near.flatten(1)
+        squares = layer.float().square().mean(2)
+        total = total + ((away * squares).sum(1) / away.sum(1).clamp_min(1)).mean() / len(outputs)
+    return total

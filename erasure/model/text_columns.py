@@ -115,6 +115,15 @@ def unit(base: Base, states: Tensor) -> float:
     return 1.0 if base.architecture.causal_text else float(states.double().square().mean())
 
 
+def named_pairs(concept: Concept) -> list[Pair]:
+    """Return the concept's prompts with the name in each; a prompt without one is all name."""
+    names = sorted(concept.names, key=len, reverse=True)
+    return [
+        Pair(prompt, next((name for name in names if name in prompt), prompt), instead)
+        for prompt, instead in concept.prompt_pairs()
+    ]
+
+
 def places_of_name(base: Base, pair: Pair) -> tuple[int, int]:
     """Return the place of the first token of the name in a pair's prompt, and the place behind its last."""
     start = pair.prompt.rindex(pair.name)

@@ -148,6 +148,7 @@ class LowRankTerm:
             raise ErasureError(f"rank={rank}: must be at least 1")
         self.component, self.alpha, self.scale = component, float(alpha or rank), float(alpha or rank) / rank
         self._on = True
+        self._added: dict[str, Tensor] | None = None
         self._params: dict[str, nn.Parameter] = {}
         self._handles = []
         module.requires_grad_(False)
@@ -179,8 +180,12 @@ class LowRankTerm:
             x, down, up = inputs[0], self._params[f"{path}.down"], self._params[f"{path}.up"]
             if isinstance(target, nn.Conv2d):
                 low = F.conv2d(x, down.to(x.dtype), None, target.stride, target.padding, target.dilation)  # type: ignore[arg-type]
-                return output + self.scale * F.conv2d(low, up.to(x.dtype))
-            return output + self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+                added = self.scale * F.conv2d(low, up.to(x.dtype))
+            else:
+                added = self.scale * F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+            if self._added is not None:
+                self._added[path] = added
+            return output + added
 
         return add
 
@@ -193,6 +198,16 @@ class LowRankTerm:
         """Switch the low-rank term off inside the context."""
         with self._set(False):
             yield
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[str, Tensor]]:
+        """Hold what the term adds to each module's output in the last call inside the context, with its graph."""
+        added: dict[str, Tensor] = {}
+        self._added = added
+        try:
+            yield added
+        finally:
+            self._added = None
 
     @contextmanager
     def on(self) -> Iterator[None]:

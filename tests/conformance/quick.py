@@ -88,6 +88,7 @@ QUICK = {
         "learning_rate": 1e-3,
     },
     "rece": ALONE,
+    "receler": {**SMALL, "attack_steps": 2, "attack_rows": 3, "rank": 2, "learning_rate": 1e-2},
     "sld": {},
     "slug": {"clip": CLIP, "step": 0.3, "forget_count": 3, "retain_count": 3, "sample_steps": 2},
     "speed": ALONE,
@@ -120,9 +121,9 @@ def changes(patch: Patch) -> dict[str, torch.Tensor]:
     }
 
 
-def left_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    """Leave a run right after its first checkpoint, at its second update, as a kill there would."""
-    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
+def left_at_a_checkpoint(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], at: int = 2) -> None:
+    """Leave a run right after its first checkpoint, at its second update or another, as a kill there would."""
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", at)
     real = loop._write
 
     def killed(*arguments):

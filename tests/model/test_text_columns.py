@@ -9,7 +9,7 @@ from erasure.concepts.concept import Concept
 from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.model.base import Base
-from erasure.model.text_columns import Pair, checked_names, last_place, states_of, states_of_pair
+from erasure.model.text_columns import Pair, checked_names, last_place, named_pairs, states_of, states_of_pair
 from tests.tiny import LENGTH, tiny_pipeline
 
 
@@ -81,3 +81,12 @@ def test_a_text_encoder_in_half_precision_gives_nearly_the_same_patch():
 
 ALONE = {"guide": "empty", "contexts": False, "keep": "listed"}
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+
+
+def test_the_name_is_found_in_each_prompt():
+    concept = Concept("van", aliases=("van gogh",), prompts=("a photo of {}", "a painting"), anchor="monet")
+    assert [(pair.prompt, pair.name, pair.instead) for pair in named_pairs(concept)] == [
+        ("a photo of van", "van", "monet"),
+        ("a photo of van gogh", "van gogh", "monet"),
+        ("a painting", "a painting", "monet"),
+    ]
