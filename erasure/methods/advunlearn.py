@@ -104,6 +104,7 @@ class AdvUnlearn(GradientMethod):
     method: ClassVar[str] = "advunlearn"
     FORGET: ClassVar[str] = "erase"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories")
     NO_STOP: ClassVar[str] = (
         "the measurements do not see the attacker: the plain prompt is erased long before the encoder resists attacks"
     )

@@ -100,6 +100,7 @@ class SalUn(GradientMethod):
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
     FORGET: ClassVar[str] = "relabel"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
+    PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "forget_count")
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 605,  # 5 epochs of 121 batches
         "forget_count": 968,  # an Imagenette class has 858 to 993 photographs

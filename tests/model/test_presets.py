@@ -12,6 +12,7 @@ from erasure import config, methods
 from erasure.concepts.concept import KINDS, Concept
 from erasure.erasing import settle
 from erasure.errors import ErasureError
+from erasure.method import GradientMethod
 from erasure.model import presets
 from erasure.model.base import Base
 from erasure.model.loading import sampling_of
@@ -162,6 +163,14 @@ def test_concepts_together_and_members():
     assert settle(base("sd1"), "nudity", "spm", {}).chosen.method.iterations == 15_000  # four words for one thing
     glyph = Base("glyph", tiny_pipeline())
     assert settle(glyph, "weapon", "spm", {}).chosen.method.iterations == 500  # five things
+
+
+@pytest.mark.parametrize("method", methods.names(GradientMethod))
+def test_each_of_several_concepts_gets_as_many_updates_as_one(method):
+    one = settle(base("sd1"), ["cat"], method, {}).chosen.method.iterations
+    assert settle(base("sd1"), ["cat", "dog", "cow"], method, {}).chosen.method.iterations == 3 * one
+    given = settle(base("sd1"), ["cat", "dog"], method, {"given": {"iterations": 77}})
+    assert given.chosen.method.iterations == 77
 
 
 @pytest.mark.parametrize("method", OWN)
