@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from erasure.model.single_file import VERSIONS
 from erasure.patch import Delta, Guard, LowRank, Patch
 from erasure.patch.module_keys import TRANSFORMER
 from erasure.patch.serialization import kohya_keys, text_width, two_encoders
 
 Keys = tuple[tuple[str, str], ...]
-BASES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # width of the text embedding -> family
 PROJECTIONS = 4  # of an attention layer: q, k, v and out
 _LINEAR = r"(mlp_fc[12]|self_attn_(q|k|v|out)_proj)"
 
@@ -71,7 +71,7 @@ ONE_ALPHA = ("diffusers",)
 
 def family(payload: LowRank | Delta) -> str:
     """Return the family of the base, sd1, sd2 or sdxl; sd1 if the payload does not show it."""
-    return "sdxl" if two_encoders(payload) else BASES.get(text_width(payload) or 0, "sd1")
+    return "sdxl" if two_encoders(payload) else VERSIONS.get(text_width(payload) or 0, "sd1")
 
 
 def missed(loader: str, payload: LowRank | Delta) -> list[str]:
