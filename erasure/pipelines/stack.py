@@ -296,11 +296,15 @@ class PatchStack:
         """
         gated, runtime = self._deciding, self.gated
         scope.enter_context(self._bypass_warning.decided())
-        readers = (name for name, entry in runtime.items() if entry.form and entry.form.NEEDS_PROMPTS)
-        blind = dict.fromkeys([*gated, *readers])
-        if blind and prompts is None:
+        readers = [name for name, entry in runtime.items() if entry.form and entry.form.NEEDS_PROMPTS]
+        if readers and prompts is None:
             raise ErasureError(
-                f"{named(map(repr, blind))}: gated by the prompt, but only prompt_embeds were given. Pass the "
+                f"{named(map(repr, readers))}: reads the words of the prompt, but only prompt_embeds were given. Pass "
+                "the texts with erasure_prompts=[...], or disable the patches with set_patches()"
+            )
+        if gated and prompts is None:
+            raise ErasureError(
+                f"{named(map(repr, gated))}: gated by the prompt, but only prompt_embeds were given. Pass the "
                 "texts with erasure_prompts=[...], disable the gates with fuse_patches(), or disable the patches with "
                 "set_patches()"
             )

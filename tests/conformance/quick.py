@@ -89,6 +89,7 @@ QUICK = {
     },
     "rece": ALONE,
     "receler": {**SMALL, "attack_steps": 2, "attack_rows": 3, "rank": 2, "learning_rate": 1e-2},
+    "safree": {},
     "sld": {},
     "slug": {"clip": CLIP, "step": 0.3, "forget_count": 3, "retain_count": 3, "sample_steps": 2},
     "speed": ALONE,

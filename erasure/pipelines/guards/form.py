@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from erasure.config import build, check_settings
@@ -167,3 +168,15 @@ def rows_of(sample: Tensor, prompts: int) -> tuple[int, bool]:
             f"{prompts} rows, and {2 * prompts} under classifier-free guidance"
         )
     return rows - prompts, rows != prompts
+
+
+def begun(time: Any, scheduler: Any, rows: int) -> Tensor:
+    """Return for each row of a batch which share of the noise schedule is left, 1 at its noisy end [rows].
+
+    Args:
+        time: the timesteps of the network's call, one for all rows or one for each.
+        scheduler: the pipeline's scheduler.
+        rows: number of rows.
+    """
+    times = torch.as_tensor(time).detach().flatten().double().cpu() / scheduler.config.num_train_timesteps
+    return times.expand(rows) if len(times) == 1 else times

@@ -33,6 +33,7 @@ from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import signal_and_noise
 from erasure.pipelines.guards.form import Acting, Drawing, Form, rows_of
+from erasure.pipelines.guards.network_text import with_text
 from erasure.pipelines.replaced_forward import ReplacedForward, pick, prediction, split, with_prediction
 
 
@@ -173,29 +174,3 @@ class SafetyGuidance(ReplacedForward):
             return 1.0
         signal, noise = (part.item() for part in signal_and_noise(self._scheduler, time.reshape(1)))
         return signal if kind == "v_prediction" else -signal / noise
-
-
-def with_text(args: Sequence[Any], kwargs: dict[str, Any], conditions: Conditions) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments of a network's call after the latents, with other text conditions in them.
-
-    Args:
-        args: the positional arguments after the latents: the timestep, perhaps the text states.
-        kwargs: the named arguments.
-        conditions: the conditions of as many samples.
-    """
-    args, kwargs = list(args), dict(kwargs)
-    before = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
-    states = conditions.states.to(before)
-    if "encoder_hidden_states" in kwargs:
-        kwargs["encoder_hidden_states"] = states
-    else:
-        args[1] = states
-    if conditions.pooled is not None:
-        pooled = conditions.pooled.to(before)
-        if kwargs.get("pooled_projections") is not None:
-            kwargs["pooled_projections"] = pooled
-        elif "text_embeds" in (kwargs.get("added_cond_kwargs") or {}):
-            kwargs["added_cond_kwargs"] = {**kwargs["added_cond_kwargs"], "text_embeds": pooled}
-    if conditions.mask is not None:
-        kwargs["encoder_attention_mask"] = conditions.mask.to(before.device)
-    return args, kwargs
