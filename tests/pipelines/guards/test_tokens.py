@@ -248,13 +248,18 @@ def test_on_xl_each_encoder_filters_its_own_states_and_the_pooled_text():
     pooled = []
     handle = pipe.unet.add_embedding.register_forward_pre_hook(lambda module, args: pooled.append(args[0][:, :24]))
     pipe.load_patch(guard("cat", margin=0.0))
-    found = read(pipe, ["a red cat"])[0][1]
+    found = read(pipe, ["a red cat"], steps=2)[0][1]
     handle.remove()
     moved = (found - plain.states[0]).abs() > 1e-3
     # By chance of these weights, the triggers of the first encoder are "a" and "red", that of the second is "cat".
     assert [place for place in range(12) if moved[place, :32].any()] == [1, 2]
     assert [place for place in range(12) if moved[place, 32:].any()] == [3]
     assert not torch.allclose(pooled[0][1], plain.pooled[0], atol=1e-3)
+    pipe.unload_patches()
+    pipe.load_patch(guard("cat", margin=0.2, padding=True))
+    second = read(pipe, ["a red cat"], steps=2)[0][1]
+    assert torch.equal(second[:, :32], plain.states[0][:, :32])  # the first encoder has no trigger any more
+    assert (second[4:, 32:] != plain.states[0][4:, 32:]).any(1).all()
     with torch.no_grad():
         concept = pipe.text_encoder_2(token_ids(pipe.tokenizer_2, ["cat"]))[0][0]
     assert abs(float(pooled[0][1] @ concept)) < 1e-3 * float(concept.norm() * pooled[0][1].norm())
