@@ -148,6 +148,15 @@ def test_the_projection_decides_how_many_steps_are_filtered():
     assert counts == [5, 7, 2]
 
 
+@pytest.mark.parametrize(("aside", "filtered"), [(-0.005, True), (0.005, False)])
+def test_beta_is_the_mean_over_the_tokens_with_start_and_end(aside, filtered):
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    _, _, beta = derived(pipe, "a red cat", ["cat"], 0.05)
+    pipe.load_patch(guard("cat", margin=0.05, midpoint=beta + aside, slope=1e4))
+    (found,) = read(pipe, ["a red cat"])
+    assert torch.equal(found[1], Base("", pipe).encode(["a red cat"])[0]) != filtered
+
+
 def test_without_a_trigger_every_bit_is_kept_and_unloading_leaves_no_trace():
     pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
     base = latents(pipe, PROMPTS)
