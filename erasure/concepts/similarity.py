@@ -1,16 +1,22 @@
-"""Similarity of two texts: by the text encoder's state at the end token, or as SPM's text gate measures it."""
+"""Similarity of two texts: by the text encoder's state at the end token, or as SPM's text gate measures it.
+
+The gate's measure was made for CLIP; of other encoders, such as T5, single tokens are compared (`token_states.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from erasure.concepts.token_states import Reference, nearness, reference, token_states
 from erasure.concepts.vocabulary import Vocabulary
 from erasure.errors import ErasureError
+
+LEAST = 1e-6  # of 1 - f
 
 
 class Encoder(Protocol):
@@ -63,32 +69,36 @@ class TextStates:
     Args:
         texts: n texts.
         flat: the text encoder's last hidden state of each, flattened over all token positions and normalised to length
-            1 [n, tokens * width].
+            1 [n, tokens * width]; of encoders other than CLIP it has no columns.
         words: the tokens of each, without the special ones.
+        rows: of encoders other than CLIP, the normalised states of each [tokens, width].
+        floors: of these encoders, f of each (`token_states.py`).
     """
 
     texts: list[str]
     flat: Tensor
     words: list[set[int]]
+    rows: list[Tensor] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
 
     def take(self, rows: list[int]) -> TextStates:
         """Return some of the texts, by their row numbers."""
-        return TextStates([self.texts[row] for row in rows], self.flat[rows], [self.words[row] for row in rows])
+        lists = ([column[row] for row in rows] if column else [] for column in (self.rows, self.floors))
+        return TextStates([self.texts[row] for row in rows], self.flat[rows], [self.words[row] for row in rows], *lists)
 
     @classmethod
     def join(cls, parts: list[TextStates]) -> TextStates:
         """Return the texts of several in one."""
         if len(parts) == 1:
             return parts[0]
-        texts, words = [[item for part in parts for item in getattr(part, key)] for key in ("texts", "words")]
-        return cls(texts, torch.cat([part.flat for part in parts]), words)
+        lists = {
+            key: [item for part in parts for item in getattr(part, key)] for key in ("texts", "words", "rows", "floors")
+        }
+        return cls(flat=torch.cat([part.flat for part in parts]), **lists)
 
 
 def gate_encoder(pipe: Any) -> tuple[Any, Any]:
-    """Return the tokenizer and the text encoder that gates compare texts with: the first loaded pair that is no T5.
-
-    The rule was made for CLIP: its states are causal, so what precedes a word does not depend on it, and padding
-    repeats the end of the text. T5 has neither property, and its states at padding are arbitrary.
+    """Return the tokenizer and the text encoder that gates compare texts with: the first CLIP, or else the first.
 
     Args:
         pipe: a diffusers pipeline.
@@ -99,12 +109,19 @@ def gate_encoder(pipe: Any) -> tuple[Any, Any]:
     pairs = [(getattr(pipe, f"tokenizer{end}", None), getattr(pipe, f"text_encoder{end}", None)) for end in ("", "_2")]
     loaded = [pair for pair in pairs if None not in pair]
     for tokenizer, encoder in loaded:
-        if "t5" not in str(getattr(getattr(encoder, "config", None), "model_type", "")):
+        if has_end_state(encoder):
             return tokenizer, encoder
-    has = "only T5, for which the gate's rule does not hold" if loaded else "no such pair"
+    if loaded:
+        return loaded[0]
     raise ErasureError(
-        f"a text gate needs a tokenizer and a text encoder such as CLIP, and this {type(pipe).__name__} holds {has}"
+        f"a text gate needs a tokenizer and a text encoder, and this {type(pipe).__name__} holds no such pair"
     )
+
+
+def has_end_state(encoder: Any) -> bool:
+    """Tell whether CLIP's rule holds for an encoder: whether it is a CLIP, or of no kind that is known."""
+    kind = str(getattr(getattr(encoder, "config", None), "model_type", ""))
+    return not kind or "clip" in kind
 
 
 def token_rows(pipe: Any, texts: list[str]) -> Tensor:
@@ -120,6 +137,7 @@ def text_states(
     texts: list[str],
     dtype: torch.dtype = torch.float64,
     known: Mapping[tuple[int, ...], Tensor] | None = None,
+    measure: Reference | None = None,
 ) -> TextStates:
     """Encode texts, to compare them with `gammas`.
 
@@ -128,11 +146,18 @@ def text_states(
         texts: n different texts.
         dtype: number format of the normalised states.
         known: states [tokens, width] that the text encoder has already computed, by tokens; only others are encoded.
+        measure: what `measured` returned for this encoder; None measures it again, if it is needed.
 
     Raises:
         ErasureError: the pipeline has no pair of tokenizer and text encoder.
     """
-    _, encoder = gate_encoder(pipe)
+    tokenizer, encoder = gate_encoder(pipe)
+    if not has_end_state(encoder):
+        unit = measure or reference(pipe, tokenizer, encoder, dtype)
+        found, tokens_of = token_states(pipe, tokenizer, encoder, texts, dtype)
+        rows_of = [unit.normal(state) for state in found]
+        floors = [unit.floor(row, words) for row, words in zip(rows_of, tokens_of, strict=True)]
+        return TextStates(texts, torch.empty(len(texts), 0, dtype=dtype), tokens_of, rows_of, floors)
     ids = token_rows(pipe, texts)
     rows, states = [tuple(row) for row in ids.tolist()], dict(known or {})
     missing = [number for number, row in enumerate(rows) if row not in states]
@@ -141,14 +166,25 @@ def text_states(
             encoded = encoder(ids[missing].to(pipe._execution_device)).last_hidden_state
         states |= {rows[number]: state for number, state in zip(missing, encoded, strict=True)}
     flat = torch.stack([states[row].flatten().cpu().to(dtype) for row in rows])
-    special = set(gate_encoder(pipe)[0].all_special_ids)
+    special = set(tokenizer.all_special_ids)
     return TextStates(texts, torch.nn.functional.normalize(flat, dim=1), [set(row) - special for row in rows])
+
+
+def measured(pipe: Any, dtype: torch.dtype = torch.float64) -> Reference | None:
+    """Return what `text_states` measures texts against on a pipeline; None where CLIP's rule holds.
+
+    Raises:
+        ErasureError: the pipeline has no pair of tokenizer and text encoder.
+    """
+    tokenizer, encoder = gate_encoder(pipe)
+    return None if has_end_state(encoder) else reference(pipe, tokenizer, encoder, dtype)
 
 
 def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
     """Return the similarity gamma of each prompt to each text (SPM, Lyu et al. 2024, arXiv 2312.16145, eq. 8).
 
-    gamma = min(1, max(cosine of the flattened text states, share of the text's tokens that the prompt contains)).
+    gamma = min(1, max(cosine of the flattened text states, share of the text's tokens that the prompt contains)); of
+    encoders other than CLIP, how near single tokens come stands for the cosine (`token_states.py`).
 
     Args:
         prompts: n prompts.
@@ -158,7 +194,16 @@ def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
         n rows of m values, each at most 1.
     """
     # Prompt by prompt: in a product of matrices the rounding of a row would depend on the other prompts of the call.
-    cosines = [(texts.flat @ prompt).tolist() for prompt in prompts.flat.to(texts.flat.dtype)]
+    if texts.rows:
+        cosines = [
+            [
+                (nearness(row.to(text), text) - f) / max(LEAST, 1 - f)
+                for text, f in zip(texts.rows, texts.floors, strict=True)
+            ]
+            for row in prompts.rows
+        ]
+    else:
+        cosines = [(texts.flat @ prompt).tolist() for prompt in prompts.flat.to(texts.flat.dtype)]
     return [
         [
             1.0 if prompt == text else min(1.0, max(cosine, len(has & words) / len(words) if words else 0.0))
@@ -171,7 +216,7 @@ def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
 def similarities(pipe: Any, prompts: list[str], texts: list[str]) -> list[list[float]]:
     """Encode prompts and texts, and return their `gammas`.
 
-    The text encoder is the pipeline's first one that is loaded, also where there are two (XL).
+    The text encoder is the first CLIP that is loaded, also where there are two (XL), or else the first encoder.
 
     Args:
         pipe: a diffusers pipeline.

@@ -153,12 +153,12 @@ class SPM(GradientMethod):
         """Choose prompts and anchors, build the pool and put the membranes in place.
 
         Raises:
-            ErasureError: no word is left to be an anchor, no module fits the variant, or the text encoder is T5 alone.
+            ErasureError: no word is left to be an anchor, no module fits the variant, or no text encoder is loaded.
         """
         named = [concept.bare_pairs() if self.parity else concept.prompt_pairs() for concept in concepts]
         pairs = [pair for prompts in named for pair in prompts]
         targets = base.targets(self.variant)
-        gate_encoder(base.pipe)  # refuses a text encoder that the gate cannot use, before anything is trained
+        gate_encoder(base.pipe)  # refuses a pipeline without one before anything is trained
         near = around(base, concepts)
         texts = [prompt_of(kind, word) for kind, word in retained(base, concepts)]
         if not texts:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasure.concepts.similarity import TextStates, gammas, gate_encoder, text_states
+from erasure.concepts.similarity import TextStates, gammas, gate_encoder, measured, text_states
+from erasure.concepts.token_states import Reference
 from erasure.errors import ErasureError
 
 BATCH = 64  # texts that the text encoder reads at a time
@@ -26,10 +27,11 @@ class GateTexts:
         self._rows: dict[str, int] = {}
         self._encoder: tuple[Any, ...] = ()
         self._seen: dict[tuple[int, ...], Tensor] = {}
+        self._measure: Reference | None = None
 
     def forget(self) -> None:
         """Discard the states, because the text encoder has changed."""
-        self._parts, self._rows, self._encoder, self._seen = [], {}, (), {}
+        self._parts, self._rows, self._encoder, self._seen, self._measure = [], {}, (), {}, None
 
     def keep(self, texts: Iterable[str]) -> None:
         """Drop all texts but these, because their patches were unloaded."""
@@ -51,10 +53,10 @@ class GateTexts:
         """
         if self._encoder != (stamp := _stamp(pipe)):
             self.forget()
-            self._encoder = stamp
+            self._encoder, self._measure = stamp, measured(pipe, torch.float32)
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         for start in range(0, len(new), BATCH):
-            part = text_states(pipe, new[start : start + BATCH], torch.float32)
+            part = text_states(pipe, new[start : start + BATCH], torch.float32, measure=self._measure)
             self._parts.append(part)
             self._rows |= {text: len(self._rows) + row for row, text in enumerate(part.texts)}
 
@@ -93,7 +95,7 @@ class GateTexts:
         self._parts = [TextStates.join(self._parts)]
         texts, distinct = self._parts[0], list(dict.fromkeys(prompts))
         seen, self._seen = self._seen, {}
-        states = text_states(pipe, distinct, torch.float32, seen)
+        states = text_states(pipe, distinct, torch.float32, seen, self._measure)
         rows = gammas(states, texts)
         return {prompt: dict(zip(texts.texts, row, strict=True)) for prompt, row in zip(distinct, rows, strict=True)}
 
