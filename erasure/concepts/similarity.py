@@ -83,8 +83,13 @@ class TextStates:
 
     def take(self, rows: list[int]) -> TextStates:
         """Return some of the texts, by their row numbers."""
-        lists = ([column[row] for row in rows] if column else [] for column in (self.rows, self.floors))
-        return TextStates([self.texts[row] for row in rows], self.flat[rows], [self.words[row] for row in rows], *lists)
+        return TextStates(
+            [self.texts[row] for row in rows],
+            self.flat[rows],
+            [self.words[row] for row in rows],
+            [self.rows[row] for row in rows] if self.rows else [],
+            [self.floors[row] for row in rows] if self.floors else [],
+        )
 
     @classmethod
     def join(cls, parts: list[TextStates]) -> TextStates:

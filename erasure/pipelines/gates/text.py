@@ -5,10 +5,10 @@ For a prompt p and each erased text c, the similarity is
     gamma = max(cos(flat E(p), flat E(c)), |tok(p) & tok(c)| / |tok(c)|)
 
 with E the last hidden state of the text encoder, [tokens, width], flattened over all token positions, and tok the set
-of tokens without the special ones. Of an encoder other than CLIP, such as PixArt's T5, how near single tokens come stands
-for the cosine (`concepts/token_states.py`). The strength is scale * gamma ** power, the largest over the texts, and 0 where
-gamma is below the threshold. The power is 1 in the paper and 2 in the published code, which scales both factors by
-gamma. The published code doubles gamma for styles, which is a scale of 4 with a power of 2.
+of tokens without the special ones. Of an encoder other than CLIP, such as PixArt's T5, how near single tokens come
+stands for the cosine (`concepts/token_states.py`). The strength is scale * gamma ** power, the largest over the texts,
+and 0 where gamma is below the threshold. The power is 1 in the paper and 2 in the published code, which scales both
+factors by gamma. The published code doubles gamma for styles, which is a scale of 4 with a power of 2.
 """
 
 from __future__ import annotations
