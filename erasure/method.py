@@ -37,6 +37,7 @@ from erasure.training.memory import size_of
 from erasure.training.objective import ObjectiveOptions, Terms
 from erasure.training.reweighting import Samples, squared
 from erasure.training.run import FitResult, Run
+from erasure.training.sparsity import SparsityOptions, check_sparsity
 
 
 class Method(ABC):
@@ -105,7 +106,7 @@ class Method(ABC):
             raise ErasureError(f"{self.method}: {'; '.join(faults)}. Leave the option out; nothing was changed")
 
 
-class GradientMethod(ObjectiveOptions, Method):
+class GradientMethod(ObjectiveOptions, SparsityOptions, Method):
     """A method that trains: settings with `prepare` and `loss`, run by the one training loop.
 
     What `loss` returns may depend only on the state, the step and the trained tensors, so that a resumed run is the
@@ -124,6 +125,7 @@ class GradientMethod(ObjectiveOptions, Method):
     measure_every: int = 0
     stop: str = "never"
     NO_STOP: ClassVar[str] = ""  # why stop=auto has no meaning for the method; empty where it has
+    NO_SPARSITY: ClassVar[str] = ""  # why sparsity has no meaning for the method; empty where it has
 
     def __post_init__(self) -> None:
         """Check every setting, and that the options suit the method; raises ErasureError."""
@@ -138,6 +140,7 @@ class GradientMethod(ObjectiveOptions, Method):
                 f"{self.method}: surgery={self.surgery} has no meaning here: its loss has no term that retains, so "
                 "there is no gradient to protect. Leave surgery out; nothing was changed"
             )
+        check_sparsity(self, self.NO_SPARSITY)
         why = "the published script takes all its updates" if getattr(self, "parity", False) else self.NO_STOP
         if self.stop == "auto" and self.measure_every:
             raise ErasureError(

@@ -86,6 +86,7 @@ class MACE(GradientMethod):
 
     method: ClassVar[str] = "mace"
     NO_STOP: ClassVar[str] = "its loss is about attention maps, which the curves do not measure"
+    NO_SPARSITY: ClassVar[str] = "its terms are fused into other factors, which are not sparse"
     PARITY: ClassVar[dict[str, Any]] = {
         "guide": "script",
         "contexts": False,

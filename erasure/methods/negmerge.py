@@ -86,6 +86,7 @@ class NegMerge(GradientMethod):
 
     method: ClassVar[str] = "negmerge"
     NO_STOP: ClassVar[str] = "a fine-tune learns the concept; how much is erased shows when all of them are merged"
+    NO_SPARSITY: ClassVar[str] = "its fine-tunes start anew from the base, and the consensus of their signs is sparse"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "image_count")
 
     variant: str = "x"

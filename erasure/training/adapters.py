@@ -77,6 +77,10 @@ class Weights:
             mask = masks[key].to(param.device)
             self._handles.append(param.register_hook(lambda grad, mask=mask: grad * mask))
 
+    def origin(self, name: str) -> Tensor:
+        """Return what a trained tensor is where nothing is changed, the base's own, in fp32."""
+        return self._base[name].float()
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """Swap the base's tensors in, without copying any values."""
@@ -192,6 +196,10 @@ class LowRankTerm:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors by name, in fp32."""
         return self._params
+
+    def origin(self, name: str) -> Tensor:
+        """Return what a trained factor is where nothing is changed, which is 0."""
+        return torch.zeros_like(self._params[name])
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from erasure.training.loop import Trainable, observe
 from erasure.training.memory import Call, peaks
 from erasure.training.objective import Objective
 from erasure.training.run import FitResult, Run
+from erasure.training.sparsity import held_bytes
 
 PROBE = 4  # samples in the timed call
 COPY = 4  # bytes per trained parameter: fp32 weights that the stopping rule can go back to, or a second gradient
@@ -184,6 +185,7 @@ def forecast_training(
     """
 
     ends = method.stop == "auto"
+    held: list[int] = []
 
     def train(walk: Walk, base: Base) -> None:
         run = Run(seed=seed, progress=False)
@@ -194,6 +196,7 @@ def forecast_training(
                 observe(method, base, concepts, state, run, Counts())  # `_walk` counts all calls
             objective = Objective(method, base.scheduler.config.num_train_timesteps)
             params = state.adapter.parameters()
+            held.append(held_bytes(method.sparsity, params))
             for step in range(method.iterations):
                 objective.backward(objective.reduce(method.loss(state, step)), params, run.scaler())
                 run.measure(step + 1)
@@ -203,7 +206,7 @@ def forecast_training(
             state.adapter.remove()
 
     forecast = _forecast(_walk(base, train), base, computing, processes)
-    more = COPY * forecast.weights * (ends + (method.surgery != "none"))
+    more = COPY * forecast.weights * (ends + (method.surgery != "none")) + held[0]
     return replace(forecast, at_most=ends, training_bytes=forecast.training_bytes + more)
 
 

@@ -24,6 +24,7 @@ from erasure.training.adapters import Adapter
 from erasure.training.curves import Curves
 from erasure.training.objective import Objective, Optioned, Terms
 from erasure.training.run import Run
+from erasure.training.sparsity import Sparse, Sparsity
 from erasure.training.stopping import StopRule
 
 CHECKPOINT_EVERY = 25  # steps
@@ -31,7 +32,7 @@ STATE = "state.safetensors"
 PREPARED = "prepared.json"
 
 
-class Trainable(Optioned, Protocol):
+class Trainable(Optioned, Sparse, Protocol):
     """The part of a gradient method that the loop uses; see `erasure.method.GradientMethod`."""
 
     @property
@@ -140,9 +141,11 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
     start = _restore(restored, params, optimizer, scaler)
     curves, rule = run.curves, run.rule
     objective = Objective(method, base.scheduler.config.num_train_timesteps)
+    sparsity = Sparsity(method, adapter, run.seed)
     if restored:
         method.restore(state, _part(restored, "extra"))
         objective.restore(_part(restored, "objective"))
+        sparsity.restore(_part(restored, "sparsity"))
         if curves is not None:
             curves.restore(_part(restored, "curves"))
         if rule is not None:
@@ -153,16 +156,18 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
         for step in bar:
             factor = 1.0 if rule is None else rule.rate
             optimizer.param_groups[0]["lr"] = method.learning_rate * method.rate(step) * factor
-            if method.restarts(step):
+            if sparsity.begin(step) or method.restarts(step):
                 optimizer.state.clear()
             terms = objective.reduce(method.loss(state, step))
             if not torch.isfinite(torch.stack(list(terms.values())).sum()):
                 raise _diverged(terms, step, run)
             objective.backward(terms, params, scaler)
+            sparsity.gradients(step, scaler.get_scale())
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()  # the next calls shall not be held beside gradients that nobody needs
             _round(params, method.weight_rounding)
+            sparsity.settle(optimizer.param_groups[0]["lr"])
             if run.measure(step + 1) and curves is not None and rule is not None:
                 rule.see(step + 1, curves.erased[-1], curves.drift[-1], params, optimizer)
             run.watch(step + 1, terms, {"learning_rate": optimizer.param_groups[0]["lr"], **objective.figures})
@@ -171,6 +176,7 @@ def _descend(method: Trainable, base: Base, state: Any, run: Run, restored: dict
                 break
             if (step + 1) % CHECKPOINT_EVERY == 0 and run.folder is not None and run.group.main:
                 parts = {"extra": method.snapshot(state), "objective": objective.tensors()}
+                parts |= {"sparsity": sparsity.tensors()}
                 parts |= {"curves": curves.tensors()} if curves is not None else {}
                 parts |= {"stop": rule.tensors()} if rule is not None else {}
                 extra = {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}

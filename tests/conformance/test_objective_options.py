@@ -107,7 +107,8 @@ def test_own_settings_are_listed_before_those_that_all_methods_share():
     from erasure.config import fields_of
 
     names = [field.name for field in fields_of(METHODS["esd"])]
-    assert names[0] == "variant" and set(names[-3:]) == {"reweight", "reweight_temperature", "surgery"}
+    shared = {"reweight", "reweight_temperature", "surgery", "sparsity", "sparsity_l1", "sparsity_share"}
+    assert names[0] == "variant" and set(names[-8:]) == shared | {"sparsity_turn", "sparsity_rank"}
 
 
 def test_surgery_works_with_gradient_checkpointing():
