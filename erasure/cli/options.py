@@ -20,18 +20,23 @@ def add_model(parser: Parser, purpose: str = "to use") -> None:
         completes=FOLDER,
         help=f"Checkpoint {purpose}: glyph (bundled), a hub id (owner/name), a diffusers folder or a .safetensors file",
     )
+    add_model_config(model)
+    model.add(
+        "--variant", metavar="NAME", help="Variant of the weight files to load from a folder or hub id, such as fp16"
+    )
+    model.add("--dtype", metavar="DTYPE", names=choices.DTYPES, shown="fp32", help="Data type of the loaded weights")
+
+
+def add_model_config(model: Options) -> None:
+    """Say how to load a checkpoint that is one file."""
     model.add(
         "--model-config",
         metavar="TYPE",
         names=choices.checkpoint_kinds(),
         shown="detected and printed",
         help="Override the detected type of a .safetensors file, by a diffusers folder with its configuration or by "
-        "name",
+        "name; for a transformer (FLUX, Stable Diffusion 3), the folder with all else",
     )
-    model.add(
-        "--variant", metavar="NAME", help="Variant of the weight files to load from a folder or hub id, such as fp16"
-    )
-    model.add("--dtype", metavar="DTYPE", names=choices.DTYPES, shown="fp32", help="Data type of the loaded weights")
 
 
 def add_device(computing: Options) -> None:

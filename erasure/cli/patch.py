@@ -8,7 +8,7 @@ from typing import Any
 
 from erasure.cli import arithmetic, choices, patch_page
 from erasure.cli.arguments import FILE, Commands, Options, Parser
-from erasure.cli.options import add_file
+from erasure.cli.options import add_file, add_model_config
 from erasure.cli.output import say, table
 
 SECTIONS = {
@@ -70,12 +70,14 @@ def _import_arguments(parser: Parser) -> None:
     source.add(
         "--allow-pickle", action="store_true", help="Read a .pt or .pth file, as data only: nothing in it is executed"
     )
-    Options(parser, "model").add(
+    model = Options(parser, "model")
+    model.add(
         "--model",
         default="glyph",
         metavar="MODEL",
         help="Model that the file was made for; full weights are compared with it",
     )
+    add_model_config(model)
     add_file(Options(parser, "output"), text="Patch file to write")
 
 
@@ -103,6 +105,7 @@ def _export_arguments(parser: Parser) -> None:
         shown="the model that the patch names",
         help="Model to take the weights from, for formats that hold whole weights",
     )
+    add_model_config(model)
     model.add("--force", action="store_true", help="Use another base than the patch was made from if the shapes fit")
     add_file(Options(parser, "output"), text="File to write, or folder for whole models")
 
@@ -157,6 +160,7 @@ def run_import(args: argparse.Namespace) -> None:
         args.model,
         concepts=args.concept,
         allow_pickle=args.allow_pickle,
+        config=args.model_config,
     )
     patch.save(args.out)
     name = patch.config["format"]
@@ -187,6 +191,7 @@ def run_export(args: argparse.Namespace) -> None:
         args.model,
         rank=args.rank,
         force=args.force,
+        config=args.model_config,
     )
     lines: list[Any] = [f"{export.path}: written as {export.format}"]
     if export.error is not None:

@@ -47,6 +47,7 @@ def import_patch(
     *,
     concepts: Sequence[str] = (),
     allow_pickle: bool = False,
+    config: str | None = None,
 ) -> Patch:
     """Build a patch of a model from a published file; the config of the patch records the detected format.
 
@@ -57,6 +58,7 @@ def import_patch(
             name is loaded only after the file has been recognised.
         concepts: names of the erased concepts (default: those that the file records, else the name of the file).
         allow_pickle: whether to read pickles, as data only; no code in them is run.
+        config: how to load a model that is one file, passed by name (see `single_file.identify`).
 
     Returns:
         The patch, with the fingerprint of `model`.
@@ -72,7 +74,7 @@ def import_patch(
     if (source.kind == "checkpoint") != (kind == "checkpoint"):
         verb = "is" if source.kind == "checkpoint" else "is not"
         raise ErasureError(f"{source.path} {verb} the folder of a pipeline, so it cannot be imported as {name}")
-    base = _load_base(model)
+    base = _load_base(model, config)
     imported = FORMATS[kind].read(source, base)
     if name in METHODS:
         imported = dataclasses.replace(imported, method=name)
@@ -87,6 +89,7 @@ def export_patch(
     *,
     rank: int | None = None,
     force: bool = False,
+    config: str | None = None,
 ) -> Exported:
     """Write a patch in a published format.
 
@@ -97,6 +100,7 @@ def export_patch(
         model: the base, for formats that hold weights (default: the base that the patch names).
         rank: rank at which differences are approximated, for formats of low rank.
         force: whether to write weights onto another base than the patch was made from, provided that the shapes fit.
+        config: how to load a model that is one file, passed by name (see `single_file.identify`).
 
     Returns:
         The path, the format, the error of the approximation, and what is left out.
@@ -119,7 +123,7 @@ def export_patch(
     if target.write is not None:
         notes += target.write(patch, location)
     elif target.rewrite is not None:
-        base = _load_base(patch.base if model is None else model)
+        base = _load_base(patch.base if model is None else model, config)
         notes += target.rewrite(_with_fingerprint_of(base, patch) if force else patch, location, base)
     return Exported(location, name, error, tuple([*notes, *loaders.notes(name, patch.weights)]))
 
@@ -159,7 +163,7 @@ def _with_fingerprint_of(base: Base, patch: Patch) -> Patch:
     return dataclasses.replace(patch, base_fingerprint=prints)
 
 
-def _load_base(model: Model) -> Base:
+def _load_base(model: Model, config: str | None) -> Base:
     """Return the base; one that is passed by name is loaded on the CPU, because nothing is computed with it.
 
     Raises:
@@ -172,4 +176,4 @@ def _load_base(model: Model) -> Base:
             "the patch does not record the base that it was made from; name it with --model (model=). "
             "Nothing was written"
         )
-    return Base.load(model, device="cpu")
+    return Base.load(model, device="cpu", **({} if config is None else {"config": config}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from erasure.patch import Delta, LowRank
 from erasure.patch.loaders import LOADERS, missed
+from erasure.patch.module_keys import TRANSFORMER
 
 LOADS = {
     "erasure": ("spm", "kohya", "peft", "diff", "unet", "text-encoder", "checkpoint", "single-file", "unguide"),
@@ -29,6 +30,8 @@ def notes(form: str, payload: LowRank | Delta) -> list[str]:
         form: name of the format, one of `FORMATS`.
         payload: the change of the weights.
     """
+    if form == "single-file" and TRANSFORMER in payload.components:
+        return []  # a model, in which programs that know the model have every layer
     unmatched = {name: missed(name, payload) for name in takes(form)}
     return [
         f"{name} ignores {len(keys)} keys, for which it has no layer (first: {keys[0]})"

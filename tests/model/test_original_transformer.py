@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 
+from erasure.cli.main import main
 from erasure.errors import ErasureError
 from erasure.formats.import_export import export_patch, import_patch
 from erasure.formats.single_file import save_single_file
@@ -65,6 +68,7 @@ def test_a_patched_transformer_is_written_and_opened(tmp_path, folder, prefix):
     pipe = tiny_transformer("sd3")
     patch, file, before = made(pipe), tmp_path / "x.safetensors", weights(pipe)
     notes = export_patch(patch, file, "single-file", model=pipe).notes
+    assert len(notes) == 1
     same(weights(pipe), before)
     assert "transformer alone" in " ".join(notes) and "diffusion_models" in " ".join(notes)
     tensors = {f"{prefix}{name}": value for name, value in load_file(file).items()}
@@ -89,6 +93,21 @@ def test_the_file_is_imported_as_a_patch(tmp_path):
     for name in patch.payload.names("transformer"):
         change = patch.payload.change("transformer", name)
         assert torch.allclose(back.payload.change("transformer", name), change, atol=1e-5)
+
+
+def test_the_commands_take_the_folder_too(tmp_path, folder, capsys):
+    """A patch of a file is exported into a file and imported again, by name alone."""
+    pipe = tiny_transformer("sd3")
+    base, patch = str(save_single_file(pipe, tmp_path / "base.safetensors")), tmp_path / "p.safetensors"
+    dataclasses.replace(made(pipe), base=base).save(patch)
+    config, out = ["--model-config", str(folder)], str(tmp_path / "out.safetensors")
+    assert main(["patch", "export", str(patch), "--format", "single-file", *config, "-o", out]) == 0
+    back = str(tmp_path / "back.safetensors")
+    assert main(["patch", "import", out, "--model", base, *config, "--concept", "cat", "-o", back]) == 0
+    names = Patch.load(patch).payload.names("transformer")
+    assert Patch.load(back).payload.names("transformer") == names
+    assert main(["patch", "export", str(patch), "--format", "single-file", "-o", out]) == 2
+    assert "--model-config" in capsys.readouterr().err
 
 
 @pytest.mark.slow
