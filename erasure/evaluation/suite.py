@@ -322,7 +322,9 @@ def _measure(
     from erasure.evaluation.attacks.run import attack
 
     try:
-        attacks = attack(pipe, concepts, suite.attacks, folder=folder / "attacks", cases=suite.cases, **options)
+        attacks = attack(
+            pipe, concepts, suite.attacks, folder=folder / "attacks", cases=suite.cases, leave_out=True, **options
+        )
     except ErasureError as fault:  # such as a base that does not show the concept
         missing.append(f"attacks {', '.join(suite.attacks)}: {fault}")
         return report, None

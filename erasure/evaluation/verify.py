@@ -141,7 +141,8 @@ def verify(
         ErasureError: the pipeline has patches, the patch is damaged or belongs to another base, the folder cannot be
             written, or `evaluate` or `attack` refuses to run.
     """
-    from erasure.evaluation.attacks.attack import check_case_count, find
+    from erasure.evaluation.attacks.attack import find
+    from erasure.evaluation.attacks.case_count import check_case_count
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.defaults import default_prompts, is_glyph
     from erasure.evaluation.evaluate import evaluate
@@ -160,6 +161,7 @@ def verify(
         raise ErasureError(
             f"{out} contains the patch itself: choose another folder, because the copy has the same name"
         )
+    own_choice = tuple(attacks) == ATTACKS  # not the user's: what has no meaning for the patch is left out
     for name in attacks:
         find(name)
     if attacks:
@@ -175,7 +177,9 @@ def verify(
         attack_report = None
         if attacks:
             options = {"cases": cases, "budget": budget, **shared}
-            attack_report = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
+            attack_report = attack(
+                pipe, names, list(attacks), folder=out / "attacks", prompts=rows, leave_out=own_choice, **options
+            )
     finally:
         pipe.unload_patches()
     results = header_results(report, attack_report)

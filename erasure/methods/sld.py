@@ -7,8 +7,7 @@ The patch holds the names and five numbers.
 Cost: nothing to erase; while drawing, one more pass of the network per image and step, 1.5 times the base's under
 classifier-free guidance.
 
-A guard protects where its owner draws. Who holds the weights draws without it, so that a search for prompts outside the
-pipeline (`erasure attack`) faces the bare base, and only the prompts that it finds are drawn with the guard.
+A guard protects where its owner draws. Who holds the weights draws without it: see docs/guards.md.
 
 Deviations from the published code (ml-research/safe-latent-diffusion, and diffusers' StableDiffusionPipelineSafe):
 - warm_up is a share of the noise schedule and not a number of steps: 0.2 are 10 of 50 steps, with any sampler. PNDM

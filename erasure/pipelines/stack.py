@@ -87,7 +87,7 @@ class PatchStack:
         self._weights = FoldedWeights(self.component)
         self._fingerprints = Fingerprints(self._weights.base)
         self._gates = GateEvaluation(self.component)
-        self._bypass_warning = BypassWarning()
+        self.bypass_warning = BypassWarning()
 
     def component(self, name: str) -> nn.Module:
         """Return a component of the pipeline, without the wrapper of `torch.compile`.
@@ -271,6 +271,11 @@ class PatchStack:
         }
 
     @property
+    def readers(self) -> list[str]:
+        """Return the names of the guards that act and read the words of the prompt."""
+        return [name for name, entry in self.gated.items() if entry.form and entry.form.NEEDS_PROMPTS]
+
+    @property
     def _deciding(self) -> dict[str, Loaded]:
         """Return the patches, by name, whose gates decide."""
         return {name: entry for name, entry in self.gated.items() if entry.gate and not self._fused}
@@ -295,12 +300,11 @@ class PatchStack:
                 run.
         """
         gated, runtime = self._deciding, self.gated
-        scope.enter_context(self._bypass_warning.decided())
-        readers = [name for name, entry in runtime.items() if entry.form and entry.form.NEEDS_PROMPTS]
-        if readers and prompts is None:
+        scope.enter_context(self.bypass_warning.decided())
+        if self.readers and prompts is None:
             raise ErasureError(
-                f"{named(map(repr, readers))}: reads the words of the prompt, but only prompt_embeds were given. Pass "
-                "the texts with erasure_prompts=[...], or disable the patches with set_patches()"
+                f"{named(map(repr, self.readers))}: reads the words of the prompt, but only prompt_embeds were given. "
+                "Pass the texts with erasure_prompts=[...], or disable the patches with set_patches()"
             )
         if gated and prompts is None:
             raise ErasureError(
@@ -336,7 +340,7 @@ class PatchStack:
         if not self._gates.may_watch(self.pipe, self._deciding):
             yield False
             return
-        with self._bypass_warning.decided(), self._gates.watching(self.pipe):
+        with self.bypass_warning.decided(), self._gates.watching(self.pipe):
             yield True
 
     def _change(self, loaded: dict[str, Loaded], fused: bool | None = None) -> None:
@@ -347,7 +351,7 @@ class PatchStack:
             self._weights.fold(after)
             self._gates.forget(texts=reencode)
             if not fused:
-                with self._bypass_warning.decided():
+                with self.bypass_warning.decided():
                     self._gates.encode(self.pipe, loaded)
         except BaseException:
             self._weights.fold(before)
@@ -359,7 +363,7 @@ class PatchStack:
         self._modules = {component: self.component(component) for component in sorted(components)}
         self._claim()
         touched = {component for entry in self.gated.values() for component in entry.components}
-        self._bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
+        self.bypass_warning.over(self.gated, [self._modules[component] for component in sorted(touched)])
 
     @property
     def beside(self) -> bool:

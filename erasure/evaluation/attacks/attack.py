@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -126,7 +126,8 @@ class Attack(ABC):
     Class attributes: `name` of the attack on the command line; `source`, the paper; `access`, what the attacker needs
     (text, embeddings, image or weights); `CURVE`, true if every case is attempted in every round, so that success is
     reported as a curve over rounds; `BLIND`, true if the attack never queries the erased model. For a blind attack the
-    base is given the same prompts, which bounds what can be recovered.
+    base is given the same prompts, which bounds what can be recovered; `EMBEDS`, true if it passes embeddings and no
+    text; `UNDOES`, true if all it does is to undo a change of weights.
     """
 
     name: ClassVar[str]
@@ -135,6 +136,8 @@ class Attack(ABC):
     LITE: ClassVar[dict[str, Any]] = {}
     CURVE: ClassVar[bool] = False
     BLIND: ClassVar[bool] = False
+    EMBEDS: ClassVar[bool] = False
+    UNDOES: ClassVar[bool] = False
 
     def adapted(self) -> dict[str, Any]:
         """Return setting -> value of the full budget, for the settings that differ from it."""
@@ -168,19 +171,6 @@ class Attack(ABC):
     def on_base(self, tries: int) -> Attack | None:
         """Return the attack to run on the base as well, limited to `tries` rounds; None for most attacks."""
         return None
-
-
-LEAST = 2  # the smallest number of cases that an attack success rate is reported for
-
-
-def check_case_count(cases: int) -> None:
-    """Reject a number of cases that is too small to report an attack success rate.
-
-    Raises:
-        ErasureError: `cases` is below 2.
-    """
-    if cases < LEAST:
-        raise ErasureError(f"cases={cases}: an attack needs at least {LEAST} cases; nothing was attacked")
 
 
 def names() -> list[str]:
@@ -225,8 +215,9 @@ class Victim:
     """The erased pipeline as an attacker with access to its weights sees it.
 
     Gates decide only inside a call of the pipeline. A search runs outside it and therefore faces gated patches at
-    full strength, folded into the weights. The two text encoders of Stable Diffusion XL read the same tokens; the
-    vector of a token is the concatenation of its two embeddings.
+    full strength, folded into the weights, and guards as they act in a first step, whatever their gates. The two text
+    encoders of Stable Diffusion XL read the same tokens; the vector of a token is the concatenation of its two
+    embeddings.
 
     Args:
         pipe: an erased pipeline with its patches loaded.
@@ -244,6 +235,8 @@ class Victim:
                 f"attacks and white-box measurements reach into a UNet, which this {type(pipe).__name__} does not have"
             )
         self.pipe, self._off = pipe, switched_off
+        self._guarded = False
+        self._prompts: list[list[str]] | None = None
         self.device = pipe.unet.device
         pairs = text_encoders(pipe)
         self.tokenizers = [tokenizer for tokenizer, _ in pairs]
@@ -262,16 +255,26 @@ class Victim:
             yield
 
     @contextmanager
-    def folded(self) -> Iterator[None]:
-        """Run the body of the `with` with every patch fused into the weights, so that gates do not decide."""
-        if not getattr(self.pipe, "get_list_patches", dict)():
+    def folded(self, guards: bool = True) -> Iterator[None]:
+        """Run the body of the `with` with every patch fused into the weights, so that gates do not decide.
+
+        Args:
+            guards: let guards act on the predictions of `eps` too.
+        """
+        with ExitStack() as scope:
+            if getattr(self.pipe, "get_list_patches", dict)():
+                self.pipe.fuse_patches()
+                scope.callback(self.pipe.unfuse_patches)
+                self._guarded = guards
+                scope.callback(setattr, self, "_guarded", False)
             yield
-            return
-        self.pipe.fuse_patches()
-        try:
-            yield
-        finally:
-            self.pipe.unfuse_patches()
+
+    @contextmanager
+    def reading(self, texts: list[str]) -> Iterator[None]:
+        """Let guards that read words take these texts for the prompts of the samples of `eps` inside the `with`."""
+        self._prompts = [[text] for text in texts]
+        yield
+        self._prompts = None
 
     def conditions(self, texts: Sequence[str]) -> Conditions:
         """Encode texts with the current text encoders; nothing is cached, because patches may change the result."""
@@ -359,8 +362,10 @@ class Victim:
         """Predict the noise in noisy latents x [n, c, h, w] at timesteps t [n]; v-prediction is converted."""
         from erasure.model.conditioning import predict
         from erasure.model.diffusion import to_eps
+        from erasure.pipelines.guarding import guarding
 
-        return to_eps(self.pipe.scheduler, predict(self.pipe, x, t, conditions).float(), x, t)
+        with guarding(self.pipe, len(x), self._prompts) if self._guarded else nullcontext():
+            return to_eps(self.pipe.scheduler, predict(self.pipe, x, t, conditions).float(), x, t)
 
     @cached_property
     def embeddings(self) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from erasure.evaluation.attacks.attack import Attack
 from erasure.evaluation.metrics.gate_activity import gate_kinds
 from erasure.patch import Guard
+from erasure.pipelines.stack import patch_stack
 
 
 def gating(pipe: Any) -> list[str]:
@@ -15,8 +17,8 @@ def gating(pipe: Any) -> list[str]:
     active = {name: entry for name, entry in patches.items() if entry["strength"]}
     guards = [name for name, entry in active.items() if entry.get("kind") == Guard.kind]
     sentences = [
-        f"{name} is a guard, which acts in calls of the pipeline alone. A search outside of them faces the model "
-        "without it, and only the pictures of what it finds are drawn with it: a search with the guard may find more"
+        f"{name} is a guard: searches face it at full strength, and pictures as the pipeline draws them. Who holds the "
+        "weights draws without it, which these figures say nothing of"
         for name in guards
     ]
     return sentences + [
@@ -25,6 +27,26 @@ def gating(pipe: Any) -> list[str]:
         for name, kind in gate_kinds(active).items()
         if name not in guards
     ]
+
+
+def unsuited(pipe: Any, attack: type[Attack]) -> str:
+    """Return why an attack has no meaning against the active patches; an empty string where it has.
+
+    Args:
+        pipe: the pipeline under attack.
+        attack: the class of the attack.
+    """
+    patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
+    active = {name: entry for name, entry in patches.items() if entry["strength"]}
+    if attack.UNDOES and active and all(entry["kind"] == Guard.kind for entry in active.values()):
+        return f"{attack.name} undoes a change of weights, and {', '.join(active)} changes none"
+    readers = patch_stack(pipe).readers if active else []
+    if attack.EMBEDS and readers:
+        return (
+            f"{attack.name} passes embeddings, and {', '.join(readers)} reads the words of the prompt: the pipeline "
+            "refuses embeddings without them"
+        )
+    return ""
 
 
 def idle(pipe: Any, attacks: Sequence[str]) -> list[str]:

@@ -26,6 +26,8 @@ class EncoderSwap(Attack):
     name: ClassVar[str] = "encoder"
     source: ClassVar[str] = "swapped text encoder"
     access: ClassVar[str] = "weights"
+    EMBEDS: ClassVar[bool] = True
+    UNDOES: ClassVar[bool] = True
 
     def rounds(self, victim: Victim, cases: Sequence[Case], safe: set[int], seed: int) -> Iterator[dict[int, Attempt]]:
         """Yield one round: the prompts as the base's text encoder reads them."""
@@ -52,6 +54,8 @@ class RECEAttack(Attack):
     name: ClassVar[str] = "rece"
     source: ClassVar[str] = "arXiv 2407.12383"
     access: ClassVar[str] = "weights"
+    EMBEDS: ClassVar[bool] = True
+    UNDOES: ClassVar[bool] = True
 
     ridge: float = 1e-4
 
@@ -91,6 +95,7 @@ class UMAAttack(Attack):
     name: ClassVar[str] = "uma"
     source: ClassVar[str] = "arXiv 2504.14798"
     access: ClassVar[str] = "embeddings"
+    EMBEDS: ClassVar[bool] = True
     LITE: ClassVar[dict[str, Any]] = {"bounds": (0.1, 0.25, 0.5), "iterations": 25}
 
     bounds: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0, 2.0)
@@ -180,6 +185,7 @@ class ConceptInversion(Attack):
     name: ClassVar[str] = "inversion"
     source: ClassVar[str] = "arXiv 2308.01508"
     access: ClassVar[str] = "embeddings"
+    EMBEDS: ClassVar[bool] = True
     CURVE: ClassVar[bool] = True
     LITE: ClassVar[dict[str, Any]] = {"steps": (25, 75, 200), "batch": 8, "rate": 0.5, "decay": 0.0}
 

@@ -42,6 +42,7 @@ class Relearning(Attack):
     name: ClassVar[str] = "relearning"
     source: ClassVar[str] = "LoRA fine-tuning on k images"
     access: ClassVar[str] = "weights"
+    UNDOES: ClassVar[bool] = True
     CURVE: ClassVar[bool] = True
     # A small model needs, and tolerates, a larger learning rate.
     LITE: ClassVar[dict[str, Any]] = {"steps": (10, 30, 100), "batch": 4, "rate": 1e-3}
@@ -76,7 +77,8 @@ class Relearning(Attack):
                     t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
                     noise = torch.randn(latents[index].shape, generator=draw).to(latents)
                     x = add_noise(victim.pipe.scheduler, latents[index], noise, t)
-                    loss = F.mse_loss(victim.eps(x, t, conditions[index]), noise)
+                    with victim.reading([texts[i] for i in index.tolist()]):
+                        loss = F.mse_loss(victim.eps(x, t, conditions[index]), noise)
                     optimizer.zero_grad()
                     gradients = torch.autograd.grad(loss, weights)
                     torch.autograd.backward(update(), [gradient.float() for gradient in gradients])

@@ -120,6 +120,7 @@ class RingABellDirect(Attack):
     name: ClassVar[str] = "ring-a-bell-direct"
     source: ClassVar[str] = "arXiv 2310.10012, 2407.12383"
     access: ClassVar[str] = "embeddings"
+    EMBEDS: ClassVar[bool] = True
     # Rounds are cheap, but small models tolerate only small shifts. An erasure also blocks what lies near the named
     # prompt: of five cats that ESD had blocked on glyph, shifts of 0.25 and 0.5 from the named prompt recovered one,
     # and shifts of 1.25 to 2 from the unnamed prompt two.

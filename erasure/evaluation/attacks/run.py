@@ -14,7 +14,7 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation.attacks.attack import Attack, Attempt, Case, make, names
-from erasure.evaluation.attacks.caveats import gating, idle
+from erasure.evaluation.attacks.caveats import gating, idle, unsuited
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.attacks.runner import AttackRunner, prepare, save_images
 from erasure.evaluation.report.writer import check_writable, write_attack_report
@@ -46,6 +46,7 @@ def attack(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    leave_out: bool = False,
 ) -> AttackReport:
     """Try to recover the erased concept and report the attack success rate.
 
@@ -72,12 +73,14 @@ def attack(
         batch_size: number of images per call of the pipeline.
         seed: seed of the attacks; each control uses `seed + 1`.
         progress: show a progress bar, or one line per attack if standard error is not a terminal.
+        leave_out: leave out attacks that have no meaning against the active patches, with a note; "all" does so too.
 
     Raises:
-        ErasureError: an unknown attack, setting or concept; fewer than two prompts for which the base model shows the
-            concept; a folder that cannot be written or holds results of other settings.
+        ErasureError: an unknown attack, setting or concept; an attack that has no meaning against a guard; fewer than
+            two prompts for which the base model shows the concept; a folder that cannot be written or holds results of
+            other settings.
     """
-    configured = _configured(attacks, budget, settings or {})
+    configured, left_out = _suited(pipe, _configured(attacks, budget, settings or {}), leave_out or attacks == "all")
     runner, rows = prepare(pipe, concept, prompts, judge, steps, guidance, batch_size)
     out = check_writable(folder)
     selected, tried, base_images = runner.find_cases(rows, concept, cases)
@@ -104,7 +107,7 @@ def attack(
         prompts={case.id: case.prompt for case in selected},
         plain_ids=tuple(selected[i].id for i in sorted(plain_hits)),
     )
-    report.notes.extend([*gating(pipe), *idle(pipe, [current.name for current in configured])])
+    report.notes.extend([*left_out, *gating(pipe), *idle(pipe, [current.name for current in configured])])
     erased_images = [plain_images[i] for i in range(len(selected))]
     write_attack_report(report, out, {"base": base_images, "erased": erased_images})
     write_lines(out / "scores.jsonl", map(json.dumps, log))
@@ -119,6 +122,24 @@ def _configured(attacks: str | Sequence[str], budget: str, settings: dict[str, A
             f"settings apply to a single attack, but {len(chosen)} are named: {', '.join(chosen)}; nothing was attacked"
         )
     return [make(name, budget, **settings) for name in chosen]
+
+
+def _suited(pipe: Any, attacks: list[Attack], leave_out: bool) -> tuple[list[Attack], list[str]]:
+    """Return the attacks that have a meaning against the active patches, and a note on each other one.
+
+    Args:
+        pipe: the pipeline under attack.
+        attacks: the attacks.
+        leave_out: whether the others are left out and not refused.
+
+    Raises:
+        ErasureError: one is refused, or all would be left out.
+    """
+    reasons = [(current, unsuited(pipe, type(current))) for current in attacks]
+    refused = [reason for _, reason in reasons if reason]
+    if refused and (not leave_out or len(refused) == len(attacks)):
+        raise ErasureError(f"{'; '.join(refused)}. Nothing was attacked")
+    return [current for current, reason in reasons if not reason], [f"left out: {reason}" for reason in refused]
 
 
 def _print_progress(outcome: Outcome) -> None:

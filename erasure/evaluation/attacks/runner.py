@@ -14,7 +14,8 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
-from erasure.evaluation.attacks.attack import LEAST, Attempt, Case, Victim, check_case_count
+from erasure.evaluation.attacks.attack import Attempt, Case, Victim
+from erasure.evaluation.attacks.case_count import LEAST, check_case_count
 from erasure.evaluation.defaults import prompts_and_judge
 from erasure.evaluation.judges.judge import verdicts
 from erasure.evaluation.select import find_target

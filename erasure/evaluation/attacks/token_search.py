@@ -83,12 +83,12 @@ class TokenSearch(Attack):
         """Return the initial search variable [cases, tokens, ...] for `count` cases."""
 
     @abstractmethod
-    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Choose tokens for one step of the search.
 
         Returns:
-            Token vectors [n, tokens, width] for the text encoder, and the leaf tensor whose gradient stands for the
-            gradient of `variable`.
+            Token vectors [n, tokens, width] for the text encoder; the leaf tensor whose gradient stands for the
+            gradient of `variable`; and the ids [n, tokens] of the tokens.
         """
 
     @abstractmethod
@@ -111,8 +111,10 @@ class TokenSearch(Attack):
                     t = level.repeat(len(live))
                     if self.mixed:
                         t = torch.randint(self.lowest, self.highest + 1, t.shape, generator=draw)
-                    vectors, leaf = self.sample(victim, variable[live], draw)
-                    loss = self.loss(victim, targets, victim.encode(live_places, vectors), t, draw)
+                    vectors, leaf, ids = self.sample(victim, variable[live], draw)
+                    texts = [prompt_with(victim, row, cases[i], self.ALONE) for i, row in zip(live, ids, strict=True)]
+                    with victim.reading(texts):
+                        loss = self.loss(victim, targets, victim.encode(live_places, vectors), t, draw)
                     (gradient,) = torch.autograd.grad(loss, leaf)
                     variable.grad = torch.zeros_like(variable)
                     variable.grad[live] = self.clipped(gradient)
@@ -194,12 +196,12 @@ class UnlearnDiffAtk(TokenSearch):
         size = len(victim.words)
         return torch.full((count, self.tokens, size), 1 / size, device=victim.device)
 
-    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Sample one-hot tokens; their gradient stands for that of the probabilities."""
         probabilities = variable.flatten(0, 1).cpu()
         index = torch.multinomial(probabilities, 1, generator=draw).view(variable.shape[:2]).to(victim.device)
         one_hot = F.one_hot(index, variable.shape[-1]).float().requires_grad_(True)
-        return one_hot @ victim.embeddings[victim.words], one_hot
+        return one_hot @ victim.embeddings[victim.words], one_hot, victim.words[index]
 
     def clipped(self, gradient: Tensor) -> Tensor:
         """Return the gradient clipped to [-1, 1]."""
@@ -237,10 +239,11 @@ class ProjectedTokens(TokenSearch):
         """Return AdamW, whose weight decay is not part of the gradient."""
         return torch.optim.AdamW([variable], lr=self.rate * victim.spread, weight_decay=self.decay)
 
-    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, victim: Victim, variable: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return the embeddings of the nearest tokens; their gradient stands for that of the vectors."""
-        leaf = victim.embeddings[self.token_ids(victim, variable)].requires_grad_(True)
-        return leaf, leaf
+        ids = self.token_ids(victim, variable)
+        leaf = victim.embeddings[ids].requires_grad_(True)
+        return leaf, leaf, ids
 
     def token_ids(self, victim: Victim, variable: Tensor) -> Tensor:
         """Return the token with the largest cosine similarity at each position."""

@@ -32,7 +32,7 @@ from erasure.config import setting
 from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import signal_and_noise
-from erasure.pipelines.guards.form import Acting, Drawing, Form, rows_of
+from erasure.pipelines.guards.form import Acting, Drawing, Form, begun, rows_of
 from erasure.pipelines.guards.network_text import with_text
 from erasure.pipelines.replaced_forward import ReplacedForward, pick, prediction, split, with_prediction
 
@@ -70,14 +70,14 @@ class Guidance(Form):
         texts = [drawing.conditions(", ".join(guard.texts)) for guard in guards]
         return partial(SafetyGuidance, drawing, guards, texts, drawing.conditions(""))
 
-    def term(self, prompt: Tensor, concept: Tensor, empty: Tensor, unit: float = 1.0) -> Tensor:
+    def term(self, prompt: Tensor, concept: Tensor, empty: Tensor, unit: Tensor | float = 1.0) -> Tensor:
         """Return mu (e_s - e_0), the guidance towards the text without momentum.
 
         Args:
             prompt: e_p [n, c, h, w].
             concept: e_s [n, c, h, w].
             empty: e_0 [n, c, h, w].
-            unit: noise per unit of these predictions at their timestep.
+            unit: noise per unit of these predictions at their timesteps, one number or [n, 1, 1, 1].
         """
         distance = unit * (prompt - concept)
         limited = (self.safety_scale * distance.abs()).clamp(max=1.0)
@@ -134,29 +134,29 @@ class SafetyGuidance(ReplacedForward):
         else:
             empty = self._predicted(self._empty, inputs, channels)
         time = args[0] if args else kwargs["timestep"]
-        change = self._terms(torch.as_tensor(time).flatten()[0], named, empty, inputs, channels)
+        times = torch.as_tensor(time).flatten().expand(len(sample)) if torch.as_tensor(time).numel() == 1 else time
+        change = self._terms(times[rows.to(times.device)], named, empty, inputs, channels)
         result = outputs.clone()
         result[rows.to(outputs.device), :channels] = (named - change).to(outputs.dtype)
         return with_prediction(plain, result)
 
-    def _terms(self, time: Tensor, named: Tensor, empty: Tensor, inputs: Any, channels: int) -> Tensor:
+    def _terms(self, times: Tensor, named: Tensor, empty: Tensor, inputs: Any, channels: int) -> Tensor:
         """Return the sum of the guards' gamma, each times its strength, and carry the momenta on."""
-        if float(time) > self._last:  # another trajectory
+        if float(times[0]) > self._last:  # another trajectory
             self._momenta = [None] * len(self._forms)
-        self._last = float(time)
-        begun = float(time) / self._scheduler.config.num_train_timesteps
+        self._last = float(times[0])
+        left = begun(times, self._scheduler, len(times)).view(-1, 1, 1, 1).to(named.device)
         total = torch.zeros_like(named)
         for number, (form, share) in enumerate(zip(self._forms, self._shares, strict=True)):
             concept = self._predicted(self._texts[number], inputs, channels)
-            gamma = form.term(named, concept, empty, self._unit(time))
+            gamma = form.term(named, concept, empty, self._unit(times))
             momentum = self._momenta[number]
             if momentum is not None:
                 gamma = gamma + form.momentum * momentum
             else:
                 momentum = torch.zeros_like(gamma)
             self._momenta[number] = form.momentum_decay * momentum + (1 - form.momentum_decay) * gamma
-            if begun <= 1 - form.warm_up:
-                total += share.to(gamma) * gamma
+            total = total + torch.where(left <= 1 - form.warm_up, share.to(gamma) * gamma, 0.0)
         return total
 
     def _predicted(self, conditions: Conditions, inputs: Any, channels: int) -> Tensor:
@@ -165,12 +165,12 @@ class SafetyGuidance(ReplacedForward):
         args, kwargs = with_text(args, kwargs, conditions.expand(len(sample)))
         return prediction(self._forward(sample, *args, **kwargs))[:, :channels].float()
 
-    def _unit(self, time: Tensor) -> float:
-        """Return how much predicted noise one unit of the network's prediction is at a timestep."""
+    def _unit(self, times: Tensor) -> Tensor | float:
+        """Return how much predicted noise one unit of the network's prediction is at timesteps [n]."""
         if self._flow:  # noise = x + (1 - sigma) v, and the time is 1000 sigma
-            return 1 - float(time) / self._scheduler.config.num_train_timesteps
+            return (1 - begun(times, self._scheduler, times.numel())).float().view(-1, 1, 1, 1).to(times.device)
         kind = getattr(self._scheduler.config, "prediction_type", "epsilon")
         if kind == "epsilon":
             return 1.0
-        signal, noise = (part.item() for part in signal_and_noise(self._scheduler, time.reshape(1)))
+        signal, noise = signal_and_noise(self._scheduler, times.flatten())
         return signal if kind == "v_prediction" else -signal / noise

@@ -186,7 +186,7 @@ def test_gated_patches_can_be_attacked(pipe, tmp_path, name):
     assert "p has a text gate" in report.text() and "acts at full strength" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["inversion", "p4d", "rece"])
+@pytest.mark.parametrize("name", ["inversion", "p4d"])
 def test_guards_can_be_attacked_and_the_report_says_what_the_search_faced(pipe, tmp_path, name):
     settings = {"safety_scale": 9.0, "threshold": 1.0, "warm_up": 0.0, "momentum": 0.5, "momentum_decay": 0.7}
     payload = Guard("guidance", ("cat",), settings)
