@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from erasure.errors import ErasureError
+from erasure.evaluation.attacks.case_count import check_case_count
 from erasure.evaluation.metrics.metric import format_value
 from erasure.evaluation.report.card import CAVEAT, SCHEMA, card, estimate_text, table
 from erasure.evaluation.report.name_tables import erased_rows
@@ -142,7 +143,6 @@ def verify(
             written, or `evaluate` or `attack` refuses to run.
     """
     from erasure.evaluation.attacks.attack import find
-    from erasure.evaluation.attacks.case_count import check_case_count
     from erasure.evaluation.attacks.run import attack
     from erasure.evaluation.defaults import default_prompts, is_glyph
     from erasure.evaluation.evaluate import evaluate
@@ -161,7 +161,6 @@ def verify(
         raise ErasureError(
             f"{out} contains the patch itself: choose another folder, because the copy has the same name"
         )
-    own_choice = tuple(attacks) == ATTACKS  # not the user's: what has no meaning for the patch is left out
     for name in attacks:
         find(name)
     if attacks:
@@ -176,10 +175,8 @@ def verify(
         report = evaluate(pipe, names, folder=out / "evaluation", prompts=rows, **whole, **shared)
         attack_report = None
         if attacks:
-            options = {"cases": cases, "budget": budget, **shared}
-            attack_report = attack(
-                pipe, names, list(attacks), folder=out / "attacks", prompts=rows, leave_out=own_choice, **options
-            )
+            options = {"cases": cases, "budget": budget, "leave_out": tuple(attacks) == ATTACKS, **shared}
+            attack_report = attack(pipe, names, list(attacks), folder=out / "attacks", prompts=rows, **options)
     finally:
         pipe.unload_patches()
     results = header_results(report, attack_report)

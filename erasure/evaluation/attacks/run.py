@@ -94,10 +94,9 @@ def attack(
         outcomes.append(_stored(out, current, provenance) or comparison.run(current, out))
         if progress and not sys.stderr.isatty():  # on a terminal the progress bar shows it
             _print_progress(outcomes[-1])
-    target = runner.target
     report = AttackReport(
-        target.labels,
-        target.domain,
+        runner.target.labels,
+        runner.target.domain,
         len(selected),
         tried,
         len(plain_hits),
