@@ -1,4 +1,4 @@
-"""Pipelines of transformers with random weights, small enough for a test: SD3, FLUX.1 and PixArt, no network."""
+"""Pipelines of transformers with random weights, small enough for a test: SD3, FLUX.1, PixArt and SANA, no network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -13,10 +14,19 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from erasure.model.architectures.mmdit import pack, places, unpack
 from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_tokenizer
@@ -33,12 +43,12 @@ def tiny_t5(width: int = JOINT) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def tiny_t5_tokenizer() -> T5TokenizerFast:
+def tiny_t5_tokenizer(length: int = 512) -> T5TokenizerFast:
     """A unigram tokenizer that knows each of WORDS, and the letters, as one token."""
     letters = [chr(code) for code in range(97, 123)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -5.0) for word in WORDS)]
     pieces += [(piece, -9.0) for piece in ("▁", *letters, *(f"▁{letter}" for letter in letters if letter != "a"))]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
 def tiny_vae(channels: int) -> AutoencoderKL:
@@ -127,6 +137,53 @@ def tiny_transformer(kind: str, cls: type[Any] | None = None, seed: int = 0, t5:
     evaluated = {name: part and part.eval() for name, part in parts.items()}
     pipe = (cls or classes[kind])(**evaluated, **others)
     pipe.default_sample_size = SIDE
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_sana(cls: type[Any] = SanaPipeline, seed: int = 0, **changes: Any) -> Any:
+    """A pipeline of SANA with random weights and a solver that is set to flow, as its checkpoints have.
+
+    Its autoencoder divides each side by four: the pipeline draws sides in multiples of 32 pixels alone.
+
+    Args:
+        cls: a class that takes its components.
+        seed: of the weights.
+        changes: of the transformer's configuration.
+    """
+    heads: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+    cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SanaTransformer2DModel(
+            **{**heads, **cross, "in_channels": 4, "out_channels": 4, "sample_size": SIDE, "caption_channels": WIDTH},
+            **{"timestep_scale": 1.0, **changes},
+        )
+        text = Gemma2Config(
+            vocab_size=len(tiny_t5_tokenizer()),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+        vae = AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_out_channels=(4, 4, 8),
+            decoder_block_out_channels=(4, 4, 8),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+        )
+        parts = {"transformer": transformer, "text_encoder": Gemma2Model(text), "vae": vae}
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    evaluated = {name: part.eval() for name, part in parts.items()}
+    pipe = cls(**evaluated, tokenizer=tiny_t5_tokenizer(2048), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

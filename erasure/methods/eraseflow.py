@@ -98,7 +98,7 @@ class EraseFlow(GradientMethod):
 
     method: ClassVar[str] = "eraseflow"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "retain_trajectories")
 
     variant: str = "x"

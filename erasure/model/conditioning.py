@@ -24,7 +24,7 @@ class Conditions:
     Args:
         states: text states for attention [n, tokens, width].
         pooled: the pooled text [n, width] on XL, SD3 and FLUX; None on other models.
-        mask: which tokens are no padding [n, tokens] on PixArt; None on models that do not mask it.
+        mask: which tokens are no padding [n, tokens] on PixArt and SANA; None on models that do not mask it.
     """
 
     states: Tensor

@@ -1,4 +1,4 @@
-"""Erased versions of diffusers' pipelines of Stable Diffusion, FLUX.1 and PixArt.
+"""Erased versions of diffusers' pipelines of Stable Diffusion, FLUX.1, PixArt and SANA.
 
 For any other diffusers pipeline class, derive one with `class MyPipeline(PatchMixin, OtherPipeline)`.
 """
@@ -14,6 +14,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
+    SanaPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
@@ -104,6 +105,10 @@ class ErasedFluxInpaintPipeline(FluxPatchMixin, FluxInpaintPipeline):
 
 class ErasedPixArtSigmaPipeline(PatchMixin, PixArtSigmaPipeline):
     """The text-to-image pipeline of PixArt-Sigma, with patches."""
+
+
+class ErasedSanaPipeline(PatchMixin, SanaPipeline):
+    """The text-to-image pipeline of SANA, with patches."""
 
 
 # AutoPipelineFor...from_pipe looks up the class for each task in these tables, so the erased classes are added there.

@@ -1,6 +1,7 @@
-"""Transformers with cross-attention to text that is constant over depth: PixArt, and SANA (counted only).
+"""Transformers with cross-attention to text that is constant over depth: PixArt and SANA.
 
-PixArt predicts noise, and beside it a variance that is left out here, and is told integer timesteps.
+PixArt predicts noise, and beside it a variance that is left out here, and is told integer timesteps. SANA predicts the
+velocity of rectified flow and is told 1000 sigma, times the scale that its configuration states.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import (
     Architecture,
-    CountedOnly,
     Options,
     default,
     ends,
@@ -23,6 +23,7 @@ from erasure.model.architectures.architecture import (
     starts,
     times,
 )
+from erasure.model.architectures.flow import flow_sampler, flow_schedule, solver_grid
 from erasure.model.architectures.text_length import check_length
 from erasure.model.conditioning import Conditions, place
 
@@ -31,6 +32,7 @@ class CrossAttention(Architecture):
     """What the transformers with cross-attention have in common."""
 
     component = "transformer"
+    causal_text = False  # SANA's encoder is causal, but a prompt does not end in a token of its own there
     roles = {
         "self-attention": holds(".attn1."),
         "cross-attention": holds(".attn2."),
@@ -58,6 +60,16 @@ class CrossAttention(Architecture):
                 "told what to erase. Give the whole diffusers folder, or load the encoder into the pipeline"
             )
 
+    def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
+        """Return the prompt in lower case, and cleaned if the pipeline cleans captions."""
+        (text,) = pipe._text_preprocessing(prompt, clean_caption=cleans(pipe, options))
+        return str(text)
+
+    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
+        """Return the shape that the transformer's configuration states, or that of the options' height and width."""
+        config = pipe.transformer.config
+        return (config.in_channels, *sides(pipe, options, config.sample_size))
+
 
 class PixArt(CrossAttention):
     """PixArt-alpha and PixArt-Sigma: one T5 (or another encoder of that place), padding masked."""
@@ -66,12 +78,6 @@ class PixArt(CrossAttention):
     network = "PixArtTransformer2DModel"
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     samplers = ("ddim",)
-    causal_text = False
-
-    def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
-        """Return the prompt in lower case, and cleaned if the pipeline cleans captions."""
-        (text,) = pipe._text_preprocessing(prompt, clean_caption=cleans(pipe, options))
-        return str(text)
 
     @torch.no_grad()
     def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
@@ -118,11 +124,6 @@ class PixArt(CrossAttention):
         ).sample
         return out[:, : x.shape[1]]
 
-    def latent_shape(self, pipe: Any, options: Options) -> tuple[int, int, int]:
-        """Return the shape that the transformer's configuration states, or that of the options' height and width."""
-        config = pipe.transformer.config
-        return (config.in_channels, *sides(pipe, options, config.sample_size))
-
     def sampler(self, pipe: Any, kind: str) -> Any:
         """Return a DDIM sampler with the checkpoint's noise schedule."""
         from diffusers import DDIMScheduler
@@ -144,10 +145,58 @@ def cleans(pipe: Any, options: Options) -> bool:
     return bool(default(pipe, options, "clean_caption", False)) and is_bs4_available() and is_ftfy_available()
 
 
-class Sana(CountedOnly, CrossAttention):
-    """SANA: linear self-attention, Gemma's states, flow matching. Its modules are counted, nothing else yet."""
+class Sana(CrossAttention):
+    """SANA 1 and 1.5: linear self-attention, the states of Gemma, flow matching."""
 
     name = "sana"
     network = "SanaTransformer2DModel"
+    pipelines = ("SanaPipeline",)
     flow = True
     samplers = ("euler",)
+
+    def check(self, pipe: Any) -> None:
+        """Refuse a pipeline without its text encoder, and SANA-Sprint, which is told a guidance scale."""
+        super().check(pipe)
+        if pipe.transformer.config.guidance_embeds:
+            raise ErasureError(
+                f"{type(pipe).__name__}: its transformer was distilled to be told the guidance scale (SANA-Sprint), "
+                "which is not supported. Give a SANA of classifier-free guidance"
+            )
+
+    def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
+        """Return the states of the text encoder and the mask of its padding.
+
+        The pipeline writes its instruction before a prompt, and none before the empty one of guidance.
+        """
+        length = default(pipe, options, "max_sequence_length", 300)
+        check_length(pipe, prompt, {"tokenizer": length})
+        instruction = default(pipe, options, "complex_human_instruction") if prompt else None
+        with torch.no_grad():
+            states, mask, _, _ = pipe.encode_prompt(
+                prompt,
+                do_classifier_free_guidance=False,
+                device=place(pipe, pipe.transformer),
+                clean_caption=cleans(pipe, options),
+                max_sequence_length=length,
+                complex_human_instruction=instruction,
+            )
+        return Conditions(states, mask=mask)
+
+    def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
+        """Return the velocity that the transformer predicts."""
+        transformer = pipe.transformer
+        dtype = transformer.dtype
+        return transformer(
+            x.to(dtype),
+            encoder_hidden_states=conditions.states.to(dtype),
+            encoder_attention_mask=conditions.mask,
+            timestep=times(t, x) * transformer.config.timestep_scale,
+        ).sample
+
+    def sampler(self, pipe: Any, kind: str) -> Any:
+        """Return an Euler sampler of the flow, with the shift of the pipeline's scheduler."""
+        return flow_sampler(pipe.scheduler, self.checked_sampler(kind))
+
+    def schedule(self, pipe: Any, kind: str, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
+        """Return the sampler with the sigmas that the pipeline would walk, which do not depend on the size."""
+        return flow_schedule(self.sampler(pipe, kind), steps, device, 0, grid=solver_grid(pipe.scheduler, steps))

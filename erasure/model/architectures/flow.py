@@ -26,12 +26,14 @@ def flow_sampler(scheduler: Any, kind: str) -> FlowSampler:
     """Return an Euler sampler with the shift of a checkpoint's own scheduler.
 
     Args:
-        scheduler: the checkpoint's scheduler.
+        scheduler: the checkpoint's scheduler, one of flow matching or a solver that is set to flow, as SANA's.
         kind: the kind that was asked for, `euler`.
 
     Raises:
         ErasureError: the scheduler is not one of rectified flow.
     """
+    if scheduler.config.get("use_flow_sigmas") and scheduler.config.get("prediction_type") == "flow_prediction":
+        return FlowSampler(scheduler.config.num_train_timesteps, shift=scheduler.config.flow_shift)
     if not any(parent.__name__.startswith("FlowMatch") for parent in type(scheduler).__mro__):
         raise ErasureError(
             f"the pipeline's scheduler is a {type(scheduler).__name__}, and this model is sampled by one of flow "
@@ -41,7 +43,13 @@ def flow_sampler(scheduler: Any, kind: str) -> FlowSampler:
 
 
 def flow_schedule(
-    sampler: FlowSampler, steps: int, device: torch.device, tokens: int, *, plain_sigmas: bool
+    sampler: FlowSampler,
+    steps: int,
+    device: torch.device,
+    tokens: int,
+    *,
+    plain_sigmas: bool = False,
+    grid: np.ndarray | None = None,
 ) -> FlowSampler:
     """Set the timesteps of a sampler as the pipelines of SD3 and FLUX do, and return it.
 
@@ -54,13 +62,23 @@ def flow_schedule(
         device: where the timesteps are needed.
         tokens: number of image tokens.
         plain_sigmas: start from sigmas 1, ..., 1/steps as FLUX's pipeline does; if false, from the scheduler's grid.
+        grid: sigmas before the shift, to start from instead.
     """
     config, options = sampler.config, {}
     if config.get("use_dynamic_shifting"):
         share = (tokens - config.base_image_seq_len) / (config.max_image_seq_len - config.base_image_seq_len)
         options["mu"] = config.base_shift + (config.max_shift - config.base_shift) * share
-    if plain_sigmas:
+    if grid is not None:
+        sampler.set_timesteps(sigmas=grid, device=device, **options)
+    elif plain_sigmas:
         sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, **options)
     else:
         sampler.set_timesteps(steps, device=device, **options)
     return sampler
+
+
+def solver_grid(scheduler: Any, steps: int) -> np.ndarray | None:
+    """Return the sigmas before the shift that a solver set to flow walks; None for a scheduler of flow matching."""
+    if not scheduler.config.get("use_flow_sigmas"):
+        return None
+    return 1 - np.linspace(1 / scheduler.config.num_train_timesteps, 1, steps + 1)[:-1]
