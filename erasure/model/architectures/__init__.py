@@ -6,13 +6,14 @@ from typing import Any
 
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import Architecture
+from erasure.model.architectures.counted import Flux2, QwenImage, ZImage
 from erasure.model.architectures.dit import PixArt, Sana
-from erasure.model.architectures.mmdit import SD3, Flux, QwenImage
+from erasure.model.architectures.mmdit import SD3, Flux
 from erasure.model.architectures.unet import UNet
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "of_network", "pipelines"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (UNet(), SD3(), Flux(), PixArt(), QwenImage(), Sana())
+ARCHITECTURES: tuple[Architecture, ...] = (UNet(), SD3(), Flux(), PixArt(), Sana(), QwenImage(), Flux2(), ZImage())
 
 
 def pipelines() -> tuple[str, ...]:

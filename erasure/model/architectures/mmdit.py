@@ -1,4 +1,4 @@
-"""Transformers whose attention joins text and image: Stable Diffusion 3, FLUX.1, and Qwen-Image (counted only).
+"""Transformers whose attention joins text and image: Stable Diffusion 3 and FLUX.1.
 
 Text states change with depth, image and time, and pooled text is a second route into every modulation layer. Both
 predict the velocity of rectified flow, v = noise - image at x = (1 - sigma) image + sigma noise (arXiv 2403.03206,
@@ -17,7 +17,6 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import (
     Architecture,
-    CountedOnly,
     Options,
     default,
     ends,
@@ -204,20 +203,6 @@ class Flux(JointAttention):
         self.check_guidance(pipe, guidance)
         guided = {self.guidance: guidance, "negative_prompt": [""] * prompts} if guidance != 1 else {}
         return {**options, **guided}
-
-
-class QwenImage(CountedOnly, JointAttention):
-    """Qwen-Image: as the two-stream blocks of FLUX, without pooled text. Its modules are counted, nothing else yet."""
-
-    name = "qwen-image"
-    network = "QwenImageTransformer2DModel"
-    roles = {
-        "joint attention": holds(".attn."),
-        "text stream": ends(*TEXT_STREAM),
-        "text entry": starts("txt_in"),
-        "feed-forward": holds(".img_mlp.", ".txt_mlp."),
-        "modulation": holds(".img_mod.", ".txt_mod.", "norm_out.linear"),
-    }
 
 
 def pooled(conditions: Conditions) -> Tensor:

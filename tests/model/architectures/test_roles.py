@@ -25,9 +25,13 @@ MILLIONS = {
     "pixart-sigma": 610.9,
     "sana-1.6b": 1604.5,
     "qwen-image": 20430.4,
+    "flux2-dev": 32223.3,
+    "z-image-turbo": 6154.9,
 }
 X = {"sd3-medium": 24 * 8 - 1, "sd3.5-medium": 24 * 8 - 1 + 13 * 4, "flux-dev": 19 * 8 + 38 * 3, "pixart-sigma": 28 * 4}
+X |= {"flux2-dev": 8 * 8 + 48 * 2, "z-image-turbo": (30 + 2 + 2) * 4}
 KEYS_AND_VALUES = {"sd3-medium": 24 * 4, "flux-dev": 19 * 4 + 38 * 2, "qwen-image": 60 * 4, "sana-1.6b": 20 * 2}
+KEYS_AND_VALUES |= {"flux2-dev": 8 * 4, "z-image-turbo": (30 + 2 + 2) * 2}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_the_unets_roles_are_counted_too():
     assert base.device == torch.device("meta")
 
 
-@pytest.mark.parametrize("name", ["qwen-image"])
+@pytest.mark.parametrize("name", ["qwen-image", "flux2-dev", "z-image-turbo"])
 def test_what_is_only_counted_says_so(bases, name):
     from erasure.model.base import Base
 
