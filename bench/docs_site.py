@@ -40,7 +40,7 @@ NAV: dict[str, list[str]] = {
     "Start": ["index.md", "start.md", "notebooks/erase-and-look.md", "app.md"],
     "Erase": ["which-method.md", "erase.md", "own-model.md", "list-of-names.md", "closed-forms.md", "presets.md"],
     "Methods": ["methods/index.md"],
-    "Use": ["patches.md", "guards.md", "formats.md", "comfyui.md", "models.md"],
+    "Use": ["patches.md", "guards.md", "features.md", "formats.md", "comfyui.md", "models.md"],
     "Measure": ["evaluate.md", "attacks.md", "results.md"],
     "Extend": ["contributing.md", "extend.md", "notebooks/a-method-in-60-lines.md", "patch-format.md"],
     "API": [],

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import operator
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,16 @@ import yaml
 from erasure.errors import ErasureError, unknown
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+CACHE_VARIABLE = "ERASURE_CACHE"  # the environment variable that names the folder of the cache
 T = TypeVar("T")
+
+
+def default_cache() -> Path:
+    """Return the folder of the cache: that of ERASURE_CACHE, else `erasure` in the user's cache folder."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "erasure"
 
 
 def setting(

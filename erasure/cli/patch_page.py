@@ -16,6 +16,7 @@ DETAILS = {"aliases": "also called", "anchor": "shows instead", "keep": "preserv
 KINDS = {
     "low-rank": "LoRA factors",
     "delta": "differences of whole weights",
+    "features": "features of a sparse autoencoder, switched off while drawing; no weight changes",
     "guard": "texts and settings that act while drawing; no weight changes",
 }
 COSTS = {"F": "forwards", "B": "backwards"}
@@ -50,7 +51,7 @@ def _what(patch: Patch) -> list[tuple[str, object]]:
     loss = f" (relative rounding error {info['dtype_error']:.2g})" if info["dtype_error"] else ""
     return [
         ("kind", f"{info['kind']}{rank} ({KINDS[info['kind']]})"),
-        *([("changes", _changes(info))] if info["guard"] is None else _guard(info["guard"])),
+        *_acts(info),
         ("size", f"{info['bytes']:,} bytes"),
         ("tensors", f"{info['tensors']:,} with {info['parameters']:,} numbers in {info['dtype']}{loss}"),
         ("method", patch.method),
@@ -61,6 +62,19 @@ def _what(patch: Patch) -> list[tuple[str, object]]:
 
 def _changes(info: Mapping[str, Any]) -> str:
     return ", ".join(f"{count} weight tensors of {part}" for part, count in info["components"].items())
+
+
+def _acts(info: Mapping[str, Any]) -> list[tuple[str, object]]:
+    if info["guard"] is not None:
+        return _guard(info["guard"])
+    return [("changes", _changes(info))] if info["features"] is None else _features(info["features"])
+
+
+def _features(features: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Return where features act, what they are, and how good the autoencoder that they are of is."""
+    told = [(key.replace("_", " "), plain(value)) for key, value in features["about"].items()]
+    times = f"{len(features['timesteps'])} timesteps"
+    return [("acts on", f"the output of {features['component']}.{features['block']}, at {times}"), *told]
 
 
 def _guard(guard: Mapping[str, Any]) -> list[tuple[str, object]]:

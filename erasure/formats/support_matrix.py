@@ -9,7 +9,7 @@ from erasure.formats import loaders
 from erasure.formats.import_export import gate_notes
 from erasure.formats.registry import FORMATS
 from erasure.formats.requirements import need_low_rank
-from erasure.patch import Delta, Guard, LowRank, Patch
+from erasure.patch import RUNTIME, Delta, Guard, LowRank, Patch
 
 
 def rows() -> list[dict[str, Any]]:
@@ -57,8 +57,9 @@ def exports(patch: Patch) -> dict[str, str]:
     for name, entry in FORMATS.items():
         if entry.only_read:
             continue
-        if isinstance(patch.payload, Guard):
-            verdicts[name] = "no: a guard changes no weight"
+        if patch.payload.kind in RUNTIME:
+            what = "a guard changes" if isinstance(patch.payload, Guard) else "features change"
+            verdicts[name] = f"no: {what} no weight"
             continue
         if entry.check is need_low_rank and isinstance(patch.payload, Delta):
             verdicts[name] = "with --rank R, approximated at that rank"

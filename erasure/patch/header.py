@@ -14,6 +14,7 @@ from torch import Tensor
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError
 from erasure.hub_files import located
+from erasure.patch.features import Features
 from erasure.patch.guard import Guard
 from erasure.patch.module_keys import COMPONENTS, DOWN, TRANSFORMER
 from erasure.patch.payload import Delta, LowRank
@@ -23,7 +24,7 @@ from erasure.patch.serialization import text_width, two_encoders
 FORMAT = 1
 PREFIX = "erasure."  # of all header keys that Erasure reads
 # Kind of payload -> the field that describes it besides the tensors.
-KINDS = {LowRank.kind: "modules", Delta.kind: "sparse", Guard.kind: "guard"}
+KINDS = {LowRank.kind: "modules", Delta.kind: "sparse", Guard.kind: "guard", Features.kind: "features"}
 # Field -> type of its JSON value. TEXTS lists the fields that are plain strings.
 JSON: dict[str, type] = {
     "concepts": list,
@@ -38,6 +39,7 @@ JSON: dict[str, type] = {
     "modules": dict,
     "sparse": dict,
     "guard": dict,
+    "features": dict,
 }
 OPTIONAL = ("curves", "results", "kept", *KINDS.values())
 TEXTS = ("method", "base", "kind", "dtype")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erasure.model.single_file import VERSIONS
-from erasure.patch import Delta, Guard, LowRank, Patch
+from erasure.patch import Delta, Features, Guard, LowRank, Patch
 from erasure.patch.module_keys import TRANSFORMER
 from erasure.patch.serialization import kohya_keys, text_width, two_encoders
 
@@ -115,6 +115,8 @@ def as_it_is(patch: Patch) -> dict[str, str]:
             answers[name] = "with its gate" if gated else "yes"
         elif isinstance(patch.payload, Guard):
             answers[name] = "no: it is a guard, which only Erasure's pipelines run"
+        elif isinstance(patch.payload, Features):
+            answers[name] = "no: it holds features, which only Erasure's pipelines switch off"
         elif not isinstance(patch.payload, LowRank) and TRANSFORMER in patch.components:
             answers[name] = NO_LAYERS if name == "A1111" else "no: export --format peft --rank R"
         elif not isinstance(patch.payload, LowRank):

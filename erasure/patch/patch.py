@@ -1,4 +1,4 @@
-"""The class Patch: a change of weights, or a guard, together with its header. Patches are immutable."""
+"""The class Patch: a change of weights, a guard or features, together with its header. Patches are immutable."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 from erasure.hub_files import located
+from erasure.patch.features import Features
 from erasure.patch.guard import Guard
 from erasure.patch.header import (
     FORMAT,
@@ -27,9 +28,9 @@ from erasure.patch.header import (
     to_json,
 )
 from erasure.patch.module_keys import ALPHA, check_component
-from erasure.patch.payload import Delta, LowRank, Payload
+from erasure.patch.payload import RUNTIME, Delta, LowRank, Payload
 from erasure.patch.safetensors_io import digest, read_layout, write_file
-from erasure.patch.serialization import cast_error, decode, encode
+from erasure.patch.serialization import cast_error, decode, decode_features, encode
 
 ALWAYS = {"kind": "always"}
 FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
@@ -37,14 +38,14 @@ FIELDS = ("concepts", "base_fingerprint", "config", "gate", "versions", "costs")
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """The result of an erasure: the change of the weights, or a guard, and a record of how it was made.
+    """The result of an erasure: the change of the weights, a guard or features, and a record of how it was made.
 
     Args:
-        payload: the change, a `LowRank` or a `Delta`; or a `Guard`, which changes no weight.
+        payload: the change, a `LowRank` or a `Delta`; or a `Guard` or `Features`, which change no weight.
         method: the name of the method that made the patch.
         concepts: the erased concepts, as JSON objects or objects with `to_json()`. Only their key `name` is used.
         base: the checkpoint that the patch was made from, as the user named it.
-        base_fingerprint: for each component, the `fingerprint` of the base parameters that the payload changes.
+        base_fingerprint: for each component, the `fingerprint` of the base parameters that the payload names.
         config: all settings of the method.
         gate: the rule that decides how strongly the patch acts on a prompt, such as `{"kind": "always"}` or
             `{"kind": "text", ...}`.
@@ -78,7 +79,7 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not isinstance(self.payload, Payload):
-            raise ErasureError(f"payload must be LowRank, Delta or Guard, not {type(self.payload).__name__}")
+            raise ErasureError(f"payload must be LowRank, Delta, Guard or Features, not {type(self.payload).__name__}")
         if not isinstance(self.method, str) or not self.method or not isinstance(self.base, str):
             raise ErasureError("method and base must be strings, and method must not be empty")
         if type(self.seed) is not int:
@@ -119,8 +120,13 @@ class Patch:
         """Return the change of weights that the patch holds.
 
         Raises:
-            ErasureError: the patch is a guard, which changes no weight.
+            ErasureError: the patch is a guard or holds features, which change no weight.
         """
+        if isinstance(self.payload, Features):
+            raise ErasureError(
+                f"{'+'.join(self.names)!r} ({self.method}) holds features that Erasure's pipelines switch off while "
+                "they draw, and changes no weight that could be combined, resized or written to another format"
+            )
         if isinstance(self.payload, Guard):
             raise ErasureError(
                 f"{'+'.join(self.names)!r} ({self.method}) is a guard: it holds texts and settings with which "
@@ -141,12 +147,14 @@ class Patch:
             component: unet, text_encoder or text_encoder_2.
 
         Returns:
-            Tensors in fp32 on the CPU, which are copies; empty if the patch does not change the component.
+            Tensors in fp32 on the CPU, which are copies; empty if the patch does not change the component's weights.
 
         Raises:
             ErasureError: patches cannot change such a component.
         """
         check_component(component)
+        if self.payload.kind in RUNTIME:
+            return {}
         return {name: self.payload.change(component, name).clone() for name in self.payload.names(component)}
 
     def scale(self, factor: float) -> Patch:
@@ -176,9 +184,12 @@ class Patch:
             "base_fingerprint": dict(self.base_fingerprint),
             "gate": self.gate["kind"],
             "kind": self.payload.kind,
-            "components": {name: len(self.payload.names(name)) for name in self.components},
+            "components": {}
+            if self.payload.kind in RUNTIME
+            else {name: len(self.payload.names(name)) for name in self.components},
             "rank": self.payload.ranks if isinstance(self.payload, LowRank) else None,
             "guard": self.payload.to_json() if isinstance(self.payload, Guard) else None,
+            "features": self.payload.to_json() if isinstance(self.payload, Features) else None,
             "tensors": len(tensors),
             "parameters": sum(tensor.numel() for tensor in tensors),
             "bytes": self.stored.get("bytes", sum(tensor.numel() * tensor.element_size() for tensor in tensors)),
@@ -223,6 +234,8 @@ class Patch:
             metadata |= loader_keys(self.payload, f"{', '.join(self.names)} erased by {self.method}")
         elif isinstance(self.payload, Guard):
             fields["guard"] = to_json("guard", self.payload.to_json())
+        elif isinstance(self.payload, Features):
+            fields["features"] = to_json("features", self.payload.to_json())
         else:
             fields["sparse"] = to_json("sparse", shapes)
         fields["digest"] = digest(tensors, fields)
@@ -250,7 +263,7 @@ class Patch:
             fields = decode_header(layout.metadata)
             kind, dtype = fields.pop("kind"), fields.pop("dtype")
             modules, shapes = fields.pop("modules") or {}, fields.pop("sparse") or {}
-            guard = fields.pop("guard")
+            guard, features = fields.pop("guard"), fields.pop("features")
             stored = {"path": str(layout.path), "bytes": layout.size, "dtype": dtype}
             stored["dtype_error"] = fields.pop("dtype_error")
             if source.repository:
@@ -261,6 +274,8 @@ class Patch:
                 payload = Guard.from_json(guard)
                 if tensors:
                     raise ErasureError(f"unknown tensor {min(tensors)!r}: a guard holds no tensors")
+            elif kind == Features.kind:
+                payload = decode_features(tensors, dtype, features)
             else:
                 payload = decode(tensors, kind, dtype, modules, shapes)
             if isinstance(payload, LowRank):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from erasure.errors import ErasureError
+from erasure.patch.checked_tensor import checked_copy
+from erasure.patch.features import Features
 from erasure.patch.fingerprint import tensor_bytes
 from erasure.patch.guard import Guard
 from erasure.patch.module_keys import TRANSFORMER, canonical, check_component
@@ -120,7 +122,7 @@ class Delta:
     kind: ClassVar[str] = "delta"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "changes", _tidy(self.changes, "changes", _difference))
+        object.__setattr__(self, "changes", _tidy(self.changes, "changes", checked_copy))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Delta, (self.changes,)
@@ -166,7 +168,8 @@ class Delta:
         return digest.hexdigest()
 
 
-Payload = LowRank | Delta | Guard  # what a patch may hold
+Payload = LowRank | Delta | Guard | Features  # what a patch may hold
+RUNTIME = (Guard.kind, Features.kind)  # the kinds that act while a pipeline draws, and change no weight
 
 
 def stack_layers(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,7 @@ def _layer(label: str, value: Any) -> Layer:
         alpha = float(torch.tensor(float(alpha), dtype=torch.float32))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ErasureError(f"{label}: must be (down, up, alpha): {error}") from error
-    down, up = _copy(f"{label} down", down), _copy(f"{label} up", up)
+    down, up = checked_copy(f"{label} down", down), checked_copy(f"{label} up", up)
     if down.dim() != up.dim() or down.dim() not in (2, 4) or tuple(up.shape[2:]) not in ((), (1, 1)):
         raise ErasureError(
             f"{label}: down {list(down.shape)} and up {list(up.shape)} fit neither a linear layer ([rank, in] and "
@@ -232,7 +235,7 @@ def _one_alpha(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Layer
     common = float(max(down.shape[0] for table in layers.values() for down, _, _ in table.values()))
     return {
         component: {
-            path: (down, _copy(f"{component}.{path} up", up * (alpha / common)), common)
+            path: (down, checked_copy(f"{component}.{path} up", up * (alpha / common)), common)
             for path, (down, up, alpha) in table.items()
         }
         for component, table in layers.items()
@@ -247,23 +250,6 @@ def _own_alphas(layers: dict[str, dict[str, Layer]]) -> dict[str, dict[str, Laye
 
     def own(component: str, path: str, layer: Layer) -> Layer:
         (down, up, alpha), rank = layer, float(layer[0].shape[0])
-        return layer if alpha == rank else (down, _copy(f"{component}.{path} up", up * (alpha / rank)), rank)
+        return layer if alpha == rank else (down, checked_copy(f"{component}.{path} up", up * (alpha / rank)), rank)
 
     return {name: {path: own(name, path, layer) for path, layer in table.items()} for name, table in layers.items()}
-
-
-def _difference(label: str, value: Any) -> Tensor:
-    return _copy(label, value)
-
-
-def _copy(label: str, tensor: Any) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise ErasureError(f"{label}: must be a tensor of floating-point numbers")
-    if tensor.numel() == 0:
-        raise ErasureError(f"{label}: the tensor of shape {list(tensor.shape)} is empty")
-    # Always copied, so that the patch does not change when training continues with its own tensors.
-    value = tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
-    # A sum is finite only if every value is, and is quicker; finite values may overflow in it.
-    if not math.isfinite(value.sum().item()) and not torch.isfinite(value).all():
-        raise ErasureError(f"{label}: contains NaN or infinity")
-    return value

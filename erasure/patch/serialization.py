@@ -1,13 +1,14 @@
 """Conversion between payloads and the tensors of a patch file.
 
 Low-rank factors have kohya keys, and those of patches on a transformer the keys of diffusers and peft, in which the
-alpha is always the rank. Weight differences have the key `<component>.<parameter>`.
+alpha is always the rank. Weight differences have the key `<component>.<parameter>`, the tensors of features
+`features.<name>`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from erasure.dtypes import DTYPES
 from erasure.errors import ErasureError, unknown
+from erasure.patch.features import TENSORS, Features
 from erasure.patch.guard import Guard
 from erasure.patch.module_keys import (
     ALPHA,
@@ -35,6 +37,7 @@ from erasure.patch.sparse import MASK, VALUES, is_sparse, pack, unpack
 
 Modules = dict[str, list[str]]  # component -> module paths, which cannot be recovered from kohya keys
 Shapes = dict[str, list[int]]  # key of a sparse difference -> shape
+FEATURES = "features."  # before the names of the tensors of features
 
 
 def kohya_keys(payload: LowRank | Delta, diffusers_names: bool = False) -> Callable[[str, str], str]:
@@ -81,6 +84,8 @@ def encode(payload: Payload, dtype: str, diffusers_names: bool = False) -> tuple
         raise unknown("dtype", dtype, DTYPES)
     if isinstance(payload, Guard):
         return {}, {}, {}
+    if isinstance(payload, Features):
+        return {f"{FEATURES}{name}": cast(name, getattr(payload, name), dtype) for name in TENSORS}, {}, {}
     if isinstance(payload, LowRank):
         tensors, modules = _encode_low_rank(payload, dtype, layer_keys(payload, diffusers_names))
         return tensors, modules, {}
@@ -176,7 +181,7 @@ def cast(label: str, tensor: Tensor, dtype: str) -> Tensor:
 
 
 def cast_error(payload: Payload, dtype: str) -> float:
-    """Return the relative L2 error of a cast, |cast - exact| / |exact|, over all weight changes together.
+    """Return the relative L2 error of a cast, |cast - exact| / |exact|, over all weight changes or features together.
 
     Args:
         payload: the payload of the patch.
@@ -184,6 +189,9 @@ def cast_error(payload: Payload, dtype: str) -> float:
     """
     if dtype == "fp32" or isinstance(payload, Guard):
         return 0.0
+    if isinstance(payload, Features):
+        pairs = [(tensor.to(DTYPES[dtype]).double(), tensor.double()) for tensor in payload.tensors()]
+        return math.sqrt(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
     wrong = total = 0.0
     for component in payload.components:
         for name in payload.names(component):
@@ -223,6 +231,24 @@ def decode(tensors: dict[str, Tensor], kind: str, dtype: str, modules: Modules, 
     if unread:
         raise ErasureError(f"unknown tensor {sorted(unread)[0]!r}")
     return payload
+
+
+def decode_features(tensors: dict[str, Tensor], dtype: str, described: Mapping[str, Any]) -> Features:
+    """Convert the tensors of a file to features; this is the inverse of `encode`.
+
+    Args:
+        tensors: the tensors by key.
+        dtype: type of the tensors, from the header.
+        described: what the header says about the features.
+
+    Raises:
+        ErasureError: as for `decode`, or a value of the header is not allowed.
+    """
+    unread = dict(tensors)
+    found = {name: _take(unread, f"{FEATURES}{name}", DTYPES[dtype]) for name in TENSORS}
+    if unread:
+        raise ErasureError(f"unknown tensor {sorted(unread)[0]!r}")
+    return Features.from_json(described, found)
 
 
 def _take(tensors: dict[str, Tensor], key: str, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What gated patches and guards attach to the network for one call of the pipeline."""
+"""What gated patches, guards and features attach to the network for one call of the pipeline."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from erasure.model.architectures import architecture_of
-from erasure.patch import Guard
+from erasure.patch import Features, Guard
 from erasure.pipelines import guards
+from erasure.pipelines.features import FeatureHooks, Term, feature_hooks
 from erasure.pipelines.gated_lora import Membrane, membranes
 from erasure.pipelines.gates.latent import Combination, LatentGate
 from erasure.pipelines.loaded import Loaded
 from erasure.pipelines.replaced_forward import ReplacedForward
 
-Acting = Membrane | ReplacedForward | guards.Attached  # what acts during one call; both count how often they ran
+# What acts during one call; each counts how often it ran.
+Acting = Membrane | ReplacedForward | FeatureHooks | guards.Attached
 
 
 def attach(
@@ -30,7 +32,7 @@ def attach(
     images: int,
     scope: ExitStack,
 ) -> list[Acting]:
-    """Let gated patches and guards act until a scope is closed.
+    """Let gated patches, guards and features act until a scope is closed.
 
     Args:
         pipe: the pipeline.
@@ -47,6 +49,7 @@ def attach(
     """
     terms: list[tuple[Any, Tensor]] = []
     parts: list[tuple[Tensor, Callable[[], Any]]] = []
+    blocks: list[Term] = []
     acting: dict[type[guards.Form], list[guards.Acting[Any]]] = {}
     place = ""
     # Sorted by content, as in the weights, so that the order of loading changes no bit.
@@ -57,6 +60,8 @@ def attach(
                 guard = guards.Acting(entry.form, payload.texts, shares * payload.scale)
                 acting.setdefault(type(entry.form), []).append(guard)
                 place = entry.component
+        elif isinstance(payload, Features):
+            blocks.append((payload, shares))
         elif isinstance(entry.gate, LatentGate):
             parts.append((shares.repeat_interleave(images), patched(entry.patch)))
         else:
@@ -68,6 +73,10 @@ def attach(
     for membrane, module in membranes(terms, component, images):
         scope.callback(membrane.attach(module).remove)
         hooks.append(membrane)
+    for switch_off in feature_hooks(blocks, component, images):
+        feature_hook = switch_off()
+        scope.callback(feature_hook.remove)
+        hooks.append(feature_hook)
     if parts:
         network = architecture_of(pipe).component
         combination = Combination(component(network), network, parts, whole=bool(hooks) or bool(ready))

@@ -1,4 +1,4 @@
-"""Guards on calls of the network that come from outside the pipeline, such as those of a search for prompts."""
+"""Guards and features on calls of the network that come from outside the pipeline, such as those of a search for prompts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from erasure.pipelines.torch_compile import uncompiled
 
 @contextmanager
 def guarding(pipe: Any, rows: int, prompts: list[list[str]] | None = None) -> Iterator[None]:
-    """Let the guards of a pipeline act inside a context on calls of its network, at full strength whatever their gates.
+    """Let the guards and features of a pipeline act inside a context on calls of its network, at full strength whatever their gates.
 
     Each call counts as the first step of its trajectory.
 
     Args:
-        pipe: the pipeline; without active guards nothing happens.
+        pipe: the pipeline; without active guards and features nothing happens.
         rows: number of samples in such a call.
         prompts: the texts of each sample, or None if only embeddings are known.
 
@@ -28,7 +28,7 @@ def guarding(pipe: Any, rows: int, prompts: list[list[str]] | None = None) -> It
         ErasureError: a guard reads the words of the prompt, and there are none.
     """
     stack = patch_stack(pipe)
-    acting = {name: entry for name, entry in stack.gated.items() if entry.form}
+    acting = {name: entry for name, entry in stack.gated.items() if entry.runtime}
     if stack.readers and prompts is None:
         raise ErasureError(f"{named(map(repr, stack.readers))}: reads the words of the prompt, and there are none")
     strengths = {name: [entry.strength] * rows for name, entry in acting.items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erasure.errors import ErasureError
-from erasure.patch import Patch
+from erasure.patch import RUNTIME, Patch
 from erasure.pipelines.gates.latent import LatentGate
 from erasure.pipelines.gates.text import TextGate
 from erasure.pipelines.guards import Form
@@ -35,6 +35,11 @@ class Loaded:
     gate: TextGate | LatentGate | None
     form: Form | None = None
     component: str = ""
+
+    @property
+    def runtime(self) -> bool:
+        """Return whether the patch changes no weight: a guard, or features."""
+        return self.patch.payload.kind in RUNTIME
 
     @property
     def components(self) -> list[str]:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from erasure.errors import ErasureError, unknown
-from erasure.patch import Guard, Patch
+from erasure.patch import RUNTIME, Features, Guard, Patch
 from erasure.patch.module_keys import COMPONENTS, NETWORKS
 from erasure.patch.ops.overlap_warning import warn_of_overlap
 from erasure.pipelines.acting import Acting, attach
@@ -70,9 +70,9 @@ def _shared_stack(pipe: Any) -> PatchStack | None:
 class PatchStack:
     """The patches on one pipeline by name, with their strengths.
 
-    Patches that act on every prompt alike are folded into the weights. Gated patches and guards are attached to the
-    network for the duration of a call. `gate_log` holds, for each prompt of the last call, the strength with which each
-    patch acted.
+    Patches that act on every prompt alike are folded into the weights. Gated patches, guards and features are attached
+    to the network for the duration of a call. `gate_log` holds, for each prompt of the last call, the strength with
+    which each patch acted.
 
     Args:
         pipe: the diffusers pipeline.
@@ -193,9 +193,10 @@ class PatchStack:
         """Return a patch with its gate, and of a guard its form, if this pipeline can run them."""
         gate, payload = parse_gate(patch), patch.payload
         form = make_form(payload, FORMS) if isinstance(payload, Guard) else None
-        if (gate or form) and not hasattr(type(self.pipe), "gate_log"):
+        if (gate or payload.kind in RUNTIME) and not hasattr(type(self.pipe), "gate_log"):
             kind = type(self.pipe).__name__
-            what = "is a guard" if form else f"has a {patch.gate['kind']} gate"
+            what = "holds features" if isinstance(payload, Features) else f"has a {patch.gate['kind']} gate"
+            what = "is a guard" if form else what
             raise ErasureError(
                 f"patch {name!r} {what}, which {kind} cannot run. Convert the pipeline with "
                 f"Erased{kind}.from_pipe(pipe); if there is no such class, define one with "
@@ -253,7 +254,8 @@ class PatchStack:
     def fuse_patches(self) -> None:
         """Fold gated patches into the weights too, so that they act on every prompt and a call runs no extra layers.
 
-        Guards have no weights to fold: they go on acting in every call, without their gates on every prompt.
+        Guards and features have no weights to fold: they go on acting in every call, without their gates on every
+        prompt.
         """
         self._change(self._loaded, fused=True)
 
@@ -263,11 +265,11 @@ class PatchStack:
 
     @property
     def gated(self) -> dict[str, Loaded]:
-        """Return the patches, by name, that act only while a call runs: those with a gate, and guards."""
+        """Return the patches, by name, that act only while a call runs: those with a gate, guards and features."""
         return {
             name: entry
             for name, entry in self._loaded.items()
-            if entry.strength and (entry.form or (entry.gate and not self._fused))
+            if entry.strength and (entry.runtime or (entry.gate and not self._fused))
         }
 
     @property
@@ -374,7 +376,7 @@ class PatchStack:
         return [
             Share(entry.patch.weights, entry.strength)
             for entry in loaded.values()
-            if entry.strength and entry.form is None and (entry.gate is None or fused)
+            if entry.strength and not entry.runtime and (entry.gate is None or fused)
         ]
 
     def _check_owner(self, component: str) -> None:

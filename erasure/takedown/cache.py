@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from erasure.config import default_cache
 from erasure.errors import ErasureError
 from erasure.model.conditioning import text_encoders
 from erasure.model.listed_base import ListedBase
@@ -24,15 +25,6 @@ from erasure.patch.safetensors_io import digest, read_layout, write_file
 LOG = logging.getLogger("erasure")
 VERSION = "1"  # of what the entries mean
 MOST_ENTRIES = 20_000  # in one file; beyond that, only those of the present run are kept
-VARIABLE = "ERASURE_CACHE"  # names the folder
-
-
-def default_cache() -> Path:
-    """Return the folder of the cache: that of ERASURE_CACHE, else `erasure` in the user's cache folder."""
-    if own := os.environ.get(VARIABLE):
-        return Path(own).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "erasure"
 
 
 def encoder_key(base: ListedBase) -> str:

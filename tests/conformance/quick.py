@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from erasure.patch import Guard, Patch
+from erasure.patch import RUNTIME, Patch
 from erasure.training import loop
 from tests.tiny import write_tiny_clip
 
@@ -79,6 +79,19 @@ QUICK = {
         "scale_steps": 2,
         "learning_rate": 1e-3,
     },
+    "saeuron": {
+        "words": 3,
+        "trajectories": 1,
+        "sample_steps": 3,
+        "concept_trajectories": 2,
+        "expansion": 4,
+        "active": 4,
+        "epochs": 1,
+        "batch_size": 64,
+        "features": 3,
+        "multiplier": -10.0,
+        "cache": False,
+    },
     "salun": {
         "iterations": 4,
         "batch_size": 2,
@@ -112,9 +125,9 @@ def same(one, other) -> bool:
 
 
 def changes(patch: Patch) -> dict[str, torch.Tensor]:
-    """What a patch changes by name; of a guard, its digest."""
-    if isinstance(patch.payload, Guard):
-        return {"guard": torch.tensor(list(bytes.fromhex(patch.payload.digest)))}
+    """What a patch changes by name; of a guard and of features, their digest."""
+    if patch.payload.kind in RUNTIME:
+        return {patch.payload.kind: torch.tensor(list(bytes.fromhex(patch.payload.digest)))}
     return {
         f"{part}.{name}": patch.payload.change(part, name)
         for part in patch.payload.components

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erasure.patch import Delta, LowRank, Patch, fingerprint
+from erasure.patch import Delta, Features, LowRank, Patch, fingerprint
 
 
 def low_rank_patch(
@@ -58,6 +58,34 @@ def delta_patch(
             change = change * (torch.rand(shape, generator=generator) < 0.2)
         changes[name] = change
     return patch_of(pipe, Delta({component: changes}), **fields)
+
+
+def features(**changed: Any) -> Features:
+    """Make two random features of a block of the tiny pipeline, each active in about half of the outputs."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    block = "up_blocks.0.attentions.1"
+    values: dict[str, Any] = {
+        "component": "unet",
+        "block": block,
+        "made_on": {f"{block}.proj_out.weight": [16, 16, 1, 1]},
+        "timesteps": (501.0, 1.0),
+        "encoder": draw(2, 16),
+        "bias": draw(2) / 10,
+        "decoder": draw(2, 16),
+        "limits": draw(2, 2).abs() / 10,
+        "gains": -1 - draw(2, 2).abs(),
+        "about": {"of": 64},
+    }
+    return Features(**values | changed)
+
+
+def features_patch(**fields: Any) -> Patch:
+    """Make a patch of random features."""
+    return Patch(payload=features(), method="test", concepts=[{"name": "cat"}], **fields)
 
 
 def patch_of(pipe: Any, payload: LowRank | Delta, **fields: Any) -> Patch:

@@ -201,7 +201,7 @@ def test_the_page_names_every_field_and_gate():
     named = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`.+?) \|", table, re.M))))
     assert named == {"format", "seed", "dtype_error", "digest", *TEXTS, *JSON}
     optional = next(line for line in table.splitlines() if line.endswith("| optional |"))
-    assert set(re.findall(r"`([a-z_]+)`", optional)) == set(OPTIONAL) - {"modules", "sparse", "guard"}
+    assert set(re.findall(r"`([a-z_]+)`", optional)) == set(OPTIONAL) - {"modules", "sparse", "guard", "features"}
     kinds = next(line for line in table.splitlines() if line.startswith("| `kind` |"))
     assert set(re.findall(r"`([a-z-]+)`", kinds)) == {"kind", *HEADER_KINDS}
     gates = PAGE.split("## Gates")[1].split("## ")[0]

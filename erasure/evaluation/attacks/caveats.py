@@ -7,18 +7,20 @@ from typing import Any
 
 from erasure.evaluation.attacks.attack import Attack
 from erasure.evaluation.metrics.gate_activity import gate_kinds
-from erasure.patch import Guard
+from erasure.patch import RUNTIME, Features, Guard
 from erasure.pipelines.stack import patch_stack
+
+KINDS = {Guard.kind: "is a guard", Features.kind: "holds features that are switched off"}
 
 
 def gating(pipe: Any) -> list[str]:
-    """Return one sentence for each active guard and each patch with a gate: what the attacks face of it."""
+    """Return one sentence for each active patch that changes no weight or has a gate: what the attacks face."""
     patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
     active = {name: entry for name, entry in patches.items() if entry["strength"]}
-    guards = [name for name, entry in active.items() if entry.get("kind") == Guard.kind]
+    guards = [name for name, entry in active.items() if entry.get("kind") in RUNTIME]
     sentences = [
-        f"{name} is a guard: searches face it at full strength, and pictures as the pipeline draws them. Who holds the "
-        "weights draws without it, which these figures say nothing of"
+        f"{name} {KINDS[active[name]['kind']]}: searches face it at full strength, and pictures as the pipeline draws "
+        "them. Who holds the weights draws without it, which these figures say nothing of"
         for name in guards
     ]
     return sentences + [
@@ -38,7 +40,7 @@ def unsuited(pipe: Any, attack: type[Attack]) -> str:
     """
     patches: dict[str, Any] = getattr(pipe, "get_list_patches", dict)()
     active = {name: entry for name, entry in patches.items() if entry["strength"]}
-    if attack.UNDOES and active and all(entry["kind"] == Guard.kind for entry in active.values()):
+    if attack.UNDOES and active and all(entry["kind"] in RUNTIME for entry in active.values()):
         return f"{attack.name} undoes a change of weights, and {', '.join(active)} changes none"
     readers = patch_stack(pipe).readers if active else []
     if attack.EMBEDS and readers:

@@ -33,7 +33,7 @@ from erasure.model import presets
 from erasure.model.closed_form import readers
 from erasure.model.diffusion import Counts, add_noise, counting
 from erasure.model.loading import name_of, sampling_of, words_of
-from erasure.patch import Guard
+from erasure.patch import RUNTIME
 from erasure.pipelines.strengths import switched_off
 
 BINS = 4  # equal intervals of timesteps; each image gets one timestep in each of them
@@ -121,7 +121,7 @@ def measure_white_box(
         seed: seed of all random numbers.
 
     Raises:
-        ErasureError: there are no kept prompts, fewer than 2 images, or guards are the only patches that act.
+        ErasureError: there are no kept prompts, fewer than 2 images, or only guards and features act.
     """
     if isinstance(kept, str) or not kept:
         raise ErasureError("kept: expected a list of at least one prompt that should be unaffected")
@@ -129,10 +129,10 @@ def measure_white_box(
         raise ErasureError(f"images={images}: an interval needs at least 2")
     loaded: Any = getattr(pipe, "get_list_patches", dict)()
     kinds = {entry.get("kind") for entry in loaded.values() if entry["strength"]}
-    if kinds == {Guard.kind}:
+    if kinds and kinds <= set(RUNTIME):
         raise ErasureError(
-            "white-box measurements compare the weights with the base's, and guards change none: they would show "
-            "nothing. Leave --inside out"
+            "white-box measurements compare the weights with the base's, and guards change none, nor do features: "
+            "they would show nothing. Leave --inside out"
         )
     vocabulary = presets.vocabulary(name_of(pipe))
     sampling = sampling_of(pipe, steps, guidance)

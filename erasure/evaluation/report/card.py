@@ -173,7 +173,9 @@ def base_name(base: str) -> str:
 def _description(patch: Patch) -> str:
     info = patch.info()
     content = "texts and settings that act while drawing, and no parameters"
-    if info["guard"] is None:
+    if info["features"] is not None:
+        content = f"{info['parameters']:,} numbers that act while drawing, and no weight changed"
+    elif info["guard"] is None:
         content = f"{info['parameters']:,} parameters"
     text = (
         f"A patch made by the method `{patch.method}`, with {content}; gate: {info['gate']}. "

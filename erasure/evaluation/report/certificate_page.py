@@ -322,7 +322,7 @@ def _how(statement: Mapping[str, Any]) -> str:
     changed = (
         f"A patch of {patch['parameters']:,} numbers changes {parts}."
         if patch["components"]
-        else "No weight was changed: a guard changes what the program does while it draws."
+        else "No weight was changed: the patch changes what the program does while it draws."
     )
     return escape(f"{changed} It was made by the method {method}. {acts}{other}")
 

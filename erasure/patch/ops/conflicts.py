@@ -23,7 +23,7 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.patch.patch import Patch
-from erasure.patch.payload import Delta, LowRank
+from erasure.patch.payload import RUNTIME, Delta, LowRank
 
 # Among 18 patches of the benchmark on glyph, cosines between different concepts are at most 0.16 in size, and those
 # between methods for the same concept reach 0.28.
@@ -92,7 +92,8 @@ def conflicts(patches: Mapping[str, Patch] | Sequence[Patch]) -> list[Overlap]:
     if len(named) < 2:
         raise ErasureError("give at least two patches to compare")
     rows = []
-    for one, other in itertools.combinations(named.items(), 2):
+    weighty = {name: patch for name, patch in named.items() if patch.payload.kind not in RUNTIME}
+    for one, other in itertools.combinations(weighty.items(), 2):
         for component in one[1].components:
             if component in other[1].components:
                 rows += _overlap(component, one, other)

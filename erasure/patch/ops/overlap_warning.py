@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erasure.patch.ops.conflicts import NOTABLE, conflicts
 from erasure.patch.patch import Patch
-from erasure.patch.payload import LowRank, stack_layers
+from erasure.patch.payload import RUNTIME, LowRank, stack_layers
 
 # Each new patch is compared with so many loaded before it, so that the time for n patches grows like n.
 RECENT = 100
@@ -22,8 +22,9 @@ Pair = tuple[float, str, str, str]  # cosine, earlier patch, later patch, compon
 def warn_of_overlap(new: Mapping[str, Patch], loaded: Mapping[str, Patch]) -> list[Pair]:
     """Log one warning if new patches overlap notably with each other or with loaded ones.
 
-    Loading patches that overlap is allowed and may be intended, so no error is raised. Each new patch is compared with
-    the RECENT patches before it. The logger is `erasure`.
+    Guards and features change no weight, so they overlap with nothing. Loading patches that overlap is allowed and may
+    be intended, so no error is raised. Each new patch is compared with the RECENT patches before it. The logger is
+    `erasure`.
 
     Args:
         new: the new patches by name, in order of loading.
@@ -32,6 +33,10 @@ def warn_of_overlap(new: Mapping[str, Patch], loaded: Mapping[str, Patch]) -> li
     Returns:
         The notable overlaps as (cosine, earlier patch, later patch, component), the largest cosine in size first.
     """
+    new, loaded = (
+        {name: patch for name, patch in patches.items() if patch.payload.kind not in RUNTIME}
+        for patches in (new, loaded)
+    )
     everything = {**dict(list(loaded.items())[-RECENT:]), **new}
     pairs = sorted(_pairs(everything, len(everything) - len(new)), key=lambda pair: -abs(pair[0]))
     if not pairs:

@@ -45,8 +45,8 @@ def parse_gate(patch: Patch) -> TextGate | LatentGate | None:
     if kind == "latent":
         if not isinstance(patch.payload, LowRank):
             raise ErasureError(
-                "a latent gate compares the network with and without a low-rank change, and a guard changes no weight; "
-                "a guard can have a text gate"
+                "a latent gate compares the network with and without a low-rank change, and guards and features "
+                "change no weight; they can have a text gate"
             )
         if len(patch.components) != 1 or patch.components[0] not in NETWORKS:
             raise ErasureError(
