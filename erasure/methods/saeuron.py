@@ -84,20 +84,20 @@ class SAeUron(RuntimeMethod):
     method: ClassVar[str] = "saeuron"
 
     block: str | None = None
-    features: int = setting(1, at_least=1)
-    multiplier: float = setting(-1.0, below=1)
+    features: int = setting(8, at_least=1)
+    multiplier: float = setting(-3.0, below=1)
     concept_trajectories: int = setting(8, at_least=1)
-    expansion: int = setting(16, at_least=1)
-    active: int = setting(32, at_least=1)
-    epochs: int = setting(5, at_least=1)
-    batch_size: int = setting(4096, at_least=2)
-    learning_rate: float = setting(4e-4, above=0, below=1)
-    dead_after: int = setting(10_000_000, at_least=1)
+    expansion: int = setting(8, at_least=1)
+    active: int = setting(16, at_least=1)
+    epochs: int = setting(10, at_least=1)
+    batch_size: int = setting(1024, at_least=2)
+    learning_rate: float = setting(1e-3, above=0, below=1)
+    dead_after: int = setting(100_000, at_least=1)
     aux_weight: float = setting(1 / 32, at_least=0)
     words: int = setting(64, at_least=1)
-    trajectories: int = setting(16, at_least=1)
+    trajectories: int = setting(3, at_least=1)
     positions: int | None = setting(None, at_least=1)
-    sample_steps: int = setting(50, at_least=1)
+    sample_steps: int = setting(25, at_least=1)
     trajectory_guidance: float = 3.0
     cache: bool = True
     gate: Literal["always", "text"] = "always"

@@ -1,4 +1,4 @@
-"""Guards and features on calls of the network that come from outside the pipeline, such as those of a search for prompts."""
+"""Guards and features on calls of the network from outside the pipeline, such as those of a search for prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from erasure.pipelines.torch_compile import uncompiled
 
 @contextmanager
 def guarding(pipe: Any, rows: int, prompts: list[list[str]] | None = None) -> Iterator[None]:
-    """Let the guards and features of a pipeline act inside a context on calls of its network, at full strength whatever their gates.
+    """Let guards and features act inside a context on calls of the network, at full strength whatever their gates.
 
     Each call counts as the first step of its trajectory.
 

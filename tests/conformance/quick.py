@@ -91,6 +91,7 @@ QUICK = {
         "features": 3,
         "multiplier": -10.0,
         "cache": False,
+        "learning_rate": 1e-3,
     },
     "salun": {
         "iterations": 4,
