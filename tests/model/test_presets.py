@@ -22,7 +22,20 @@ from erasure.model.presets.preset import read_preset
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.tiny import tiny_pipeline
 
-OWN = ("advunlearn", "doco", "eraseflow", "esd", "gem", "mace", "negmerge", "receler", "saeuron", "salun", "spm", "unguide")
+OWN = (
+    "advunlearn",
+    "doco",
+    "eraseflow",
+    "esd",
+    "gem",
+    "mace",
+    "negmerge",
+    "receler",
+    "saeuron",
+    "salun",
+    "spm",
+    "unguide",
+)
 FAMILIES = ("sd1", "sd2", "sdxl")
 # What the kinds change on glyph; everything else there is the methods' default.
 GLYPH = {
