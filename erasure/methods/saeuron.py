@@ -89,7 +89,7 @@ class SAeUron(RuntimeMethod):
     concept_trajectories: int = setting(8, at_least=1)
     expansion: int = setting(8, at_least=1)
     active: int = setting(16, at_least=1)
-    epochs: int = setting(10, at_least=1)
+    epochs: int = setting(8, at_least=1)
     batch_size: int = setting(1024, at_least=2)
     learning_rate: float = setting(1e-3, above=0, below=1)
     dead_after: int = setting(100_000, at_least=1)
