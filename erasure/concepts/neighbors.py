@@ -175,6 +175,23 @@ def worded(concept: Concept, word: str) -> str:
     return prompt_of(concept.kind, word) if template is None else template.replace("{}", word)
 
 
+def kept_prompts(base: Encoder, concepts: list[Concept], count: int, seed: int) -> list[str]:
+    """Return the prompts of a retain term: words to keep, the nearest ones, others up to `count`, and the empty prompt.
+
+    Args:
+        base: the checkpoint.
+        concepts: all concepts that are erased together.
+        count: number of prompts besides the empty one; half of them, at most, are neighbours.
+        seed: seed of the draw of others.
+
+    Raises:
+        ErasureError: as `retain_prompts`.
+    """
+    named = {word for concept in concepts for word in concept.keep}
+    near = [text for text in around(base, concepts) if text not in named][: count // 2]
+    return [*retain_prompts(base, concepts, count, first=near, seed=seed), ""]
+
+
 def retain_prompts(
     base: Encoder,
     concepts: list[Concept],

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
-from erasure.concepts.neighbors import all_anchored, around, retain_prompts
+from erasure.concepts.neighbors import all_anchored, kept_prompts
 from erasure.config import setting
 from erasure.errors import ErasureError
 from erasure.method import GradientMethod
@@ -140,7 +140,7 @@ class EraseFlow(GradientMethod):
         targets = base.targets(self.variant)
         led = all_anchored(base, concepts) if self.guide == "nearest" else concepts
         pairs = [pair for concept in led for pair in concept.prompt_pairs()]
-        kept = self.kept(base, concepts, run.seed)
+        kept = kept_prompts(base, concepts, self.retain_trajectories, run.seed) if self.retain_weight else []
         options: dict[str, Any] = {"steps": self.sample_steps, "guidance": self.trajectory_guidance}
         count = max(self.trajectories, len(pairs))  # at least one for each prompt
         paths = kept_paths(run.path("paths.safetensors"), base, pairs, count=count, seed=run.seed, **options)
@@ -158,14 +158,6 @@ class EraseFlow(GradientMethod):
             component=base.component,
         )
         return State(base, pairs, kept, paths, retain, transitions(base, self.sample_steps), adapter, run.seed)
-
-    def kept(self, base: Base, concepts: list[Concept], seed: int) -> list[str]:
-        """Return the prompts of the retain term: words to keep, the nearest ones, others, and the empty prompt."""
-        if not self.retain_weight:
-            return []
-        named = {word for concept in concepts for word in concept.keep}
-        near = [text for text in around(base, concepts) if text not in named][: self.retain_trajectories // 2]
-        return [*retain_prompts(base, concepts, self.retain_trajectories, first=near, seed=seed), ""]
 
     def steps(self, state: State, draw: torch.Generator) -> list[int]:
         """Return the indices of the steps S of one update; a deterministic step has no density and is left out."""

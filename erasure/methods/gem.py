@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from erasure.concepts.concept import Concept
-from erasure.concepts.neighbors import all_anchored, around, retain_prompts
+from erasure.concepts.neighbors import all_anchored, kept_prompts
 from erasure.config import setting
 from erasure.method import GradientMethod
 from erasure.model.base import Base
@@ -116,7 +116,8 @@ class GEM(GradientMethod):
         targets = base.targets(self.variant)
         led = all_anchored(base, concepts) if self.guide == "nearest" else concepts
         pairs = [pair for concept in led for pair in concept.prompt_pairs()]
-        kept, pool = self.kept(base, concepts, run.seed), None
+        kept = kept_prompts(base, concepts, self.retain_trajectories, run.seed) if self.retain_weight else []
+        pool = None
         if kept:
             pool = kept_pool(
                 run.path("retain.safetensors"),
@@ -136,14 +137,6 @@ class GEM(GradientMethod):
             component=base.component,
         )
         return State(base, pairs, kept, pool, adapter, run.seed)
-
-    def kept(self, base: Base, concepts: list[Concept], seed: int) -> list[str]:
-        """Return the prompts of the retain term: words to keep, the nearest ones, others, and the empty prompt."""
-        if not self.retain_weight:
-            return []
-        named = {word for concept in concepts for word in concept.keep}
-        near = [text for text in around(base, concepts) if text not in named][: self.retain_trajectories // 2]
-        return [*retain_prompts(base, concepts, self.retain_trajectories, first=near, seed=seed), ""]
 
     def reached(self, state: State, step: int) -> TrajectoryPool:
         """Return the first states of this update's trajectories, with the base's predictions for anchor and concept."""

@@ -93,16 +93,7 @@ class PixArt(CrossAttention):
         """Return the states of the text encoder and the mask of its padding."""
         alpha = type(pipe).__name__.endswith("PixArtAlphaPipeline")
         length = default(pipe, options, "max_sequence_length", 120 if alpha else 300)
-        check_length(pipe, prompt, {"tokenizer": length})
-        with torch.no_grad():
-            states, mask, _, _ = pipe.encode_prompt(
-                prompt,
-                do_classifier_free_guidance=False,
-                device=place(pipe, pipe.transformer),
-                clean_caption=cleans(pipe, options),
-                max_sequence_length=length,
-            )
-        return Conditions(states, mask=mask)
+        return encoded(pipe, prompt, options, length)
 
     def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
         """Return the noise; the variance in the other half of the output is left out."""
@@ -138,6 +129,27 @@ class PixArt(CrossAttention):
         return sampler
 
 
+def encoded(pipe: Any, prompt: str, options: Options, length: int, **more: Any) -> Conditions:
+    """Return the states of the text encoder for one prompt, and the mask of its padding.
+
+    Args:
+        pipe: the diffusers pipeline.
+        prompt: the prompt.
+        options: of the checkpoint.
+        length: number of tokens that are read.
+        more: other arguments of the pipeline's `encode_prompt`.
+
+    Raises:
+        ErasureError: the prompt has more tokens.
+    """
+    check_length(pipe, prompt, {"tokenizer": length})
+    how = {"clean_caption": cleans(pipe, options), "max_sequence_length": length, **more}
+    device = place(pipe, pipe.transformer)
+    with torch.no_grad():
+        states, mask, _, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, device=device, **how)
+    return Conditions(states, mask=mask)
+
+
 def cleans(pipe: Any, options: Options) -> bool:
     """Tell whether the pipeline cleans captions: it has to be told so, and to have the libraries."""
     from diffusers.utils import is_bs4_available, is_ftfy_available
@@ -169,18 +181,8 @@ class Sana(CrossAttention):
         The pipeline writes its instruction before a prompt, and none before the empty one of guidance.
         """
         length = default(pipe, options, "max_sequence_length", 300)
-        check_length(pipe, prompt, {"tokenizer": length})
         instruction = default(pipe, options, "complex_human_instruction") if prompt else None
-        with torch.no_grad():
-            states, mask, _, _ = pipe.encode_prompt(
-                prompt,
-                do_classifier_free_guidance=False,
-                device=place(pipe, pipe.transformer),
-                clean_caption=cleans(pipe, options),
-                max_sequence_length=length,
-                complex_human_instruction=instruction,
-            )
-        return Conditions(states, mask=mask)
+        return encoded(pipe, prompt, options, length, complex_human_instruction=instruction)
 
     def predict(self, pipe: Any, x: Tensor, t: Any, conditions: Conditions, options: Options) -> Tensor:
         """Return the velocity that the transformer predicts."""
