@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+from diffusers import DPMSolverMultistepScheduler, FluxPipeline, SanaPipeline
 
 from erasure.concepts import neighbors
 from erasure.concepts.concept import Concept
@@ -16,6 +16,7 @@ from erasure.errors import ErasureError
 from erasure.forecast import plan
 from erasure.methods.esd import ESD
 from erasure.model.base import Base
+from erasure.model.loading import open_pipeline
 from erasure.model.trajectories import walk
 from erasure.pipelines import ErasedSanaPipeline, load_pipeline
 from erasure.training.run import Run
@@ -157,6 +158,8 @@ def test_its_folder_opens_as_a_base_and_as_an_erased_pipeline(tmp_path):
     base = Base.load(tmp_path, device="cpu")
     assert base.architecture.name == "sana" and type(base.pipe) is SanaPipeline
     assert type(load_pipeline(tmp_path, device="cpu")) is ErasedSanaPipeline
+    with pytest.raises(ErasureError, match="FluxPipeline cannot hold it"):
+        open_pipeline(FluxPipeline, tmp_path)
     with pytest.raises(ErasureError, match="settings for this checkpoint"):
         erase(base, CAT, "esd", progress=False)
 
