@@ -1,4 +1,4 @@
-"""Whether LoReUn, gradient surgery and DoCo keep their promises: `python bench/objective.py`; it can be resumed.
+"""Whether LoReUn, surgery, DoCo, sparsity and NegMerge keep what they promise: `python bench/objective.py` (resumable).
 
 Every run erases a concept from glyph with the method's default settings and one option, and is read by its curves
 (`erasure/training/curves.py`): on states that nothing trains on, how far the prediction for the concept went to the
@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from erasure.benchmark.run import training_seed
 from erasure.erasing import erase
 from erasure.glyph import CHECKPOINT
@@ -28,11 +30,17 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "esd, dynamic weights": ("esd", {"reweight": "dynamic"}),
     "spm": ("spm", {}),
     "spm, surgery": ("spm", {"surgery": "first"}),
+    "esd, l1": ("esd", {"sparsity": "l1", "sparsity_l1": 0.3}),
+    "esd, prune": ("esd", {"sparsity": "prune"}),
+    "esd, sara": ("esd", {"sparsity": "sara", "learning_rate": 1e-3}),
+    "negmerge": ("negmerge", {}),
+    "negmerge, mean": ("negmerge", {"consensus": "none"}),
+    "task negation": ("negmerge", {"fine_tunes": 1}),
     "doco": ("doco", {}),
     "doco, no surgery": ("doco", {"surgery": "none"}),
     "doco, published surgery": ("doco", {"surgery": "doco"}),
 }
-HEADS = ("concept", "run", "updates", "least erased", "mean erased", "largest drift", "mean drift", "F", "B")
+HEADS = ("concept", "run", "updates", "least erased", "mean erased", "largest drift", "mean drift", "changed", "F", "B")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -43,18 +51,21 @@ def measure(pipe: ErasedStableDiffusionPipeline, concept: str, run: str, work: P
     if target.is_file():
         patch = Patch.load(target)
     else:
-        settings = {**options, "measure_every": EVERY}
+        settings = {**options, **({} if method == "negmerge" else {"measure_every": EVERY})}  # it measures its scales
         patch = erase(pipe, concept, method, out=target, progress=False, seed=training_seed(concept), **settings)
     curves = patch.curves or {}
-    erased, drift = curves["erased"], curves["drift"]
+    place = curves["scales"].index(curves["scale"]) if "scale" in curves else -1
+    erased, drift = curves["erased"][place], curves["drift"][place]
+    numbers = torch.cat([tensor.flatten() for tensor in patch.payload.tensors()])
     return {
         "concept": concept,
         "run": run,
-        "updates": curves["steps"][-1],
-        "least erased": min(erased[-1]),
-        "mean erased": sum(erased[-1]) / len(erased[-1]),
-        "largest drift": max(drift[-1]),
-        "mean drift": sum(drift[-1]) / len(drift[-1]),
+        "updates": patch.config["iterations"],
+        "least erased": min(erased),
+        "mean erased": sum(erased) / len(erased),
+        "largest drift": max(drift),
+        "mean drift": sum(drift) / len(drift),
+        "changed": float((numbers != 0).float().mean()),
         "F": patch.costs["F"],
         "B": patch.costs["B"],
         "curves": curves,
@@ -71,7 +82,7 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run everything that is missing, and write the results."""
+    """Run everything that is missing, and write the results beside those of other runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["dog", "castle", "ink"])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
@@ -79,14 +90,17 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     pipe = ErasedStableDiffusionPipeline.from_pretrained(CHECKPOINT)
-    rows = []
+    results = RESULTS / "objective.json"
+    asked = {(concept, run) for concept in args.concepts for run in args.runs}
+    earlier = json.loads(results.read_text()) if results.is_file() else []
+    rows = [row for row in earlier if (row["concept"], row["run"]) not in asked]
     for concept in args.concepts:
         for run in args.runs:
             rows.append(measure(pipe, concept, run, args.out))
             print(text(rows[-1:]).splitlines()[-1], flush=True)
-            temporary = RESULTS / "objective.json.tmp"
+            temporary = results.with_suffix(".tmp")
             temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, RESULTS / "objective.json")
+            os.replace(temporary, results)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from erasure.training.image_latents import Images, drawn, read_folder, shown
 from erasure.training.objective import Terms
 from erasure.training.reweighting import squared
 from erasure.training.run import Run
-from erasure.training.stopping import GONE, Stop
+from erasure.training.stopping import Stop
 from erasure.training.task_vectors import TaskVectors
 
 LOG = logging.getLogger("erasure")
@@ -198,11 +198,10 @@ class NegMerge(GradientMethod):
         }
         fits = drift <= self.most_drift
         LOG.log(
-            logging.INFO if fits and erased >= GONE else logging.WARNING,
-            "scale %.3g: erased %.2f at the least erased noise level (%g is gone), largest drift %.2f%s",
+            logging.INFO if fits else logging.WARNING,
+            "scale %.3g: erased %.2f at the least erased noise level, largest drift %.2f%s",
             scales[best],
             erased,
-            GONE,
             drift,
             "" if fits else f", above most_drift={self.most_drift:g} as at every scale that was tried",
         )
