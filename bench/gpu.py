@@ -43,6 +43,7 @@ CUT: dict[str, dict[str, Any]] = {
     "doco": {"anchor_count": 8, "retain_count": 8, "sample_steps": 2, "warm_up": 0},
     "mace": {"images": 2, "sample_steps": 2},
     "negmerge": {"image_count": 8, "sample_steps": 2, "fine_tunes": 1, "scale": 1.0},
+    "stereo": {"rounds": 0},
 }
 POOLS = {"trajectories": 2, "sample_steps": 5}  # PNDM needs at least 5 steps
 DRAWN = {"forget_count": 2, "retain_count": 2, "sample_steps": 2}
@@ -58,6 +59,7 @@ TINY: dict[str, dict[str, Any]] = {
     "negmerge": {"image_count": 2, "sample_steps": 2, "fine_tunes": 1, "scale": 1.0, "batch_size": 2},
     "eraseflow": {**POOLS, "batch_size": 2, "retain_trajectories": 2, "retain_batch_size": 2},
     "receler": {**POOLS, "attack_steps": 2, "batch_size": 2},
+    "stereo": {**POOLS, "rounds": 0, "batch_size": 2},
     "advunlearn": {**POOLS, **ADVERSARY, "batch_size": 2, "retain_batch_size": 2},
 }
 PROMPTS = ["cat", "a dog", "a painting of a house", "blueprint of a car"]

@@ -12,7 +12,7 @@ e_0 is the base and n the neutral prompt. M is where the base's attention to the
 the threshold (Huang et al. 2024).
 
 Cost: a pool of T trajectories of S states takes 2TS F; each sample of an update takes 1F for its mask, K (F + B) for
-the attack and 1F + 1B for the loss. The published loop takes about 52F + 2F + 50F + 51B per update.
+the attack and 1F + 1B for the loss. The published loop takes about 101F + 51B per update.
 
 Deviations from the official code. The eraser is linear and reads what the output projection reads, so that it is an
 exact LoRA which any program loads; the published one, up(GELU(down(o))) on the projection's output, is no change of

@@ -1,19 +1,22 @@
 """Soft prompts: trainable vectors among the token embeddings of a prompt, and the search for such vectors.
 
-AdvUnlearn trains against soft prompts, and some attacks search for them.
+Some methods train against soft prompts, and some attacks search for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
+from erasure.model.conditioning import Conditions, read, text_encoders
+from erasure.model.diffusion import add_noise
 
 Place = Literal["prefix", "suffix", "replace", "add"]  # where the vectors go in a prompt
 PLACES = get_args(Place)
@@ -157,6 +160,74 @@ def placing(encoder: Any, where: Slots, vectors: Tensor | None) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+def word_slots(pipe: Any, around: Sequence[tuple[str, str]], count: int) -> list[Slots]:
+    """Tokenise prompts with positions for `count` vectors, the same for all text encoders of a pipeline.
+
+    Args:
+        pipe: the pipeline, whose tokenizers have one vocabulary.
+        around: for each prompt, the text before and the text after the positions.
+        count: number of vectors, at least 1.
+
+    Returns:
+        One batch of slots per text encoder.
+
+    Raises:
+        ErasureError: the prompt is too long for that many vectors, or `count` is below 1.
+    """
+    places = []
+    for tokenizer, _ in text_encoders(pipe):
+        found = join([between(tokenizer, before, after, count) for before, after in around])
+        # XL's second encoder pools its state at the first end token, so no end token may be a placeholder.
+        special = set(tokenizer.all_special_ids)
+        found.ids.scatter_(1, found.at, next(i for i in range(len(tokenizer)) if i not in special))
+        places.append(found)
+    return places
+
+
+def encode_word(pipe: Any, places: Sequence[Slots], vectors: Tensor) -> Conditions:
+    """Encode prompts with vectors in their slots by all text encoders of a pipeline; gradients flow to the vectors.
+
+    Args:
+        pipe: the pipeline.
+        places: one `Slots` per text encoder, as `word_slots` returns them.
+        vectors: [n, k, width], or [k, width] for all prompts alike; on XL both encoders' vectors side by side.
+    """
+    encoders = [encoder for _, encoder in text_encoders(pipe)]
+    widths = [encoder.get_input_embeddings().embedding_dim for encoder in encoders]
+    with ExitStack() as scope:
+        for encoder, found, part in zip(encoders, places, vectors.split(widths, -1), strict=True):
+            scope.enter_context(placing(encoder, found, part))
+        return read(pipe, [found.ids for found in places])
+
+
+def token_table(pipe: Any) -> Tensor:
+    """Return the table of token embeddings [vocabulary, width], of both encoders side by side on XL."""
+    tables = [encoder.get_input_embeddings().weight.detach().float() for _, encoder in text_encoders(pipe)]
+    return torch.cat(tables, -1)
+
+
+def inversion_loss(
+    scheduler: Any,
+    latents: Tensor,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    batch: int,
+    draw: torch.Generator,
+) -> Tensor:
+    """Return E || eps - e(x_t, t) ||^2 over images, which a new word for them minimises (arXiv 2208.01618, eq. 2).
+
+    Args:
+        scheduler: the checkpoint's scheduler, for its noise schedule.
+        latents: of the images [n, c, h, w].
+        predict: returns the predicted noise for x_t, t and the indices of the images [batch].
+        batch: number of samples, drawn with replacement.
+        draw: random generator on the CPU.
+    """
+    index = torch.randint(len(latents), (batch,), generator=draw)
+    t = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=draw).to(latents.device)
+    noise = torch.randn(latents[index].shape, generator=draw).to(latents)
+    return F.mse_loss(predict(add_noise(scheduler, latents[index], noise, t), t, index), noise)
 
 
 def spread(encoder: Any) -> float:

@@ -253,7 +253,7 @@ def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> F
         sizes["wide"] + sizes["forward"],
         computing.precision or "fp32",
         processes,
-        len({name.rpartition(".")[0] for name in params}),
+        len({name.rpartition(".")[0] for name in params if "." in name}),  # a word belongs to no module
         trained,
     )
 

@@ -108,6 +108,16 @@ QUICK = {
     "slug": {"clip": CLIP, "step": 0.3, "forget_count": 3, "retain_count": 3, "sample_steps": 2},
     "speed": ALONE,
     "spm": {**SMALL, "learning_rate": 1e-2, "refresh": 2},
+    "stereo": {
+        **SMALL,
+        "rounds": 1,
+        "search_iterations": 1,
+        "inversion_iterations": 1,
+        "inversion_batch_size": 2,
+        "images": 2,
+        "anchors": 2,
+        "learning_rate": 1e-3,
+    },
     "uce": ALONE,
     "unguide": {**SMALL, "learning_rate": 1e-2, "weight_off": 0.0, "repeats": 2, "ratio": 1.0},
 }

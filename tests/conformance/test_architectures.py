@@ -34,6 +34,7 @@ SHORT: dict = {
     for method in METHODS
 }
 SHORT["unguide"] |= {"ratio": 1.0, "decide_after": 1, "decide_steps": 3}
+SHORT["stereo"] |= {"iterations": 3}  # one for each of its parts
 
 
 def tiny(kind):

@@ -295,15 +295,9 @@ class Victim:
         Raises:
             ErasureError: the prompt is too long for that many vectors, or `count` is below 1.
         """
-        from erasure.model.soft_prompt import between, join
+        from erasure.model.soft_prompt import word_slots
 
-        places = []
-        for tokenizer in self.tokenizers:
-            slots = join([between(tokenizer, before, after, count) for before, after in around])
-            # The second encoder pools its state at the first end token, so no end token may be a placeholder.
-            slots.ids.scatter_(1, slots.at, int(self.words[0]))
-            places.append(slots)
-        return places
+        return word_slots(self.pipe, around, count)
 
     def encode(self, places: Sequence[Slots], vectors: Tensor) -> Conditions:
         """Encode prompts with vectors in their reserved positions; gradients flow to the vectors.
@@ -312,14 +306,9 @@ class Victim:
             places: one `Slots` per text encoder, as `slots` returns them.
             vectors: [n, k, width], or [k, width] for all prompts alike.
         """
-        from erasure.model.conditioning import read
-        from erasure.model.soft_prompt import placing
+        from erasure.model.soft_prompt import encode_word
 
-        widths = [encoder.get_input_embeddings().embedding_dim for encoder in self.encoders]
-        with ExitStack() as scope:
-            for encoder, slots, part in zip(self.encoders, places, vectors.split(widths, -1), strict=True):
-                scope.enter_context(placing(encoder, slots, part))
-            return read(self.pipe, [slots.ids for slots in places])
+        return encode_word(self.pipe, places, vectors)
 
     def base_latents(
         self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, steps: int, guidance: float
@@ -370,10 +359,9 @@ class Victim:
     @cached_property
     def embeddings(self) -> Tensor:
         """Return the table of token embeddings [vocabulary, width], of both encoders side by side on XL."""
-        import torch
+        from erasure.model.soft_prompt import token_table
 
-        tables = [encoder.get_input_embeddings().weight.detach().float() for encoder in self.encoders]
-        return torch.cat(tables, -1)
+        return token_table(self.pipe)
 
     @cached_property
     def spread(self) -> float:

@@ -14,6 +14,7 @@ from erasure.evaluation.attacks.attack import Attack, Attempt, Case, Victim
 from erasure.model.closed_form import readers, recovered
 from erasure.model.conditioning import Conditions
 from erasure.model.diffusion import add_noise
+from erasure.model.soft_prompt import inversion_loss
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,11 @@ class ConceptInversion(Attack):
         places = victim.slots([(case.before, case.after) for case in cases], self.tokens)
 
         def loss(vectors: Tensor) -> Tensor:
-            index = torch.randint(len(cases), (self.batch,), generator=draw)
-            t = torch.randint(1000, (self.batch,), generator=draw).to(victim.device)
-            noise = torch.randn(latents[index].shape, generator=draw).to(latents)
-            # Encoding each prompt once is enough, even if a case occurs several times in the batch.
-            conditions = victim.encode(places, vectors)[index]
-            x = add_noise(victim.pipe.scheduler, latents[index], noise, t)
-            return F.mse_loss(victim.eps(x, t, conditions), noise)
+            conditions = victim.encode(places, vectors)  # of each prompt once, however often a case is drawn
+            scheduler = victim.pipe.scheduler
+            return inversion_loss(
+                scheduler, latents, lambda x, t, index: victim.eps(x, t, conditions[index]), self.batch, draw
+            )
 
         with victim.folded():
             table = victim.embeddings
