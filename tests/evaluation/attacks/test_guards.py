@@ -93,7 +93,7 @@ def test_gradients_go_through_the_guard(pipe, form):
     def value(moved, guarded):
         with victim.folded(guards=guarded), victim.reading(PROMPTS):
             conditions = victim.conditions(PROMPTS)
-            return (weights * victim.eps(noise, time, type(conditions)(moved))).sum()
+            return 1e3 * (weights * victim.eps(noise, time, type(conditions)(moved))).sum()
 
     found = {}
     for guarded in (True, False):
@@ -103,7 +103,7 @@ def test_gradients_go_through_the_guard(pipe, form):
             step = 1e-3
             measured = (value(states + step * along, guarded) - value(states - step * along, guarded)) / (2 * step)
         found[guarded] = float((gradient * along).sum())
-        assert found[guarded] == pytest.approx(float(measured), rel=0.05, abs=0.02)
+        assert found[guarded] == pytest.approx(float(measured), rel=0.02)
     assert abs(found[True] - found[False]) > 0.02 * abs(found[False])
 
 
