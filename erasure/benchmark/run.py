@@ -57,7 +57,8 @@ def bench(
             so the page and the picture leave them out.
 
     Raises:
-        ErasureError: an unknown method or concept, or a folder or table with results of other settings.
+        ErasureError: an unknown method or concept, a limit that is too low, or a folder or table with results of other
+            settings.
     """
     from tqdm import tqdm
 
@@ -71,6 +72,7 @@ def bench(
     for method in chosen_methods:
         registry.find(method)
     settings = {"limit": limit, "overrides": overrides or {}}
+    asked = {concept: concept_prompts(members(concept), limit).rows for concept in chosen_concepts}
     earlier = {} if rows_from is None else _earlier_rows(rows_from, settings)
     pipe = ErasedStableDiffusionPipeline.from_pretrained("glyph")
     pipe.set_progress_bar_config(disable=True)
@@ -80,8 +82,7 @@ def bench(
     for method, concept in tqdm(jobs, desc="bench", disable=None if progress else True):
         job = _Job(method, concept, set(members(concept)) <= set(tuned))
         rows.append(job.stored(folder, settings) or earlier.get((method, concept)) or job.run(pipe, folder, settings))
-        for prompt in concept_prompts(members(concept), limit).rows:
-            prompts[prompt.id] = prompt.prompt
+        prompts |= {prompt.id: prompt.prompt for prompt in asked[concept]}
         table = Table(rows, settings, prompts)
         _write_text(folder / "bench.json", json.dumps(table.to_json(), indent=1))
         _write_text(folder / "bench.md", table.markdown() + "\n")

@@ -116,7 +116,7 @@ def test_bad_input_is_told_before_any_work(tmp_path):
     with pytest.raises(ErasureError, match="unknown method"):
         bench(["sed"], ["dog"], tmp_path)
     with pytest.raises(ErasureError, match="at least"):
-        concept_prompts(["dog"], limit=3)
+        bench(["esd"], ["dog"], tmp_path, limit=3, progress=False)
     assert not list(tmp_path.iterdir())
 
 
