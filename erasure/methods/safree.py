@@ -66,8 +66,11 @@ class SAFREE(GuardMethod):
 
     method: ClassVar[str] = "safree"
     PARITY: ClassVar[dict[str, Any]] = {
-        **{"margin": 0.01, "steps": 0.2, "midpoint": 0.5333, "slope": 50.0},
-        **{"padding": False, "negative": True},
+        "margin": 0.01,
+        "steps": 0.2,
+        "midpoint": 0.5333,
+        "padding": False,
+        "negative": True,
     }
     PARITY_KINDS: ClassVar[dict[str, dict[str, Any]]] = {
         kind: {"midpoint": 0.55, "slope": 70.0} for kind in ("style", "identity")

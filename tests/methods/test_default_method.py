@@ -48,7 +48,10 @@ def test_many_names_and_mixed_kinds():
 
 def test_a_method_that_cannot_erase_from_the_network_is_passed_over():
     class Joint:
-        name, joint = "other", True
+        name = "other"
+
+        def drift(self, what):
+            return f"{what} change with depth"
 
     assert find("uce").unsuited(Joint())
     assert default([Concept("cat")], GLYPH, Joint())[0] == "esd"

@@ -112,6 +112,7 @@ def test_a_variant_trains_its_modules_and_no_others(base, variant):
             "x": "attn2" in name,
             "x-strict": "attn2.to_k" in name or "attn2.to_v" in name,
             "qk": "attn2.to_q" in name or "attn2.to_k" in name,
+            "attention": "attn1" in name or "attn2" in name,
             "selfattn": "attn1" in name,
             "u": "attn2" not in name,
             "linear": "attn1" in name or ".ff." in name or "time_emb_proj" in name,
