@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Any
 
@@ -83,7 +83,13 @@ def _check_layer(component: str, parameter: str, layer: nn.Module | None) -> Non
         )
 
 
-def check_base(name: str, patch: Patch, pipe: Any, fingerprint: Callable[[str, tuple[str, ...]], str]) -> None:
+def check_base(
+    name: str,
+    patch: Patch,
+    pipe: Any,
+    fingerprint: Callable[[str, tuple[str, ...]], str],
+    unknown: Collection[str] = (),
+) -> None:
     """Check that the unpatched weights of a pipeline are the ones that a patch was made from.
 
     Args:
@@ -92,12 +98,13 @@ def check_base(name: str, patch: Patch, pipe: Any, fingerprint: Callable[[str, t
         pipe: the pipeline; only its name is used, for the message.
         fingerprint: function from a component and the names of its parameters to the fingerprint of their unpatched
             values.
+        unknown: components that cannot be checked.
 
     Raises:
         ErasureError: the fingerprints differ, or the patch records none. The message names both bases.
     """
     pipeline_name = getattr(pipe, "name_or_path", "") or type(pipe).__name__
-    for component in patch.components:
+    for component in (component for component in patch.components if component not in unknown):
         recorded = patch.base_fingerprint.get(component)
         if recorded is None:
             raise ErasureError(
@@ -149,23 +156,23 @@ class Compatibility:
             if layout not in self._fitting:
                 check_shapes(name, patch, component, self._component(component))
                 self._fitting.add(layout)
-        if not force and not self._quantised(name, patch):
-            check_base(name, patch, self._pipe, self._fingerprint)
+        if not force:
+            check_base(name, patch, self._pipe, self._fingerprint, self._quantised(name, patch))
 
-    def _quantised(self, name: str, patch: Patch) -> bool:
-        """Return whether the patch touches quantised layers, whose base cannot be told by its weights; say so once."""
-        count = sum(
-            len(quantised_names(self._component(component), patch.payload.names(component)))
+    def _quantised(self, name: str, patch: Patch) -> set[str]:
+        """Return the components in which the patch touches quantised layers, so that their weights do not tell the base."""
+        counts = {
+            component: len(quantised_names(self._component(component), patch.payload.names(component)))
             for component in patch.components
-        )
-        if count:
+        }
+        if count := sum(counts.values()):
             log.warning(
                 "%s: %d of the layers that it changes are quantised. There it acts beside the weights, and it cannot "
                 "be checked that the patch was made from this base",
                 name,
                 count,
             )
-        return count > 0
+        return {component for component, count in counts.items() if count}
 
 
 class Fingerprints:

@@ -119,6 +119,15 @@ def test_the_term_is_added_once_and_on_every_row():
     assert torch.allclose(layer(x), right, atol=1e-5)
 
 
+def test_components_that_are_not_quantised_are_checked_as_always():
+    pipe = quantised(by_hand)
+    patch = low_rank_patch(pipe_of(), components=("unet", "text_encoder"))
+    name = patch.payload.names("text_encoder")[0]
+    pipe.text_encoder.get_parameter(name).data.add_(1.0)
+    with pytest.raises(ErasureError, match="was made from .*text_encoder.*Nothing was loaded"):
+        pipe.load_patch(patch)
+
+
 def test_a_transformer_in_8_bits():
     from tests.formats.test_transformers import made
 
