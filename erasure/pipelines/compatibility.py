@@ -160,7 +160,7 @@ class Compatibility:
             check_base(name, patch, self._pipe, self._fingerprint, self._quantised(name, patch))
 
     def _quantised(self, name: str, patch: Patch) -> set[str]:
-        """Return the components in which the patch touches quantised layers, so that their weights do not tell the base."""
+        """Return the components in which a patch touches quantised layers, whose weights do not tell the base."""
         counts = {
             component: len(quantised_names(self._component(component), patch.payload.names(component)))
             for component in patch.components
