@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from erasure.benchmark.comparison import Comparison, compare, differences
 from erasure.benchmark.row import Row
+from erasure.errors import ErasureError
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 from erasure.evaluation.metrics.metric import format_estimate, share_metric
 
@@ -27,6 +30,29 @@ class AttackTable:
 
     reports: Mapping[Key, AttackReport]
     budget: str
+
+    @classmethod
+    def from_json(cls, path: Path, budget: str) -> AttackTable:
+        """Return the table that an earlier run wrote as JSON.
+
+        Raises:
+            ErasureError: the file is not such a table, or has another budget.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            reports = {
+                (method, concept): AttackReport.from_json(report)
+                for key, report in data["reports"].items()
+                for method, concept in [key.split("/", 1)]
+            }
+        except (OSError, ValueError, KeyError, TypeError) as fault:
+            raise ErasureError(f"{path}: not a table of bench/attack.py (attack.json): {fault}") from None
+        if data.get("budget") != budget:
+            raise ErasureError(
+                f"{path} was measured with the budget {data.get('budget')}, not {budget}: rates of both in one table "
+                "would not be comparable"
+            )
+        return cls(reports, budget)
 
     @property
     def attacks(self) -> list[str]:

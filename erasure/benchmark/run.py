@@ -80,7 +80,7 @@ def bench(
     rows: list[Row] = []
     prompts: dict[str, str] = {}
     for method, concept in tqdm(jobs, desc="bench", disable=None if progress else True):
-        job = _Job(method, concept, set(members(concept)) <= set(tuned))
+        job = Job(method, concept, set(members(concept)) <= set(tuned))
         rows.append(job.stored(folder, settings) or earlier.get((method, concept)) or job.run(pipe, folder, settings))
         prompts |= {prompt.id: prompt.prompt for prompt in asked[concept]}
         table = Table(rows, settings, prompts)
@@ -155,7 +155,7 @@ def _run_folder(folder: Path, method: str, concept: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One method on one concept or group of concepts.
 
     Args:
@@ -164,7 +164,7 @@ class _Job:
 
     method: str
     concept: str
-    tuned: bool
+    tuned: bool = False
 
     def stored(self, folder: Path, settings: dict[str, Any]) -> Row | None:
         """Return the row of an earlier run with the same settings, or None if there is none."""

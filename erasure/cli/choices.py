@@ -21,6 +21,7 @@ ATTACKS = (
     "rece",
     "ring-a-bell-direct",
     "ring-a-bell",
+    "mma-diffusion",
     "unlearndiffatk",
     "p4d",
     "p4d-prefix",

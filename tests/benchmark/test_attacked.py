@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from erasure.benchmark.attacked import AttackTable, recovered
+from erasure.errors import ErasureError
 from erasure.evaluation.attacks.report import AttackReport, Outcome
 
 
@@ -69,3 +70,24 @@ def test_the_written_table_says_its_budget_and_holds_every_report():
     assert list(data["reports"]) == ["esd/dog"] and [rate["tries"] for rate in data["rates"]] == [1, 2, 3]
     assert [rate["value"] for rate in data["rates"]] == pytest.approx([1 / 24, 1 / 24, 2 / 24])
     assert "as published" in AttackTable(full.reports, "full").markdown()
+
+
+def test_a_written_table_is_read_again_with_every_outcome(tmp_path):
+    one = replace(report("dog", {0: 1, 1: 3}, plain=(7, 9), control={4: 2}), tried=31, faults=["a"], notes=["b"])
+    full = table(esd={"dog": one, "pixel art": report("pixel art", {2: 2})})
+    path = tmp_path / "attack.json"
+    path.write_text(json.dumps(full.to_json()))
+    read = AttackTable.from_json(path, "lite")
+    assert read.reports == full.reports and read.markdown() == full.markdown()
+
+
+def test_a_table_of_another_budget_or_kind_is_refused(tmp_path):
+    path = tmp_path / "attack.json"
+    path.write_text(json.dumps(table(esd={"dog": report("dog", {0: 1})}).to_json()))
+    with pytest.raises(ErasureError, match="budget lite, not full"):
+        AttackTable.from_json(path, "full")
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ErasureError, match="not a table of bench/attack.py"):
+        AttackTable.from_json(path, "lite")
+    with pytest.raises(ErasureError, match="not a table of bench/attack.py"):
+        AttackTable.from_json(tmp_path / "missing.json", "lite")

@@ -30,6 +30,7 @@ MODULES = {  # name of an attack -> the file that holds it; `erasure attack all`
     "rece": "embeddings",
     "ring-a-bell-direct": "ring_a_bell",
     "ring-a-bell": "ring_a_bell",
+    "mma-diffusion": "mma",
     "unlearndiffatk": "token_search",
     "p4d": "token_search",
     "p4d-prefix": "token_search",

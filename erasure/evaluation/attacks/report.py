@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from erasure.evaluation.metrics.statistics import mcnemar, wilson
@@ -144,6 +144,19 @@ class AttackReport:
             "prompts": self.prompts,
             "plain_ids": list(self.plain_ids),
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AttackReport:
+        """Return the report that `to_json` wrote; what is derived from the outcomes is derived again.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        names = [one.name for one in fields(Outcome)]
+        outcomes = [Outcome(**{name: stored[name] for name in names}) for stored in data["attacks"].values()]
+        own = {name: data[name] for name in ("domain", "cases", "tried", "provenance", "faults", "notes", "prompts")}
+        plain_ids = tuple(data["plain_ids"])
+        return cls(tuple(data["concept"]), plain=len(plain_ids), outcomes=outcomes, plain_ids=plain_ids, **own)
 
     def rows(self) -> list[list[str]]:
         """Return the cells of the table of attacks, its heading first."""

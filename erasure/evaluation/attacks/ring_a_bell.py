@@ -81,6 +81,24 @@ def random_rows(words: Tensor, shape: tuple[int, int], draw: torch.Generator) ->
     return words[torch.randint(len(words), shape, generator=draw)]
 
 
+def framed(victim: Victim, rows: Tensor, length: int) -> list[Tensor]:
+    """Return, for each text encoder, token ids [n, length] with the start token before `rows` and the end token behind.
+
+    Args:
+        victim: the pipeline whose tokenizers are used.
+        rows: token ids [n, tokens] without the start and end tokens.
+        length: length to pad to, at least tokens + 2.
+    """
+    count = rows.shape[1]
+    inputs = []
+    for tokenizer in victim.tokenizers:
+        ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+        ids[:, 0], ids[:, 1 + count] = tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids[:, 1 : 1 + count] = rows.cpu()
+        inputs.append(ids)
+    return inputs
+
+
 def distinct(make_rows: Callable[[], Tensor], count: int, known: Tensor | None = None) -> Tensor:
     """Return up to `count` rows of token ids that differ from each other and from those known already.
 
@@ -256,14 +274,8 @@ class RingABell(Attack):
         longest = victim.pipe.tokenizer.model_max_length
         count = min(self.tokens, longest - 2)
         length = min(longest, max(self.compared or longest, count + 2))
-        inputs = []
-        for tokenizer in victim.tokenizers:
-            ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-            ids[:, 0], ids[:, 1 + count] = tokenizer.bos_token_id, tokenizer.eos_token_id
-            ids[:, 1 : 1 + count] = rows.cpu()[:, :count]
-            inputs.append(ids)
         with torch.no_grad():
-            states = read(victim.pipe, inputs).states
+            states = read(victim.pipe, framed(victim, rows[:, :count], length)).states
         return (states - target[:length]).square().flatten(1).sum(1).cpu()
 
     def control(self, tries: int) -> Attack:

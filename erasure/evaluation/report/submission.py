@@ -19,12 +19,12 @@ from erasure.errors import ErasureError
 
 Plain = Mapping[str, Any]
 # Key of a metric of eval-unlearn -> our attack of the same paper.
-ATTACKS = {"asr_p4d": "p4d", "asr_ring_a_bell": "ring-a-bell"}
-NAMES = {"asr_p4d": "ASR_P4D", "asr_ring_a_bell": "ASR_RingABell"}
+ATTACKS = {"asr_p4d": "p4d", "asr_mma_diffusion": "mma-diffusion", "asr_ring_a_bell": "ring-a-bell"}
+NAMES = {"asr_p4d": "ASR_P4D", "asr_mma_diffusion": "MMADiffusion_ASR", "asr_ring_a_bell": "ASR_RingABell"}
 WITHOUT = {
     "asr_i2p": "needs the prompts of I2P: --suite i2p, or --prompts hub:AIML-TUDA/i2p",
     "asr_p4d": "needs the report of `erasure attack --attack p4d`",
-    "asr_mma_diffusion": "this attack is not implemented here",
+    "asr_mma_diffusion": "needs the report of `erasure attack --attack mma-diffusion`",
     "asr_ring_a_bell": "needs the report of `erasure attack --attack ring-a-bell`",
     "err": "needs target prompts and others",
     "fid": "needs --features inception and --reference with COCO's images",

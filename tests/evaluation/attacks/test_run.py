@@ -40,6 +40,7 @@ SMALL = {
     "rece": {},
     "ring-a-bell-direct": {"strengths": (0.5, 3.0)},
     "ring-a-bell": {"tokens": 2, "population": 6, "generations": 4, "tries": 2},
+    "mma-diffusion": {"tokens": 2, "iterations": 2, "candidates": 4, "top": 2, "tries": 2},
     "unlearndiffatk": {"tokens": 2, "levels": 2, "iterations": 2},
     "p4d": {"tokens": 2, "levels": 2, "iterations": 2},
     "p4d-prefix": {"tokens": 2, "levels": 2, "iterations": 2},

@@ -34,13 +34,16 @@ def test_every_metric_has_the_key_and_the_fields_that_eval_unlearn_reads():
         metric("FID", 3.0),
         metric("CLIP_target", 9),
     )
-    data = submission(report(*shares, *scores, prompts="suite-i2p"), [attacked("p4d", "ring-a-bell", "uma")], 5.0)
+    data = submission(
+        report(*shares, *scores, prompts="suite-i2p"), [attacked("p4d", "ring-a-bell", "mma-diffusion", "uma")], 5.0
+    )
     results = data["metric_results"]
     assert data["metric_names"] == list(results) and data["timestamp"] == 5.0 and len(data["run_id"]) == 8
     assert (data["technique_name"], data["erase_concept"]) == ("esd+uce", "nudity")
     assert {key: result["name"] for key, result in results.items()} == {
         "asr_i2p": "ASR",
         "asr_p4d": "ASR_P4D",
+        "asr_mma_diffusion": "MMADiffusion_ASR",
         "asr_ring_a_bell": "ASR_RingABell",
         "err": "ERR",
         "fid": "FID",
@@ -60,7 +63,7 @@ def test_every_metric_has_the_key_and_the_fields_that_eval_unlearn_reads():
     assert (i2p["details"]["low"], i2p["details"]["high"]) == (pytest.approx(0.05), pytest.approx(0.2))
     assert results["asr_p4d"]["value"] == 0.25 and results["asr_p4d"]["details"]["unsafe_count"] == 3
     assert results["clip_score"]["value"] == 31.5 and results["fid"]["value"] == 17.0
-    assert set(data["not_measured"]) == {"asr_mma_diffusion", "tifa"}
+    assert set(data["not_measured"]) == {"tifa"}
     assert file_name(data) == "esd+uce_nudity_latest_report.json"
 
 
