@@ -260,7 +260,8 @@ def _run(
     with process_group(base.device.type == "cpu") as group, Engine(base, computing, group, method.CALLS_UNET) as engine:
         run = Run(seed, output.next_to("run"), progress, engine=engine, group=group)
         what = [concept.to_json() for concept in concepts]
-        run.open({"settings": settings, "concepts": what, "base": base.name, "seed": seed})
+        about = {"base": base.name, **({"quantised": True} if base.quantised else {})}
+        run.open({"settings": settings, "concepts": what, **about, "seed": seed})
         output.watch(run, base, concepts, settings)
         try:
             result = method.fit(base, concepts, run)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 KINDS = ("object", "style", "identity", "content")
 DTYPES = ("fp32", "fp16", "bf16")
+QUANTISED = ("int8",)
 DEVICES = ("cpu", "cuda", "cuda:1", "mps")
 STOPS = ("never", "auto")
 TRACKERS = ("tensorboard", "wandb")

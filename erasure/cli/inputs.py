@@ -19,7 +19,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     from erasure.model.loading import look, quiet
 
     quiet()
-    options = {"variant": args.variant, "config": args.model_config}
+    options = {"variant": args.variant, "config": args.model_config, "quantize": args.quantize}
     if args.dtype is not None:
         if args.dtype not in DTYPES:
             raise unknown("dtype", args.dtype, DTYPES)

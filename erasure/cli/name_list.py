@@ -61,6 +61,11 @@ def _read(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[Any, Any,
             f"{', '.join(wrong)} cannot be used with --list: names, aliases, anchors and kept words stand in the file. "
             "Nothing was changed"
         )
+    if args.quantize is not None:
+        raise ErasureError(
+            "--quantize cannot be used with --list: closed forms solve for whole weights, and read few of them. "
+            "Nothing was changed"
+        )
     with waiting(args, f"Loading {args.model}"):
         model = open_readers(args.model, device=args.device, **load_options(args))
     names = NameList.read(args.list, model.words, args.kind)

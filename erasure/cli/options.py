@@ -25,6 +25,14 @@ def add_model(parser: Parser, purpose: str = "to use") -> None:
         "--variant", metavar="NAME", help="Variant of the weight files to load from a folder or hub id, such as fp16"
     )
     model.add("--dtype", metavar="DTYPE", names=choices.DTYPES, shown="fp32", help="Data type of the loaded weights")
+    model.add(
+        "--quantize",
+        metavar="KIND",
+        names=choices.QUANTISED,
+        shown="as loaded",
+        help="Load the network and large text encoders in 8 bits (needs torchao): half of the memory of bf16. What "
+        "trains whole weights or solves for them cannot erase from it",
+    )
 
 
 def add_model_config(model: Options) -> None:

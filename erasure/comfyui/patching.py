@@ -13,6 +13,7 @@ from erasure.formats.diff import check_diff, differences
 from erasure.patch import Delta, LowRank, Patch, same_base
 from erasure.patch.fingerprint import fingerprint_tensors
 from erasure.patch.module_keys import NETWORKS
+from erasure.patch.quantisation import QUANTISED
 from erasure.patch.serialization import encode, layer_keys
 from erasure.pipelines.loaded import Loaded
 
@@ -120,7 +121,7 @@ def _check_base(name: str, patch: Patch, found: Mapping[str, Mapping[str, Tensor
     for component, weights in found.items():
         whole = {parameter: weight for parameter, weight in weights.items() if weight is not None}
         recorded = patch.base_fingerprint.get(component)
-        if recorded is None or set(whole) != set(patch.payload.names(component)):
+        if recorded in (None, QUANTISED) or set(whole) != set(patch.payload.names(component)):
             continue
         actual = fingerprint_tensors(whole)
         if not same_base(recorded, actual):

@@ -28,9 +28,9 @@ from erasure.model.original_transformer import CLASSES, FLUX, transformer_tensor
 from erasure.model.single_file import HEADER, INDEX, SPREAD, TELLING, UNET, open_transformer, read_configs
 from erasure.patch import Patch
 from erasure.patch.module_keys import TRANSFORMER
+from erasure.patch.quantisation import is_quantised
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
-from erasure.pipelines.quantised import is_quantised
 from erasure.version import __version__
 
 # The names of the architectures in modelspec headers (github.com/Stability-AI/ModelSpec).

@@ -18,6 +18,7 @@ from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.architectures import pipelines as erasable
 from erasure.model.conditioning import Conditions, place
 from erasure.model.loading import best_device, call_of, look, name_of, open_pipeline, resolve
+from erasure.patch.quantisation import is_quantised
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class Base:
     def network(self) -> Any:
         """Return the network that denoises, a UNet or a transformer, of which only one copy is in memory."""
         return getattr(self.pipe, self.component)
+
+    @property
+    def quantised(self) -> bool:
+        """Return whether layers of the network are quantised, so that only what acts beside them can be trained."""
+        return any(map(is_quantised, self.network.parameters()))
 
     @property
     def unet(self) -> Any:

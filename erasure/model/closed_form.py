@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
+from erasure.patch.quantisation import is_quantised
 
 MOST_SVD = 600  # rows and columns up to which a singular value decomposition is taken
 READERS = ("attn2.to_k", "attn2.to_v")  # the layers that read text states: keys and values of cross-attention
@@ -115,8 +116,14 @@ def _width_checked(weight: Tensor, width: int) -> Tensor:
     """Return a layer's weight in float64 on the CPU.
 
     Raises:
-        ErasureError: the layer reads states of another width.
+        ErasureError: the layer is quantised, or reads states of another width.
     """
+    if is_quantised(weight):
+        raise ErasureError(
+            "the weights of keys and values are quantised, and a closed form solves for them: load the model "
+            "unquantised, which this needs once and without a GPU; the patch loads on the quantised model. Nothing was "
+            "changed"
+        )
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ErasureError(
             f"a layer with {'x'.join(map(str, weight.shape))} weights does not read text states of {width} numbers: "

@@ -18,6 +18,7 @@ from erasure.errors import ErasureError
 from erasure.model import presets
 from erasure.model.architectures import architecture_of
 from erasure.model.presets import Family, Sampling
+from erasure.model.quantising import check_quantising, quantise
 from erasure.model.single_file import INDEX, DetectedModel, identify, of_type, open_single_file, open_transformer
 
 THIRD = ("text_encoder_3", "tokenizer_3")
@@ -235,13 +236,22 @@ def open_pipeline(cls: type[Any], model: str | os.PathLike[str], **options: Any)
         cls: a diffusers pipeline class, or a class derived from one.
         model: the name of a bundled checkpoint, a diffusers folder, a `.safetensors` file or a hub id.
         options: arguments of diffusers' `from_pretrained`. For a single file, `config` is its type (one of
-            `single_file.kinds()`) or a diffusers folder with its configuration.
+            `single_file.kinds()`) or a diffusers folder with its configuration. `quantize` is the kind of 8-bit
+            layers to load it with, see `quantising`.
 
     Raises:
         ErasureError: the model does not exist, cannot be loaded, or is not of a type that the class supports.
     """
+    kind = options.pop("quantize", None)
+    check_quantising(kind)
+    pipe = _opened(cls, model, **options)
+    if kind is not None:
+        quantise(pipe)
+    return pipe
+
+
+def _opened(cls: type[Any], model: str | os.PathLike[str], **options: Any) -> Any:
     import diffusers
-    import torch
 
     where = resolve(model)
     detected = look(where, **options)

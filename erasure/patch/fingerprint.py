@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from erasure.errors import ErasureError
 from erasure.patch.module_keys import NESTED, find_parameter
+from erasure.patch.quantisation import QUANTISED, is_quantised
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 PART = 16  # hex digits for each precision; 64 bits distinguish checkpoints but do not resist forgery
@@ -27,7 +28,8 @@ def fingerprint(module: nn.Module, names: Iterable[str]) -> str:
         names: parameter names as in `module.named_parameters()`, with or without a leading `text_model.`.
 
     Returns:
-        48 hexadecimal digits: the first 16 of the sha256 of the values as fp32, as fp16 and as bf16.
+        48 hexadecimal digits: the first 16 of the sha256 of the values as fp32, as fp16 and as bf16. QUANTISED if some
+        of the values are quantised: they no longer tell which checkpoint they come from.
 
     Raises:
         ErasureError: there are no names, or the module has no parameter of that name.
@@ -38,6 +40,8 @@ def fingerprint(module: nn.Module, names: Iterable[str]) -> str:
         if parameter is None:
             raise ErasureError(f"{type(module).__name__} has no parameter {name!r}, so it cannot be fingerprinted")
         parameters[name] = parameter
+    if any(map(is_quantised, parameters.values())):
+        return QUANTISED
     return fingerprint_tensors(parameters)
 
 

@@ -14,7 +14,7 @@ from erasure.errors import ErasureError
 from erasure.patch import LowRank, Patch, same_base
 from erasure.patch.fingerprint import fingerprint_tensors
 from erasure.patch.module_keys import find_module, find_parameter
-from erasure.pipelines.quantised import is_quantised, quantised_names
+from erasure.patch.quantisation import QUANTISED, is_quantised, quantised_names
 
 log = logging.getLogger("erasure")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -111,6 +111,11 @@ def check_base(
                 f"patch {name!r} does not record which {component} it was made from, so it cannot be checked against "
                 f"{pipeline_name}. Nothing was loaded; to load it anyway, use force=True (--force)"
             )
+        if recorded == QUANTISED:
+            log.warning(
+                "%s was made from a quantised %s, and it cannot be checked that it was this one's", name, component
+            )
+            continue
         actual = fingerprint(component, tuple(patch.payload.names(component)))
         if not same_base(recorded, actual):
             raise ErasureError(

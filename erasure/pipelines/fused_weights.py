@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from erasure.errors import ErasureError
 from erasure.patch.module_keys import NESTED, find_module, find_parameter
 from erasure.patch.payload import Delta, LowRank
-from erasure.pipelines.quantised import Beside, is_quantised
+from erasure.patch.quantisation import is_quantised
+from erasure.pipelines.quantised import Beside
 
 Key = tuple[str, str]  # component, parameter name
 

@@ -15,21 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from erasure.patch.module_keys import find_parameter
 from erasure.patch.payload import Delta, LowRank
+from erasure.patch.quantisation import is_quantised
 from erasure.pipelines.gated_lora import membranes
-
-SUBCLASSES = ("torchao", "optimum")  # packages whose tensors say that they are floating-point
-
-
-def is_quantised(value: Tensor | None) -> bool:
-    """Return whether a parameter holds quantised numbers."""
-    if value is None:
-        return False
-    return not value.is_floating_point() or type(value.data).__module__.partition(".")[0] in SUBCLASSES
-
-
-def quantised_names(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return those of the named parameters of a component that are quantised."""
-    return [name for name in names if is_quantised(find_parameter(module, name))]
 
 
 class Beside:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from erasure.errors import ErasureError
 from erasure.patch import Delta, LowRank
+from erasure.patch.quantisation import is_quantised
 
 
 class Adapter(Protocol):
@@ -42,9 +43,19 @@ class Weights:
         module: the component; all other parameters of it are frozen.
         targets: the modules of it that train, by path.
         component: the component's name in a patch.
+
+    Raises:
+        ErasureError: a weight is quantised.
     """
 
     def __init__(self, module: nn.Module, targets: dict[str, nn.Module], component: str = "unet") -> None:
+        for path, target in targets.items():
+            if any(is_quantised(param) for param in target.parameters(recurse=False)):
+                raise ErasureError(
+                    f"{component}.{path} is quantised, and whole weights cannot train there. Train a low-rank term "
+                    "(esd: rank=R, or a method that has one anyway, such as gem, spm or unguide), or load the model "
+                    "unquantised. Nothing was trained"
+                )
         self.component = component
         self._params: dict[str, nn.Parameter] = {}
         self._base: dict[str, Tensor] = {}

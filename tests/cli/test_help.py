@@ -123,7 +123,7 @@ def test_the_names_that_are_shown_are_those_of_the_library():
     from erasure.evaluation.metrics.lpips import BACKBONES
     from erasure.evaluation.suite import names as suites
     from erasure.formats import FORMATS, METHODS
-    from erasure.model import presets
+    from erasure.model import presets, quantising
     from erasure.model.single_file import kinds
     from erasure.prompts.prompt_set import names as prompt_sets
     from erasure.training.callbacks import available
@@ -137,7 +137,7 @@ def test_the_names_that_are_shown_are_those_of_the_library():
     assert choices.READ == tuple(FORMATS) and choices.CODES == tuple(METHODS)
     assert choices.WRITTEN == tuple(name for name, form in FORMATS.items() if not form.only_read)
     assert choices.models() == tuple(presets.bundled()) and choices.checkpoint_kinds() == tuple(kinds())
-    assert choices.TRACKERS == tuple(available())
+    assert choices.TRACKERS == tuple(available()) and choices.QUANTISED == tuple(quantising.KINDS)
     assert choices.STOPS == get_args(Stop)
 
 

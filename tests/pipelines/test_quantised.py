@@ -25,7 +25,7 @@ class Int8Linear(nn.Linear):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
-        self.factor = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.factor = layer.weight.detach().abs().amax(1, keepdim=True) / 127
         packed = (layer.weight / self.factor).round().to(torch.int8).reshape(-1, 1)
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
 
