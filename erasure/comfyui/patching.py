@@ -11,9 +11,8 @@ from torch import Tensor
 from erasure.errors import ErasureError
 from erasure.formats.diff import check_diff, differences
 from erasure.patch import Delta, LowRank, Patch, same_base
-from erasure.patch.fingerprint import fingerprint_tensors
+from erasure.patch.fingerprint import QUANTISED, fingerprint_tensors
 from erasure.patch.module_keys import NETWORKS
-from erasure.patch.quantisation import QUANTISED
 from erasure.patch.serialization import encode, layer_keys
 from erasure.pipelines.loaded import Loaded
 

@@ -25,10 +25,10 @@ from erasure.model.clip_tokenizer import clip_tokenizer
 from erasure.model.conditioning import text_encoders
 from erasure.model.original_keys import clip_tensors, compvis_names, open_clip_tensors, vae_tensors
 from erasure.model.original_transformer import CLASSES, FLUX, transformer_tensors
+from erasure.model.quantising import is_quantised
 from erasure.model.single_file import HEADER, INDEX, SPREAD, TELLING, UNET, open_transformer, read_configs
 from erasure.patch import Patch
 from erasure.patch.module_keys import TRANSFORMER
-from erasure.patch.quantisation import is_quantised
 from erasure.patch.safetensors_io import write_file
 from erasure.pipelines import patch_stack
 from erasure.version import __version__

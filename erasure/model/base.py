@@ -18,7 +18,7 @@ from erasure.model.architectures import Architecture, architecture_of
 from erasure.model.architectures import pipelines as erasable
 from erasure.model.conditioning import Conditions, place
 from erasure.model.loading import best_device, call_of, look, name_of, open_pipeline, resolve
-from erasure.patch.quantisation import is_quantised
+from erasure.model.quantising import is_quantised
 
 
 @dataclass(frozen=True)

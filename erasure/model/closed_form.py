@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
-from erasure.patch.quantisation import is_quantised
+from erasure.model.quantising import is_quantised
 
 MOST_SVD = 600  # rows and columns up to which a singular value decomposition is taken
 READERS = ("attn2.to_k", "attn2.to_v")  # the layers that read text states: keys and values of cross-attention

@@ -1,12 +1,22 @@
-"""Load a model with its large layers in 8 bits, for computers whose memory does not hold it otherwise."""
+"""Quantised layers: how they are recognised, and loading a model with its large layers in 8 bits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from erasure.errors import ErasureError, unknown
 
 KINDS = ("int8",)
+SUBCLASSES = ("torchao", "optimum")  # packages whose tensors say that they are floating-point
+
+
+def is_quantised(value: Tensor | None) -> bool:
+    """Return whether a parameter holds quantised numbers (8 or 4 bits: torchao, bitsandbytes, quanto, GGUF)."""
+    if value is None:
+        return False
+    return not value.is_floating_point() or type(value.data).__module__.partition(".")[0] in SUBCLASSES
 
 
 def check_quantising(kind: str | None) -> None:

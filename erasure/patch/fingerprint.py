@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
+from erasure.model.quantising import is_quantised
 from erasure.patch.module_keys import NESTED, find_parameter
-from erasure.patch.quantisation import QUANTISED, is_quantised
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+QUANTISED = "quantised"  # stands for the fingerprint of weights that do not tell which checkpoint they come from
 PART = 16  # hex digits for each precision; 64 bits distinguish checkpoints but do not resist forgery
 
 

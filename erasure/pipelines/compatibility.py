@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
+from erasure.model.quantising import is_quantised
 from erasure.patch import LowRank, Patch, same_base
-from erasure.patch.fingerprint import fingerprint_tensors
+from erasure.patch.fingerprint import QUANTISED, fingerprint_tensors
 from erasure.patch.module_keys import find_module, find_parameter
-from erasure.patch.quantisation import QUANTISED, is_quantised, quantised_names
 
 log = logging.getLogger("erasure")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -167,7 +167,10 @@ class Compatibility:
     def _quantised(self, name: str, patch: Patch) -> set[str]:
         """Return the components in which a patch touches quantised layers, whose weights do not tell the base."""
         counts = {
-            component: len(quantised_names(self._component(component), patch.payload.names(component)))
+            component: sum(
+                is_quantised(find_parameter(self._component(component), parameter))
+                for parameter in patch.payload.names(component)
+            )
             for component in patch.components
         }
         if count := sum(counts.values()):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
+from erasure.model.quantising import is_quantised
 from erasure.patch.module_keys import NESTED, find_module, find_parameter
 from erasure.patch.payload import Delta, LowRank
-from erasure.patch.quantisation import is_quantised
 from erasure.pipelines.quantised import Beside
 
 Key = tuple[str, str]  # component, parameter name

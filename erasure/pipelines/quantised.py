@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from erasure.model.quantising import is_quantised
 from erasure.patch.module_keys import find_parameter
 from erasure.patch.payload import Delta, LowRank
-from erasure.patch.quantisation import is_quantised
 from erasure.pipelines.gated_lora import membranes
 
 

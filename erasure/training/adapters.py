@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erasure.errors import ErasureError
+from erasure.model.quantising import is_quantised
 from erasure.patch import Delta, LowRank
-from erasure.patch.quantisation import is_quantised
 
 
 class Adapter(Protocol):

@@ -12,8 +12,9 @@ from erasure import erase
 from erasure.cli.main import main
 from erasure.errors import ErasureError
 from erasure.model.base import Base
+from erasure.model.quantising import is_quantised
 from erasure.patch import Patch
-from erasure.patch.quantisation import QUANTISED, is_quantised
+from erasure.patch.fingerprint import QUANTISED
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from tests.conformance.quick import QUICK
 from tests.pipelines.test_quantised import QUANTISERS, by_hand, state_of
@@ -37,7 +38,10 @@ def flat(patch):
     return torch.cat([payload.change(component, name).flatten() for name in payload.names(component)])
 
 
-@pytest.mark.parametrize(("kind", "method", "settings"), [("sd1", "esd", ESD), ("flux", "gem", QUICK["gem"])])
+@pytest.mark.parametrize(
+    ("kind", "method", "settings"),
+    [("sd1", "esd", ESD), ("sd1", "unguide", QUICK["unguide"]), ("flux", "gem", QUICK["gem"])],
+)
 @QUANTISERS
 def test_a_low_rank_term_learns_beside_8_bit_layers_what_it_learns_beside_whole_ones(quantise, kind, method, settings):
     whole, pipe = made(kind), made(kind)
@@ -48,7 +52,7 @@ def test_a_low_rank_term_learns_beside_8_bit_layers_what_it_learns_beside_whole_
     right = flat(erase(whole, "cat", method, **settings))
     found = erase(pipe, "cat", method, **settings)
     change = flat(found)
-    assert torch.nn.functional.cosine_similarity(change, right, dim=0) > 0.8 and right.abs().max() > 0
+    assert torch.nn.functional.cosine_similarity(change, right, dim=0) > 0.95 and right.abs().max() > 0
     after = dict(network(pipe).named_parameters())
     assert packed and all(after[name] is value for name, value in packed.items())
     assert all(torch.equal(dense(after[name]), value) for name, value in values.items())
