@@ -261,7 +261,7 @@ class ClosedFormMethod(Method):
     STOCHASTIC: ClassVar[bool] = False
     PREVIEWS: ClassVar[bool] = True
     CALLS_UNET: ClassVar[bool] = False
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "pixart")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "pixart", "sana")
 
     @classmethod
     def unsuited(cls, architecture: Architecture) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -34,6 +36,7 @@ from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_toke
 KINDS = ("sd3", "flux", "pixart")
 JOINT = 64  # width of T5's states, at least the sum of the CLIPs' widths
 T5_LENGTH = 8
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def tiny_t5(width: int = JOINT) -> T5EncoderModel:
@@ -49,6 +52,23 @@ def tiny_t5_tokenizer(length: int = 512) -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -5.0) for word in WORDS)]
     pieces += [(piece, -9.0) for piece in ("▁", *letters, *(f"▁{letter}" for letter in letters if letter != "a"))]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+def tiny_gemma_tokenizer(length: int = 2048) -> GemmaTokenizer:
+    """A tokenizer as Gemma's: a start token, no end token, and most of WORDS one token, another one behind a space."""
+    letters = [chr(code) for code in range(97, 123)]
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = list(word)
+        while len(parts) > 1:
+            pair = (parts[-2], parts[-1])
+            parts[-2:] = ["".join(pair)]
+            merges += [pair] if pair not in merges else []
+            vocabulary += [parts[-1]] if parts[-1] not in vocabulary else []
+    merges += [("▁", word) for word in WORDS]
+    numbers = {token: number for number, token in enumerate([*vocabulary, *("▁" + word for word in WORDS)])}
+    return GemmaTokenizer(vocab=numbers, merges=merges, add_bos_token=True, model_max_length=length)
 
 
 def tiny_vae(channels: int) -> AutoencoderKL:
@@ -104,12 +124,14 @@ def tiny_transformer(kind: str, cls: type[Any] | None = None, seed: int = 0, t5:
     """A pipeline of a kind with random weights drawn from `seed`.
 
     Args:
-        kind: sd3, flux or pixart.
+        kind: sd3, flux, pixart or sana.
         cls: a class that takes the kind's components; None: diffusers' own.
         seed: of the weights.
         t5: whether an SD3 gets its third text encoder.
         changes: of the transformer's configuration.
     """
+    if kind == "sana":
+        return tiny_sana(cls or SanaPipeline, seed, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = {"transformer": tiny_network(kind, **changes), "vae": tiny_vae(4)}
@@ -160,7 +182,7 @@ def tiny_sana(cls: type[Any] = SanaPipeline, seed: int = 0, **changes: Any) -> A
             **{"timestep_scale": 1.0, **changes},
         )
         text = Gemma2Config(
-            vocab_size=len(tiny_t5_tokenizer()),
+            vocab_size=len(tiny_gemma_tokenizer()),
             hidden_size=WIDTH,
             intermediate_size=2 * WIDTH,
             num_hidden_layers=2,
@@ -183,7 +205,7 @@ def tiny_sana(cls: type[Any] = SanaPipeline, seed: int = 0, **changes: Any) -> A
         parts = {"transformer": transformer, "text_encoder": Gemma2Model(text), "vae": vae}
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     evaluated = {name: part.eval() for name, part in parts.items()}
-    pipe = cls(**evaluated, tokenizer=tiny_t5_tokenizer(2048), scheduler=scheduler)
+    pipe = cls(**evaluated, tokenizer=tiny_gemma_tokenizer(), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -207,6 +229,11 @@ def asked(pipe, kind, x, t, prompt):
             img_ids=places(SIDE // 2, SIDE // 2).float(),
         ).sample
         return unpack(out, SIDE, SIDE)
+    if kind == "sana":
+        how = {"complex_human_instruction": INSTRUCTION if prompt else None, "do_classifier_free_guidance": False}
+        states, mask, _, _ = pipe.encode_prompt(prompts, **how)
+        t = t * pipe.transformer.config.timestep_scale
+        return pipe.transformer(x, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t).sample
     states, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
     out = pipe.transformer(
         hidden_states=x, encoder_hidden_states=states, encoder_attention_mask=mask, timestep=t, added_cond_kwargs={}

@@ -73,6 +73,7 @@ class TextStates:
         words: the tokens of each, without the special ones.
         rows: of encoders other than CLIP, the normalised states of each [tokens, width].
         floors: of these encoders, f of each (`token_states.py`).
+        names: of these encoders, those of `rows` that stand for each text where it is a name.
     """
 
     texts: list[str]
@@ -80,6 +81,7 @@ class TextStates:
     words: list[set[int]]
     rows: list[Tensor] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
+    names: list[Tensor] = field(default_factory=list)
 
     def take(self, rows: list[int]) -> TextStates:
         """Return some of the texts, by their row numbers."""
@@ -89,6 +91,7 @@ class TextStates:
             [self.words[row] for row in rows],
             [self.rows[row] for row in rows] if self.rows else [],
             [self.floors[row] for row in rows] if self.floors else [],
+            [self.names[row] for row in rows] if self.names else [],
         )
 
     @classmethod
@@ -96,9 +99,8 @@ class TextStates:
         """Return the texts of several in one."""
         if len(parts) == 1:
             return parts[0]
-        lists = {
-            key: [item for part in parts for item in getattr(part, key)] for key in ("texts", "words", "rows", "floors")
-        }
+        keys = ("texts", "words", "rows", "floors", "names")
+        lists = {key: [item for part in parts for item in getattr(part, key)] for key in keys}
         return cls(flat=torch.cat([part.flat for part in parts]), **lists)
 
 
@@ -162,7 +164,8 @@ def text_states(
         found, tokens_of = token_states(pipe, tokenizer, encoder, texts, dtype)
         rows_of = [unit.normal(state) for state in found]
         floors = [unit.floor(row, words) for row, words in zip(rows_of, tokens_of, strict=True)]
-        return TextStates(texts, torch.empty(len(texts), 0, dtype=dtype), tokens_of, rows_of, floors)
+        names = [unit.name(row) for row in rows_of]
+        return TextStates(texts, torch.empty(len(texts), 0, dtype=dtype), tokens_of, rows_of, floors, names)
     ids = token_rows(pipe, texts)
     rows, states = [tuple(row) for row in ids.tolist()], dict(known or {})
     missing = [number for number, row in enumerate(rows) if row not in states]
@@ -203,7 +206,7 @@ def gammas(prompts: TextStates, texts: TextStates) -> list[list[float]]:
         cosines = [
             [
                 (nearness(row.to(text), text) - f) / max(LEAST, 1 - f)
-                for text, f in zip(texts.rows, texts.floors, strict=True)
+                for text, f in zip(texts.names, texts.floors, strict=True)
             ]
             for row in prompts.rows
         ]

@@ -12,6 +12,11 @@ left out, and the mean m and the standard deviation s of every dimension over th
 
 where f_c is the mean of a(r, c) over the reference texts r that do not contain c: 0 is a text like any other, and 1 the
 name itself. The reference texts are everyday words that ship with the package.
+
+Gemma and Qwen are causal: a state knows the text before it alone, so that of a name's tokens only the last has read the
+whole name. There a(p, c) is max_i <z_i(p), z_j(c)> for this token j; the mean would call every prompt near that begins
+like the name. Their tokenizers also make other tokens of a word at the start of a text than of the same word behind a
+space, and in front of a prompt the pipelines write an instruction. So all texts are read behind a space.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from erasure.concepts.word_lists import kinds
 
 REFERENCES = 64  # texts
 LEAST_SPREAD = 1e-6
+BOTH_WAYS = ("t5", "bert")  # in the names of encoders whose states depend on the whole text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +44,18 @@ class Reference:
         spread: their standard deviation [width].
         rows: the normalised states of each text [tokens, width].
         words: the tokens of each.
+        causal: whether the encoder is causal, so that the last state of a name stands for it.
     """
 
     mean: Tensor
     spread: Tensor
     rows: list[Tensor]
     words: list[set[int]]
+    causal: bool = False
+
+    def name(self, row: Tensor) -> Tensor:
+        """Return those normalised states of a text [tokens, width] that stand for it where it is a name."""
+        return row[-1:] if self.causal else row
 
     def normal(self, states: Tensor) -> Tensor:
         """Return states [tokens, width] less the mean, in units of the spread, to length 1."""
@@ -51,6 +63,7 @@ class Reference:
 
     def floor(self, row: Tensor, words: set[int]) -> float:
         """Return f, how near reference texts come to a name with these normalised states and tokens."""
+        row = self.name(row)
         found = [nearness(other, row) for other, has in zip(self.rows, self.words, strict=True) if not words <= has]
         return sum(found) / len(found) if found else 0.0
 
@@ -67,7 +80,12 @@ def reference(pipe: Any, tokenizer: Any, encoder: Any, dtype: torch.dtype) -> Re
     every = torch.cat(states)
     mean, spread = every.mean(0), every.std(0).clamp_min(LEAST_SPREAD)
     bare = Reference(mean, spread, [], [])
-    return Reference(mean, spread, [bare.normal(state) for state in states], words)
+    return Reference(mean, spread, [bare.normal(state) for state in states], words, is_causal(encoder))
+
+
+def is_causal(encoder: Any) -> bool:
+    """Tell whether a text encoder is a language model, whose states depend on the text before them alone."""
+    return not any(kind in str(encoder.config.model_type) for kind in BOTH_WAYS)
 
 
 @torch.no_grad()
@@ -88,7 +106,8 @@ def token_states(
     """
     written = getattr(pipe, "_text_preprocessing", None)
     read = list(texts) if written is None else [str(written(text)[0]) for text in texts]
-    ids = [tokenizer(text, truncation=True).input_ids for text in read]
+    before = " " if is_causal(encoder) else ""
+    ids = [tokenizer(before + text, truncation=True).input_ids for text in read]
     special, states = set(tokenizer.all_special_ids), [torch.empty(0)] * len(ids)
     for length in sorted({len(row) for row in ids}):
         group = [number for number, row in enumerate(ids) if len(row) == length]

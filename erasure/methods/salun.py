@@ -97,7 +97,7 @@ class SalUn(GradientMethod):
     """
 
     method: ClassVar[str] = "salun"
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
     FORGET: ClassVar[str] = "relabel"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "forget_count")

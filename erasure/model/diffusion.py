@@ -161,7 +161,7 @@ def wide(vae: Any) -> Iterator[None]:
     XL's does, because its activations overflow in fp16. The fp16 weights are restored exactly at the end.
     """
     dtype = vae.dtype
-    narrow = dtype == torch.float16 and vae.config.force_upcast
+    narrow = dtype == torch.float16 and vae.config.get("force_upcast", False)
     try:
         if narrow:
             vae.to(torch.float32)

@@ -8,6 +8,11 @@ In an encoder without such a mask, such as T5, every state of a prompt knows of 
 what PixArt reads. There all states of the prompt are edited, the end token's included. Those before the name are
 answered like the ones at their own places of the other prompt; the name's and those behind it like the ones that lie as
 far from the end, and what the other prompt is too short for like the first of its name.
+
+SANA reads Gemma: a causal mask, no end token, masked padding, and in front of each prompt what is left of the
+pipeline's instruction. There the states from the name's last token on are answered like the ones that lie as far from
+the end, and those before it, the same in every prompt that begins so, like themselves. Their places are counted from
+the end, because how an instruction's last space and the first word become tokens depends on both.
 """
 
 from __future__ import annotations
@@ -49,6 +54,27 @@ def last_place(base: Base, text: str) -> int:
     return max(0, tokens(base, base.as_read(text)) - 2)  # the end token is counted, and so is a start token
 
 
+def behind(base: Base, text: str) -> int:
+    """Return the number of special tokens, such as an end token, that the tokenizer puts behind a text."""
+    tokenizer = base.pipe.tokenizer
+    ids, special = tokenizer(text, verbose=False).input_ids, set(tokenizer.all_special_ids)
+    own = [place for place, token in enumerate(ids) if token not in special]
+    return len(ids) - 1 - own[-1] if own else 0
+
+
+def masked_place(base: Base, rows: Tensor, prompt: str, before: str) -> int:
+    """Return the place of the last token of a prompt's beginning in its states without padding [tokens, width].
+
+    Args:
+        base: the checkpoint, for its tokenizer.
+        rows: the states of the prompt.
+        prompt: the prompt.
+        before: its beginning.
+    """
+    prompt, before = base.as_read(prompt), base.as_read(before)
+    return max(0, len(rows) - 1 - behind(base, prompt) - (tokens(base, prompt) - tokens(base, before)))
+
+
 def fits(base: Base, text: str) -> bool:
     """Tell whether the text encoder reads all tokens of a text."""
     return tokens(base, text) <= int(base.pipe.tokenizer.model_max_length)
@@ -65,11 +91,16 @@ def states_of(base: Base, prompts: Sequence[str], part: Part) -> Tensor:
     """
     if not prompts:
         return base.rows("")[:0].double()
-    whole = part == "all" or (part == "tail" and not base.architecture.causal_text)
-    starts = [0 if whole else last_place(base, prompt) for prompt in prompts]
+    architecture = base.architecture
+    whole = part == "all" or (part == "tail" and not architecture.causal_text)
+    masked = architecture.masked_text
+    encoded = [base.rows(prompt).double() for prompt in prompts] if masked else base.encode(list(prompts)).double()
+    starts = [0] * len(prompts)
+    if not whole and masked and architecture.causal_text:
+        starts = [masked_place(base, row, text, text) for row, text in zip(encoded, prompts, strict=True)]
+    elif not whole:
+        starts = [last_place(base, prompt) for prompt in prompts]
     ends = [start + 1 if part == "last" else None for start in starts]
-    causal = base.architecture.causal_text
-    encoded = base.encode(list(prompts)).double() if causal else [base.rows(prompt).double() for prompt in prompts]
     return torch.cat([row[start:end] for row, start, end in zip(encoded, starts, ends, strict=True)])
 
 
@@ -79,8 +110,8 @@ def states_of_pair(base: Base, pair: Pair, part: Part, places: Places) -> tuple[
     Args:
         base: the checkpoint, for its text encoders.
         pair: the two prompts.
-        part: tail: the states from the name's last token on, and if the encoder has no causal mask, every state; last:
-            this token alone; all: every state.
+        part: tail: the states from the name's last token on, and if the encoder has no causal mask, or the network
+            masks the padding, every state; last: this token alone; all: every state.
         places: same: each state is answered like the one at its own place of the other prompt; ends: the places are
             shifted so that the prompts' last tokens meet, and with them whatever both have behind the name.
 
@@ -96,6 +127,12 @@ def states_of_pair(base: Base, pair: Pair, part: Part, places: Places) -> tuple[
             met[first:] = (met[first:] + len(guide) - len(edit)).clamp_min(first)
         chosen = slice(last_place(base, before), last_place(base, before) + 1) if part == "last" else slice(None)
         return edit[chosen], guide[met.clamp_max(len(guide) - 1)[chosen]]
+    if base.architecture.masked_text:
+        start = masked_place(base, edit, pair.prompt, before)
+        met = (torch.arange(start, len(edit)) + (len(guide) - len(edit) if places == "ends" else 0)).clamp_min(0)
+        answers = torch.cat([edit[:start], guide[met.clamp_max(len(guide) - 1)]])
+        chosen = slice(start, start + 1) if part == "last" else slice(None)
+        return edit[chosen], answers[chosen]
     start = 0 if part == "all" else last_place(base, before)
     shift = tokens(base, pair.instead) - tokens(base, pair.prompt) if places == "ends" else 0
     start = max(start, -shift)
@@ -112,7 +149,7 @@ def unit(base: Base, states: Tensor) -> float:
         base: the checkpoint, for its kind of text encoder.
         states: the edited states [n, d].
     """
-    return 1.0 if base.architecture.causal_text else float(states.double().square().mean())
+    return 1.0 if not base.architecture.masked_text else float(states.double().square().mean())
 
 
 def named_pairs(concept: Concept) -> list[Pair]:

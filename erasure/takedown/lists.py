@@ -214,9 +214,9 @@ def prepared(
         )
     base = open_readers(model) if isinstance(model, str | os.PathLike) else Base.of(model)
     check_network(method, base)
-    if not base.architecture.causal_text:
+    if base.architecture.masked_text:
         raise ErasureError(
-            f"{base.name}: a list needs a text encoder with a causal mask, such as CLIP, which this one has not. Erase "
+            f"{base.name}: a list needs CLIP's text states, padding included, and this network masks it. Erase "
             "the names without a list, one by one or in Python as a list of concepts. Nothing was changed"
         )
     if isinstance(names, str | os.PathLike):

@@ -123,7 +123,7 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
         raise ErasureError(f"{top} holds no images; the types {', '.join(SUFFIXES)} are read")
     vae = base.pipe.vae
     _, height, width = base.latent_shape()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = base.pipe.vae_scale_factor
     shift = getattr(vae.config, "shift_factor", None) or 0.0  # autoencoders of rectified flow have one
     mean, std, prompts = [], [], []
     for path in paths:
@@ -135,9 +135,12 @@ def read_folder(base: Base, folder: str | os.PathLike[str], prompt: str = "") ->
         raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = raw.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
         with wide(vae):
-            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        mean.append((posterior.mean.float().cpu() - shift) * vae.config.scaling_factor)
-        std.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        posterior = getattr(encoded, "latent_dist", None)
+        latents = encoded.latent if posterior is None else posterior.mean  # SANA's autoencoder returns no posterior
+        mean.append((latents.float().cpu() - shift) * vae.config.scaling_factor)
+        spread = torch.zeros_like(latents) if posterior is None else posterior.std
+        std.append(spread.float().cpu() * vae.config.scaling_factor)
         folders = path.parent.relative_to(top).parts
         prompts.append(folders[-1] if folders else prompt)
     return Images(torch.cat(mean), torch.cat(std), prompts)

@@ -1,4 +1,4 @@
-"""T5's text gate: its rule computed apart, what opens it, and that no state depends on the other texts of a call."""
+"""The text gate of T5 and Gemma: its rule computed apart, what opens it, and that no state depends on other texts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from erasure.concepts.concept import Concept
 from erasure.concepts.similarity import TextStates, gammas, measured, similarities, text_states
 from erasure.erasing import erase
 from erasure.model.base import Base
-from erasure.pipelines import ErasedPixArtSigmaPipeline
+from erasure.pipelines import ErasedPixArtSigmaPipeline, ErasedSanaPipeline
 from tests.patch.making import low_rank_patch
 from tests.tiny import SIDE
-from tests.tiny_transformers import tiny_transformer
+from tests.tiny_transformers import tiny_sana, tiny_transformer
 
 WORDS = ["dog", "a tree", "church", "starry night", "the red car", "monet", "a cat"]
 
@@ -141,4 +141,78 @@ def test_a_guard_with_a_text_gate_acts_on_its_name_alone(pipe):
     pipe.load_patch(patch, "guard")
     guarded = pipe(["a cat", "the church"], generator=noise[1], **more).images
     assert [entry["guard"] for entry in pipe.gate_log] == [1.0, 0.0]
+    assert torch.equal(guarded[1], plain[1]) and not torch.equal(guarded[0], plain[0])
+
+
+def causal_gamma(pipe, prompt, name):
+    """Gemma's rule apart: the name's last state alone, and every text behind a space."""
+
+    def read(text):
+        ids = pipe.tokenizer(" " + text.lower(), return_tensors="pt").input_ids
+        with torch.no_grad():
+            return pipe.text_encoder(ids).last_hidden_state[0, 1:].double(), ids[0, 1:].tolist()  # no start token
+
+    every = torch.cat([read(word)[0] for word in WORDS])
+    mean, spread = every.mean(0), every.std(0)
+
+    def near(one, other):
+        a, b = ((read(text)[0] - mean) / spread for text in (one, other))
+        return max(float(torch.cosine_similarity(i, b[-1], dim=0)) for i in a)
+
+    tokens = set(read(name)[1])
+    others = [near(word, name) for word in WORDS if not tokens <= set(read(word)[1])]
+    floor = sum(others) / len(others)
+    share = len(tokens & set(read(prompt)[1])) / len(tokens)
+    return min(1.0, max(share, (near(prompt, name) - floor) / (1 - floor)))
+
+
+def test_of_a_language_model_the_names_last_state_counts():
+    pipe = tiny_sana(ErasedSanaPipeline)
+    prompts, names = ["a photo of a Dog", "van", "a car by the blue tree"], ["cat", "van gogh", "red church"]
+    for prompt, row in zip(prompts, similarities(pipe, prompts, names), strict=True):
+        assert row == pytest.approx([causal_gamma(pipe, prompt, name) for name in names], abs=1e-4), prompt
+    seen = text_states(pipe, names, measure=measured(pipe))
+    assert [len(row) for row in seen.names] == [1, 1, 1] and len(seen.rows[1]) > 1
+    whole = TextStates.join([seen, seen.take([0])])
+    assert len(whole.names) == 4 and torch.equal(whole.take([3]).names[0], seen.names[0])
+
+
+def test_a_name_opens_gemmas_gate_at_the_start_and_behind_a_space():
+    """The tokenizer makes other tokens of the first word, which would shut the gate to one of the two."""
+    pipe = tiny_sana(ErasedSanaPipeline)
+    first, second = (pipe.tokenizer(text).input_ids[-1] for text in ("cat", "a cat"))
+    assert first != second
+    rows = similarities(pipe, ["cat", "a photo of a CAT", "cat by a tree", "van car", "a tree"], ["cat"])
+    assert [row[0] for row in rows[:3]] == [1.0] * 3 and max(row[0] for row in rows[3:]) < 0.9
+
+
+def test_a_prompt_that_begins_like_a_name_is_not_taken_for_it():
+    """The states of its first tokens are the same as the name's own: the encoder has not read on yet."""
+    pipe = tiny_sana(ErasedSanaPipeline)
+    unit = measured(pipe)
+    name, prompt = text_states(pipe, ["the red church", "the red car"], measure=unit).rows
+    assert torch.allclose(name[:2], prompt[:2], atol=1e-5) and len(prompt) == 3
+    assert rule.nearness(prompt, name) > rule.nearness(prompt, unit.name(name)) + 0.1
+
+
+def test_gated_patches_act_on_their_name_alone_by_gemma():
+    pipe = tiny_sana(ErasedSanaPipeline)
+
+    def draw():
+        noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        size = {"height": 4 * SIDE, "width": 4 * SIDE, "num_inference_steps": 2, "output_type": "latent"}
+        prompts = ["cat", "the church", "a red cat"]
+        return pipe(prompts, generator=noise, guidance_scale=2.0, use_resolution_binning=False, **size).images
+
+    plain = draw()
+    gate = {"kind": "text", "texts": ["cat"], "power": 1.0, "threshold": 0.9}
+    pipe.load_patch(low_rank_patch(pipe, part="attn", gate=gate, components=("transformer",), size=0.05), "cat")
+    gated = draw()
+    assert [entry["cat"] for entry in pipe.gate_log] == [1.0, 0.0, 1.0]
+    assert torch.equal(gated[1], plain[1])
+    assert not torch.equal(gated[0], plain[0]) and not torch.equal(gated[2], plain[2])
+    pipe.delete_patches("cat")
+    pipe.load_patch(erase(Base("tiny", pipe), "cat", "sld", progress=False, gate="text"), "guard")
+    guarded = draw()
+    assert [entry["guard"] for entry in pipe.gate_log] == [1.0, 0.0, 1.0]
     assert torch.equal(guarded[1], plain[1]) and not torch.equal(guarded[0], plain[0])

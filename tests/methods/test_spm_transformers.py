@@ -1,4 +1,4 @@
-"""SPM on SD3, FLUX and PixArt: its terms against their formulas, and the text gate, by CLIP or by T5."""
+"""SPM on SD3, FLUX, PixArt and SANA: its terms against their formulas, and the text gate, by CLIP, T5 or Gemma."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from erasure.erasing import erase
 from erasure.errors import ErasureError
 from erasure.methods.spm import SPM
 from erasure.model.base import Base
-from erasure.pipelines import ErasedFluxPipeline, ErasedPixArtSigmaPipeline, ErasedStableDiffusion3Pipeline
+from erasure.pipelines import (
+    ErasedFluxPipeline,
+    ErasedPixArtSigmaPipeline,
+    ErasedSanaPipeline,
+    ErasedStableDiffusion3Pipeline,
+)
 from erasure.training.run import Run
 from tests.tiny import SIDE
 from tests.tiny_transformers import asked, tiny_transformer
@@ -21,6 +26,7 @@ from tests.tiny_transformers import asked, tiny_transformer
 SMALL = {"iterations": 2, "batch_size": 2, "trajectories": 2, "sample_steps": 3, "learning_rate": 1e-2, "refresh": 1}
 CAT = Concept("cat", keep=("dog", "car"))
 ERASED = {"sd3": ErasedStableDiffusion3Pipeline, "flux": ErasedFluxPipeline, "pixart": ErasedPixArtSigmaPipeline}
+ERASED["sana"] = ErasedSanaPipeline
 
 
 @pytest.mark.parametrize("kind", ERASED)
@@ -60,7 +66,8 @@ def test_its_patch_is_gated_by_the_prompt(kind, tmp_path):
     assert modules == set(Base("tiny", pipe).targets("transformer"))
     options = {"height": 2 * SIDE, "width": 2 * SIDE, "num_inference_steps": 2, "output_type": "latent"}
     more = {"guidance_scale": 2.0, "max_sequence_length": 8, **options}
-    more |= {"use_resolution_binning": False, "clean_caption": False} if kind == "pixart" else {}
+    more |= {"use_resolution_binning": False, "clean_caption": False} if kind in ("pixart", "sana") else {}
+    more |= {"height": 4 * SIDE, "width": 4 * SIDE} if kind == "sana" else {}
 
     def draw():
         noise = [torch.Generator().manual_seed(seed) for seed in range(2)]

@@ -20,7 +20,7 @@ def low_rank_patch(
     size: float = 0.1,
     **fields: Any,
 ) -> Patch:
-    """Make a random low-rank patch for each Linear and Conv2d of `components` whose path contains `part`."""
+    """Make a random low-rank patch for each Linear and Conv2d of `components`, in networks with `part` in the path."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -29,7 +29,7 @@ def low_rank_patch(
     layers: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
     for component in components:
         for path, module in getattr(pipe, component).named_modules():
-            if component == "unet" and part not in path:
+            if component in ("unet", "transformer") and part not in path:
                 continue
             if isinstance(module, nn.Linear):
                 pair = draw(rank, module.in_features), draw(module.out_features, rank)

@@ -32,6 +32,7 @@ class Architecture(ABC):
     flow: ClassVar[bool] = False  # whether it predicts the velocity noise - image of rectified flow
     guidance: ClassVar[str] = "guidance_scale"  # argument of the pipeline's call: scale of classifier-free guidance
     causal_text: ClassVar[bool] = True  # whether a text state depends on the text before it alone, as CLIP's does
+    masked_text: ClassVar[bool] = False  # whether padding is masked, so that what layers read ends with the prompt
     samplers: ClassVar[tuple[str, ...]]  # kinds for `sampler`, the default first
     # Role of a module -> the test of its path. Every role in `roles` that is not in `optional` must match a module.
     roles: ClassVar[Mapping[str, Test]]

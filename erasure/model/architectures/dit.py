@@ -32,7 +32,7 @@ class CrossAttention(Architecture):
     """What the transformers with cross-attention have in common."""
 
     component = "transformer"
-    causal_text = False  # SANA's encoder is causal, but a prompt does not end in a token of its own there
+    masked_text = True
     roles = {
         "self-attention": holds(".attn1."),
         "cross-attention": holds(".attn2."),
@@ -60,6 +60,19 @@ class CrossAttention(Architecture):
                 "told what to erase. Give the whole diffusers folder, or load the encoder into the pipeline"
             )
 
+    @torch.no_grad()
+    def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
+        """Return the states that keys and values read, of those tokens that the mask of the padding leaves."""
+        weight = pipe.transformer.caption_projection.linear_1.weight
+        states = conditions.states[0] if conditions.mask is None else conditions.states[0][conditions.mask[0].bool()]
+        if not weight.is_meta:  # a module that is loaded for its call alone takes states of any device
+            states = states.to(weight.device)
+        return self.captioned(pipe.transformer, states.to(weight.dtype))
+
+    def captioned(self, transformer: Any, states: Tensor) -> Tensor:
+        """Return text states [tokens, width] as the blocks read them, behind the caption projection."""
+        return transformer.caption_projection(states)
+
     def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
         """Return the prompt in lower case, and cleaned if the pipeline cleans captions."""
         (text,) = pipe._text_preprocessing(prompt, clean_caption=cleans(pipe, options))
@@ -78,16 +91,7 @@ class PixArt(CrossAttention):
     network = "PixArtTransformer2DModel"
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
     samplers = ("ddim",)
-
-    @torch.no_grad()
-    def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
-        """Return the states behind the caption projection, of those tokens that the mask of the padding leaves."""
-        projection = pipe.transformer.caption_projection
-        weight = projection.linear_1.weight
-        states = conditions.states[0] if conditions.mask is None else conditions.states[0][conditions.mask[0].bool()]
-        if not weight.is_meta:  # a module that is loaded for its call alone takes states of any device
-            states = states.to(weight.device)
-        return projection(states.to(weight.dtype))
+    causal_text = False
 
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
         """Return the states of the text encoder and the mask of its padding."""
@@ -157,6 +161,9 @@ def cleans(pipe: Any, options: Options) -> bool:
     return bool(default(pipe, options, "clean_caption", False)) and is_bs4_available() and is_ftfy_available()
 
 
+DEPTHWISE = ".conv_depth"  # SANA's convolution of each channel by itself, which no low-rank term can change
+
+
 class Sana(CrossAttention):
     """SANA 1 and 1.5: linear self-attention, the states of Gemma, flow matching."""
 
@@ -165,6 +172,17 @@ class Sana(CrossAttention):
     pipelines = ("SanaPipeline",)
     flow = True
     samplers = ("euler",)
+    variants = {
+        **CrossAttention.variants,
+        "transformer": (
+            "every layer of the transformer blocks but their depthwise convolutions",
+            lambda path: path.startswith("transformer_blocks.") and not path.endswith(DEPTHWISE),
+        ),
+        "linear": (
+            "linear layers of self-attention, and of the feed-forward layers what reads one pixel alone",
+            lambda path: holds(".attn1.", ".ff.")(path) and not path.endswith(DEPTHWISE),
+        ),
+    }
 
     def check(self, pipe: Any) -> None:
         """Refuse a pipeline without its text encoder, and SANA-Sprint, which is told a guidance scale."""
@@ -174,6 +192,10 @@ class Sana(CrossAttention):
                 f"{type(pipe).__name__}: its transformer was distilled to be told the guidance scale (SANA-Sprint), "
                 "which is not supported. Give a SANA of classifier-free guidance"
             )
+
+    def captioned(self, transformer: Any, states: Tensor) -> Tensor:
+        """Return text states [tokens, width] as the blocks read them, behind the caption projection and its norm."""
+        return transformer.caption_norm(transformer.caption_projection(states))
 
     def encode(self, pipe: Any, prompt: str, options: Options) -> Conditions:
         """Return the states of the text encoder and the mask of its padding.

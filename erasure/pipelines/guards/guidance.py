@@ -49,7 +49,7 @@ class Guidance(Form):
         momentum_decay: share of the momentum that a step keeps (beta_m).
     """
 
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "pixart")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "pixart", "sana")
 
     safety_scale: float = setting(1000.0, above=0)
     threshold: float = setting(0.01)
@@ -106,6 +106,7 @@ class SafetyGuidance(ReplacedForward):
         self._texts, self._empty = texts, empty
         self._chosen = chosen
         self._momenta: list[Tensor | None] = [None] * len(guards)
+        self._time_scale = float(getattr(drawing.network.config, "timestep_scale", 1.0))  # SANA is told scaled times
         self._last = float("inf")
         super().__init__(drawing.network, architecture.component)
 
@@ -135,7 +136,10 @@ class SafetyGuidance(ReplacedForward):
             empty = self._predicted(self._empty, inputs, channels)
         time = args[0] if args else kwargs["timestep"]
         times = torch.as_tensor(time).flatten().expand(len(sample)) if torch.as_tensor(time).numel() == 1 else time
-        change = self._terms(times[rows.to(times.device)], named, empty, inputs, channels)
+        times = times[rows.to(times.device)]
+        change = self._terms(
+            times if self._time_scale == 1 else times / self._time_scale, named, empty, inputs, channels
+        )
         result = outputs.clone()
         result[rows.to(outputs.device), :channels] = (named - change).to(outputs.dtype)
         return with_prediction(plain, result)

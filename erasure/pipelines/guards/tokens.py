@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from erasure.config import setting
+from erasure.model.architectures import Architecture
 from erasure.model.conditioning import Conditions, text_encoders
 from erasure.pipelines.guards.form import Acting, Drawing, Form, begun, rows_of
 from erasure.pipelines.guards.masked_prompts import ends, projector, unregularised_projector, without_each
@@ -74,6 +75,13 @@ class Tokens(Form):
     wide_scale: float = setting(0.9, at_least=0)
     narrow_scale: float = setting(0.2, at_least=0)
     published: bool = False
+
+    @classmethod
+    def unsuited(cls, architecture: Architecture) -> str:
+        """Return why no prompt can be judged: a network that reads another encoder than CLIP, or one besides it."""
+        if super().unsuited(architecture):
+            return "it judges a prompt by the state at its end token, and this network does not read that of CLIP alone"
+        return ""
 
     @classmethod
     def prepare(cls, drawing: Drawing, guards: Sequence[Acting[Tokens]]) -> Callable[[], TokenFilter]:

@@ -53,7 +53,9 @@ class Values(Form):
         """Return why there are no values to change: of the other architectures, none reads CLIP's states alone."""
         if drift := architecture.drift("the values of a text"):
             return f"{drift}, and no direction of them is the text's"
-        return super().unsuited(architecture)
+        if super().unsuited(architecture):
+            return "it takes a text's values from CLIP's state of the last word, and this network reads other states"
+        return ""
 
     @classmethod
     def prepare(cls, drawing: Drawing, guards: Sequence[Acting[Values]]) -> Callable[[], ValueHooks]:

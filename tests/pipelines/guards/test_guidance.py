@@ -13,10 +13,10 @@ from diffusers.pipelines.deprecated.stable_diffusion_safe.pipeline_stable_diffus
 from erasure.errors import ErasureError
 from erasure.model.diffusion import to_eps
 from erasure.patch import Guard, Patch
-from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
+from erasure.pipelines import ErasedSanaPipeline, ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from erasure.pipelines.guards.guidance import Guidance
 from tests.patch.making import low_rank_patch
-from tests.tiny import latents, tiny_pipeline
+from tests.tiny import SIDE, latents, tiny_pipeline
 from tests.tiny_transformers import tiny_transformer
 
 # Such that the limit, the threshold, the warm-up and the momentum all decide something in five steps.
@@ -243,3 +243,21 @@ def test_another_batch_is_refused():
         patch_stack(pipe).open([["a cat"]], 1, 1, scope)
         with pytest.raises(ErasureError, match="opened for 1 images, but .* a batch of 3"):
             pipe.unet(torch.zeros(3, 4, 8, 8), torch.tensor(1), torch.zeros(3, 12, 32))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_on_sana_the_scaled_times_are_read_as_shares_of_the_schedule(scale):
+    """One step at the noisy end lies in the warm-up, whatever the scale of the times that the network is told."""
+    pipe = tiny_transformer("sana", ErasedSanaPipeline, timestep_scale=scale)
+
+    def draw():
+        size = {"height": 4 * SIDE, "width": 4 * SIDE, "num_inference_steps": 1, "output_type": "latent"}
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a cat", generator=noise, guidance_scale=3.0, use_resolution_binning=False, **size).images
+
+    plain = draw()
+    pipe.load_patch(guard(warm_up=0.5), name="late")
+    assert torch.equal(draw(), plain)
+    pipe.delete_patches("late")
+    pipe.load_patch(guard(warm_up=0.0), name="early")
+    assert not torch.allclose(draw(), plain, atol=1e-4)
