@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from erasure.pipelines import ErasedFluxInpaintPipeline as ErasedFluxInpaintPipeline
     from erasure.pipelines import ErasedFluxPipeline as ErasedFluxPipeline
     from erasure.pipelines import ErasedPixArtSigmaPipeline as ErasedPixArtSigmaPipeline
+    from erasure.pipelines import ErasedQwenImagePipeline as ErasedQwenImagePipeline
     from erasure.pipelines import ErasedSanaPipeline as ErasedSanaPipeline
     from erasure.pipelines import ErasedStableDiffusion3Img2ImgPipeline as ErasedStableDiffusion3Img2ImgPipeline
     from erasure.pipelines import ErasedStableDiffusion3InpaintPipeline as ErasedStableDiffusion3InpaintPipeline
@@ -47,6 +48,7 @@ _MODULES = {
     "ErasedFluxInpaintPipeline": "erasure.pipelines",
     "ErasedFluxPipeline": "erasure.pipelines",
     "ErasedPixArtSigmaPipeline": "erasure.pipelines",
+    "ErasedQwenImagePipeline": "erasure.pipelines",
     "ErasedSanaPipeline": "erasure.pipelines",
     "ErasedStableDiffusion3Img2ImgPipeline": "erasure.pipelines",
     "ErasedStableDiffusion3InpaintPipeline": "erasure.pipelines",

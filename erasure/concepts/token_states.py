@@ -112,10 +112,10 @@ def token_states(
     for length in sorted({len(row) for row in ids}):
         group = [number for number, row in enumerate(ids) if len(row) == length]
         rows = torch.tensor([ids[number] for number in group])
-        found = encoder(
-            rows.to(pipe._execution_device), attention_mask=torch.ones_like(rows).to(pipe._execution_device)
-        )
-        for number, row, state in zip(group, rows, found.last_hidden_state, strict=True):
+        rows = rows.to(pipe._execution_device)
+        found = encoder(rows, attention_mask=torch.ones_like(rows), output_hidden_states=True)
+        last = getattr(found, "last_hidden_state", None)  # a model with a head for words, as Qwen-Image's, has none
+        for number, row, state in zip(group, rows, found.hidden_states[-1] if last is None else last, strict=True):
             words = torch.tensor([int(token) not in special for token in row])
             states[number] = state.cpu().to(dtype)[words]
     return states, [set(row) - special for row in ids]

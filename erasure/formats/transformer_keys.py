@@ -16,6 +16,7 @@ from erasure.model.original_transformer import FLUX, SD3, original_layer
 from erasure.patch.payload import Layer
 
 HIDDEN = {3072: FLUX, 1536: SD3, 2432: SD3}  # widths of FLUX.1, of SD 3 and 3.5 medium, and of SD 3.5 large
+FLUX_BLOCKS = 19  # of two streams
 PREFIXES = ("lora_unet_", "lora_transformer_")
 
 
@@ -32,8 +33,11 @@ def kind_of(layers: Mapping[str, Layer]) -> str:
         return FLUX
     if any(".attn2." in path for path in layers):
         return SD3
+    blocks = [int(path.split(".")[1]) for path in layers if path.startswith("transformer_blocks.")]
+    other = any(".img_mlp." in path or ".txt_mlp." in path for path in layers) or max(blocks, default=0) >= FLUX_BLOCKS
     widths = {down.shape[1] for path, (down, _, _) in layers.items() if path.endswith(("attn.to_q", "attn.to_k"))}
-    kinds = {HIDDEN.get(width, "") for width in widths}
+    # Qwen-Image is as wide as FLUX and names its layers like it, but it has 60 blocks of two streams.
+    kinds = {"" if other and HIDDEN.get(width) == FLUX else HIDDEN.get(width, "") for width in widths}
     if len(kinds) == 1 and "" not in kinds:
         return kinds.pop()
     raise ErasureError(

@@ -46,7 +46,6 @@ from erasure.config import setting
 from erasure.errors import ErasureError
 from erasure.method import GradientMethod
 from erasure.model.base import Base
-from erasure.model.diffusion import guide
 from erasure.model.stochastic import Paths, Transition, clean, kept_paths, log_density, transitions
 from erasure.model.trajectories import in_turn
 from erasure.training.adapters import LowRankTerm
@@ -98,7 +97,7 @@ class EraseFlow(GradientMethod):
 
     method: ClassVar[str] = "eraseflow"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "retain_trajectories")
 
     variant: str = "x"
@@ -242,7 +241,7 @@ class Batch:
 
     def mean(self, state: State, output: Tensor, guidance: float) -> Tensor:
         """Return the mean of the state at s [n, c, h, w] for the network's outputs for a prompt, with guidance."""
-        found = clean(state.base, guide(self.neutral, output, guidance), self.x, self.t)
+        found = clean(state.base, state.base.guided(self.neutral, output, guidance), self.x, self.t)
         return torch.cat([step.mean(self.x[i : i + 1], found[i : i + 1]) for i, step in enumerate(self.steps)])
 
 

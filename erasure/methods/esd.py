@@ -87,7 +87,7 @@ class ESD(GradientMethod):
 
     method: ClassVar[str] = "esd"
     FORGET: ClassVar[str] = "esd"
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories")
     PARITY: ClassVar[dict[str, Any]] = {
         "iterations": 200,

@@ -86,7 +86,7 @@ class GEM(GradientMethod):
     method: ClassVar[str] = "gem"
     FORGET: ClassVar[str] = "erase"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "retain_trajectories")
 
     variant: str = "x"

@@ -103,7 +103,7 @@ class SPM(GradientMethod):
     method: ClassVar[str] = "spm"
     FORGET: ClassVar[str] = "erase"
     RETAIN: ClassVar[tuple[str, ...]] = ("anchor",)
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "refresh", "rank")
     PARITY: ClassVar[dict[str, Any]] = {
         "anchor_weight": 1000.0,

@@ -114,7 +114,7 @@ class UnGuide(GradientMethod):
     """
 
     method: ClassVar[str] = "unguide"
-    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana")
+    NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     FORGET: ClassVar[str] = "lead"
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "trajectories", "rank")
     NO_STOP: ClassVar[str] = (

@@ -278,6 +278,10 @@ class Base:
         """
         return self.architecture.predict(self.pipe, x, t, conditions, self.options)
 
+    def guided(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Return classifier-free guidance of two outputs [n, c, h, w] as the checkpoint's pipeline combines them."""
+        return self.architecture.guided(unconditional, conditional, scale)
+
     def _encoded(self, prompts: list[str]) -> Conditions:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._texts:

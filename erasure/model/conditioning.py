@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erasure.errors import ErasureError
 
@@ -24,7 +24,7 @@ class Conditions:
     Args:
         states: text states for attention [n, tokens, width].
         pooled: the pooled text [n, width] on XL, SD3 and FLUX; None on other models.
-        mask: which tokens are no padding [n, tokens] on PixArt and SANA; None on models that do not mask it.
+        mask: which tokens are no padding [n, tokens] on PixArt, SANA and Qwen-Image; None on models without a mask.
     """
 
     states: Tensor
@@ -44,9 +44,19 @@ class Conditions:
         pooled, mask = (None if part is None else part.expand(count, -1) for part in (self.pooled, self.mask))
         return Conditions(self.states.expand(count, -1, -1), pooled, mask)
 
+    def padded(self, length: int) -> Conditions:
+        """Return the conditions with zeros behind the states up to a length, which the mask leaves out."""
+        if self.mask is None:
+            raise ErasureError(f"text states of {self.states.shape[1]} tokens without a mask cannot get {length}")
+        more = (0, length - self.states.shape[1])
+        states, mask = nn.functional.pad(self.states, (0, 0, *more)), nn.functional.pad(self.mask, more)
+        return Conditions(states, self.pooled, mask)
+
     @staticmethod
     def cat(parts: Sequence[Conditions]) -> Conditions:
-        """Concatenate the samples of all parts, in their order."""
+        """Concatenate the samples of all parts, in their order; masked states are padded to the longest, with zeros."""
+        if len(lengths := {part.states.shape[1] for part in parts}) > 1:
+            parts = [part.padded(max(lengths)) for part in parts]
         pooled = [part.pooled for part in parts if part.pooled is not None]
         masks = [part.mask for part in parts if part.mask is not None]
         return Conditions(

@@ -212,7 +212,7 @@ def _class_sampling(pipe: Any) -> Sampling | None:
 
 def _line(pipeline: str) -> str | None:
     """Return the line of models that a pipeline class is for, by its name; None if it is none of ours."""
-    lines = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Flux", "PixArt", "Sana")
+    lines = ("StableDiffusionXL", "StableDiffusion3", "StableDiffusion", "Flux", "PixArt", "Sana", "QwenImage")
     return next((line for line in lines if pipeline.startswith(line)), None)
 
 

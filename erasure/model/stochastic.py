@@ -26,7 +26,7 @@ from torch import Tensor
 
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions
-from erasure.model.diffusion import count_metadata, count_stored, counting, guide, to_x0
+from erasure.model.diffusion import count_metadata, count_stored, counting, to_x0
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def sample(base: Base, pairs: list[tuple[str, str]], *, seeds: list[int], steps:
         out = base.predict(here.repeat(len(columns), 1, 1, 1), step.t, conditions).float().cpu()
         parts = out.chunk(len(columns))
         outputs.append((parts[at_empty], parts[0], parts[at_concept]))
-        found = clean(base, guide(parts[at_empty], parts[0], guidance), x, torch.full((n,), step.t))
+        found = clean(base, base.guided(parts[at_empty], parts[0], guidance), x, torch.full((n,), step.t))
         x = step.mean(x, found)
         if step.deviation:
             x = x + step.deviation * noise()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from erasure.model.base import Base
 from erasure.model.conditioning import Conditions
-from erasure.model.diffusion import count_metadata, count_stored, counting, guide
+from erasure.model.diffusion import count_metadata, count_stored, counting
 
 
 @dataclass
@@ -161,7 +161,7 @@ def walk(
             states.append(_state(scaled, t, out[:n] if all_empty else out[n : 2 * n], out[:n]))
         if index == stop:
             break
-        x = schedule.step(guide(out[-n:], out[:n], guidance), t, x).prev_sample
+        x = schedule.step(base.guided(out[-n:], out[:n], guidance), t, x).prev_sample
     if not states and not judged:
         states.append(_state(x, 0.0))
     return TrajectoryPool(*(torch.cat(column) for column in zip(*states, strict=True)))

@@ -1,10 +1,11 @@
-"""Erased versions of diffusers' pipelines of Stable Diffusion, FLUX.1, PixArt and SANA.
+"""Erased versions of diffusers' pipelines of Stable Diffusion, FLUX.1, PixArt, SANA and Qwen-Image.
 
 For any other diffusers pipeline class, derive one with `class MyPipeline(PatchMixin, OtherPipeline)`.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
@@ -109,6 +111,34 @@ class ErasedPixArtSigmaPipeline(PatchMixin, PixArtSigmaPipeline):
 
 class ErasedSanaPipeline(PatchMixin, SanaPipeline):
     """The text-to-image pipeline of SANA, with patches."""
+
+
+class ErasedQwenImagePipeline(PatchMixin, QwenImagePipeline):
+    """The text-to-image pipeline of Qwen-Image, with patches; guidance that does nothing is refused.
+
+    It encodes the negative prompt in a call of its own, which evaluates no gates.
+    """
+
+    _erasure_negative_apart = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate images as `PatchMixin` does.
+
+        Raises:
+            ErasureError: a negative prompt without a `true_cfg_scale` above 1, such a scale without a negative prompt,
+                or a `guidance_scale`, all of which diffusers would ignore.
+        """
+        given = inspect.signature(QwenImagePipeline.__call__).bind(self, *args, **kwargs).arguments
+        negative = any(given.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
+        scale = given.get("true_cfg_scale")
+        advice = "guidance takes both true_cfg_scale above 1 and a negative_prompt, which may be ' '. Nothing was drawn"
+        if negative and scale is not None and scale <= 1:
+            raise ErasureError(f"negative_prompt does nothing at true_cfg_scale={scale:g}: {advice}")
+        if not negative and scale is not None and scale > 1:
+            raise ErasureError(f"true_cfg_scale={scale:g} does nothing without a negative prompt: {advice}")
+        if given.get("guidance_scale") is not None:
+            raise ErasureError(f"guidance_scale does nothing, as Qwen-Image is not told a scale: {advice}")
+        return super().__call__(*args, **kwargs)
 
 
 # AutoPipelineFor...from_pipe looks up the class for each task in these tables, so the erased classes are added there.

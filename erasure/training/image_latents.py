@@ -15,7 +15,7 @@ from erasure.concepts.concept import Concept
 from erasure.concepts.neighbors import naming
 from erasure.errors import ErasureError
 from erasure.model.base import Base
-from erasure.model.diffusion import count_metadata, count_stored, counting, guide, wide
+from erasure.model.diffusion import count_metadata, count_stored, counting, wide
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -82,7 +82,7 @@ def drawn(
             conditions = base.conditions([""] * len(part) + part)
             for t in schedule.timesteps:
                 empty, named = base.predict(schedule.scale_model_input(x, t).repeat(2, 1, 1, 1), t, conditions).chunk(2)
-                x = schedule.step(guide(empty, named, guidance), t, x).prev_sample
+                x = schedule.step(base.guided(empty, named, guidance), t, x).prev_sample
             parts.append(x.float().cpu())
     mean = torch.cat(parts)
     if path is not None:

@@ -181,8 +181,8 @@ def test_folders_are_loaded_as_their_class(tmp_path):
         Base.load(folder, config="sd1")
     with pytest.raises(ErasureError, match="cannot be loaded"):
         Base.load(folder, variant="fp16")
-    (folder / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
-    with pytest.raises(ErasureError, match="QwenImagePipeline.* Concepts can be erased from StableDiffusionPipeline, "):
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    with pytest.raises(ErasureError, match="Flux2Pipeline.* Concepts can be erased from StableDiffusionPipeline, "):
         Base.load(folder)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from erasure.errors import ErasureError
 from erasure.model.architectures.architecture import Architecture
-from erasure.model.architectures.counted import Flux2, QwenImage, ZImage
+from erasure.model.architectures.counted import Flux2, ZImage
 from erasure.model.architectures.dit import PixArt, Sana
 from erasure.model.architectures.mmdit import SD3, Flux
+from erasure.model.architectures.qwen import QwenImage
 from erasure.model.architectures.unet import UNet
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "of_network", "pipelines"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from erasure.errors import ErasureError, unknown
 from erasure.model.conditioning import Conditions
+from erasure.model.diffusion import guide
 
 Test = Callable[[str], bool]  # of a module's path
 Options = Mapping[str, Any]
@@ -93,6 +94,10 @@ class Architecture(ABC):
     def as_read(self, pipe: Any, prompt: str, options: Options) -> str:
         """Return a prompt as the pipeline hands it to the tokenizer."""
         return prompt
+
+    def guided(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+        """Return classifier-free guidance of two outputs [n, c, h, w] as the pipeline combines them."""
+        return guide(unconditional, conditional, scale)
 
     def rows(self, pipe: Any, conditions: Conditions) -> Tensor:
         """Return the text states of one prompt [tokens, width] as the layers read them that read nothing else."""

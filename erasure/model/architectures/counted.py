@@ -1,23 +1,9 @@
-"""Transformers whose modules are counted, and nothing else yet: Qwen-Image, FLUX.2 and Z-Image."""
+"""Transformers whose modules are counted, and nothing else yet: FLUX.2 and Z-Image."""
 
 from __future__ import annotations
 
 from erasure.model.architectures.architecture import CountedOnly, ends, holds, starts
 from erasure.model.architectures.mmdit import TEXT_STREAM, JointAttention
-
-
-class QwenImage(CountedOnly, JointAttention):
-    """Qwen-Image: as the two-stream blocks of FLUX, without pooled text."""
-
-    name = "qwen-image"
-    network = "QwenImageTransformer2DModel"
-    roles = {
-        "joint attention": holds(".attn."),
-        "text stream": ends(*TEXT_STREAM),
-        "text entry": starts("txt_in"),
-        "feed-forward": holds(".img_mlp.", ".txt_mlp."),
-        "modulation": holds(".img_mod.", ".txt_mod.", "norm_out.linear"),
-    }
 
 
 class Flux2(CountedOnly, JointAttention):
