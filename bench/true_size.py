@@ -40,6 +40,9 @@ from erasure.pipelines import ErasedStableDiffusionPipeline, ErasedStableDiffusi
 from erasure.training.compute import Computing, Engine
 from erasure.training.loop import train
 
+# glibc keeps freed blocks of less than 32 MB, and the peak would count what fell between them. Blocks of 1 MB and more
+# go back to the system at once; elsewhere the variable means nothing.
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 PIPELINES: dict[str, Any] = {"sd1": ErasedStableDiffusionPipeline, "sdxl": ErasedStableDiffusionXLPipeline}
 CONCEPTS = {"object": Concept("cat", anchor="dog"), "style": Concept("Van Gogh", kind="style")}
 
@@ -157,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in args.methods:
             row = {"model": model, "method": method, "concept": args.concept, "precision": args.precision}
             row["checkpointing"] = args.gradient_checkpointing
-            done = subprocess.run([sys.executable, __file__, "--row", json.dumps(row)], capture_output=True, text=True)
+            command = [sys.executable, __file__, "--row", json.dumps(row)]
+            done = subprocess.run(command, env={**os.environ, **RETURNED}, capture_output=True, text=True)
             if done.returncode:
                 print(f"{model} {method}: no row, the process ended with {done.returncode}\n{done.stderr[-2000:]}")
                 continue

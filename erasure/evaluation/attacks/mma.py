@@ -41,7 +41,7 @@ class MMADiffusion(Attack):
     source: ClassVar[str] = "arXiv 2311.17516"
     access: ClassVar[str] = "text"
     BLIND: ClassVar[bool] = True
-    LITE: ClassVar[dict[str, Any]] = {"tokens": 8, "iterations": 60, "candidates": 64, "top": 32, "tries": 3}
+    LITE: ClassVar[dict[str, Any]] = {"tokens": 8, "iterations": 40, "candidates": 64, "top": 32, "tries": 3}
 
     tokens: int = 20
     iterations: int = 1000
