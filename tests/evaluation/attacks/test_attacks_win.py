@@ -45,6 +45,7 @@ VICTIMS = {
 }
 MUST = {
     **{"encoder": "encoder", "rece": "brief", "ring-a-bell-direct": "brief", "ring-a-bell": "word"},
+    "mma-diffusion": "word",
     **{"unlearndiffatk": "brief", "p4d": "brief", "p4d-prefix": "brief", "uma": "brief", "inversion": "brief"},
     **{"img2img": "brief", "inpainting": "brief", "completion": "brief", "noise-scale": "brief"},
     **{"relearning": "brief"},
