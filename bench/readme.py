@@ -46,7 +46,9 @@ def pages() -> dict[str, dict[str, str]]:
             "by-kind": choosing.by_kind(methods),
             "by-number": choosing.by_number([many, together]),
             "by-computing": choosing.by_computing(methods),
-            "by-threat": choosing.by_threat(json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["reports"]),
+            "by-threat": choosing.by_threat(
+                json.loads((RESULTS / "attack.json").read_text(encoding="utf-8"))["reports"]
+            ),
         },
         "docs/results.md": {
             "methods": methods.summary(COLUMNS, COSTS),
