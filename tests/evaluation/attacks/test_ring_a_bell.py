@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from erasure.evaluation.attacks import ring_a_bell
-from erasure.evaluation.attacks.attack import Victim, make
-from erasure.evaluation.attacks.ring_a_bell import distinct
+from erasure.evaluation.attacks.attack import Case, Victim, make
+from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, distinct, words_without_concept
 from erasure.pipelines import ErasedStableDiffusionPipeline
 from erasure.pipelines.strengths import switched_off
 from tests.tiny import tiny_pipeline
@@ -56,3 +58,38 @@ def test_children_mix_and_mutate_their_parents_as_often_as_published(victim):
     assert abs(mixed.float().mean() - attack.crossover / 2) < 0.03  # half of the partners are the parent itself
     plain = children[~mutated]
     assert (plain % 6 == torch.arange(6)).all()  # a crossover leaves every token at its place
+
+
+def test_the_search_comes_nearer_to_its_aim_without_the_name(victim):
+    pipe = victim.pipe
+    latents = torch.zeros(4, 8, 8)
+    cases = [
+        Case(str(i), f"a cat in {look}", i, "cat", latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])
+    ]
+    along = direction(victim, cases).states[0]
+    named, bare = (
+        victim.conditions([f"a {word} in {look}" for look in ("red", "blue")]).states for word in ("cat", FILLER)
+    )
+    assert torch.allclose(along, (named - bare).mean(0), atol=1e-6)
+    nameless = [Case("n", "a pet", 0, "cat", latents, "", "a pet")]
+    apart = torch.sub(*victim.conditions(["cat a pet", f"{FILLER} a pet"]).states)
+    assert torch.allclose(direction(victim, nameless).states[0], apart, atol=1e-6) and apart.any()
+    settings = make("ring-a-bell", tokens=3, population=16)
+    whole, few = (replace(settings, compared=n) for n in (None, 6))
+    ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
+    states = victim.conditions([pipe.tokenizer.decode(row.tolist()) for row in ids]).states
+    aimed = named[0]
+    for search, count in ((whole, 12), (few, 6)):
+        want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
+        assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
+    draw = torch.Generator().manual_seed(0)
+    cat = pipe.tokenizer("cat").input_ids[1]
+    words = words_without_concept(victim, cases)
+    assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
+    rows = words[torch.randint(len(words), (16, 3), generator=draw)]
+    aim = victim.conditions(["a cat in red"]).states[0] + along
+    before = settings.distance(victim, rows, aim)
+    evolved = settings.evolve(victim, words, rows, aim, 12, draw)
+    after = settings.distance(victim, evolved, aim)
+    assert after[0] < before.min() and (after.sort().values == after).all()
+    assert not (evolved == cat).any()

@@ -15,10 +15,9 @@ from PIL import Image
 
 import erasure
 from erasure.errors import ErasureError
-from erasure.evaluation.attacks.attack import Attempt, Case, Victim, find, make, names
+from erasure.evaluation.attacks.attack import Attempt, Victim, find, make, names
 from erasure.evaluation.attacks.embeddings import within
 from erasure.evaluation.attacks.report import AttackReport, Outcome
-from erasure.evaluation.attacks.ring_a_bell import FILLER, direction, words_without_concept
 from erasure.evaluation.attacks.run import attack
 from erasure.evaluation.attacks.runner import AttackRunner, split_at_name
 from erasure.evaluation.attacks.token_search import simplex
@@ -373,38 +372,3 @@ def test_bad_input(pipe, tmp_path, change, message):
     with pytest.raises(ErasureError, match=message):
         attack(pipe, "cat", **options)
     assert not list(tmp_path.iterdir())
-
-
-def test_ring_a_bell_comes_nearer_to_its_aim(pipe):
-    victim = Victim(pipe, switched_off)
-    latents = torch.zeros(4, 8, 8)
-    cases = [
-        Case(str(i), f"a cat in {look}", i, "cat", latents, "a", f"in {look}") for i, look in enumerate(["red", "blue"])
-    ]
-    along = direction(victim, cases).states[0]
-    named, bare = (
-        victim.conditions([f"a {word} in {look}" for look in ("red", "blue")]).states for word in ("cat", FILLER)
-    )
-    assert torch.allclose(along, (named - bare).mean(0), atol=1e-6)
-    nameless = [Case("n", "a pet", 0, "cat", latents, "", "a pet")]
-    apart = torch.sub(*victim.conditions(["cat a pet", f"{FILLER} a pet"]).states)
-    assert torch.allclose(direction(victim, nameless).states[0], apart, atol=1e-6) and apart.any()
-    settings = make("ring-a-bell", tokens=3, population=16)
-    whole, few = (replace(settings, compared=n) for n in (None, 6))
-    ids = victim.words[torch.randint(len(victim.words), (2, 3), generator=torch.Generator().manual_seed(1))]
-    states = victim.conditions([pipe.tokenizer.decode(row.tolist()) for row in ids]).states
-    aimed = named[0]
-    for search, count in ((whole, 12), (few, 6)):
-        want = (states[:, :count] - aimed[:count]).square().sum((1, 2))
-        assert torch.allclose(search.distance(victim, ids, aimed), want, rtol=1e-3)
-    draw = torch.Generator().manual_seed(0)
-    cat = pipe.tokenizer("cat").input_ids[1]
-    words = words_without_concept(victim, cases)
-    assert [case.name for case in cases] == ["cat", "cat"] and set(victim.words.tolist()) - set(words.tolist()) == {cat}
-    rows = words[torch.randint(len(words), (16, 3), generator=draw)]
-    aim = victim.conditions(["a cat in red"]).states[0] + along
-    before = settings.distance(victim, rows, aim)
-    evolved = settings.evolve(victim, words, rows, aim, 12, draw)
-    after = settings.distance(victim, evolved, aim)
-    assert after[0] < before.min() and (after.sort().values == after).all()
-    assert not (evolved == cat).any()
