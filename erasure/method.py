@@ -34,7 +34,7 @@ from erasure.training.compute import Computing, Engine
 from erasure.training.dry_run import Forecast, forecast_runtime, forecast_training
 from erasure.training.loop import train
 from erasure.training.memory import size_of
-from erasure.training.objective import ObjectiveOptions, Terms
+from erasure.training.objective import ObjectiveOptions, Terms, check_objective
 from erasure.training.reweighting import Samples, squared
 from erasure.training.run import FitResult, Run
 from erasure.training.sparsity import SparsityOptions, check_sparsity
@@ -124,22 +124,14 @@ class GradientMethod(ObjectiveOptions, SparsityOptions, Method):
     weight_rounding: str = "none"
     measure_every: int = 0
     stop: str = "never"
+    NO_CURVATURE: ClassVar[str] = ""  # why surgery=uno has no meaning for the method; empty where it has
     NO_STOP: ClassVar[str] = ""  # why stop=auto has no meaning for the method; empty where it has
     NO_SPARSITY: ClassVar[str] = ""  # why sparsity has no meaning for the method; empty where it has
 
     def __post_init__(self) -> None:
         """Check every setting, and that the options suit the method; raises ErasureError."""
         super().__post_init__()
-        if self.reweight != "none" and not self.FORGET:
-            raise ErasureError(
-                f"{self.method}: reweight={self.reweight} has no meaning here: no term of its loss says what it is "
-                "sample by sample. Leave reweight out; nothing was changed"
-            )
-        if self.surgery != "none" and not self.RETAIN:
-            raise ErasureError(
-                f"{self.method}: surgery={self.surgery} has no meaning here: its loss has no term that retains, so "
-                "there is no gradient to protect. Leave surgery out; nothing was changed"
-            )
+        check_objective(self, self.method, self.FORGET, self.NO_CURVATURE)
         check_sparsity(self, self.NO_SPARSITY)
         why = "the published script takes all its updates" if getattr(self, "parity", False) else self.NO_STOP
         if self.stop == "auto" and self.measure_every:
@@ -150,6 +142,21 @@ class GradientMethod(ObjectiveOptions, SparsityOptions, Method):
         if self.stop == "auto" and why:
             raise ErasureError(
                 f"{self.method}: stop=auto has no meaning here: {why}. Leave stop out; nothing was changed"
+            )
+
+    def check_options(
+        self, computing: Computing, preview_every: int | None = None, trackers: Sequence[str] = ()
+    ) -> None:
+        """Refuse options of a run that its settings leave no place for.
+
+        Raises:
+            ErasureError: a compiled network, of whose gradients there are none, with UNO's term.
+        """
+        super().check_options(computing, preview_every, trackers)
+        if self.surgery == "uno" and computing.compile:
+            raise ErasureError(
+                "surgery=uno differentiates gradients, and a compiled network has no second derivatives: leave compile "
+                "out. Nothing was changed"
             )
 
     @abstractmethod

@@ -132,7 +132,7 @@ class DoCo(GradientMethod):
     measure_every: int = setting(0, at_least=0)
     stop: Stop = "never"
     parity: bool = False
-    surgery: Literal["none", "first", "doco"] = "first"
+    surgery: Literal["none", "first", "uno", "doco"] = "first"
 
     def __post_init__(self) -> None:
         """Check every setting, and that there are timesteps between the ends; raises ErasureError."""

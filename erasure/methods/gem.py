@@ -86,6 +86,7 @@ class GEM(GradientMethod):
     method: ClassVar[str] = "gem"
     FORGET: ClassVar[str] = "erase"
     RETAIN: ClassVar[tuple[str, ...]] = ("retain",)
+    NO_CURVATURE: ClassVar[str] = "its loss is a distance, which has no second derivative where nothing has changed yet"
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet", "sd3", "flux", "pixart", "sana", "qwen-image")
     PER_CONCEPT: ClassVar[tuple[str, ...]] = ("iterations", "retain_trajectories")
 

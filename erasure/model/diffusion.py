@@ -47,6 +47,8 @@ _OPEN: list[tuple[nn.Module, Counts]] = []
 def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
     """Count the samples that pass forward and backward through a UNet inside the context.
 
+    A pass backward through the graph of another (a second derivative) counts like that one.
+
     Args:
         unet: the network to count for.
         counts: counts to add to; None starts from zero.
@@ -55,6 +57,8 @@ def counting(unet: nn.Module, counts: Counts | None = None) -> Iterator[Counts]:
 
     def back(gradient: Tensor) -> None:
         counts.backward += gradient.shape[0]
+        if gradient.requires_grad:  # a pass through the graph of this pass ends here
+            gradient.register_hook(back)
 
     def forward(_: nn.Module, __: Any, output: Any) -> None:
         sample = output[0] if isinstance(output, tuple) else output.sample

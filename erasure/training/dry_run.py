@@ -23,9 +23,9 @@ from erasure.errors import ErasureError
 from erasure.model.base import Base
 from erasure.model.diffusion import Counts, counting
 from erasure.training.compute import Computing, Engine, by_rows
-from erasure.training.loop import Trainable, observe
+from erasure.training.loop import Trainable, check_shared, observe
 from erasure.training.memory import Call, peaks
-from erasure.training.objective import Objective
+from erasure.training.objective import Objective, kernels
 from erasure.training.run import FitResult, Run
 from erasure.training.sparsity import held_bytes
 
@@ -181,9 +181,10 @@ def forecast_training(
     """Forecast a run of a gradient method; the base is left as it was.
 
     Raises:
-        ErasureError: the UNet has no weights, and the method reads them before it starts.
+        ErasureError: the UNet has no weights, and the method reads them before it starts; or several processes cannot
+            share the run.
     """
-
+    check_shared(method, processes)
     ends = method.stop == "auto"
     held: list[int] = []
 
@@ -198,15 +199,17 @@ def forecast_training(
             params = state.adapter.parameters()
             held.append(held_bytes(method.sparsity, params))
             for step in range(method.iterations):
-                objective.backward(objective.reduce(method.loss(state, step)), params, run.scaler())
+                with kernels(method):
+                    objective.backward(objective.reduce(method.loss(state, step)), params, run.scaler())
                 run.measure(step + 1)
             method.conclude(state, run)
             method.gate(state)
         finally:
             state.adapter.remove()
 
-    forecast = _forecast(_walk(base, train), base, computing, processes)
-    more = COPY * forecast.weights * (ends + (method.surgery != "none")) + held[0]
+    again = method.surgery == "uno"
+    forecast = _forecast(_walk(base, train), base, computing, processes, again)
+    more = COPY * forecast.weights * (ends + (method.surgery != "none") + again) + held[0]
     return replace(forecast, at_most=ends, training_bytes=forecast.training_bytes + more)
 
 
@@ -233,14 +236,14 @@ def forecast_runtime(
     )
 
 
-def _forecast(walk: Walk, base: Base, computing: Computing, processes: int) -> Forecast:
+def _forecast(walk: Walk, base: Base, computing: Computing, processes: int, twice: bool = False) -> Forecast:
     computing = computing.on(base.device)
     counts, seconds = walk.counts, 0.0
     largest = max(walk.backward, key=lambda call: call[0][0].numel(), default=walk.forward)
     if base.device.type != "meta" and largest[0]:
         forward, both = _timed(base, largest, computing)
         seconds = ((counts.forward - counts.backward) * forward + counts.backward * both) / processes
-    sizes = peaks(base, walk.forward, walk.backward, walk.adapter, computing, processes)
+    sizes = peaks(base, walk.forward, walk.backward, walk.adapter, computing, processes, twice)
     params = walk.adapter.parameters() if walk.adapter is not None else {}
     trained = sum(param.numel() for param in params.values())
     return Forecast(
@@ -288,8 +291,10 @@ def _answering_at_once(unet: nn.Module, walk: Walk) -> Iterator[None]:
         out = sample * 0 + states.sum() * 0
         if torch.is_grad_enabled():
             out = out + leaf.to(out.device) * 0
-            trained = [param for param in unet.parameters() if param.requires_grad and not param.is_meta]
-            out = _Marked.apply(out + sum(param.reshape(-1)[0] * 1e-6 for param in trained), mark)
+            beside = walk.adapter.parameters().values() if walk.adapter is not None else ()
+            trained = {id(param): param for param in (*unet.parameters(), *beside) if param.requires_grad}
+            first = [param.reshape(-1)[0] * 1e-6 for param in trained.values() if not param.is_meta]
+            out = _Marked.apply(out + sum(first), mark)
         return (out,) if named.get("return_dict") is False else Transformer2DModelOutput(sample=out)
 
     real = unet.__dict__.get("forward")

@@ -22,7 +22,7 @@ from erasure.model.diffusion import Counts, counting
 from erasure.model.trajectories import TrajectoryPool
 from erasure.training.adapters import Adapter
 from erasure.training.curves import Curves
-from erasure.training.objective import Objective, Optioned, Terms
+from erasure.training.objective import Objective, Optioned, Terms, kernels
 from erasure.training.run import Run
 from erasure.training.sparsity import Sparse, Sparsity
 from erasure.training.stopping import StopRule
@@ -85,8 +85,16 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
     """Train with a gradient method to its last step, and return its state; its adapter is still in place.
 
     Raises:
-        ErasureError: a term of the loss is NaN or infinite; the last checkpoint is kept.
+        ErasureError: a term of the loss is NaN or infinite; the last checkpoint is kept. Or several processes cannot
+            share the run.
     """
+    check_shared(method, run.group.count)
+    # From the preparation on: what a resumed run prepares anew, another one computed at an update.
+    with kernels(method):
+        return _train(method, base, concepts, run)
+
+
+def _train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> Any:
     restored = _read(run)
     spent = restored.get("costs", _read_prepared(run))
     if not restored:
@@ -108,6 +116,19 @@ def train(method: Trainable, base: Base, concepts: list[Concept], run: Run) -> A
         state.adapter.remove()
         raise
     return state
+
+
+def check_shared(method: Optioned, processes: int) -> None:
+    """Refuse several processes where the objective needs the graphs of gradients, which do not leave a process.
+
+    Raises:
+        ErasureError: there is more than one process, and the method has UNO's term.
+    """
+    if method.surgery == "uno" and processes > 1:
+        raise ErasureError(
+            f"surgery=uno differentiates gradients, and those of {processes} processes are averaged by a step that "
+            "cannot be differentiated: use one process, or surgery=first. Nothing was changed"
+        )
 
 
 def observe(method: Trainable, base: Base, concepts: list[Concept], state: Any, run: Run, counts: Counts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from erasure.distributed import ProcessGroup
 from erasure.model.base import Base
 from erasure.training.compute import Computing, Engine, Rows, by_rows, cast
+from erasure.training.orthogonality import twice_differentiable
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of the UNet
 
 
 def peaks(
-    base: Base, forward: Call, backward: tuple[Call, ...], adapter: Any, computing: Computing, processes: int
+    base: Base,
+    forward: Call,
+    backward: tuple[Call, ...],
+    adapter: Any,
+    computing: Computing,
+    processes: int,
+    twice: bool = False,
 ) -> dict[str, int]:
     """Return the bytes of the model and of its largest calls.
 
@@ -32,6 +40,7 @@ def peaks(
         adapter: what trains, or None where nothing does.
         computing: precision and layout of the run.
         processes: how many processes share each call.
+        twice: whether the gradients of what trains are differentiated once more (`orthogonality.py`).
 
     Returns:
         `wide`, the model before it is narrowed to the run's precision; `model`, after; `forward` and `backward`, held
@@ -65,8 +74,9 @@ def peaks(
             after = sum(4 * p.numel() if id(p) in trained else size_of(p) for p in unet.parameters())
             sizes["model"] = others + min(after, before)
             if together:
-                own = twin.parameters().values() if twin else ()  # their gradients belong to the working state
-                sizes["backward"] = max(0, _held(unet, together) - sum(4 * p.numel() for p in own))
+                own = list(twin.parameters().values()) if twin else []  # their gradients belong to the working state
+                most = _held(unet, together, own if twice else None)
+                sizes["backward"] = max(0, most - (1 + twice) * sum(4 * p.numel() for p in own))
             if twin:
                 twin.remove()
     return sizes
@@ -91,8 +101,15 @@ def _shapes(call: Call, processes: int) -> Any:
     return tree_map_only(Tensor, lambda value: _Shape(value.shape, value.dtype, value.requires_grad), share)
 
 
-def _held(unet: nn.Module, calls: Sequence[Any]) -> int:
-    """Return the most bytes held at once, besides the weights, in calls of these shapes (and their backward pass)."""
+def _held(unet: nn.Module, calls: Sequence[Any], twice: Sequence[Tensor] | None = None) -> int:
+    """Return the most bytes held at once, besides the weights, in calls of these shapes (and their backward pass).
+
+    Args:
+        unet: the network.
+        calls: the shapes of their arguments.
+        twice: tensors whose gradients are differentiated once more, where there are any, else the calls' own that have
+            gradients; None: the backward pass is the last.
+    """
 
     def bare(of: _Shape) -> Tensor:
         value = torch.zeros(of.shape, dtype=of.dtype)
@@ -100,9 +117,19 @@ def _held(unet: nn.Module, calls: Sequence[Any]) -> int:
 
     given = [tree_map_only(_Shape, bare, call) for call in calls]
     with _Tally() as tally:
-        outs = [unet(*rest, **named) for rest, named in given]
-        if torch.is_grad_enabled():
-            torch.stack([(out[0] if isinstance(out, tuple) else out.sample).sum() for out in outs]).sum().backward()
+        with nullcontext() if twice is None else twice_differentiable():
+            outs = [unet(*rest, **named) for rest, named in given]
+            if not torch.is_grad_enabled():
+                return tally.most
+            samples = [out[0] if isinstance(out, tuple) else out.sample for out in outs]
+            if twice is None:
+                torch.stack([sample.sum() for sample in samples]).sum().backward()
+                return tally.most
+            leaves = [leaf for leaf in twice or tree_leaves(given) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            loss = torch.stack([sample.square().sum() for sample in samples]).sum()
+            found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            gradients = [gradient for gradient in found if gradient is not None]
+            torch.autograd.backward(gradients, [torch.zeros_like(gradient) for gradient in gradients])
     return tally.most
 
 

@@ -1,4 +1,4 @@
-"""From the terms of a loss to gradients: plain, with weights of forget samples, or with gradient surgery.
+"""From the terms of a loss to gradients: plain, with weights of forget samples, with surgery, or with UNO's term.
 
 A method says which of its terms retain (`RETAIN`); all others forget, and one of them (`FORGET`) may come sample by
 sample (`reweighting.Samples`). The training loop and the forecast both descend by `Objective`, so every option costs in
@@ -10,12 +10,14 @@ no longer hurts what is retained:
 
     g = g_r + g_f - min(0, <g_f, g_r>) / ||g_r||^2 g_r
 
-The products are over all trained tensors together. It takes a second backward pass, so 1B more for each sample.
+The products are over all trained tensors together. It takes a second backward pass, so 1B more for each sample. The
+second-order form, `surgery=uno`, is in `orthogonality.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,10 +26,8 @@ from torch import Tensor, nn
 
 from erasure.config import setting
 from erasure.errors import ErasureError
+from erasure.training.orthogonality import ROUNDING, cosine, dot, turn, twice_differentiable
 from erasure.training.reweighting import MEMORY, Reweighting, Samples
-
-# A retain gradient so many times shorter is rounding: where nothing has changed yet, nothing is there to protect.
-ROUNDING = 1e-4
 
 Terms = Mapping[str, Tensor | Samples]
 
@@ -41,12 +41,15 @@ class ObjectiveOptions:
             by the original model's loss, `dynamic` by the present model's.
         reweight_temperature: tau of these weights; greater values make them more alike.
         surgery: `first` takes out of the forgetting gradient what, to first order, would raise the loss of what is
-            retained (`training/objective.py`); `doco` is the published code of DoCo with its defects.
+            retained (`training/objective.py`); `uno` moves the weights to where both gradients stand at right angles,
+            by a term of second order (`training/orthogonality.py`); `doco` is DoCo's published code with its defects.
+        surgery_weight: w, the weight of the term of `uno`.
     """
 
     reweight: Literal["none", "static", "dynamic"] = "none"
     reweight_temperature: float = setting(1.0, above=0)
-    surgery: Literal["none", "first", "doco"] = "none"
+    surgery: Literal["none", "first", "uno", "doco"] = "none"
+    surgery_weight: float = setting(0.01, above=0)
 
 
 class Optioned(Protocol):
@@ -62,11 +65,48 @@ class Optioned(Protocol):
 
     @property
     def surgery(self) -> str:
-        """Return "none", "first" for surgery of first order, or "doco" for DoCo's published one."""
+        """Return "none", "first" for surgery of first order, "uno" for UNO's term, or "doco" for DoCo's code."""
+
+    @property
+    def surgery_weight(self) -> float:
+        """Return the weight of UNO's term."""
 
     @property
     def RETAIN(self) -> tuple[str, ...]:  # noqa: N802 (a class variable of methods)
         """Return the names of the terms that retain."""
+
+
+def check_objective(options: Optioned, method: str, forget: str, no_curvature: str) -> None:
+    """Refuse options that have no meaning for a method.
+
+    Args:
+        options: the method's.
+        method: its name.
+        forget: its term that comes sample by sample; empty if there is none.
+        no_curvature: why its loss cannot be differentiated twice; empty where it can.
+
+    Raises:
+        ErasureError: naming the option and why it has no meaning.
+    """
+    if options.reweight != "none" and not forget:
+        raise ErasureError(
+            f"{method}: reweight={options.reweight} has no meaning here: no term of its loss says what it is "
+            "sample by sample. Leave reweight out; nothing was changed"
+        )
+    if options.surgery != "none" and not options.RETAIN:
+        raise ErasureError(
+            f"{method}: surgery={options.surgery} has no meaning here: its loss has no term that retains, so "
+            "there is no gradient to protect. Leave surgery out; nothing was changed"
+        )
+    if options.surgery == "uno" and no_curvature:
+        raise ErasureError(
+            f"{method}: surgery=uno has no meaning here: {no_curvature}. surgery=first works; nothing was changed"
+        )
+
+
+def kernels(method: Optioned) -> AbstractContextManager[None]:
+    """Return the context in which a method's losses and their gradients are to be computed."""
+    return twice_differentiable() if method.surgery == "uno" else nullcontext()
 
 
 class Objective:
@@ -81,7 +121,7 @@ class Objective:
     """
 
     def __init__(self, method: Optioned, timesteps: int) -> None:
-        self.retain, self.surgery = method.RETAIN, method.surgery
+        self.retain, self.surgery, self.weight = method.RETAIN, method.surgery, method.surgery_weight
         self.figures: dict[str, float] = {}
         self.reweighting: Reweighting | None = None
         if method.reweight != "none":
@@ -124,22 +164,35 @@ class Objective:
                 f"surgery={self.surgery}: with these settings nothing is retained, so there is no gradient to protect. "
                 "Leave surgery out, or give the retain term a weight; no patch was written"
             )
-        scaler.scale(torch.stack(parts[False]).sum()).backward(retain_graph=True)
-        forget = {name: param.grad for name, param in params.items() if param.grad is not None}
-        _clear(params)
-        scaler.scale(torch.stack(parts[True]).sum()).backward()
-        retain = {name: param.grad for name, param in params.items() if param.grad is not None}
+        forget = self._gradient(scaler.scale(torch.stack(parts[False]).sum()), params, keep=True)
+        retain = self._gradient(scaler.scale(torch.stack(parts[True]).sum()), params, keep=False)
         self.figures["surgery/cosine"] = cosine(forget, retain)
         if self.surgery == "doco":
-            unscaled = 1 / scaler.get_scale()
-            _clear(params)
-            for name, gradient in published(forget, retain, unscaled).items():
-                params[name].grad = gradient
+            _add(params, published(forget, retain, 1 / scaler.get_scale()))
             return
-        forget = kept_from_hurting(forget, retain)
-        for name, gradient in forget.items():
-            own = params[name].grad
-            params[name].grad = gradient if own is None else own + gradient
+        if self.surgery == "uno":
+            turn(forget, retain, self.weight * scaler.get_scale())
+        else:
+            forget = kept_from_hurting(forget, retain)
+        _add(params, forget)
+        _add(params, retain)
+
+    def _gradient(self, loss: Tensor, params: Mapping[str, nn.Parameter], keep: bool) -> dict[str, Tensor]:
+        """Return the gradient of a loss, without the tensors that it does not depend on; of `uno`, with its graph.
+
+        Args:
+            loss: a number.
+            params: the trained tensors, whose own gradients are none before and after.
+            keep: whether the graph of the loss is needed again.
+        """
+        if self.surgery == "uno":
+            able = {name: param for name, param in params.items() if param.requires_grad}
+            found = torch.autograd.grad(loss, list(able.values()), create_graph=True, allow_unused=True)
+            return {name: gradient for name, gradient in zip(able, found, strict=True) if gradient is not None}
+        loss.backward(retain_graph=keep)
+        gradients = {name: param.grad for name, param in params.items() if param.grad is not None}
+        _clear(params)
+        return gradients
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what changes from step to step, for a checkpoint."""
@@ -194,18 +247,12 @@ def published(forget: Mapping[str, Tensor], retain: Mapping[str, Tensor], factor
     return found
 
 
-def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the cosine of two gradients over all tensors together; 0 if one of them is zero."""
-    lengths = dot(one, one) * dot(other, other)
-    return float(dot(one, other) / lengths.sqrt()) if lengths > 0 else 0.0
-
-
-def dot(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-    """Return the inner product of two gradients over all tensors together, in float64."""
-    products = [(one[name].double() * other[name].double()).sum() for name in one if name in other]
-    return torch.stack(products).sum() if products else torch.zeros((), dtype=torch.float64)
-
-
 def _clear(params: Mapping[str, nn.Parameter]) -> None:
     for param in params.values():
         param.grad = None
+
+
+def _add(params: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        own = params[name].grad
+        params[name].grad = gradient.detach() if own is None else own + gradient.detach()

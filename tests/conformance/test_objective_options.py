@@ -95,7 +95,8 @@ def test_an_option_that_a_method_cannot_use_is_refused_before_the_model_is_loade
     [
         ({"reweight": "hard"}, "none, static, dynamic"),
         ({"reweight_temperature": 0.0}, "reweight_temperature=0.0: must be above 0"),
-        ({"surgery": "third"}, "none, first, doco"),
+        ({"surgery_weight": 0.0}, "surgery_weight=0.0: must be above 0"),
+        ({"surgery": "third"}, "none, first, uno, doco"),
     ],
 )
 def test_bad_values_say_what_is_allowed(setting, says):
@@ -107,17 +108,53 @@ def test_own_settings_are_listed_before_those_that_all_methods_share():
     from erasure.config import fields_of
 
     names = [field.name for field in fields_of(METHODS["esd"])]
-    shared = {"reweight", "reweight_temperature", "surgery", "sparsity", "sparsity_l1", "sparsity_share"}
-    assert names[0] == "variant" and set(names[-8:]) == shared | {"sparsity_turn", "sparsity_rank"}
+    shared = {"reweight", "reweight_temperature", "surgery", "surgery_weight", "sparsity", "sparsity_l1"}
+    assert names[0] == "variant" and set(names[-9:]) == shared | {"sparsity_share", "sparsity_turn", "sparsity_rank"}
 
 
-def test_surgery_works_with_gradient_checkpointing():
-    own = {**small("spm"), "surgery": "first", "iterations": 2}
+@pytest.mark.parametrize("surgery", ["first", "uno"])
+def test_surgery_works_with_gradient_checkpointing(surgery):
+    own = {**small("spm"), "surgery": surgery, "surgery_weight": 10.0, "iterations": 2}
     plain, frugal = (
         changes(erase(tiny_pipeline(), "cat", "spm", progress=False, gradient_checkpointing=on, **own))
         for on in (False, True)
     )
     assert all(torch.allclose(plain[key], frugal[key], rtol=1e-3, atol=1e-6) for key in plain)
+
+
+def test_unos_term_changes_the_patch_and_costs_what_its_forecast_says(tmp_path, monkeypatch):
+    """SPM's one call serves both losses: five passes for one. Its retain gradient is zero before the first update."""
+    own = {**small("spm"), "surgery": "uno", "surgery_weight": 10.0}
+    straight = erase(tiny_pipeline(), "cat", "spm", progress=False, **own)
+    plain, faint = (
+        erase(tiny_pipeline(), "cat", "spm", progress=False, **{**own, **other})
+        for other in ({"surgery": "none"}, {"surgery_weight": 1e-12})
+    )
+    assert all(torch.isfinite(change).all() for change in changes(straight).values())
+    far, near = (
+        sum(float((one - changes(plain)[key]).square().sum()) for key, one in changes(other).items())
+        for other in (straight, faint)
+    )
+    assert far > 1e4 * near  # without its weight there is nothing else that differs but rounding
+    out = tmp_path / "p.safetensors"
+    left_at_a_checkpoint(monkeypatch, lambda: erase(tiny_pipeline(), "cat", "spm", out=out, progress=False, **own))
+    assert same(changes(straight), changes(erase(tiny_pipeline(), "cat", "spm", out=out, progress=False, **own)))
+    forecast, first, lean = (
+        plan(tiny_pipeline(), "cat", "spm", **{**own, "surgery": s}) for s in ("uno", "first", "none")
+    )
+    assert (forecast.F, forecast.B) == (straight.costs["F"], straight.costs["B"])
+    assert forecast.B == 5 * plain.costs["B"] and forecast.F == plain.costs["F"]
+    assert forecast.activation_bytes > 1.5 * lean.activation_bytes
+    assert forecast.training_bytes == first.training_bytes + 4 * first.weights
+
+
+def test_what_cannot_be_differentiated_twice_is_refused():
+    with pytest.raises(ErasureError, match="gem: surgery=uno has no meaning here.*no second derivative.*surgery=first"):
+        configure("gem", "object", {"surgery": "uno"})
+    with pytest.raises(ErasureError, match="compiled network has no second derivatives"):
+        erase("no such model", "cat", "spm", surgery="uno", compile=True)
+    with pytest.raises(ErasureError, match="those of 2 processes are averaged"):
+        plan(tiny_pipeline(), "cat", "spm", processes=2, **{**small("spm"), "surgery": "uno"})
 
 
 def test_static_weights_cost_salun_a_forward_for_each_forget_image_and_esd_nothing():

@@ -53,3 +53,12 @@ def test_the_published_numbers_have_a_source(family):
 def test_flux_is_refused_with_the_reason():
     with pytest.raises(ErasureError, match="adavd cannot erase from.*Flux.*share one attention.*Nothing was"):
         erase(tiny_transformer("flux"), "cat", "adavd", progress=False)
+
+
+def test_parity_takes_the_published_settings_and_the_bare_names():
+    concepts = [{"name": "van gogh", "kind": "style", "aliases": ["vincent"]}]
+    guard = erase(tiny_pipeline(), concepts, "adavd", progress=False, parity=True).payload
+    assert guard.texts == ("van gogh", "vincent")
+    assert guard.settings == {"peak": 2.0, "slope": 100.0, "centre": 0.93, "published": True}
+    with pytest.raises(ErasureError, match="parity follows the published code, which knows one text encoder"):
+        erase(tiny_pipeline(kind="sdxl"), "cat", "adavd", progress=False, parity=True)

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from erasure.errors import ErasureError
-from erasure.training.objective import Objective, cosine, kept_from_hurting
+from erasure.training.objective import Objective, kept_from_hurting
+from erasure.training.orthogonality import cosine
 from erasure.training.reweighting import MEMORY, Reweighting, Samples
 
 NO_SCALE = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def objective(**options) -> Objective:
-    defaults = {"reweight": "none", "reweight_temperature": 1.0, "surgery": "none", "RETAIN": ("retain",)}
+    defaults = {"reweight": "none", "reweight_temperature": 1.0, "surgery": "none", "surgery_weight": 1.0}
+    defaults |= {"RETAIN": ("retain",)}
     return Objective(SimpleNamespace(**{**defaults, **options}), 1000)
 
 

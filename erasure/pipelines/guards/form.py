@@ -87,6 +87,7 @@ class Form(ABC):
 
     NEEDS_PROMPTS: ClassVar[bool] = False  # whether it reads the words of the prompt
     NETWORKS: ClassVar[tuple[str, ...]] = ("unet",)  # architectures in which it can act, by name
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # settings that older patches lack: their defaults are what those did
 
     def __post_init__(self) -> None:
         """Check every setting against its declared range; raises ErasureError."""
@@ -123,7 +124,8 @@ def make_form(guard: Guard, forms: Mapping[str, type[Form]]) -> Form:
             f"{', '.join(forms)}; upgrade erasure-diffusion"
         )
     cls: Any = forms[guard.form]
-    missing = [field.name for field in dataclasses.fields(cls) if field.name not in guard.settings]
+    needed = [field.name for field in dataclasses.fields(cls) if field.name not in cls.OPTIONAL]
+    missing = [name for name in needed if name not in guard.settings]
     if missing:
         raise ErasureError(f"a guard of the form {guard.form} lacks the settings {', '.join(missing)}")
     return build(cls, guard.settings)

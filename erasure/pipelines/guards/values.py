@@ -10,6 +10,8 @@ every prompt, is left alone, and so are negative prompts. With a slope of 0 and 
 projection, which leaves nothing of the text. Shifts s below CUT are 0, so that prompts whose values are all far from
 the text keep every bit.
 
+`published` is the published code instead, with its defects (joined_values.py).
+
 Values do not depend on the latents or the time. Cost: two thin matrix products for each layer and step, no pass of the
 network.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from erasure.config import setting
 from erasure.model.architectures import Architecture
 from erasure.model.base import Base
 from erasure.pipelines.guards.form import Acting, Drawing, Form, rows_of
+from erasure.pipelines.guards.joined_values import records, taken_out
 
 CUT = 1e-4  # of a shift
 ALIKE = 1e-3  # share of a vector's length outside of the others below which it adds no direction
@@ -42,11 +45,15 @@ class Values(Form):
         peak: the largest shift.
         slope: how sharply the shift rises with the cosine.
         centre: cosine of a token's value and the text's at which the shift is half of its peak.
+        published: whether both halves of classifier-free guidance are joined, as in the published code.
     """
+
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("published",)
 
     peak: float = setting(2.0, above=0)
     slope: float = setting(100.0, at_least=0)
     centre: float = setting(0.93, at_least=-1, at_most=1)
+    published: bool = False
 
     @classmethod
     def unsuited(cls, architecture: Architecture) -> str:
@@ -59,9 +66,9 @@ class Values(Form):
 
     @classmethod
     def prepare(cls, drawing: Drawing, guards: Sequence[Acting[Values]]) -> Callable[[], ValueHooks]:
-        """Compute the bases of the guards' texts in every layer."""
+        """Compute the bases of the guards' texts in every layer, or what the published code records of them."""
         layers = value_layers(drawing.base)
-        found = [bases(drawing.base, guard.texts, layers) for guard in guards]
+        found = [(records if guard.form.published else bases)(drawing.base, guard.texts, layers) for guard in guards]
         return partial(ValueHooks, drawing, guards, layers, found)
 
     def removed(self, values: Tensor, basis: Tensor) -> Tensor:
@@ -73,10 +80,14 @@ class Values(Form):
         """
         inner = values @ basis.T
         cosine = inner / values.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
-        shift = self.peak * torch.sigmoid(self.slope * (cosine - self.centre))
+        shift = self.shift(cosine)
         shift = shift.masked_fill(shift < CUT, 0.0)
         shift[:, 0] = 0.0
         return (shift * inner) @ basis
+
+    def shift(self, cosine: Tensor) -> Tensor:
+        """Return the shifts s that belong to cosines."""
+        return self.peak * torch.sigmoid(self.slope * (cosine - self.centre))
 
 
 class ValueHooks:
@@ -86,7 +97,7 @@ class ValueHooks:
         drawing: the call.
         guards: the guards that act in it.
         layers: the layers by path.
-        found: for each guard the basis in each layer, by path.
+        found: for each guard the basis in each layer, or the record, by path.
     """
 
     def __init__(
@@ -108,15 +119,23 @@ class ValueHooks:
             handle.remove()
 
     def _shifted(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Return the layer's values without the texts' parts, in the rows of the prompts."""
+        """Return the layer's values without the texts' parts, in the rows of the prompts; as published, in all rows."""
         self.calls += 1
-        first, _ = rows_of(output, len(self._shares[0]))
+        first, guided = rows_of(output, len(self._shares[0]))
         values = output[first:].float()
-        change = torch.zeros_like(values)
+        change, before = torch.zeros_like(values), torch.zeros_like(values)
         for form, share, found in zip(self._forms, self._shares, self._bases, strict=True):
-            change += share.to(values) * form.removed(values, found[path].to(values))
+            basis, share = found[path].to(values), share.to(values)
+            if not form.published:
+                change += share * form.removed(values, basis)
+                continue
+            empty = output[:first].float() if guided else basis[0, :, : values.shape[-1]].expand_as(values)
+            taken = share * taken_out(torch.cat([empty, values], -1), basis, form.shift)
+            before, change = before + taken[..., : values.shape[-1]], change + taken[..., values.shape[-1] :]
         result = output.clone()
         result[first:] = (values - change).to(output.dtype)
+        if guided and any(form.published for form in self._forms):
+            result[:first] = (output[:first].float() - before).to(output.dtype)
         return result
 
 

@@ -136,3 +136,91 @@ def test_other_networks_are_refused_with_the_reason(kind, why):
     pipe = tiny_transformer(kind, getattr(pipelines, names[kind]))
     with pytest.raises(ErasureError, match=f"is a guard of the form values.*{why}"):
         pipe.load_patch(guard("cat"))
+
+
+def joined(texts, halves, token: int, peak: float, slope: float, centre: float) -> list[float]:
+    """The published shift of one token's joined value, number by number."""
+
+    def dot(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True))
+
+    turn = [[float(i == j) for j in range(len(texts))] for i in range(len(texts))]
+    for i in range(len(texts)):
+        for j in range(i):  # on the texts as they are, not on what is left of them
+            turn[i][j] = -dot(texts[j], texts[i]) / dot(texts[j], texts[j])
+    scaled = []
+    for text in texts:
+        cosine = dot(text, halves) / math.hypot(*text) / math.hypot(*halves)
+        scaled.append([peak / (1 + math.exp(-slope * (cosine - centre))) * number for number in text])
+    taken = [0.0] * len(halves)
+    for row in turn if token else []:
+        basis = [sum(p * text[d] for p, text in zip(row, texts, strict=True)) for d in range(len(halves))]
+        share = dot(basis, halves) / dot(basis, basis)
+        for d in range(len(halves)):
+            taken[d] += share * sum(p * text[d] for p, text in zip(row, scaled, strict=True))
+    return taken
+
+
+@pytest.mark.parametrize("names", [("red car",), ("cat", "dog"), ("cat", "red car", "dog")])
+def test_as_published_both_halves_of_guidance_are_joined(names):
+    """Both rows of a real call with a negative prompt, against a computation of every number by itself."""
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    base, seen, handles = Base("", pipe), {}, []
+    numbers = {"peak": 2.0, "slope": 7.0, "centre": 0.4}
+    pipe.load_patch(Patch(Guard("values", names, {**numbers, "published": True}), "test", [{"name": names[0]}]))
+    layers = value_layers(base)
+
+    def late(unet, args):
+        for path, module in () if handles else layers.items():
+            handles.append(module.register_forward_hook(lambda m, a, out, path=path: seen.update({path: out.clone()})))
+
+    pipe.unet.register_forward_pre_hook(late)
+    pipe("a cat", negative_prompt="a tree", num_inference_steps=1, output_type="latent", guidance_scale=3.0)
+    for handle in handles:
+        handle.remove()
+    before, prompt, empty = (base.encode([text])[0] for text in ("a tree", "a cat", ""))
+    last = [base.encode([name])[0, len(name.split())] for name in names]
+    assert seen
+    with torch.no_grad():
+        for path, module in layers.items():
+            u, v, e = (module(states) for states in (before, prompt, empty))
+            for token in range(len(v)):
+                texts = [[*e[token].tolist(), *module(state).tolist()] for state in last]
+                halves = [*u[token].tolist(), *v[token].tolist()]
+                taken = joined(texts, halves, token, **numbers)
+                wanted = torch.tensor(halves) - torch.tensor(taken)
+                assert torch.allclose(seen[path][:, token].flatten(), wanted, atol=1e-4)
+    clean = tiny_pipeline(ErasedStableDiffusionPipeline)
+    clean.load_patch(guard(*names, **numbers))
+    assert not torch.allclose(latents(clean, PROMPTS), latents(pipe, PROMPTS), atol=1e-3)
+
+
+def test_as_published_a_call_without_guidance_has_the_empty_prompts_half():
+    """The joined value of the text itself is its record: all of it goes, whatever the half before it."""
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    base, seen = Base("", pipe), []
+    settings = {"peak": 2.0, "slope": 0.0, "centre": 0.0, "published": True}
+    pipe.load_patch(Patch(Guard("values", ("cat",), settings), "test", [{"name": "cat"}]))
+    path, module = next(iter(value_layers(base).items()))
+
+    def late(unet, args):
+        if not seen:
+            seen.append(module.register_forward_hook(lambda m, a, out: seen.append(out.clone())))
+
+    pipe.unet.register_forward_pre_hook(late)
+    pipe("cat", num_inference_steps=1, output_type="latent", guidance_scale=1.0)
+    assert len(seen[1]) == 1
+    with torch.no_grad():
+        own = module(base.encode(["cat"]))
+    assert seen[1][0, 1].abs().max() < 1e-5 and torch.allclose(seen[1][0, 0], own[0, 0], atol=1e-6)
+
+
+def test_patches_from_before_the_published_form_load():
+    pipe = tiny_pipeline(ErasedStableDiffusionPipeline)
+    pipe.load_patch(Patch(payload=Guard("values", ("cat",), WHOLE), method="test", concepts=[{"name": "cat"}]))
+    with pytest.raises(ErasureError, match="lacks the settings centre"):
+        pipe.load_patch(
+            Patch(
+                payload=Guard("values", ("cat",), {"peak": 2.0, "slope": 0.0}), method="test", concepts=[{"name": "c"}]
+            )
+        )
