@@ -35,8 +35,8 @@ def add_commands(commands: Commands) -> None:
         "Erase concepts from a model and write a patch",
         run_erase,
         _erase_arguments,
-        "An interrupted run is resumed by the same command. Where the erasure has to resist attacks, name the method "
-        "that trains against them: --method advunlearn.",
+        "An interrupted run is resumed by the same command. Where the erasure has to resist attacks, the method to "
+        "name depends on the attack: docs/which-method.md.",
         "erasure erase cat -o cat.safetensors\n"
         "erasure erase cat dog --method spm --set iterations=200 -o pets.safetensors\n"
         "erasure erase --list names.yaml --model sd15.safetensors -o p.safetensors",
