@@ -124,7 +124,7 @@ def test_surgery_works_with_gradient_checkpointing(surgery):
 
 def test_unos_term_changes_the_patch_and_costs_what_its_forecast_says(tmp_path, monkeypatch):
     """SPM's one call serves both losses: five passes for one. Its retain gradient is zero before the first update."""
-    own = {**small("spm"), "surgery": "uno", "surgery_weight": 10.0}
+    own = {**small("spm"), "surgery": "uno", "surgery_weight": 10.0, "iterations": 3}
     straight = erase(tiny_pipeline(), "cat", "spm", progress=False, **own)
     plain, faint = (
         erase(tiny_pipeline(), "cat", "spm", progress=False, **{**own, **other})
