@@ -240,6 +240,17 @@ def _as_kind(concept: Concept) -> str:
     return kind + (f", with {', '.join(concept.aliases)}" if concept.aliases else "")
 
 
+def identity(
+    method: Method, base: Base, concepts: Sequence[Concept], computing: Computing, seed: int = 0
+) -> dict[str, Any]:
+    """Return everything that decides the result of a run, as plain data, by which its state is known again."""
+    settings = {"method": method.method, **dataclasses.asdict(method)}  # type: ignore[call-overload]
+    if method.CALLS_UNET:
+        settings |= computing.on(base.device).to_json()
+    about = {"base": base.name, **({"quantised": True} if base.quantised else {})}
+    return {"settings": settings, "concepts": [one.to_json() for one in concepts], **about, "seed": seed}
+
+
 def _run(
     method: Method,
     base: Base,
@@ -254,14 +265,11 @@ def _run(
     from erasure.training.compute import Engine
     from erasure.training.run import Run
 
-    settings = {"method": method.method, **dataclasses.asdict(method)}  # type: ignore[call-overload]
-    if method.CALLS_UNET:
-        settings |= computing.on(base.device).to_json()
+    known = identity(method, base, concepts, computing, seed)
+    settings = known["settings"]
     with process_group(base.device.type == "cpu") as group, Engine(base, computing, group, method.CALLS_UNET) as engine:
         run = Run(seed, output.next_to("run"), progress, engine=engine, group=group)
-        what = [concept.to_json() for concept in concepts]
-        about = {"base": base.name, **({"quantised": True} if base.quantised else {})}
-        run.open({"settings": settings, "concepts": what, **about, "seed": seed})
+        run.open(known)
         output.watch(run, base, concepts, settings)
         try:
             result = method.fit(base, concepts, run)

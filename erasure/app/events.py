@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from erasure.app import comparison, markup, measuring, tasks
+from erasure.app.given import Given
 from erasure.app.jobs import Job, Line, Stopped
 from erasure.app.models import Models, label, method_label, suited
 from erasure.app.parts import Parts
@@ -50,7 +51,8 @@ class Events:
             chosen = {"show_progress": "hidden", "api_visibility": "private", **options}
             return trigger(request(handler), inputs, list(dict.fromkeys(outputs)), **chosen)
 
-        chosen = [p.model, p.concept, p.method, p.picker, *seen, *stack]
+        judging = [p.given, p.given_note, p.no_attack, p.try_attack]
+        chosen = [p.model, p.concept, p.method, p.picker, *judging, *seen, *stack]
         on(page.load, self.choose_model, [p.model], chosen)
         on(p.model.input, self.choose_model, [p.model], chosen)
         on(p.path.submit, self.choose_model, [p.path], chosen)
@@ -75,8 +77,9 @@ class Events:
         on(p.upload.upload, self.add, [p.upload, p.prompt], [*drawn, p.upload])
         on(p.which.input, self.choose_patch, [p.which], [*p.files, p.leaves_out])
         work = [p.status, p.live, p.erase, p.stop]
-        on(p.measure.click, self.measure, [p.which, p.images], [p.measured, *work])
-        on(p.try_attack.click, self.attack, [p.which, p.attack, p.cases], [p.attacked, *work])
+        given = [p.prompts, p.prompt_file, p.label, p.judge]
+        on(p.measure.click, self.measure, [p.which, p.images, *given], [p.measured, *work])
+        on(p.try_attack.click, self.attack, [p.which, p.attack, p.cases, *given], [p.attacked, *work])
 
     def _connect_picker(self, p: Parts, wish: list[Any], seen: list[Any]) -> None:
         gr = self.gr
@@ -159,13 +162,14 @@ class Events:
     def _choose_model(self, visit: Visit, name: str) -> Steps:
         p, gr = self.parts, self.gr
 
-        def opened(job: Job) -> tuple[list[str], list[str]]:
+        def opened(job: Job) -> tuple[list[str], list[str], measuring.Readiness]:
             job.enter(f"Opening {label(name)}")
             pipe = self.models.open(name)
-            words = Base.of(pipe).vocabulary
-            return suited(pipe), [] if words is None else [*words.objects, *words.styles]
+            vocabulary = Base.of(pipe).vocabulary
+            words = [] if vocabulary is None else [*vocabulary.objects, *vocabulary.styles]
+            return suited(pipe), words, measuring.readiness(pipe)
 
-        methods, words = yield from self.follow(visit, opened)
+        methods, words, ready = yield from self.follow(visit, opened)
         visit.model = name
         choices = self.models.choices()
         if name not in self.models.offered:
@@ -176,6 +180,10 @@ class Events:
             p.method: gr.update(choices=[(method_label(one), one) for one in methods], value=methods[0]),
             p.concept: gr.update(choices=words, value=first or None),
             p.picker: gr.update(visible=bool(words) and bool(self.shown)),
+            p.given: gr.update(open=not ready.complete),
+            p.given_note: markup.note(ready.text),
+            p.no_attack: markup.note(ready.attacks),
+            p.try_attack: gr.update(interactive=not ready.attacks),
             **self._stacked(visit),
         }
         if first:
@@ -289,14 +297,15 @@ class Events:
         }
         return updates | {p.leaves_out: markup.note(text)}
 
-    def measure(self, visit: Visit, name: str, images: float) -> Steps:
+    def measure(self, visit: Visit, name: str, images: float, *given: str | None) -> Steps:
         """Measure what is gone and what is kept, and open the report."""
-        work = partial(measuring.measure, self.models, visit, name=name, images=int(images))
+        work = partial(measuring.measure, self.models, visit, name=name, images=int(images), given=_given(given))
         yield from self.guarded(self._reported(visit, work, self.parts.measured, markup.measured))
 
-    def attack(self, visit: Visit, name: str, attack: str, cases: float) -> Steps:
+    def attack(self, visit: Visit, name: str, attack: str, cases: float, *given: str | None) -> Steps:
         """Try to bring the concept back, show what comes back, and open the report."""
-        work = partial(measuring.attack_patch, self.models, visit, name=name, attack_name=attack, cases=int(cases))
+        found = partial(measuring.attack_patch, self.models, visit, name=name, attack_name=attack, cases=int(cases))
+        work = partial(found, given=_given(given))
         yield from self.guarded(self._reported(visit, work, self.parts.attacked, markup.attacked))
 
     def _reported(self, visit: Visit, work: Callable[..., Any], place: Any, figures: Callable[[Any], str]) -> Steps:
@@ -308,3 +317,8 @@ class Events:
 def _wish(values: Iterable[str | None]) -> tasks.Wish:
     """Return the wish of the fields on the page, of which an empty one may be None."""
     return tasks.Wish(*(value or "" for value in values))
+
+
+def _given(values: Iterable[str | None]) -> Given:
+    """Return the prompts and the judge of the fields on the page, of which an empty one may be None."""
+    return Given(*(value or "" for value in values))

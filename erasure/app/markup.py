@@ -72,8 +72,11 @@ def preview(path: Path | None) -> str:
     """Show the newest preview of a run that trains."""
     if path is None:
         return ""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except FileNotFoundError:  # the run has ended meanwhile
+        return ""
     step = int(path.stem.removeprefix("step-"))
     return (
         f'<figure class="era-preview"><img src="{encoded(image)}" alt="preview after {step} steps">'

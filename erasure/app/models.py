@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from erasure.errors import ErasureError, unknown
+from erasure.evaluation.defaults import GLYPH
+from erasure.evaluation.judges.registry import check_judge
 from erasure.method import GradientMethod
 from erasure.methods import find, names
 from erasure.model import presets
@@ -31,14 +33,24 @@ class Models:
         own: folders, `.safetensors` files or hub ids that are offered besides the bundled models.
         device: where to compute; None: the accelerator if there is one.
         any_path: whether visitors may name folders and files of this machine themselves.
+        judges: judges that are offered besides glyph's, as `find_judge` takes them.
 
     Raises:
-        ErasureError: one of `own` does not exist or is no model.
+        ErasureError: one of `own` does not exist or is no model, or a judge is of no known kind.
     """
 
-    def __init__(self, own: Sequence[str] = (), device: str | None = None, any_path: bool = True) -> None:
+    def __init__(
+        self,
+        own: Sequence[str] = (),
+        device: str | None = None,
+        any_path: bool = True,
+        judges: Sequence[str] = (),
+    ) -> None:
         for name in own:
             resolve(name)
+        for judge in judges:
+            check_judge(judge)
+        self.judges = [GLYPH, *judges]
         self.offered = [*own, *presets.bundled()]
         self.device, self.any_path = device, any_path
         self._loaded: dict[str, Any] = {}
@@ -64,6 +76,19 @@ class Models:
             raise unknown("model", name, self.offered)
         resolve(name)
         return name
+
+    def check_judge(self, judge: str) -> str:
+        """Return a judge, as `find_judge` takes it, that a visitor may use.
+
+        Raises:
+            ErasureError: it is not offered and paths are not allowed, because a judge names folders and files.
+        """
+        if judge not in self.judges and not self.any_path:
+            raise ErasureError(
+                f"{judge}: visitors cannot open files of this machine, so only these judges are offered: "
+                f"{', '.join(self.judges)}. Whoever started the page can offer more with `erasure app --judge`"
+            )
+        return judge
 
     def open(self, name: str) -> Any:
         """Return the pipeline of a model, and load it unless it is in memory; of several the latest two are kept.

@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from erasure.app.events import Events
+from erasure.app.given import LARGEST
 from erasure.app.models import QUICKEST, Models, method_label
 from erasure.app.parts import Parts
 from erasure.app.samples import Sample, samples
 from erasure.app.visits import MOST_PATCHES, Visits
 from erasure.concepts.concept import KINDS
+from erasure.prompts.hub_sets import SUFFIXES
+from erasure.prompts.prompt_set import names
 
 HEAD = """<h1>Erasure</h1>
 <p>Make an image model forget something, and see what is left. Your model stays as it is: what you make is a small
 patch file.</p>"""
 EMPTY = "Pictures appear here in a moment."
+SUITED = "as suits the model"
 KIND_NAMES = {"as our lists say": "", **{kind: kind for kind in KINDS}}
 
 
@@ -36,7 +40,7 @@ def build(models: Models, visits: Visits) -> Any:
             with gr.Column(scale=6, min_width=320, elem_classes="era-card"):
                 _look(gr, parts)
         with gr.Column(elem_classes="era-card", visible=False) as parts.later:
-            _keep(gr, parts)
+            _keep(gr, parts, models)
         Events(gr, parts, models, visits, shown).connect(page)
     page.queue(default_concurrency_limit=None, api_open=False)
     return page
@@ -112,9 +116,9 @@ def _look(gr: Any, parts: Parts) -> None:
         )
 
 
-def _keep(gr: Any, parts: Parts) -> None:
+def _keep(gr: Any, parts: Parts, models: Models) -> None:
     """Lay out downloads, the measurement and the attacks."""
-    from erasure.evaluation.attacks.attack import names
+    from erasure.evaluation.attacks.attack import names as attack_names
 
     _step(
         gr,
@@ -123,6 +127,7 @@ def _keep(gr: Any, parts: Parts) -> None:
         "Erase something else as well, and both patches act above.",
     )
     parts.which = gr.Dropdown([], label="Patch", elem_id="which")
+    _ask_for_judgement(gr, parts, models)
     with gr.Tabs():
         with gr.Tab("Download"):
             with gr.Row():
@@ -142,7 +147,46 @@ def _keep(gr: Any, parts: Parts) -> None:
             parts.measured = gr.HTML("", elem_id="measured")
         with gr.Tab("Attack"):
             with gr.Row():
-                parts.attack = gr.Dropdown(names(), value="rece", label="Attack", min_width=130, elem_id="attack")
+                parts.attack = gr.Dropdown(
+                    attack_names(), value="rece", label="Attack", min_width=130, elem_id="attack"
+                )
                 parts.cases = gr.Slider(2, 12, value=4, step=1, buttons=[], label="Prompts", min_width=130)
+            parts.no_attack = gr.HTML("", elem_id="no-attack")
             parts.try_attack = gr.Button("Try to bring it back", variant="primary", size="md", elem_id="try-attack")
             parts.attacked = gr.HTML("", elem_id="attacked")
+
+
+def _ask_for_judgement(gr: Any, parts: Parts, models: Models) -> None:
+    """Lay out the prompts and the judge that a measurement or an attack may be given."""
+    with gr.Accordion("Prompts and judge for “Measure” and “Attack”", open=False, elem_id="given") as parts.given:
+        parts.given_note = gr.HTML("", elem_id="given-note")
+        with gr.Row():
+            parts.prompts = gr.Dropdown(
+                [(SUITED, ""), *((name, name) for name in names())],
+                value="",
+                label="Prompts",
+                info="A bundled set",
+                min_width=200,
+                elem_id="prompts",
+            )
+            parts.judge = gr.Dropdown(
+                [(SUITED, ""), *((judge, judge) for judge in models.judges)],
+                value="",
+                allow_custom_value=models.any_path,
+                label="Judge",
+                info="Such as clip:FOLDER?labels=cat,dog" if models.any_path else "Who says what a picture shows",
+                min_width=200,
+                elem_id="judge",
+            )
+        parts.label = gr.Textbox(
+            label="Label of every prompt",
+            info="Where the prompts have no column that says what the judge should see",
+            placeholder="object=church",
+            elem_id="label",
+        )
+        parts.prompt_file = gr.File(
+            label=f"Prompts of your own ({', '.join(SUFFIXES)}; at most {LARGEST / 1e6:.0f} MB)",
+            file_types=list(SUFFIXES),
+            height=120,
+            elem_id="prompt-file",
+        )

@@ -35,10 +35,17 @@ class Parts:
     which: Any = None
     files: list[Any] = field(default_factory=list)
     leaves_out: Any = None
+    given: Any = None
+    given_note: Any = None
+    prompts: Any = None
+    prompt_file: Any = None
+    label: Any = None
+    judge: Any = None
     images: Any = None
     measure: Any = None
     measured: Any = None
     attack: Any = None
     cases: Any = None
+    no_attack: Any = None
     try_attack: Any = None
     attacked: Any = None

@@ -184,6 +184,7 @@ def serve(
     port: int = PORT,
     login: str | None = None,
     models: Sequence[str] = (),
+    judges: Sequence[str] = (),
     device: str | None = None,
     upload: int = UPLOAD,
     say: Callable[[str], None] = print,
@@ -195,25 +196,26 @@ def serve(
         port: the port; 0 takes any that is free.
         login: `USER:PASSWORD`, which an address that others can reach needs.
         models: folders, `.safetensors` files or hub ids to offer besides the bundled models.
+        judges: judges to offer besides glyph's, as `find_judge` takes them.
         device: where to compute; None: the accelerator if there is one.
         upload: size of the largest file that is taken, in MB.
         say: called with the address once the page can be opened.
 
     Raises:
-        ErasureError: a login is missing or malformed, a model does not exist, the port is taken, or Gradio is not
-            installed.
+        ErasureError: a login is missing or malformed, a model does not exist, a judge is of no known kind, the port is
+            taken, or Gradio is not installed.
     """
     account = checked_login(host, login)
     if upload < 1:
         raise ErasureError(f"--max-upload {upload}: must be at least 1 (MB)")
     listener = free_socket(host, port)
     try:
-        _serve(listener, host, account, models, device, upload, say)
+        _serve(listener, host, account, (models, judges), device, upload, say)
     finally:
         listener.close()
 
 
-def serve_public(port: int = PORT, *, models: Sequence[str] = (), upload: int = 50) -> None:
+def serve_public(port: int = PORT, *, models: Sequence[str] = (), judges: Sequence[str] = (), upload: int = 50) -> None:
     """Serve the page to anybody, without a login: for a container that holds nothing else, such as a Space.
 
     Visitors share one queue and can name no file of the machine.
@@ -221,6 +223,7 @@ def serve_public(port: int = PORT, *, models: Sequence[str] = (), upload: int = 
     Args:
         port: the port.
         models: folders, `.safetensors` files or hub ids to offer besides the bundled models.
+        judges: judges to offer besides glyph's, as `find_judge` takes them.
         upload: size of the largest file that is taken, in MB.
 
     Raises:
@@ -228,7 +231,7 @@ def serve_public(port: int = PORT, *, models: Sequence[str] = (), upload: int = 
     """
     listener = free_socket("0.0.0.0", port)
     try:
-        _serve(listener, "0.0.0.0", None, models, None, upload, print)
+        _serve(listener, "0.0.0.0", None, (models, judges), None, upload, print)
     finally:
         listener.close()
 
@@ -241,7 +244,7 @@ def _serve(
     listener: socket.socket,
     host: str,
     account: tuple[str, str] | None,
-    names: Sequence[str],
+    offered: tuple[Sequence[str], Sequence[str]],
     device: str | None,
     upload: int,
     say: Callable[[str], None],
@@ -250,8 +253,8 @@ def _serve(
     from erasure.app.visits import Visits
 
     local = is_local(host)
-    models = Models(names, device, any_path=local)
-    visits = Visits(models.offered[0])
+    models = Models(offered[0], device, any_path=local, judges=offered[1])
+    visits = Visits(models.offered[0], lasting=True)
     try:
         app = application(models, visits, account, upload=upload, hosts=(host, "localhost") if local else None)
         import uvicorn

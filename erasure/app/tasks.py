@@ -5,6 +5,7 @@ Each function takes the models, a visit and a job, runs in the job's thread, and
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,12 +17,15 @@ from erasure.app.models import Models, base_of, watched
 from erasure.app.visits import Visit
 from erasure.concepts.concept import KINDS, Concept
 from erasure.concepts.neighbors import neighbours
-from erasure.erasing import check_network, erase, unlisted
+from erasure.erasing import check_network, erase, identity, settle, unlisted
 from erasure.errors import ErasureError
 from erasure.forecast import Forecast, plan
 from erasure.methods import find
 from erasure.model.base import Base
 from erasure.patch import Patch
+from erasure.training.compute import Computing
+from erasure.training.loop import reached
+from erasure.training.run import run_key
 
 MOST_NAMES = 10  # names that are erased together from the page
 PREVIEWS = 4  # previews of a run that trains
@@ -122,8 +126,8 @@ def suggestions(base: Base, concepts: list[Concept]) -> list[str]:
 def erase_concept(models: Models, visit: Visit, job: Job, wish: Wish, forecast: Forecast) -> str:
     """Erase what a visitor wishes, put the patch on the stack, and return the patch's name there.
 
-    The patch is made from the model as it is, without the patches that are on it already. A run that was stopped goes
-    on where it was when the same is wished again.
+    The patch is made from the model as it is, without the patches that are on it already. A run that was stopped or
+    killed goes on where it was when the same is wished again, in this tab or another.
 
     Args:
         models: the models.
@@ -139,21 +143,28 @@ def erase_concept(models: Models, visit: Visit, job: Job, wish: Wish, forecast: 
     check_network(wish.method, base)
     with job.watching(*watched(pipe)):
         concepts = wish.concepts(base)
-        path = visit.folder / f"{_plain(wish)}.safetensors"
+        folder = visit.runs.open(_key(base, concepts, wish.method))
+        written = folder / "patch.safetensors"
         every = _preview_every(wish.method, forecast)
-        job.note = str(path.with_name(f"{path.name}.previews")) if every else ""
-        job.enter(f"Erasing {', '.join(concept.name for concept in concepts)} with {wish.method}", forecast.F or None)
-        erase(base, concepts, wish.method, out=path, progress=False, preview_every=every)
+        job.note = str(written.with_name(f"{written.name}.previews")) if every else ""
+        step, passes = reached(written.with_name(f"{written.name}.run"))
+        where = f", from step {step} on" if step else ""
+        names = ", ".join(concept.name for concept in concepts)
+        job.enter(f"Erasing {names} with {wish.method}{where}", forecast.F or None)
+        job.done = passes
+        erase(base, concepts, wish.method, out=written, progress=False, preview_every=every)
+    path = visit.new_file(f"{wish.names} {wish.method}", ".safetensors")
+    temporary = path.with_suffix(".tmp")
+    shutil.copyfile(written, temporary)
+    temporary.replace(path)
+    visit.runs.finished(folder)
     return visit.add(Patch.load(path), path)
 
 
-def _plain(wish: Wish) -> str:
-    """Return the beginning of a file's name that only the same wish gets, so that a stopped run finds its state."""
-    import hashlib
-
-    digest = hashlib.sha256(repr(wish).encode()).hexdigest()[:6]
-    words = "".join(letter if letter.isalnum() else "-" for letter in wish.names.lower()).strip("-")[:40]
-    return f"{words or 'patch'}-{wish.method}-{digest}"
+def _key(base: Base, concepts: list[Concept], method: str) -> str:
+    """Return a name that only the run with the same result gets, so that a stopped one finds its state."""
+    settled = settle(base, concepts, method, {})
+    return run_key(identity(settled.chosen.method, base, settled.concepts, Computing()))
 
 
 def _preview_every(method: str, forecast: Forecast) -> int | None:

@@ -10,7 +10,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from erasure.app import runs
 from erasure.app.jobs import Job
+from erasure.app.runs import Runs
 from erasure.errors import ErasureError
 from erasure.patch import Patch
 
@@ -41,6 +43,7 @@ class Visit:
 
     Args:
         folder: where its files are written.
+        runs: where the state of unfinished runs lies, which all tabs share.
         model: the model that is chosen.
         held: its patches by name, those of all models.
         jobs: the work that it waits for.
@@ -48,6 +51,7 @@ class Visit:
     """
 
     folder: Path
+    runs: Runs
     model: str = "glyph"
     held: dict[str, Held] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
@@ -111,11 +115,14 @@ class Visits:
 
     Args:
         model: the model that a new tab begins with.
+        lasting: whether the state of unfinished runs outlasts these visits, for a page that starts later.
     """
 
-    def __init__(self, model: str = "glyph") -> None:
+    def __init__(self, model: str = "glyph", *, lasting: bool = False) -> None:
         self.model = model
         self.folder = Path(tempfile.mkdtemp(prefix="erasure-app-"))
+        own = self.folder / "runs"
+        self.runs = runs.lasting(own) if lasting else runs.Runs(own)
         self._visits: dict[str, Visit] = {}
         self._lock = threading.Lock()
 
@@ -124,7 +131,7 @@ class Visits:
         with self._lock:
             self._sweep()
             if key not in self._visits:
-                self._visits[key] = Visit(Path(tempfile.mkdtemp(dir=self.folder)), self.model)
+                self._visits[key] = Visit(Path(tempfile.mkdtemp(dir=self.folder)), self.runs, self.model)
             self._visits[key].seen = time.monotonic()
             return self._visits[key]
 
@@ -134,10 +141,11 @@ class Visits:
             visit.stop()
 
     def close(self) -> None:
-        """Stop all work and delete all files."""
+        """Stop all work and delete all files, except for the state of unfinished runs where that lasts."""
         for visit in self._visits.values():
             visit.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.runs.close()
 
     def _sweep(self) -> None:
         now = time.monotonic()

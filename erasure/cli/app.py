@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from erasure.cli import choices
 from erasure.cli.arguments import FOLDER, Commands, Options, Parser
 from erasure.cli.options import add_device
 from erasure.cli.output import say
@@ -32,6 +33,14 @@ def _arguments(parser: Parser) -> None:
         repeat=True,
         completes=FOLDER,
         help="Offer this diffusers folder, .safetensors file or hub id besides the bundled models",
+    )
+    model.add(
+        "--judge",
+        metavar="JUDGE",
+        repeat=True,
+        names=choices.JUDGES,
+        help="Offer this judge of images besides glyph's, as `erasure evaluate` takes it; visitors from other machines "
+        "can name no other. Kinds",
     )
     add_device(model)
     server = Options(parser, "server")
@@ -65,6 +74,7 @@ def run_app(args: argparse.Namespace) -> None:
         port=args.port,
         login=args.login,
         models=args.model,
+        judges=args.judge,
         device=args.device,
         upload=args.max_upload,
         say=tell,

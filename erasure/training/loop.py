@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -268,6 +270,20 @@ def _write_prepared(run: Run) -> None:
         os.replace(temporary, path)
     except OSError as fault:
         raise ErasureError(f"{path}: the costs cannot be written: {fault.strerror or fault}") from None
+
+
+def reached(folder: Path) -> tuple[int, int]:
+    """Return the step from which a stopped run goes on, and the forward passes until then; 0 and 0 where it begins.
+
+    Args:
+        folder: the folder of the run, `<out>.run`.
+    """
+    if (path := folder / STATE).is_file():
+        with safe_open(path, "pt") as file:
+            return int(file.get_tensor("step")), int(file.get_tensor("costs")[0])
+    if (path := folder / PREPARED).is_file():
+        return 0, int(json.loads(path.read_text())[0])
+    return 0, 0
 
 
 def _read_prepared(run: Run) -> Any:

@@ -25,6 +25,15 @@ from erasure.training.curves import Curves
 from erasure.training.stopping import StopRule
 
 
+def run_key(settings: Mapping[str, Any]) -> str:
+    """Return the digest by which a run knows its own state again.
+
+    Args:
+        settings: everything that decides the result, as plain data.
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class FitResult:
     """The result of a method: what the patch holds, and the gate that decides when it acts."""
@@ -73,7 +82,7 @@ class Run:
             ErasureError: the folder holds a run with other settings or cannot be written to, or the processes of the
                 launch were started with different settings.
         """
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        key = run_key(settings)
         if len(set(self.group.each(lambda: key))) > 1:
             raise ErasureError("the processes of this launch were given different runs; they can only do one together")
         self.group.first(lambda: self._open(key, settings))

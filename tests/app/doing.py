@@ -8,6 +8,7 @@ from erasure.app import tasks
 from erasure.app.jobs import Job
 from erasure.app.models import Models
 from erasure.app.tasks import Wish
+from tests.evaluation.judging import Fixed
 
 CAT = Wish("cat", "uce")
 
@@ -28,3 +29,10 @@ def erased(models, visit, wish=CAT) -> str:
 
 def pixels(images) -> list[bytes]:
     return [image.tobytes() for image in images]
+
+
+class SeesCats(Fixed):
+    """A judge that sees a cat in everything."""
+
+    def __init__(self) -> None:
+        super().__init__("sees-cats", object={"cat": 1.0, "dog": 0.0})

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from erasure.app.server import LOGIN
+from erasure.config import CACHE_VARIABLE
 from erasure.patch import Patch
 from tests.app.chromium import PROGRAM, Browser
 
@@ -39,14 +40,14 @@ sys.exit(main(["app", "--port", "0", "--device", "cpu", *sys.argv[1:]]))
 def served(folder, *options, end=signal.SIGINT):
     """Serve the page in a process of its own, whose files lie in a folder."""
     environment = {key: value for key, value in os.environ.items() if key != LOGIN}
-    environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    environment |= {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", CACHE_VARIABLE: str(folder / "cache")}
     command = [sys.executable, "-c", SERVE, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stdout.readline()
         assert line.startswith("Open http://127.0.0.1:"), line
         (own,) = folder.glob("erasure-app-*")
-        yield SimpleNamespace(address=line.split()[1], folder=own)
+        yield SimpleNamespace(address=line.split()[1], folder=own, cache=folder / "cache")
         process.send_signal(end)
         process.wait(60)
         assert list(folder.glob("erasure-app-*")) == []  # no files are left
@@ -142,12 +143,12 @@ def test_people_queue_and_a_closed_tab_stops_its_run(page, browser):
     first.click("#erase")
     first.wait("document.querySelector('#status').innerText.includes('Erasing cat with esd')")
     first.wait("document.querySelector('#live img')")  # a preview
-    (state,) = page.folder.glob("*/cat-esd-*.run")
+    (state,) = page.cache.glob("app/runs/*/*.run")
     second = browser.open(page.address, PHONE)
     second.wait("document.querySelector('#status')?.innerText.includes('Waiting: 1 before you')")
     first.close()
     second.wait("document.querySelectorAll('#pair img').length === 4")
-    assert state.is_dir() and not list(state.parent.glob("cat-esd-*.safetensors"))
+    assert state.is_dir() and not list(state.parent.glob("*.safetensors"))
 
 
 @clicked

@@ -60,8 +60,8 @@ def test_a_stopped_run_leaves_the_model_as_it_was_and_goes_on_later(models, visi
     assert 0 < job.share < 1 and visit.patches() == {}
     assert same(weights(models), before)
     assert not models.open("glyph").unet._forward_pre_hooks
-    (state,) = visit.folder.glob("*.run")  # where the same wish goes on
-    assert state.name.startswith("cat-esd-")
+    (state,) = visit.runs.folder.glob("*/*.run")  # where the same wish goes on
+    assert state.is_dir() and not list(visit.folder.iterdir())
 
 
 def test_what_is_downloaded_is_the_patch_its_card_and_a_lora(models, visit):

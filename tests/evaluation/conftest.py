@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from erasure.glyph import CHECKPOINT
-from tests.evaluation.judging import CLASSES, TOWER
+from tests.evaluation.judging import CLASSES, TOWER, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +26,7 @@ def vit(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Save a CLIP of transformers, with glyph's tokenizer, to a folder."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
-    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_factor": 20.0, **TOWER}
-    vision = {"image_size": 32, "patch_size": 8, "initializer_factor": 20.0, **TOWER}
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
-    images = CLIPImageProcessorFast(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    return str(folder)
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation.judges.judge import LabelsOnly
+from erasure.glyph import CHECKPOINT
 
 CLASSES = ["tench, Tinca tinca", "tabby", "Persian cat", "church", "rose"]
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -23,6 +24,20 @@ def noise(n=5, side=40):
 
 def rows(verdicts, head):
     return torch.tensor([list(verdict[head].values()) for verdict in verdicts])
+
+
+def write_clip(folder):
+    """Save a CLIP of transformers with random weights and glyph's tokenizer, and return its folder."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorFast, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_factor": 20.0, **TOWER}
+    vision = {"image_size": 32, "patch_size": 8, "initializer_factor": 20.0, **TOWER}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    images = CLIPImageProcessorFast(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return str(folder)
 
 
 class Fixed(LabelsOnly):

@@ -212,6 +212,18 @@ def make(name: str, budget: str = "lite", **settings: Any) -> Attack:
     return attack
 
 
+def check_unet(pipe: Any) -> None:
+    """Refuse a pipeline that attacks cannot reach into.
+
+    Raises:
+        ErasureError: it has no UNet.
+    """
+    if getattr(pipe, "unet", None) is None:
+        raise ErasureError(
+            f"attacks and white-box measurements reach into a UNet, which this {type(pipe).__name__} does not have"
+        )
+
+
 class Victim:
     """The erased pipeline as an attacker with access to its weights sees it.
 
@@ -231,10 +243,7 @@ class Victim:
     def __init__(self, pipe: Any, switched_off: Callable[[Any], Any]) -> None:
         from erasure.model.conditioning import text_encoders
 
-        if getattr(pipe, "unet", None) is None:
-            raise ErasureError(
-                f"attacks and white-box measurements reach into a UNet, which this {type(pipe).__name__} does not have"
-            )
+        check_unet(pipe)
         self.pipe, self._off = pipe, switched_off
         self._guarded = False
         self._prompts: list[list[str]] | None = None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from erasure.errors import ErasureError
 from erasure.evaluation import generate
-from erasure.evaluation.attacks.attack import Attempt, Case, Victim
+from erasure.evaluation.attacks.attack import Attempt, Case, Victim, check_unet
 from erasure.evaluation.attacks.case_count import LEAST, check_case_count
 from erasure.evaluation.defaults import prompts_and_judge
 from erasure.evaluation.judges.judge import verdicts
@@ -214,8 +214,10 @@ def prepare(
     The defaults are those of evaluation/defaults.py, and the sampling settings that suit the checkpoint.
 
     Raises:
-        ErasureError: the prompt set cannot be read, or the judge or the prompt set does not know the concept.
+        ErasureError: there is no UNet, the prompt set cannot be read, or the judge or the prompt set does not know the
+            concept.
     """
+    check_unet(pipe)
     rows, judge = prompts_and_judge(pipe, concept, prompts, judge, about=True)
     target = find_target(concept, rows, judge)
     sampling = sampling_of(pipe, steps, guidance)
