@@ -20,6 +20,7 @@ Updates = dict[Any, Any]
 Steps = Generator[Updates, None, Any]  # what changes, step by step
 STOPPED = "Stopped. Nothing was changed; press Erase again to go on from where it was."
 FIRST = "cat"
+UNDRAWN = "Choose what to forget, or type a prompt, to see what this model draws."
 # On a narrow window the pictures are below the button.
 SCROLL = "() => { if (innerWidth < 640) document.querySelector('#pair').scrollIntoView({behavior: 'smooth'}); }"
 
@@ -144,16 +145,24 @@ class Events:
             raise Stopped
         return job.result
 
-    def guarded(self, steps: Steps) -> Steps:
-        """Pass on what changes, and show a fault or a stop on the page instead of raising it."""
+    def guarded(self, steps: Steps, place: Any = None) -> Steps:
+        """Pass on what changes, and show a fault or a stop on the page instead of raising it.
+
+        Args:
+            steps: what changes.
+            place: near the button that was pressed; None: below the button “Erase”.
+        """
         p, gr = self.parts, self.gr
         idle = {p.stop: gr.update(visible=False), p.erase: gr.update(interactive=True), p.live: ""}
         try:
             yield from steps
         except Stopped:
-            yield {p.status: markup.note(STOPPED), **idle}
+            told = markup.note(STOPPED if place is None else "Stopped.")
         except ErasureError as fault:
-            yield {p.status: markup.fault(str(fault)), **idle}
+            told = markup.fault(str(fault))
+        else:
+            return
+        yield {p.status: "", **idle, p.status if place is None else place: told}
 
     def choose_model(self, visit: Visit, name: str) -> Steps:
         """Open a model, and show what it draws."""
@@ -188,6 +197,9 @@ class Events:
         }
         if first:
             yield from self._choose_concept(visit, tasks.Wish(first, methods[0]), draw=True)
+        else:  # nothing of the model before may stay
+            yield {p.erase: gr.update(value="Erase"), p.forecast: "", p.prompt: "", p.readings: "", **self._chips([])}
+            yield {p.pair: markup.note(UNDRAWN)}
 
     def choose_concept(self, visit: Visit, *wish: str | None) -> Steps:
         """Forecast what erasing a concept costs, and show what the model draws for it."""
@@ -212,7 +224,7 @@ class Events:
 
     def draw(self, visit: Visit, prompt: str) -> Steps:
         """Draw a prompt before and after."""
-        yield from self.guarded(self._draw(visit, prompt))
+        yield from self.guarded(self._draw(visit, prompt), self.parts.readings)
 
     def _draw(self, visit: Visit, prompt: str) -> Steps:
         p = self.parts
@@ -258,7 +270,7 @@ class Events:
         """Add a patch file that was uploaded, and draw the prompt with it."""
         yield {self.parts.upload: None}
         if path is not None:
-            yield from self.guarded(self._add(visit, path, prompt))
+            yield from self.guarded(self._add(visit, path, prompt), self.parts.readings)
 
     def _add(self, visit: Visit, path: str, prompt: str) -> Steps:
         name = tasks.add_file(visit, path)
@@ -300,13 +312,15 @@ class Events:
     def measure(self, visit: Visit, name: str, images: float, *given: str | None) -> Steps:
         """Measure what is gone and what is kept, and open the report."""
         work = partial(measuring.measure, self.models, visit, name=name, images=int(images), given=_given(given))
-        yield from self.guarded(self._reported(visit, work, self.parts.measured, markup.measured))
+        place = self.parts.measured
+        yield from self.guarded(self._reported(visit, work, place, markup.measured), place)
 
     def attack(self, visit: Visit, name: str, attack: str, cases: float, *given: str | None) -> Steps:
         """Try to bring the concept back, show what comes back, and open the report."""
         found = partial(measuring.attack_patch, self.models, visit, name=name, attack_name=attack, cases=int(cases))
         work = partial(found, given=_given(given))
-        yield from self.guarded(self._reported(visit, work, self.parts.attacked, markup.attacked))
+        place = self.parts.attacked
+        yield from self.guarded(self._reported(visit, work, place, markup.attacked), place)
 
     def _reported(self, visit: Visit, work: Callable[..., Any], place: Any, figures: Callable[[Any], str]) -> Steps:
         yield {place: ""}

@@ -76,14 +76,14 @@ def _choose(gr: Any, parts: Parts, models: Models, shown: list[Sample]) -> None:
     with gr.Accordion("Model, method and more", open=False, elem_id="more"):
         with gr.Row():
             parts.model = gr.Dropdown(
-                models.choices(), value=models.offered[0], label="Model", min_width=130, elem_id="model"
+                models.choices(), value=models.offered[0], label="Model", min_width=200, elem_id="model"
             )
             parts.method = gr.Dropdown(
-                [(method_label(QUICKEST), QUICKEST)], value=QUICKEST, label="Method", min_width=130, elem_id="method"
+                [(method_label(QUICKEST), QUICKEST)], value=QUICKEST, label="Method", min_width=200, elem_id="method"
             )
         with gr.Row():
-            parts.kind = gr.Dropdown(list(KIND_NAMES.items()), value="", label="Kind of concept", min_width=130)
-            parts.anchor = gr.Textbox(label="Draw instead", placeholder="left to the method", min_width=130)
+            parts.kind = gr.Dropdown(list(KIND_NAMES.items()), value="", label="Kind of concept", min_width=200)
+            parts.anchor = gr.Textbox(label="Draw instead", placeholder="left to the method", min_width=200)
         parts.path = gr.Textbox(
             label="A model of your own",
             info="A diffusers folder or a .safetensors file on this machine; press Enter to open it",
@@ -139,7 +139,7 @@ def _keep(gr: Any, parts: Parts, models: Models) -> None:
             parts.leaves_out = gr.HTML("")
         with gr.Tab("Measure"):
             parts.images = gr.Slider(
-                12, 120, value=24, step=12, buttons=[], label="Prompts", info="Each is drawn before and after"
+                12, 120, value=24, step=12, buttons=[], label="How many prompts", info="Each is drawn before and after"
             )
             parts.measure = gr.Button(
                 "Measure what is gone and what is kept", variant="primary", size="md", elem_id="measure"
@@ -148,9 +148,9 @@ def _keep(gr: Any, parts: Parts, models: Models) -> None:
         with gr.Tab("Attack"):
             with gr.Row():
                 parts.attack = gr.Dropdown(
-                    attack_names(), value="rece", label="Attack", min_width=130, elem_id="attack"
+                    attack_names(), value="rece", label="Attack", min_width=200, elem_id="attack"
                 )
-                parts.cases = gr.Slider(2, 12, value=4, step=1, buttons=[], label="Prompts", min_width=130)
+                parts.cases = gr.Slider(2, 12, value=4, step=1, buttons=[], label="How many prompts", min_width=200)
             parts.no_attack = gr.HTML("", elem_id="no-attack")
             parts.try_attack = gr.Button("Try to bring it back", variant="primary", size="md", elem_id="try-attack")
             parts.attacked = gr.HTML("", elem_id="attacked")
@@ -158,14 +158,14 @@ def _keep(gr: Any, parts: Parts, models: Models) -> None:
 
 def _ask_for_judgement(gr: Any, parts: Parts, models: Models) -> None:
     """Lay out the prompts and the judge that a measurement or an attack may be given."""
-    with gr.Accordion("Prompts and judge for “Measure” and “Attack”", open=False, elem_id="given") as parts.given:
+    with gr.Accordion("Prompts and judge", open=False, elem_id="given") as parts.given:
         parts.given_note = gr.HTML("", elem_id="given-note")
         with gr.Row():
             parts.prompts = gr.Dropdown(
                 [(SUITED, ""), *((name, name) for name in names())],
                 value="",
                 label="Prompts",
-                info="A bundled set",
+                info="A bundled set, unless you add a file below",
                 min_width=200,
                 elem_id="prompts",
             )

@@ -71,8 +71,8 @@ def test_faults_are_shown_and_the_button_works_again(events, visit):
     page = after(events.erase(visit, "cat", "no-method", None, None))
     assert "unknown method" in page["status"] and "era-fault" in page["status"]
     assert page["erase"]["interactive"] and not page["stop"]["visible"]
-    assert "1 to 500 characters" in after(events.draw(visit, ""))["status"]
-    assert "Erase something first" in after(events.measure(visit, None, 12))["status"]
+    assert "1 to 500 characters" in after(events.draw(visit, ""))["readings"]
+    assert "Erase something first" in after(events.measure(visit, None, 12))["measured"]  # near the button
 
 
 def test_a_model_that_cannot_be_opened_leaves_the_old_one(events, visit, tmp_path):
@@ -96,7 +96,7 @@ def test_a_patch_of_another_model_is_refused_and_leaves_the_stack(events, visits
     other = tmp_path / "other.safetensors"
     replace(held.patch, base_fingerprint={"unet": "0" * 64}, stored={}).save(other)
     page = after(events.add(visit, str(other), "a cat"))
-    assert "era-fault" in page["status"] and len(visit.patches()) == 1
+    assert "era-fault" in page["readings"] and len(visit.patches()) == 1
     good = after(events.add(visits.of("b"), str(held.path), "a cat"))
     assert good["rows-0"]["visible"] and good["pair"].count("<img") == 4
 
@@ -107,6 +107,13 @@ def test_a_model_in_one_file_is_opened_erased_from_and_named_in_the_patch(events
     page = after(events.choose_model(visit, path))
     assert visit.model == path and ("own.safetensors", path) in page["model"]["choices"]
     assert page["concept"] == {"choices": [], "value": None} and page["picker"]["visible"] is False
+    assert page["erase"]["value"] == "Erase" and page["forecast"] == page["prompt"] == page["readings"] == ""
+    assert "<img" not in page["pair"] and not page["chips-0"]["visible"] and page["given"] == {"open": True}
+    assert "has to be given" in page["given_note"] and page["try_attack"] == {"interactive": True}
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,object\na cat,cat\n")
+    refused = after(events.attack(visit, None, "rece", 2, None, str(file), None, None))
+    assert "Erase something first" in refused["attacked"]
     assert "choose the kind" in after(events.erase(visit, "cxbz", "uce", None, None))["status"]
     page = after(events.erase(visit, "Van Gogh", "uce", None, None))
     assert page["pair"].count("<img") == 4 and page["prompt"] == "a dog in Van Gogh style"
