@@ -26,7 +26,7 @@ from erasure.model.architectures import Architecture
 from erasure.model.base import Base
 from erasure.model.closed_form import Columns, Edit, Factors, StateMap, applied, readers_gram
 from erasure.model.conditioning import text_encoders
-from erasure.model.diffusion import Counts, counting, guide
+from erasure.model.diffusion import Counts, counting
 from erasure.model.listed_base import ListedBase
 from erasure.model.trajectories import TrajectoryPool, build_pool
 from erasure.patch import LowRank
@@ -190,18 +190,19 @@ class GradientMethod(ObjectiveOptions, SparsityOptions, Method):
         return Samples(losses, own, t)
 
     def forgotten_states(
-        self, losses: Tensor, output: Tensor, batch: TrajectoryPool, guidance: float
+        self, base: Base, losses: Tensor, output: Tensor, batch: TrajectoryPool, guidance: float
     ) -> Tensor | Samples:
         """Return `forgotten` for states of a sampler, whose truth is the guided prediction that the sampler followed.
 
         Args:
+            base: the checkpoint, for how its pipeline guides.
             losses: of the states [n].
             output: the network's output for the concept's prompt [n, c, h, w].
             batch: the states, with the original network's outputs.
             guidance: scale of classifier-free guidance that the states were sampled with.
         """
         neutral, concept = batch.neutral.to(output), batch.concept.to(output)
-        truth = guide(neutral, concept, guidance)
+        truth = base.guided(neutral, concept, guidance)
         return self.forgotten(losses, batch.t, now=output, truth=truth, before=lambda: concept)
 
     def rate(self, step: int) -> float:

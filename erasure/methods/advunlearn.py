@@ -226,7 +226,7 @@ class AdvUnlearn(GradientMethod):
         output, retained = base.predict(x, t, Conditions(texts)).float().split([len(batch), len(kept)])
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
         return {
-            "erase": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance),
+            "erase": self.forgotten_states(base, squared(output, target), output, batch, self.trajectory_guidance),
             "retain": self.retain_weight * F.mse_loss(retained, kept.concept.to(device)),
         }
 

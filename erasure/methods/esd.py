@@ -201,7 +201,9 @@ class ESD(GradientMethod):
         batch, device = self.tuples(state, step), state.base.device
         output = state.base.predict(batch.x.to(device), batch.t.to(device), state.sources[batch.pair]).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"esd": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance)}
+        return {
+            "esd": self.forgotten_states(state.base, squared(output, target), output, batch, self.trajectory_guidance)
+        }
 
 
 @torch.no_grad()

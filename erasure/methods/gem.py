@@ -169,7 +169,7 @@ class GEM(GradientMethod):
         anchor, concept = batch.neutral.to(base.device), batch.concept.to(base.device)
         output = outputs[: len(batch)]
         losses = self.gamma * margin(output, anchor, concept, self.eta)
-        terms = {"erase": self.forgotten_states(losses, output, batch, self.trajectory_guidance)}
+        terms = {"erase": self.forgotten_states(base, losses, output, batch, self.trajectory_guidance)}
         if state.retain is not None:
             gap = distance(concept, anchor).mean().clamp_min(LEAST_GAP)
             moved = distance(outputs[len(batch) :], parts[1].concept.to(base.device), squared=True).mean()

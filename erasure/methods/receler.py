@@ -156,7 +156,7 @@ class Receler(GradientMethod):
             output = base.predict(x, t, state.attacked(number, rows, len(x))).float()
         losses = squared(output, away(neutral, concept, self.negative_guidance))
         return {
-            "erase": self.forgotten_states(losses, output, batch, self.trajectory_guidance),
+            "erase": self.forgotten_states(base, losses, output, batch, self.trajectory_guidance),
             "local": self.local_weight * outside(list(erasers.values()), where) + 0 * output.sum(),
         }
 

@@ -210,7 +210,7 @@ class SPM(GradientMethod):
         target = away(batch.neutral.to(base.device), batch.concept.to(base.device), self.negative_guidance)
         drift = ((after - before) ** 2).mean((1, 2, 3)) * weights.to(base.device)
         return {
-            "erase": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance),
+            "erase": self.forgotten_states(base, squared(output, target), output, batch, self.trajectory_guidance),
             "anchor": self.anchor_weight * drift.sum() / len(x),
         }
 

@@ -195,7 +195,9 @@ class Stereo(GradientMethod):
         else:
             prompts, target = self.composed(state, batch, x, t, step)
         output = state.base.predict(x, t, prompts).float()
-        return {"erase": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance)}
+        return {
+            "erase": self.forgotten_states(state.base, squared(output, target), output, batch, self.trajectory_guidance)
+        }
 
     def begin(self, state: State, part: Part, turn: int) -> None:
         """Begin a part of the run: with a new word, or with the word that the round before has found."""

@@ -243,7 +243,9 @@ class UnGuide(GradientMethod):
         conditions = state.base.conditions([state.pairs[int(i)][0] for i in batch.pair])
         output = state.base.predict(batch.x.to(device), batch.t.to(device), conditions).float()
         target = away(batch.neutral.to(device), batch.concept.to(device), self.negative_guidance)
-        return {"lead": self.forgotten_states(squared(output, target), output, batch, self.trajectory_guidance)}
+        return {
+            "lead": self.forgotten_states(state.base, squared(output, target), output, batch, self.trajectory_guidance)
+        }
 
     def tuples(self, state: State, step: int) -> TrajectoryPool:
         """Return the batch of states for a step; in parity mode with the LoRA on, and the published t."""

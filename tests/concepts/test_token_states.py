@@ -1,4 +1,4 @@
-"""The text gate of T5 and Gemma: its rule computed apart, what opens it, and that no state depends on other texts."""
+"""The text gate of T5, Gemma and Qwen: its rule computed apart, what opens it, and what no state depends on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from erasure.concepts.concept import Concept
 from erasure.concepts.similarity import TextStates, gammas, measured, similarities, text_states
 from erasure.erasing import erase
 from erasure.model.base import Base
-from erasure.pipelines import ErasedPixArtSigmaPipeline, ErasedSanaPipeline
+from erasure.pipelines import ErasedPixArtSigmaPipeline, ErasedQwenImagePipeline, ErasedSanaPipeline
 from tests.patch.making import low_rank_patch
 from tests.tiny import SIDE
+from tests.tiny_qwen import tiny_qwen
 from tests.tiny_transformers import tiny_sana, tiny_transformer
 
 WORDS = ["dog", "a tree", "church", "starry night", "the red car", "monet", "a cat"]
@@ -145,12 +146,14 @@ def test_a_guard_with_a_text_gate_acts_on_its_name_alone(pipe):
 
 
 def causal_gamma(pipe, prompt, name):
-    """Gemma's rule apart: the name's last state alone, and every text behind a space."""
+    """The rule of Gemma and Qwen apart: the name's last state alone, and every text behind a space."""
+    gemma = isinstance(pipe, ErasedSanaPipeline)  # its pipeline writes small letters, its tokenizer a start token
 
     def read(text):
-        ids = pipe.tokenizer(" " + text.lower(), return_tensors="pt").input_ids
+        ids = pipe.tokenizer(" " + (text.lower() if gemma else text), return_tensors="pt").input_ids
         with torch.no_grad():
-            return pipe.text_encoder(ids).last_hidden_state[0, 1:].double(), ids[0, 1:].tolist()  # no start token
+            found = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-1]
+        return found[0, int(gemma) :].double(), ids[0, int(gemma) :].tolist()
 
     every = torch.cat([read(word)[0] for word in WORDS])
     mean, spread = every.mean(0), every.std(0)
@@ -166,8 +169,9 @@ def causal_gamma(pipe, prompt, name):
     return min(1.0, max(share, (near(prompt, name) - floor) / (1 - floor)))
 
 
-def test_of_a_language_model_the_names_last_state_counts():
-    pipe = tiny_sana(ErasedSanaPipeline)
+@pytest.mark.parametrize("model", [(tiny_sana, ErasedSanaPipeline), (tiny_qwen, ErasedQwenImagePipeline)])
+def test_of_a_language_model_the_names_last_state_counts(model):
+    pipe = model[0](model[1])
     prompts, names = ["a photo of a Dog", "van", "a car by the blue tree"], ["cat", "van gogh", "red church"]
     for prompt, row in zip(prompts, similarities(pipe, prompts, names), strict=True):
         assert row == pytest.approx([causal_gamma(pipe, prompt, name) for name in names], abs=1e-4), prompt

@@ -26,7 +26,7 @@ from erasure.model.stochastic import sample, transitions
 from erasure.model.trajectories import walk
 from erasure.pipelines import ErasedQwenImagePipeline, load_patch, load_pipeline
 from erasure.training.run import Run
-from tests.tiny import SIDE
+from tests.tiny import SIDE, WIDTH
 from tests.tiny_qwen import asked, tiny_qwen
 from tests.tiny_transformers import tiny_transformer
 
@@ -82,6 +82,17 @@ def test_trajectories_end_where_the_pipeline_ends():
     assert torch.allclose(torch.cosine_similarity(tokens, wanted, dim=-1), torch.ones(1), atol=1e-5)
     assert not torch.allclose(tokens, wanted, rtol=1e-2)
     assert torch.allclose(base.guided(empty, named, 1.0), named, atol=1e-5)
+
+
+def test_a_wide_image_is_drawn_alike():
+    """The network is told height and width, and the sigmas are shifted for its number of tokens."""
+    pipe, scale = tiny_qwen(), (0.5, 1.0)
+    options = {"seeds": [5], "steps": 3, "judged": False, "stop": 3, "scale": scale}
+    ours = walk(Base("tiny", pipe), [("a cat", "")], guidance=4.0, **options).x
+    latents = torch.randn(1, 4, SIDE // 2, SIDE, generator=torch.Generator().manual_seed(5))
+    call = {"latents": pack(latents), "num_inference_steps": 3, **SIZE, "height": SIDE}
+    theirs = pipe("a cat", negative_prompt=" ", true_cfg_scale=4.0, **call).images
+    assert ours.shape == latents.shape and torch.allclose(ours, unpack(theirs, SIDE // 2, SIDE), atol=1e-4)
 
 
 def test_stochastic_trajectories_are_guided_alike():
@@ -166,6 +177,18 @@ def test_esds_objective_is_its_formula(rank):
     state.adapter.remove()
 
 
+def test_weights_of_samples_are_decided_by_the_velocity_that_the_sampler_followed():
+    base = Base("tiny", tiny_qwen())
+    method = dataclasses.replace(ESD(), **RUNS["esd"], reweight="static", trajectory_guidance=4.0)
+    state = method.prepare(base, [CAT], Run(seed=3, progress=False))
+    with torch.no_grad():
+        batch, term = method.tuples(state, 1), method.loss(state, 1)["esd"]
+    named, plain = pack(batch.concept), pack(batch.neutral + 4.0 * (batch.concept - batch.neutral))
+    followed = plain * named.norm(dim=-1, keepdim=True) / plain.norm(dim=-1, keepdim=True)
+    assert torch.allclose(term.own, (named - followed).square().flatten(1).mean(1), rtol=1e-4)
+    state.adapter.remove()
+
+
 def test_gems_objective_is_its_formula():
     pipe = tiny_qwen()
     method = dataclasses.replace(GEM(), **RUNS["gem"], retain_weight=0.0, gamma=10.0)
@@ -224,17 +247,34 @@ def test_a_text_gate_opens_for_the_prompt_alone_also_under_guidance(images):
         assert torch.equal(found[images:], base[images:]) and not torch.equal(found[:images], base[:images])
 
 
-def test_the_latent_gate_decides_and_combines(tmp_path):
+def test_the_latent_gate_decides_and_combines():
     """A ratio below what the LoRA does opens it: e_0 + (1 - w) (e_L - e_0) in every call; one above keeps each bit."""
-    pipe = tiny_qwen(ErasedQwenImagePipeline)
-    plain, found = drawn(pipe, ["a cat"], guidance=0, steps=2), {}
+    pipe, found = tiny_qwen(ErasedQwenImagePipeline), {}
+
+    def draw():
+        """The latents behind the first step, which are affine in the network's output, and the last ones."""
+        steps = []
+        last = drawn(
+            pipe,
+            ["a cat"],
+            guidance=0,
+            steps=2,
+            callback_on_step_end=lambda *now: steps.append(now[3]["latents"]) or {},
+        )
+        return unpack(steps[0], SIDE, SIDE), last
+
+    plain = draw()
     for ratio in (1e-6, 1e6):
         patch = erase(Base("tiny", pipe), CAT, "unguide", progress=False, **RUNS["unguide"], ratio=ratio, scale=40.0)
         pipe.load_patch(patch, "cat")
-        found[ratio] = drawn(pipe, ["a cat"], guidance=0, steps=2), pipe.gate_log[0]["cat"]
+        found[ratio] = *draw(), pipe.gate_log[0]["cat"]
+        pipe.fuse_patches()
+        alone = draw()
         pipe.unload_patches()
-    assert found[1e-6][1] == pytest.approx(2.0) and found[1e6][1] == 0.0
-    assert torch.equal(found[1e6][0], plain) and not torch.allclose(found[1e-6][0], plain, atol=1e-4)
+    assert found[1e-6][2] == pytest.approx(2.0) and found[1e6][2] == 0.0
+    assert torch.equal(found[1e6][1], plain[1]) and not torch.allclose(found[1e-6][1], plain[1], atol=1e-4)
+    assert torch.allclose(found[1e-6][0], plain[0] + 2 * (alone[0] - plain[0]), atol=1e-5)
+    assert not torch.allclose(alone[0], plain[0], atol=1e-4)
 
 
 def test_its_folder_opens_as_a_base_and_as_an_erased_pipeline(tmp_path):
@@ -250,8 +290,10 @@ def test_its_folder_opens_as_a_base_and_as_an_erased_pipeline(tmp_path):
 
 def test_guidance_that_does_nothing_is_refused():
     pipe = tiny_qwen(ErasedQwenImagePipeline)
+    embedded = {"negative_prompt_embeds": torch.zeros(1, 3, WIDTH), "true_cfg_scale": 0.5}
     for call, reason in (
         ({"negative_prompt": "dog", "true_cfg_scale": 1.0}, "negative_prompt does nothing at true_cfg_scale=1"),
+        (embedded, "negative_prompt does nothing at true_cfg_scale=0.5"),
         ({"true_cfg_scale": 4.0}, "true_cfg_scale=4 does nothing without a negative prompt"),
         ({"guidance_scale": 3.5}, "guidance_scale does nothing"),
     ):
@@ -268,8 +310,11 @@ def test_what_cannot_be_is_refused():
     for method, reason in {"uce": "share one attention", "salun": "carried over", "adavd": "share one"}.items():
         with pytest.raises(ErasureError, match=f"{method} cannot erase from.*{reason}"):
             erase(Base("tiny", pipe), CAT, method, progress=False)
+    base = Base("tiny", pipe)
+    full = "cat" + " cat" * (512 - base.conditions(["cat"]).states.shape[1])
+    assert base.conditions([full]).states.shape[1] == 512
     with pytest.raises(ErasureError, match="more than the 512 tokens"):
-        Base("tiny", pipe).conditions(["a cat " * 260])
+        base.conditions([full + " cat"])
     flux = erase(tiny_transformer("flux"), CAT, "esd", progress=False, **RUNS["esd"], rank=2)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     for force in (False, True):
