@@ -115,12 +115,12 @@ def test_stochastic_trajectories_are_guided_alike():
 
 def test_it_is_told_the_pipelines_text_behind_the_template():
     pipe = tiny_qwen()
+    dropped = pipe.prompt_template_encode_start_idx
     base, x, t = Base("tiny", pipe), noise(), torch.tensor([700.0])
     assert base.architecture.flow and base.latent_shape() == (4, SIDE, SIDE) and not base.distilled
     with torch.no_grad():
         for prompt in ("a cat", ""):
             assert torch.allclose(base.predict(x, t, base.conditions([prompt])), asked(pipe, x, t, prompt), atol=1e-6)
-    dropped = pipe.prompt_template_encode_start_idx
     whole = len(pipe.tokenizer(pipe.prompt_template_encode.format("a cat")).input_ids)
     assert base.conditions(["a cat"]).states.shape[1] == whole - dropped
     pipe.prompt_template_encode_start_idx = 0
