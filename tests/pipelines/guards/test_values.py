@@ -128,7 +128,7 @@ def test_a_basis_of_several_texts_is_orthonormal_in_every_layer():
         assert basis.shape[0] == 2 and torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "why"), [("sd3", "share one attention"), ("pixart", "has not been carried over")])
+@pytest.mark.parametrize(("kind", "why"), [("sd3", "share one attention"), ("pixart", "reads other states")])
 def test_other_networks_are_refused_with_the_reason(kind, why):
     import erasure.pipelines as pipelines
 
