@@ -19,11 +19,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast() -> torch.autocast:
-    """Return a context in which PyTorch computes in bfloat16 where it is safe.
+    """Return a context in which PyTorch computes in bfloat16 where it is safe, if the machine has instructions for it.
 
-    This is 1.3 to 1.5 times as fast on a CPU with AVX-512 BF16, and more on a GPU.
+    This is 1.3 to 1.5 times as fast on a CPU with AVX-512 BF16, and more on a GPU. A CPU without them is ten times
+    slower in bfloat16 than in fp32.
     """
-    return torch.autocast(DEVICE.type, dtype=torch.bfloat16)
+    fast = DEVICE.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
