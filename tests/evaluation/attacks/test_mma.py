@@ -162,6 +162,8 @@ def test_every_round_starts_from_other_words_and_asks_the_base_alone(victim, wor
     assert len({one[0] for one in played}) == 3 and all(torch.equal(one, words) for one in given)
     again = next(attack.rounds(victim, cases, {0, 1}, seed=4))
     assert {i: one.prompt for i, one in again.items()} == played[0]
+    other = next(attack.rounds(victim, cases, {0, 1}, seed=5))
+    assert all(one.prompt != played[0][i] for i, one in other.items())
     patch = delta_patch(victim.pipe, part="", component="text_encoder", size=0.5)
     victim.pipe.load_patch(patch, name="p")
     try:
