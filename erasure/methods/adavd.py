@@ -59,7 +59,7 @@ class AdaVD(GuardMethod):
     """
 
     method: ClassVar[str] = "adavd"
-    PARITY: ClassVar[dict[str, Any]] = {"peak": 2.0, "slope": 100.0, "centre": 0.93}
+    PARITY: ClassVar[dict[str, Any]] = {"centre": 0.93}
 
     peak: float = setting(2.0, above=0)
     slope: float = setting(100.0, at_least=0)
