@@ -55,5 +55,5 @@ def test_the_published_numbers_have_a_source(family):
 
 
 def test_transformers_are_refused_with_the_reason():
-    with pytest.raises(ErasureError, match="safree cannot erase from.*Flux.*it judges a prompt by the state at its end token.*Nothing was"):
+    with pytest.raises(ErasureError, match="safree cannot erase from.*Flux.*state at its end token.*Nothing was"):
         erase(tiny_transformer("flux"), "cat", "safree", progress=False)
