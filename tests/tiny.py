@@ -225,3 +225,16 @@ def write_tiny_clip(folder: str | Path, seed: int = 0, layers: int = 2, width: i
         clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
     clip.save_pretrained(folder)
     return Path(folder)
+
+
+def with_words(letters: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return a vocabulary of the letters and of what WORDS are merged from, end first, and the merges."""
+    vocabulary, merges = list(letters), list[tuple[str, str]]()
+    for word in WORDS:
+        parts = list(word)
+        while len(parts) > 1:
+            pair = (parts[-2], parts[-1])
+            parts[-2:] = ["".join(pair)]
+            merges += [pair] if pair not in merges else []
+            vocabulary += [parts[-1]] if parts[-1] not in vocabulary else []
+    return vocabulary, merges

@@ -15,21 +15,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from erasure.model.architectures.mmdit import pack, unpack
-from tests.tiny import SIDE, WIDTH, WORDS
+from tests.tiny import SIDE, WIDTH, WORDS, with_words
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE as Qwen's: no start or end token, and most of WORDS one token, another one behind a space."""
-    vocabulary, merges = sorted(ByteLevel.alphabet()), []
-    for word in WORDS:
-        parts = list(word)
-        while len(parts) > 1:
-            pair = (parts[-2], parts[-1])
-            parts[-2:] = ["".join(pair)]
-            merges += [pair] if pair not in merges else []
-            vocabulary += [parts[-1]] if parts[-1] not in vocabulary else []
+    vocabulary, merges = with_words(sorted(ByteLevel.alphabet()))
     merges += [("Ġ", word) for word in WORDS]
     numbers = {token: i for i, token in enumerate([*vocabulary, *("Ġ" + word for word in WORDS), *SPECIAL])}
     return Qwen2Tokenizer(vocab=numbers, merges=merges, extra_special_tokens=SPECIAL[1:])

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from erasure.model.architectures.mmdit import pack, places, unpack
-from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_tokenizer
+from tests.tiny import SIDE, WIDTH, WIDTH_2, WORDS, tiny_text_encoder, tiny_tokenizer, with_words
 
 KINDS = ("sd3", "flux", "pixart")
 JOINT = 64  # width of T5's states, at least the sum of the CLIPs' widths
@@ -58,14 +58,7 @@ def tiny_gemma_tokenizer(length: int = 2048) -> GemmaTokenizer:
     """A tokenizer as Gemma's: a start token, no end token, and most of WORDS one token, another one behind a space."""
     letters = [chr(code) for code in range(97, 123)]
     vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *letters]
-    merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        parts = list(word)
-        while len(parts) > 1:
-            pair = (parts[-2], parts[-1])
-            parts[-2:] = ["".join(pair)]
-            merges += [pair] if pair not in merges else []
-            vocabulary += [parts[-1]] if parts[-1] not in vocabulary else []
+    vocabulary, merges = with_words(vocabulary)
     merges += [("▁", word) for word in WORDS]
     numbers = {token: number for number, token in enumerate([*vocabulary, *("▁" + word for word in WORDS)])}
     return GemmaTokenizer(vocab=numbers, merges=merges, add_bos_token=True, model_max_length=length)

@@ -27,7 +27,7 @@ class MMADiffusion(Attack):
 
     The published code takes the gradient of the start token and all tokens but the last for that of the tokens, which
     moves every gradient by one position; here each token has its own. It starts from 20 letters, here from random
-    words. Like its list of sensitive words, which is for nudity, the words of the concept's names are left out.
+    words. In place of its list of sensitive words, which is for nudity, the names in the cases' prompts are left out.
 
     Args:
         tokens: number of tokens of the prompt.
